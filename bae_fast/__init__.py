@@ -1,0 +1,24 @@
+"""bae_fast: the Binary Autoencoder of arXiv 2509.20997 on packed codes, fast and exact."""
+
+from bae_fast._version import __version__
+from bae_fast.codes import BinaryCode
+from bae_fast.functional import BAEOutput, binary_autoencoder, decode, encode
+from bae_fast.info import info, warmup
+from bae_fast.model import BAEConfig, BinaryAutoencoder
+from bae_fast.ops.registry import BackendUnavailableError
+from bae_fast.statistics import CodeStatistics
+
+__all__ = [
+    "BAEConfig",
+    "BAEOutput",
+    "BackendUnavailableError",
+    "BinaryAutoencoder",
+    "BinaryCode",
+    "CodeStatistics",
+    "__version__",
+    "binary_autoencoder",
+    "decode",
+    "encode",
+    "info",
+    "warmup",
+]

@@ -1,0 +1,1 @@
+"""Implementations of the operators, one folder each; none imports another."""

@@ -1,0 +1,120 @@
+"""Covariance of packed bits in integers: sum |V_ij| and the signs of V, by square tiles.
+
+    V_ij = N n_ij - n_i n_j,   n_ij = (B^T B)_ij,   C_ij = V_ij / (N (N - 1))
+
+Tiles on and above the diagonal are computed, the rest follow by symmetry. n_ij are sums of
+products of zeros and ones, exact in fp32 up to 2^24 rows; V is exact in fp32 while N^2 <= 2^24
+and in float64 beyond. Sums of |V| are integers, below 2^53 in a tile and widened to int64 across
+tiles: the same on every device and in any order. Constant columns need no case of their own:
+their V is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.packing import WORD_BITS, n_words, pack_rows, unpack_rows
+
+TILE = 1024
+ROW_BLOCK = 16384
+
+
+def tiles(n_columns: int) -> list[tuple[int, int]]:
+    """Column ranges of one tile's side; each starts on a word."""
+    return [(start, min(start + TILE, n_columns)) for start in range(0, n_columns, TILE)]
+
+
+def unpack_tile(words: Tensor, tile: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Bits of the columns of one tile, ``[N, stop - start]``."""
+    start, stop = tile
+    return unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, dtype)
+
+
+def covariance_tile(
+    words: Tensor, counts: Tensor, n_rows: Tensor, i: tuple[int, int], j: tuple[int, int]
+) -> Tensor:
+    """V for columns i x j, exact; the diagonal, where i is j, is zero."""
+    n = words.shape[0]
+    wide = torch.float32 if n * n <= 2**24 else torch.float64
+    v = torch.zeros(i[1] - i[0], j[1] - j[0], dtype=wide, device=words.device)
+    for top in range(0, n, ROW_BLOCK):
+        rows = words[top : top + ROW_BLOCK]
+        left = unpack_tile(rows, i, torch.float32)
+        right = left if i == j else unpack_tile(rows, j, torch.float32)
+        v += left.t() @ right
+    v *= n_rows.to(wide)
+    v -= torch.outer(counts[i[0] : i[1]].to(wide), counts[j[0] : j[1]].to(wide))
+    if i == j:
+        v.fill_diagonal_(0)
+    return v
+
+
+def covariance(
+    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+) -> tuple[Tensor, Tensor]:
+    if words.device.type == "cpu" and n_rows < 2:  # reading it back would synchronise a GPU
+        raise ValueError(f"covariance needs at least 2 rows; got {int(n_rows)}")
+    k = counts.shape[0]
+    numerator = torch.zeros((), dtype=torch.int64, device=words.device)
+    signs = torch.zeros(
+        (2, k, n_words(k)) if keep_signs else 0, dtype=torch.int32, device=words.device
+    )
+    sides = tiles(k)
+    for a, i in enumerate(sides):
+        for j in sides[a:]:
+            v = covariance_tile(words, counts, n_rows, i, j)
+            total = torch.linalg.vector_norm(v, 1, dtype=torch.float64).to(torch.int64)
+            numerator += total if i == j else 2 * total
+            if not keep_signs:
+                continue
+            for plane, sign in zip(signs, (v > 0, v < 0), strict=True):
+                plane[i[0] : i[1], j[0] // WORD_BITS : n_words(j[1])] = pack_rows(sign)
+                if i != j:
+                    plane[j[0] : j[1], i[0] // WORD_BITS : n_words(i[1])] = pack_rows(sign.t())
+    return numerator, signs
+
+
+class SignProduct:
+    """B S and n^T S for one tile of columns at a time, S = sign(V) of the counted rows.
+
+    Both are sums of integers, exact in fp32 within a tile: |B S| <= 1024, and n^T S is split
+    over few enough features that it stays under 2^24. They meet in float64.
+    """
+
+    def __init__(
+        self,
+        words: Tensor,
+        signs: Tensor | None,
+        stats_words: Tensor | None,
+        counts: Tensor,
+        n_rows: Tensor,
+    ) -> None:
+        self.words, self.signs, self.stats_words = words, signs, stats_words
+        self.counts, self.n_rows = counts, n_rows
+
+    def sign_tile(self, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
+        """fp32 {-1, 0, 1} of columns i x j, from the stored planes or computed again."""
+        if self.signs is not None:
+            above, below = (
+                unpack_tile(plane[i[0] : i[1]], j, torch.float32) for plane in self.signs
+            )
+            return above - below
+        assert self.stats_words is not None
+        return covariance_tile(self.stats_words, self.counts, self.n_rows, i, j).sign_().float()
+
+    def __call__(self, j: tuple[int, int]) -> Tensor:
+        """N (B S) - 1 (n^T S) for the columns of tile j: float64 ``[rows at hand, columns]``."""
+        bits_signs = torch.zeros(
+            self.words.shape[0], j[1] - j[0], dtype=torch.float32, device=self.words.device
+        )
+        counts_signs = torch.zeros(j[1] - j[0], dtype=torch.float64, device=self.words.device)
+        for i in tiles(self.counts.shape[0]):
+            s = self.sign_tile(i, j)
+            bits_signs.addmm_(unpack_tile(self.words, i, torch.float32), s)
+            # 2^24 / 1024 rows would overflow fp32: two digits of the counts, each under 2^14
+            counts = self.counts[i[0] : i[1]]
+            digits = torch.stack((counts >> 12, counts & 0xFFF)).float()
+            high, low = (digits @ s).double()
+            counts_signs += high * 4096 + low
+        return bits_signs.double() * self.n_rows - counts_signs

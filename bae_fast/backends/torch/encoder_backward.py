@@ -1,0 +1,125 @@
+"""Backward of the encoder: from the gradients at recon and at the statistics to x, W_enc, b_enc.
+
+For one chunk of columns, with G the gradient of recon, h the entropy's gradient per column, S
+the signs of the covariance, N and n the counted rows and ones:
+
+    g    = value^T(G W_dec^T) + h + c 2/(N-1) (B S - 1 (n^T S)/N)     gradient at the bits
+    gpre = surrogate(g), zero in rows that do not count
+    db_enc = 1^T gpre,   dW_enc = x^T gpre,   dx += gpre W_enc^T
+
+N (B S) - n^T S is an integer and is formed in float64 before it is scaled. The chunks' parts of
+dW_enc and db_enc are disjoint; only dx accumulates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.backends.torch.covariance import TILE, SignProduct
+from bae_fast.backends.torch.decode import bit_weights
+from bae_fast.backends.torch.products import (
+    Preactivation,
+    accumulate,
+    column_chunks,
+    product,
+    sum_dtype,
+)
+from bae_fast.packing import WORD_BITS, n_words, unpack_rows
+
+
+def _add_covariance(
+    g: Tensor, start: int, stop: int, sign_product: SignProduct, scale: Tensor
+) -> None:
+    """g += scale (N (B S) - n^T S) for columns start .. stop, tile by tile."""
+    while start < stop:
+        end = min(start + TILE, stop)
+        g[:, : end - start] += (sign_product((start, end)) * scale).to(g.dtype)
+        g, start = g[:, end - start :], end
+
+
+def _through_step(
+    g: Tensor, pre: Tensor | None, window: Tensor | None, surrogate: str, width: float
+) -> Tensor:
+    """Surrogate gradient at pre; see :mod:`bae_fast.surrogates`."""
+    if surrogate == "official":
+        return g * (1 - g)
+    if surrogate == "sigmoid":
+        assert pre is not None
+        s = torch.sigmoid(pre.to(g.dtype) / width)
+        return g * (4 * s * (1 - s))
+    if surrogate == "rectangle":
+        assert window is not None
+        # not g * window: a non-finite gradient outside the window must not turn into NaN
+        return g.masked_fill_(~window, 0)
+    return g
+
+
+def encoder_backward(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    words: Tensor,
+    window: Tensor,
+    row_mask: Tensor | None,
+    grad_recon: Tensor | None,
+    grad_columns: Tensor | None,
+    grad_covariance: Tensor | None,
+    signs: Tensor | None,
+    stats_words: Tensor | None,
+    stats_counts: Tensor,
+    stats_n_rows: Tensor,
+    surrogate: str,
+    width: float,
+    n_bits: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
+    wide = sum_dtype(dtype)
+    need_x, need_W, need_b = needs
+    grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
+    grad_W = torch.empty_like(
+        W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format
+    )
+    grad_b = torch.empty_like(b_enc if need_b else b_enc[:0])
+    preactivation = Preactivation(x) if surrogate == "sigmoid" else None
+    sign_product = scale = None
+    if grad_covariance is not None:
+        sign_product = SignProduct(words, signs, stats_words, stats_counts, stats_n_rows)
+        total = stats_n_rows.double()
+        scale = grad_covariance.double() * 2 / (total * (total - 1))
+
+    for start, stop in column_chunks(n, k, n_bits, x.device):
+        features = slice(start // n_bits, stop // n_bits)
+        if grad_recon is None:
+            g = torch.zeros(n, stop - start, dtype=wide, device=x.device)
+        else:
+            g = product(grad_recon, W_dec[features].to(dtype).t()).to(wide)
+            if n_bits > 1:
+                g = (g[:, :, None] * bit_weights(n_bits, wide, x.device)).flatten(1)
+        if grad_columns is not None:
+            g += grad_columns[start:stop].to(wide)
+        if sign_product is not None and scale is not None:
+            _add_covariance(g, start, stop, sign_product, scale)
+
+        pre = (
+            None
+            if preactivation is None
+            else preactivation(W_enc[:, start:stop], b_enc[start:stop])
+        )
+        inside = None
+        if surrogate == "rectangle":
+            inside = unpack_rows(window[:, start // WORD_BITS : n_words(stop)], stop - start)
+        g = _through_step(g, pre, inside, surrogate, width)
+        if row_mask is not None:
+            g.masked_fill_(~row_mask[:, None], 0)
+
+        if need_b:
+            grad_b[start:stop] = g.sum(0)
+        g = g.to(dtype)
+        if need_W:
+            grad_W[:, start:stop] = product(x.t(), g)
+        if need_x:
+            accumulate(grad_x, g, W_enc[:, start:stop].to(dtype).t())
+    return grad_x.to(dtype), grad_W, grad_b

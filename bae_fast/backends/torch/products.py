@@ -1,0 +1,112 @@
+"""Matrix products with fp32 (or wider) sums, and the sizes of chunks.
+
+A half-precision product on a GPU can be returned in fp32. On a CPU it cannot: the product is
+summed in fp32 and rounded once, so the encoder's bias, which must be added before any rounding,
+is carried through the product itself (:class:`Preactivation`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.packing import WORD_BITS
+
+HALF = (torch.bfloat16, torch.float16)
+
+# Scratch of one [N, chunk] fp32 tensor. On a CPU it should sit in the outer cache; on a GPU a
+# launch costs more than the cache gains.
+_SCRATCH_MB = {"cpu": 8, "cuda": 256}
+ENV_SCRATCH = "BAE_FAST_SCRATCH_MB"
+MIN_CHUNK = 256
+
+# AMX and VNNI read bf16 in pairs and tiles of 32; an odd inner size falls off that path
+_INNER_ALIGN = 32
+
+
+def raw(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an operator's body without gradient and without autocast.
+
+    A Python body would otherwise be differentiated through its inside (with silent zeros through
+    the step), and autocast would round exact integer products to half precision.
+    """
+
+    @functools.wraps(body)
+    def run(*args: Any) -> Any:
+        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+            return body(*args)
+
+    return run
+
+
+def column_chunks(
+    n_rows: int, n_columns: int, n_bits: int, device: torch.device
+) -> Iterator[tuple[int, int]]:
+    """Ranges of columns that start on a word and on a feature, [N, chunk] fp32 within budget."""
+    megabytes = int(os.environ.get(ENV_SCRATCH) or _SCRATCH_MB.get(device.type, 64))
+    unit = WORD_BITS * n_bits
+    chunk = max(megabytes * 2**20 // (4 * max(n_rows, 1)), MIN_CHUNK)
+    chunk = max(chunk // unit, 1) * unit
+    for start in range(0, n_columns, chunk):
+        yield start, min(start + chunk, n_columns)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for operands of one dtype, in the widest dtype the device returns cheaply."""
+    if a.dtype in HALF and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with ``total`` in fp32 or wider."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
+
+
+class Preactivation:
+    """x W + b over chunks of columns, the bias added in fp32 or wider before any rounding.
+
+    On a CPU in bf16 the bias is split into three bf16 parts whose sum is the fp32 bias, and the
+    parts are three more rows of W against three columns of ones of x: the product's fp32 sum
+    then contains the bias, and its single rounding keeps the sign of every pre-activation.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.d = x.shape[1]
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            inner = -(-(self.d + 3) // _INNER_ALIGN) * _INNER_ALIGN
+            self.x = x.new_zeros(x.shape[0], inner)
+            self.x[:, : self.d] = x
+            self.x[:, self.d : self.d + 3] = 1
+        elif x.dtype == torch.float16 and x.device.type == "cpu":
+            # three fp16 parts would underflow; the widened product is as fast there
+            self.x = x.float()
+
+    def __call__(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """``[N, chunk]`` for weight ``[d, chunk]`` and bias ``[chunk]`` of any floating dtype."""
+        x, d = self.x, self.d
+        if x.dtype not in HALF:
+            return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype))
+        if x.device.type == "cuda":
+            return product(x, weight.to(x.dtype)).add_(bias.float())
+        extended = weight.new_zeros((x.shape[1], weight.shape[1]), dtype=x.dtype)
+        extended[:d] = weight
+        rest = bias.float()
+        for row in range(d, d + 3):
+            extended[row] = rest
+            rest = rest - extended[row].float()
+        return torch.mm(x, extended)

@@ -1,0 +1,338 @@
+"""Packed codes as users hold them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bae_fast import packing
+from bae_fast.files import read_safetensors, write_safetensors
+from bae_fast.ops import registry
+from bae_fast.statistics import CodeStatistics, entropy_bits
+
+FORMAT = "bae_fast.binary_code"
+FORMAT_VERSION = "1"
+
+# rows unpacked at a time where a dense block is needed on the way (indices)
+_ROW_BLOCK = 4096
+
+# where sign planes would take more than this, they are recomputed in backward instead
+_SIGN_PLANES_MB = 256
+ENV_SIGN_PLANES = "BAE_FAST_SIGN_PLANES_MB"
+
+
+def keep_signs(n_columns: int) -> bool:
+    """Whether the two sign planes of the covariance, K^2 / 4 bytes, fit the budget."""
+    megabytes = int(os.environ.get(ENV_SIGN_PLANES) or _SIGN_PLANES_MB)
+    return 2 * n_columns * packing.n_words(n_columns) * 4 <= megabytes * 2**20
+
+
+def check_covariance_size(n_rows: int, n_columns: int) -> None:
+    """Refuse a covariance that is undefined or whose integer sum could leave int64.
+
+    Raises:
+        ValueError: fewer than two rows, or K^2 N^2 / 4 >= 2^63.
+    """
+    if n_rows < 2:
+        raise ValueError(f"covariance needs at least 2 rows; got N={n_rows}")
+    if (n_columns * n_rows) ** 2 >= 2**65:
+        raise ValueError(
+            f"covariance needs (F N)^2 / 4 < 2^63; got N={n_rows}, F={n_columns} columns"
+        )
+
+
+class BinaryCode:
+    """Bits of N hidden states, 32 a word: small, exact, without gradient.
+
+    ``code.words`` is int32 ``[..., ceil(K/32)]``, row-packed (see :mod:`bae_fast.packing`); the
+    leading dimensions are those of the hidden states. K = ``n_bits`` x features. Rows where
+    ``row_mask`` is False hold zero bits and are not counted.
+
+    Nothing here synchronises a GPU but :meth:`indices`, :meth:`save`, ``repr`` and comparison.
+    """
+
+    def __init__(
+        self, words: Tensor, n_columns: int, *, n_bits: int = 1, row_mask: Tensor | None = None
+    ) -> None:
+        """Wrap row-packed words; the data is not copied and tail bits are taken to be zero.
+
+        Raises:
+            TypeError: words is not int32.
+            ValueError: words' last dimension is not ceil(n_columns / 32), n_columns is not a
+                multiple of n_bits, or row_mask is not bool of words' leading shape.
+        """
+        if words.dtype != torch.int32:
+            raise TypeError(f"words must be int32; got {words.dtype}")
+        if words.dim() < 1 or words.shape[-1] != packing.n_words(n_columns):
+            raise ValueError(
+                f"words must be [..., {packing.n_words(n_columns)}] for {n_columns} columns; "
+                f"got shape {tuple(words.shape)}"
+            )
+        if n_bits < 1 or n_columns % n_bits:
+            raise ValueError(f"n_bits must divide the {n_columns} columns; got {n_bits}")
+        if row_mask is not None and (
+            row_mask.dtype != torch.bool or row_mask.shape != words.shape[:-1]
+        ):
+            raise ValueError(
+                f"row_mask must be bool {tuple(words.shape[:-1])}; "
+                f"got {row_mask.dtype} {tuple(row_mask.shape)}"
+            )
+        self.words = words
+        self.n_columns = n_columns
+        self.n_bits = n_bits
+        self.row_mask = row_mask
+
+    @classmethod
+    def from_dense(cls, bits: Tensor, *, n_bits: int = 1) -> BinaryCode:
+        """Pack dense bits ``[..., K]`` of any dtype; every entry must be 0 or 1.
+
+        Raises:
+            ValueError: an entry is neither 0 nor 1.
+        """
+        if not bool(((bits == 0) | (bits == 1)).all()):
+            raise ValueError("bits must hold only 0 and 1")
+        return cls(packing.pack_rows(bits), bits.shape[-1], n_bits=n_bits)
+
+    # -- shape ---------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the dense bits, ``[..., K]``."""
+        return torch.Size((*self.words.shape[:-1], self.n_columns))
+
+    @property
+    def n_features(self) -> int:
+        """F = K / n_bits."""
+        return self.n_columns // self.n_bits
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the words."""
+        return self.words.numel() * 4
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.words.reshape(-1, self.words.shape[-1])
+
+    def _like(self, words: Tensor, row_mask: Tensor | None) -> BinaryCode:
+        return BinaryCode(words, self.n_columns, n_bits=self.n_bits, row_mask=row_mask)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> BinaryCode:
+        """Select along the first dimension: an index, a slice, indices or a bool mask.
+
+        Raises:
+            TypeError: an index of another kind, or a code of a single state.
+        """
+        if self.words.dim() < 2:
+            raise TypeError("a code of one hidden state cannot be indexed by row")
+        if isinstance(rows, Sequence) and not isinstance(rows, (str, tuple)):
+            rows = torch.as_tensor(rows, device=self.device, dtype=torch.int64)
+        if not isinstance(rows, (int, slice, Tensor)):
+            raise TypeError(
+                "a code is indexed by rows: an int, a slice, a list or a 1-D tensor; "
+                f"got {type(rows).__name__}"
+            )
+        mask = None if self.row_mask is None else self.row_mask[rows]
+        return self._like(self.words[rows], mask)
+
+    @staticmethod
+    def cat(codes: Sequence[BinaryCode]) -> BinaryCode:
+        """Concatenate along the first dimension.
+
+        Raises:
+            ValueError: no code, or codes of unequal columns, bits or trailing shape.
+        """
+        if not codes:
+            raise ValueError("codes must not be empty")
+        first = codes[0]
+        for code in codes:
+            kind = (code.n_columns, code.n_bits, code.shape[1:])
+            if kind != (first.n_columns, first.n_bits, first.shape[1:]):
+                raise ValueError(
+                    f"codes must agree beyond the first dimension and in n_bits; "
+                    f"got {first} and {code}"
+                )
+        mask = None
+        if any(code.row_mask is not None for code in codes):
+            mask = torch.cat([code._kept() for code in codes])
+        return first._like(torch.cat([code.words for code in codes]), mask)
+
+    def _kept(self) -> Tensor:
+        if self.row_mask is not None:
+            return self.row_mask
+        return torch.ones(self.words.shape[:-1], dtype=torch.bool, device=self.device)
+
+    def flatten(self) -> BinaryCode:
+        """The same rows with one leading dimension: ``[N, K]``."""
+        mask = None if self.row_mask is None else self.row_mask.reshape(-1)
+        return self._like(self._rows, mask)
+
+    def to(self, device: torch.device | str) -> BinaryCode:
+        """Copy to a device."""
+        mask = None if self.row_mask is None else self.row_mask.to(device)
+        return self._like(self.words.to(device), mask)
+
+    # -- statistics ----------------------------------------------------------------------------
+
+    def n_rows(self) -> Tensor:
+        """Rows counted, int64 ``[]`` (masked rows are not)."""
+        if self.row_mask is not None:
+            return self.row_mask.sum()
+        return torch.full((), self.words.shape[:-1].numel(), dtype=torch.int64, device=self.device)
+
+    def counts(self) -> Tensor:
+        """Ones in each column, int64 ``[K]``."""
+        return packing.column_counts(self._rows, self.n_columns)
+
+    def density(self) -> Tensor:
+        """Share of ones in each column, float64 ``[K]``."""
+        return self.counts().double() / self.n_rows()
+
+    def entropy(self) -> Tensor:
+        """Sum over columns of the binary entropy of the density, in bits: float64 ``[]``.
+
+        Pooled over all rows of this code. The mean over batches is lower: the estimate is
+        biased by about -1 / (2 N ln 2) a column.
+        """
+        return entropy_bits(self.counts(), self.n_rows())
+
+    def l0(self) -> Tensor:
+        """Ones in each row, int64 ``[...]``."""
+        return packing.popcount(self.words).sum(-1, dtype=torch.int64)
+
+    def statistics(self, covariance: bool = False, *, impl: str = "auto") -> CodeStatistics:
+        """Statistics of these rows, to be passed as ``stats=``.
+
+        Args:
+            covariance: also the covariance's integer sum and signs.
+            impl: implementation of the covariance, as in :func:`bae_fast.binary_autoencoder`.
+
+        Raises:
+            ValueError: the covariance of fewer than two rows, or one too large for int64.
+        """
+        words, counts, n_rows = self._rows, self.counts(), self.n_rows()
+        if not covariance:
+            return CodeStatistics(n_rows, counts)
+        check_covariance_size(len(words), self.n_columns)
+        dtype = torch.float32
+        name = registry.choose(impl, self.device.type, dtype, self.n_columns, self.n_bits)
+        # the reference has no packed operators: its statistics are the plain packed ones
+        ops = registry.BACKENDS["torch" if name == "reference" else name].ops
+        keep = keep_signs(self.n_columns)
+        numerator, signs = ops["covariance"](words, counts, n_rows, keep)
+        return CodeStatistics(n_rows, counts, words, numerator, signs if keep else None)
+
+    # -- contents ------------------------------------------------------------------------------
+
+    def to_dense(self, dtype: torch.dtype = torch.bool) -> Tensor:
+        """Bits as ``dtype [..., K]``."""
+        return packing.unpack_rows(self.words, self.n_columns, dtype)
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Feature values ``dtype [..., F]``: sum_i b_i 2^i / (2^k - 1), bits where k is 1."""
+        bits = self.to_dense(dtype)
+        if self.n_bits == 1:
+            return bits
+        wide = torch.promote_types(dtype, torch.float32)
+        weights = 2.0 ** torch.arange(self.n_bits, device=self.device, dtype=wide)
+        return (
+            bits.unflatten(-1, (-1, self.n_bits)).to(wide) @ (weights / (2**self.n_bits - 1))
+        ).to(dtype)
+
+    def indices(self) -> Tensor:
+        """Coordinates of the ones, int64 ``[nnz, ndim]``, as ``torch.nonzero`` of the dense bits.
+
+        Dense only ``4096`` rows at a time.
+        """
+        if self.words.dim() == 1:
+            return self.to_dense().nonzero()
+        parts = []
+        for top in range(0, len(self), _ROW_BLOCK):
+            part = self[top : top + _ROW_BLOCK].to_dense().nonzero()
+            part[:, 0] += top
+            parts.append(part)
+        if not parts:
+            return torch.empty(0, len(self.shape), dtype=torch.int64, device=self.device)
+        return torch.cat(parts)
+
+    def equal(self, other: BinaryCode) -> bool:
+        """Whether shape, bits a feature, mask and every bit are the same."""
+        same_mask = torch.equal(self._kept(), other._kept().to(self.device))
+        return (
+            self.shape == other.shape
+            and self.n_bits == other.n_bits
+            and same_mask
+            and torch.equal(self.words, other.words.to(self.device))
+        )
+
+    def __repr__(self) -> str:
+        bits = f", n_bits={self.n_bits}" if self.n_bits > 1 else ""
+        ones = int(self.l0().sum()) / max(self.words.shape[:-1].numel() * self.n_columns, 1)
+        return (
+            f"BinaryCode(shape={tuple(self.shape)}, density={ones:.4g}{bits}, device={self.device})"
+        )
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> Path:
+        """Write a safetensors file: ``words`` unpadded, ``row_mask`` where there is one.
+
+        The file appears whole or not at all. Needs ``safetensors``.
+        """
+        tensors = {"words": self.words.detach().cpu().contiguous()}
+        if self.row_mask is not None:
+            tensors["row_mask"] = self.row_mask.cpu().contiguous()
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "n_columns": str(self.n_columns),
+            "n_bits": str(self.n_bits),
+            "metadata": json.dumps(metadata or {}),
+        }
+        return write_safetensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BinaryCode:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a safetensors file, not a code, another version, or inconsistent.
+        """
+        tensors, header = read_safetensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a saved BinaryCode: format {header.get('format')!r}")
+        if header.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has version {header.get('version')!r}; can read {FORMAT_VERSION!r}"
+            )
+        try:
+            n_columns, n_bits = int(header["n_columns"]), int(header["n_bits"])
+            code = cls(tensors["words"], n_columns, n_bits=n_bits, row_mask=tensors.get("row_mask"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid BinaryCode: {error}") from error
+        if not packing.tail_is_zero(code.words, n_columns):
+            raise ValueError(
+                f"{path} is not a valid BinaryCode: bits past column {n_columns} are set"
+            )
+        return code
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.words, self.n_columns, self.n_bits, self.row_mask)
+
+
+def _rebuild(words: Tensor, n_columns: int, n_bits: int, row_mask: Tensor | None) -> BinaryCode:
+    return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=row_mask)

@@ -1,0 +1,64 @@
+"""What runs here: versions, the CPU's vector level, and each backend with the reason if not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from bae_fast._version import __version__
+from bae_fast.ops.registry import AUTO_ORDER, BACKENDS, IMPLS, Request, reasons_against
+
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, SIMD level, and for each backend "available" or why not.
+
+    Imports no optional package: versions are read from installed metadata.
+    """
+    backends = {}
+    for name in IMPLS[2:]:
+        reasons = []
+        for device, order in AUTO_ORDER.items():
+            if name in order:
+                reasons += reasons_against(name, Request(device, torch.float32))
+        backends[name] = "available" if not reasons else "; ".join(dict.fromkeys(reasons))
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "bae_fast": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": {
+            "machine": platform.machine(),
+            "simd": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "cuda_devices": cuda,
+        "backends": {"reference": "available", **backends},
+    }
+
+
+def warmup(impl: str = "auto", *, device: torch.device | str = "cpu") -> str:
+    """Compile what a first call on ``device`` would compile; returns the name of the backend.
+
+    Backends without a just-in-time part (``torch``) have nothing to do.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run on that device.
+    """
+    from bae_fast.ops.registry import choose
+
+    name = choose(impl, torch.device(device).type, torch.float32, None, 1)
+    if name in BACKENDS and BACKENDS[name].warmup is not None:
+        BACKENDS[name].warmup(torch.device(device))  # type: ignore[misc]
+    return name

@@ -1,0 +1,500 @@
+"""The Binary Autoencoder as a module: parameters, normalisation, presets, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bae_fast import functional
+from bae_fast.codes import BinaryCode
+from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
+from bae_fast.functional import BAEOutput
+from bae_fast.ops.registry import check_impl
+from bae_fast.statistics import CodeStatistics
+from bae_fast.surrogates import resolve_surrogate
+
+ARCHITECTURE = "binary_autoencoder"
+CONFIG_NAME = "cfg.json"
+WEIGHTS_NAME = "sae_weights.safetensors"
+
+# what a preset decides where the caller says nothing
+PRESETS: dict[str, dict[str, Any]] = {
+    # starts sparse, learns near the threshold only: the entropy term works
+    "sparse": {"surrogate": "rectangle", "covariance": False, "init_density": 0.05},
+    # arXiv 2509.20997 as released: half of the bits on at the start, both terms
+    "paper": {"surrogate": "identity", "covariance": True, "init_density": 0.5},
+}
+
+# pre-activations made at a time where a function looks at all rows
+_CHUNK_ELEMENTS = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class BAEConfig:
+    """Everything but the weights; the content of ``cfg.json``.
+
+    Attributes:
+        d_in, d_sae: width of the hidden state, number of features F.
+        d_out: width of the reconstruction; d_in unless the module is a transcoder.
+        n_bits: bits a feature; ``W_enc`` has n_bits x d_sae columns.
+        surrogate, surrogate_width: see :mod:`bae_fast.surrogates`.
+        covariance: whether forward computes the covariance while training.
+        preset: what filled in the values not given.
+        metadata: where the hidden states came from (model_name, hook_name, context_size,
+            prepend_bos, dataset_path, ...); JSON values only.
+    """
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    n_bits: int = 1
+    surrogate: str = "rectangle"
+    surrogate_width: float = 0.25
+    covariance: bool = False
+    preset: str = "sparse"
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"architecture": ARCHITECTURE, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> BAEConfig:
+        """Check and build from the content of ``cfg.json``; unknown keys are ignored.
+
+        Raises:
+            ValueError: another architecture, a missing key, or a value of the wrong kind.
+        """
+        if values.get("architecture") != ARCHITECTURE:
+            raise ValueError(
+                f"{source} must have architecture {ARCHITECTURE!r}; "
+                f"got {values.get('architecture')!r}"
+            )
+        kinds: dict[str, tuple[type, ...]] = {
+            "d_in": (int,),
+            "d_sae": (int,),
+            "d_out": (int,),
+            "n_bits": (int,),
+            "surrogate": (str,),
+            "surrogate_width": (int, float),
+            "covariance": (bool,),
+            "preset": (str,),
+            "metadata": (dict,),
+        }
+        known: dict[str, Any] = {}
+        for name, allowed in kinds.items():
+            if name not in values:
+                raise ValueError(f"{source} lacks {name!r}")
+            value = values[name]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise ValueError(f"{source}: {name} must be {allowed[-1].__name__}; got {value!r}")
+            known[name] = value
+        config = cls(**known)
+        config.check(source)
+        return config
+
+    def check(self, source: str = "config") -> None:
+        """Raise ValueError where a value is out of range."""
+        for name in ("d_in", "d_sae", "d_out", "n_bits"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{source}: {name} must be an int >= 1; got {value!r}")
+        if self.n_bits > 16:
+            raise ValueError(f"{source}: n_bits must be at most 16; got {self.n_bits}")
+        if self.preset not in PRESETS:
+            raise ValueError(
+                f"{source}: preset must be one of {', '.join(PRESETS)}; got {self.preset!r}"
+            )
+        resolve_surrogate(self.surrogate, self.surrogate_width or None)
+
+
+class BinaryAutoencoder(nn.Module):
+    """Binary Autoencoder (Cho et al., arXiv 2509.20997) on packed codes.
+
+    A drop-in layer: raw hidden states in, raw reconstruction out. ``W_enc [d_in, n_bits d_sae]``,
+    ``b_enc``, ``W_dec [d_sae, d_out]``, ``b_dec`` are named and shaped as in SAELens. Buffers
+    ``x_mean [d_in]`` and ``x_scale []`` (and ``y_mean``, ``y_scale`` for a transcoder) normalise;
+    they are 0 and 1 until :meth:`fit_normalization_`.
+
+    Example::
+
+        bae = BinaryAutoencoder(d_in=576, d_sae=2304)
+        bae.fit_normalization_(x)
+        bae.init_density_(x, 0.05)
+        out = bae(x)
+        loss = bae.mse(out, x) + 3e-4 * out.entropy
+        loss.backward()
+    """
+
+    x_mean: Tensor
+    x_scale: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        d_out: int | None = None,
+        n_bits: int = 1,
+        preset: str = "sparse",
+        surrogate: str | None = None,
+        surrogate_width: float | None = None,
+        covariance: bool | None = None,
+        impl: str = "auto",
+        check_finite: bool = False,
+        metadata: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a module with random weights (torch's global generator).
+
+        Args:
+            d_in, d_sae: width of the hidden state, number of features.
+            d_out: width of the target, for a transcoder; None: d_in, and the target is x.
+            n_bits: bits a feature (1 to 16).
+            preset: "sparse" (starts with about 5 % of the bits on) or "paper" (half of them on,
+                identity surrogate, covariance on); decides what is not given.
+            surrogate, surrogate_width, covariance: override the preset.
+            impl: see :func:`bae_fast.binary_autoencoder`.
+            check_finite: raise on NaN or Inf in x.
+            metadata: kept in cfg.json.
+
+        Raises:
+            ValueError: a size below 1, an unknown preset, surrogate or impl.
+        """
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        defaults = PRESETS[preset]
+        surrogate, width = resolve_surrogate(surrogate or defaults["surrogate"], surrogate_width)
+        self.config = BAEConfig(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_in if d_out is None else d_out,
+            n_bits=n_bits,
+            surrogate=surrogate,
+            surrogate_width=width,
+            covariance=defaults["covariance"] if covariance is None else covariance,
+            preset=preset,
+            metadata=dict(metadata or {}),
+        )
+        self.config.check("BinaryAutoencoder")
+        self.is_transcoder = d_out is not None
+        self.impl = check_impl(impl)
+        self.check_finite = check_finite
+
+        kind = {"device": device, "dtype": dtype}
+        d_out, n_columns = self.config.d_out, n_bits * d_sae
+        self.W_enc = nn.Parameter(torch.empty(d_in, n_columns, **kind))  # type: ignore[arg-type]
+        self.b_enc = nn.Parameter(torch.empty(n_columns, **kind))  # type: ignore[arg-type]
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, **kind))  # type: ignore[arg-type]
+        self.b_dec = nn.Parameter(torch.empty(d_out, **kind))  # type: ignore[arg-type]
+        self.register_buffer("x_mean", torch.zeros(d_in, **kind))  # type: ignore[arg-type]
+        self.register_buffer("x_scale", torch.ones((), **kind))  # type: ignore[arg-type]
+        if self.is_transcoder:
+            self.register_buffer("y_mean", torch.zeros(d_out, **kind))  # type: ignore[arg-type]
+            self.register_buffer("y_scale", torch.ones((), **kind))  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random weights of the preset's density for normalised rows.
+
+        Columns of W_enc have norm about 1, so a normalised isotropic row has pre-activations of
+        about unit variance; b_enc is the normal quantile of the preset's density. Rows of W_dec
+        are scaled so that the first reconstruction does not exceed the row.
+        """
+        config = self.config
+        nn.init.normal_(self.W_enc, std=config.d_in**-0.5)
+        density = PRESETS[config.preset]["init_density"]
+        self.b_enc.fill_(float(torch.special.ndtri(torch.tensor(density, dtype=torch.float64))))
+        nn.init.normal_(self.W_dec, std=(config.d_sae * density) ** -0.5)
+        nn.init.zeros_(self.b_dec)
+
+    # -- normalisation -------------------------------------------------------------------------
+
+    @property
+    def _target_mean(self) -> Tensor:
+        return self.y_mean if self.is_transcoder else self.x_mean  # type: ignore[return-value]
+
+    @property
+    def _target_scale(self) -> Tensor:
+        return self.y_scale if self.is_transcoder else self.x_scale  # type: ignore[return-value]
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - x_mean) / x_scale, ``[..., d_in]``, in x's dtype."""
+        if x.shape[-1:] != self.x_mean.shape:
+            raise ValueError(f"x must have shape [..., {self.config.d_in}]; got {list(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x must be floating point; got {x.dtype}")
+        if x.device != self.x_mean.device:
+            raise ValueError(
+                f"x must be on the module's device {self.x_mean.device}; got {x.device}"
+            )
+        return ((x - self.x_mean) / self.x_scale).to(x.dtype)
+
+    def denormalize(self, recon: Tensor) -> Tensor:
+        """Inverse of the target's normalisation, ``[..., d_out]``, in recon's dtype."""
+        return (recon * self._target_scale + self._target_mean).to(recon.dtype)
+
+    @torch.no_grad()
+    def fit_normalization_(self, x: Tensor, target: Tensor | None = None) -> BinaryAutoencoder:
+        """Set the buffers so that the rows of x are centred and of unit mean square.
+
+        Args:
+            x: ``[..., d_in]``. Rows with outlying norms should be dropped before.
+            target: ``[..., d_out]``, for a transcoder only.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: no rows, non-finite or constant x, or a target missing or not wanted.
+        """
+        if self.is_transcoder != (target is not None):
+            raise ValueError(
+                f"target must {'be given' if self.is_transcoder else 'be None'}: d_out decides"
+            )
+        pairs = [("x", x, self.x_mean, self.x_scale)]
+        if target is not None:
+            pairs.append(("target", target, self._target_mean, self._target_scale))
+        fitted = []
+        for name, rows, mean, _ in pairs:
+            if rows.shape[-1:] != mean.shape or rows.numel() == 0:
+                raise ValueError(
+                    f"{name} must have shape [..., {len(mean)}] and rows; got {list(rows.shape)}"
+                )
+            rows = rows.reshape(-1, len(mean))
+            # float64 sums by blocks of rows: no float64 copy of all of x
+            blocks = rows.split(max(_CHUNK_ELEMENTS // len(mean), 1))
+            centre = sum(block.double().sum(0) for block in blocks) / len(rows)
+            square = (
+                sum((block.double() - centre).square().sum() for block in blocks) / rows.numel()
+            )
+            scale = float(torch.as_tensor(square).sqrt())
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(
+                    f"{name} must be finite and not constant; got root mean square {scale}"
+                )
+            fitted.append((centre, scale))
+        for (_, _, mean, scale_buffer), (centre, scale) in zip(pairs, fitted, strict=True):
+            mean.copy_(centre)
+            scale_buffer.fill_(scale)
+        return self
+
+    @torch.no_grad()
+    def init_density_(self, x: Tensor, density: float) -> BinaryAutoencoder:
+        """Set b_enc so that every bit is on in the given share of the rows of x.
+
+        The threshold lies midway between the two pre-activations around the batch's quantile, so
+        without ties exactly ``round(density * N)`` rows (at least 1, at most N - 1) are on.
+
+        Args:
+            x: raw rows ``[..., d_in]``, at least 2.
+            density: share of ones, in (0, 1).
+
+        Returns:
+            self.
+        """
+        if not 0 < density < 1:
+            raise ValueError(f"density must lie between 0 and 1; got {density!r}")
+        rows = self.normalize(x).reshape(-1, self.config.d_in).to(self.W_enc.dtype)
+        if len(rows) < 2:
+            raise ValueError(f"x must hold at least 2 rows; got {len(rows)}")
+        on = min(max(round(density * len(rows)), 1), len(rows) - 1)
+        chunk = max(_CHUNK_ELEMENTS // len(rows), 1)
+        for start in range(0, len(self.b_enc), chunk):
+            pre = rows @ self.W_enc[:, start : start + chunk]
+            top = pre.topk(on + 1, dim=0).values
+            self.b_enc[start : start + chunk] = -(top[-1] + top[-2]) / 2
+        return self
+
+    # -- the layer -----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        covariance: bool | None = None,
+        mask: Tensor | None = None,
+        stats: CodeStatistics | None = None,
+    ) -> BAEOutput:
+        """Encode, decode and measure.
+
+        Args:
+            x: ``[..., d_in]``, raw.
+            covariance: None: ``config.covariance`` while training with gradient, else off.
+            mask: bool ``[...]``; rows where it is False have zero bits, get no gradient and do
+                not count.
+            stats: statistics of more rows than x (micro-batches, ranks, a bank of codes).
+
+        Returns:
+            :class:`BAEOutput` with the raw reconstruction ``[..., d_out]``.
+        """
+        if covariance is None:
+            covariance = self.config.covariance and self.training and torch.is_grad_enabled()
+        out = functional.binary_autoencoder(
+            self.normalize(x),
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            surrogate=self.config.surrogate,
+            surrogate_width=self.config.surrogate_width or None,
+            n_bits=self.config.n_bits,
+            covariance=covariance,
+            mask=mask,
+            stats=stats,
+            impl=self.impl,
+            check_finite=self.check_finite,
+        )
+        return out._replace(recon=self.denormalize(out.recon))
+
+    def mse(self, out: BAEOutput, target: Tensor) -> Tensor:
+        """Mean over rows and dimensions of (target - recon)^2 in normalised units, ``[]``.
+
+        float32 or wider; masked rows are left out. ``target`` is x, or the target of a
+        transcoder, raw. (SAELens sums over dimensions: its weights are d_in times ours.)
+        """
+        if target.shape != out.recon.shape:
+            raise ValueError(
+                f"target must have shape {list(out.recon.shape)}; got {list(target.shape)}"
+            )
+        wide = torch.promote_types(out.recon.dtype, torch.float32)
+        error = ((out.recon.to(wide) - target.to(wide)) / self._target_scale.to(wide)).square()
+        mask = out.code.row_mask
+        if mask is None:
+            return error.mean()
+        return torch.where(mask[..., None], error, 0).sum() / (mask.sum() * error.shape[-1])
+
+    def encode(self, x: Tensor, *, mask: Tensor | None = None) -> BinaryCode:
+        """Packed bits of raw x ``[..., d_in]``; no gradient."""
+        return functional.encode(
+            self.normalize(x),
+            self.W_enc,
+            self.b_enc,
+            n_bits=self.config.n_bits,
+            mask=mask,
+            impl=self.impl,
+            check_finite=self.check_finite,
+        )
+
+    def decode(self, code: BinaryCode | Tensor) -> Tensor:
+        """Raw reconstruction ``[..., d_out]`` of a code, or of dense values ``[..., d_sae]``.
+
+        Differentiable in W_dec and b_dec. Dense values are used as they are, so features may be
+        scaled, ablated or added.
+        """
+        return self.denormalize(functional.decode(code, self.W_dec, self.b_dec, impl=self.impl))
+
+    def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """x W_enc + b_enc of normalised x, dense: ``[..., K]``, or only the given columns.
+
+        The margin of a bit: how far the state lies from the threshold.
+        """
+        weight = self.W_enc if columns is None else self.W_enc[:, columns]
+        bias = self.b_enc if columns is None else self.b_enc[columns]
+        return self.normalize(x) @ weight + bias
+
+    def extra_repr(self) -> str:
+        config = self.config
+        parts = [f"d_in={config.d_in}", f"d_sae={config.d_sae}"]
+        if self.is_transcoder:
+            parts.append(f"d_out={config.d_out}")
+        if config.n_bits > 1:
+            parts.append(f"n_bits={config.n_bits}")
+        parts += [
+            f"surrogate={config.surrogate!r}",
+            f"covariance={config.covariance}",
+            f"impl={self.impl!r}",
+        ]
+        return ", ".join(parts)
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``cfg.json`` and ``sae_weights.safetensors`` into a folder.
+
+        Each file appears whole or not at all, and the weights carry the configuration they were
+        saved with: a process killed between the two files leaves a loadable model.
+        """
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
+        }
+        values = self.config.to_dict()
+        values["dtype"] = str(self.W_enc.dtype).removeprefix("torch.")
+        values["transcoder"] = self.is_transcoder
+        content = json.dumps(values, sort_keys=True, allow_nan=False)
+        values["save_id"] = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
+        folder = Path(folder)
+        write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
+        write_json(folder / CONFIG_NAME, values)
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> BinaryAutoencoder:
+        """Load what :meth:`save_pretrained` wrote, in eval mode.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"folder {folder} does not exist")
+        source = folder / CONFIG_NAME
+        values = read_json(source)
+        tensors, header = read_safetensors(folder / WEIGHTS_NAME)
+        try:
+            saved_with = json.loads(header.get("config", "null"))
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME} holds an invalid configuration: {error}"
+            ) from error
+        if isinstance(saved_with, dict) and saved_with.get("save_id") != values.get("save_id"):
+            # a save was cut off between the two files: the weights' own configuration is theirs
+            values, source = saved_with, folder / WEIGHTS_NAME
+        config = BAEConfig.from_dict(values, str(source))
+        if not isinstance(values.get("transcoder", False), bool):
+            raise ValueError(f"{source}: transcoder must be bool; got {values['transcoder']!r}")
+        bae = cls(
+            config.d_in,
+            config.d_sae,
+            d_out=config.d_out if values.get("transcoder", False) else None,
+            n_bits=config.n_bits,
+            preset=config.preset,
+            surrogate=config.surrogate,
+            surrogate_width=config.surrogate_width or None,
+            covariance=config.covariance,
+            impl=impl,
+            metadata=config.metadata,
+            device="meta",
+        )
+        expected = bae.state_dict()
+        if tensors.keys() != expected.keys():
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME} must hold {sorted(expected)}; got {sorted(tensors)}"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape or not tensor.dtype.is_floating_point:
+                raise ValueError(
+                    f"{folder / WEIGHTS_NAME}: {name} must be floating point "
+                    f"{list(expected[name].shape)}; got {tensor.dtype} {list(tensor.shape)}"
+                )
+        bae.load_state_dict(tensors, assign=True)
+        for parameter in bae.parameters():
+            parameter.requires_grad_(True)
+        return bae.to(device).eval() if device is not None else bae.eval()

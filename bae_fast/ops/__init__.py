@@ -1,0 +1,1 @@
+"""Raw operators: their schemas and fakes (`schemas`), and the choice of a backend (`registry`)."""

@@ -1,0 +1,125 @@
+"""Which backend serves a call: by the tensor's device, dtype and shape, at call time.
+
+A backend is a folder ``bae_fast/backends/<name>/`` whose ``__init__`` has ``BACKEND``, an
+instance of :class:`Backend`; nothing else needs to change when one is added. Importing that
+module must be cheap and must not need the backend's toolchain: a backend that cannot run says so
+through :attr:`Backend.unavailable`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import bae_fast.backends
+
+IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
+
+# order of preference of impl="auto" on each device type
+AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+ENV_IMPL = "BAE_FAST_IMPL"
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly chosen implementation cannot run here, or not on these inputs."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked to serve; sizes are None where they are not known yet."""
+
+    device_type: str
+    dtype: torch.dtype
+    n_columns: int | None = None
+    n_bits: int = 1
+
+
+def _no_reasons(request: Request) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every operator in :mod:`bae_fast.ops.schemas`.
+
+    Attributes:
+        name: the overload's name, and the value of ``impl=``.
+        unavailable: why it cannot run in this process at all, or None.
+        ops: operator name -> callable; empty where unavailable.
+        not_supported_reasons: every reason against serving a request; empty to accept it.
+        warmup: compiles what a first call on a device would, or None where nothing is compiled.
+    """
+
+    name: str
+    unavailable: str | None = None
+    ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    not_supported_reasons: Callable[[Request], list[str]] = _no_reasons
+    warmup: Callable[[torch.device], None] | None = None
+
+
+def _discover() -> dict[str, Backend]:
+    found = {}
+    for module in pkgutil.iter_modules(bae_fast.backends.__path__):
+        found[module.name] = importlib.import_module(f"bae_fast.backends.{module.name}").BACKEND
+    return found
+
+
+BACKENDS: dict[str, Backend] = _discover()
+
+
+def reasons_against(name: str, request: Request) -> list[str]:
+    """Why backend ``name`` cannot serve ``request``; an empty list when it can."""
+    backend = BACKENDS.get(name)
+    if backend is None:
+        return ["not part of this version of bae_fast"]
+    if backend.unavailable is not None:
+        return [backend.unavailable]
+    return backend.not_supported_reasons(request)
+
+
+def check_impl(impl: str) -> str:
+    """Return ``impl`` if it is a known name; raise ValueError otherwise."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+    return impl
+
+
+@torch.compiler.assume_constant_result
+def choose(
+    impl: str, device_type: str, dtype: torch.dtype, n_columns: int | None, n_bits: int
+) -> str:
+    """The implementation that serves a call: "reference" or the name of a backend.
+
+    ``impl="auto"`` is replaced by ``BAE_FAST_IMPL`` where that is set. An explicit choice never
+    falls back.
+
+    Raises:
+        ValueError: unknown name, in the argument or the environment.
+        BackendUnavailableError: the explicit choice cannot serve the call; every reason is said.
+    """
+    if check_impl(impl) == "auto":
+        impl = os.environ.get(ENV_IMPL) or "auto"
+        if impl not in IMPLS:
+            raise ValueError(f"{ENV_IMPL} must be one of {', '.join(IMPLS)}; got {impl!r}")
+    if impl == "reference":
+        return impl
+    request = Request(device_type, dtype, n_columns, n_bits)
+    if impl == "auto":
+        order = AUTO_ORDER.get(device_type, ("torch",))
+        for name in order:
+            if not reasons_against(name, request):
+                return name
+        refused = "; ".join(
+            f"{name}: {', '.join(reasons_against(name, request))}" for name in order
+        )
+        raise BackendUnavailableError(f"no implementation serves {request}: {refused}")
+    reasons = reasons_against(impl, request)
+    if reasons:
+        raise BackendUnavailableError(f"impl={impl!r} cannot serve {request}: {'; '.join(reasons)}")
+    return impl
