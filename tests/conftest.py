@@ -1,0 +1,20 @@
+"""Shared fixtures: a fixed seed, one thread, no environment that changes the choice of backend."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch):
+    for name in ("BAE_FAST_IMPL", "BAE_FAST_SCRATCH_MB", "BAE_FAST_SIGN_PLANES_MB"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; torch sees none")

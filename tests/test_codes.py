@@ -1,0 +1,153 @@
+"""BinaryCode against dense tensors, and its file."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import bae_fast as bf
+
+
+def make(shape=(70, 100), density=0.3, **options):
+    bits = torch.rand(shape) < density
+    return bits, bf.BinaryCode.from_dense(bits, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (3, 4, 70), (64, 64)])
+def test_shape_counts_density_and_contents_equal_the_dense_bits(shape):
+    bits, code = make(shape)
+    flat = bits.flatten(0, -2)
+    assert code.shape == bits.shape
+    assert len(code) == shape[0]
+    assert torch.equal(code.to_dense(), bits)
+    assert torch.equal(code.counts(), flat.sum(0))
+    assert torch.equal(code.density(), flat.double().mean(0))
+    assert torch.equal(code.l0(), bits.sum(-1))
+    assert torch.equal(code.indices(), bits.nonzero())
+    assert code.nbytes == flat.shape[0] * math.ceil(shape[-1] / 32) * 4
+
+
+def test_entropy_is_the_pooled_sum_of_binary_entropies():
+    bits, code = make((200, 40))
+    p = bits.numpy().mean(0)
+    expected = sum(
+        -q * math.log2(q + 1e-10) - (1 - q) * math.log2(1 - q + 1e-10) for q in p.tolist()
+    )
+    assert code.entropy().dtype == torch.float64
+    assert float(code.entropy()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_masked_rows_are_not_counted():
+    bits, _ = make((50, 20))
+    keep = torch.rand(50) < 0.6
+    code = bf.BinaryCode.from_dense(bits & keep[:, None])
+    masked = bf.BinaryCode(code.words, 20, row_mask=keep)
+    assert int(masked.n_rows()) == int(keep.sum())
+    assert torch.equal(masked.density(), bits[keep].double().mean(0))
+    assert torch.equal(masked[10:30].row_mask, keep[10:30])
+
+
+@pytest.mark.parametrize(
+    "rows", [3, -1, slice(5, 40, 3), [1, 5, 5], torch.tensor([9, 0]), torch.arange(70) % 3 == 0]
+)
+def test_indexing_selects_rows(rows):
+    bits, code = make()
+    assert torch.equal(code[rows].to_dense(), bits[rows])
+
+
+def test_tuples_do_not_index():
+    _, code = make()
+    with pytest.raises(TypeError, match="indexed by rows"):
+        code[1, 2]
+
+
+def test_cat_joins_rows_and_masks_and_refuses_other_widths():
+    a, code_a = make((5, 33))
+    b, code_b = make((7, 33))
+    assert torch.equal(bf.BinaryCode.cat([code_a, code_b]).to_dense(), torch.cat([a, b]))
+    keep = torch.tensor([True, False, True, True, True])
+    masked = bf.BinaryCode(code_a.words, 33, row_mask=keep)
+    joined = bf.BinaryCode.cat([masked, code_b])
+    assert joined.row_mask.tolist() == keep.tolist() + [True] * 7
+    with pytest.raises(ValueError, match="codes must agree"):
+        bf.BinaryCode.cat([code_a, make((5, 34))[1]])
+    with pytest.raises(ValueError, match="not be empty"):
+        bf.BinaryCode.cat([])
+
+
+def test_multibit_values_weigh_bits_least_significant_first():
+    bits, code = make((30, 12), n_bits=3)
+    dense = bits.numpy().reshape(30, 4, 3).astype(float)
+    expected = (dense * np.array([1, 2, 4]) / 7).sum(-1)
+    assert code.n_features == 4
+    np.testing.assert_allclose(code.values(torch.float64).numpy(), expected, rtol=1e-15)
+
+
+def test_save_and_load_keep_every_bit_and_the_mask(tmp_path):
+    bits, _ = make((40, 3, 37))
+    keep = torch.rand(40, 3) < 0.5
+    code = bf.BinaryCode.from_dense(bits & keep[..., None])
+    code = bf.BinaryCode(code.words, 37, row_mask=keep)
+    path = code.save(tmp_path / "deep" / "code.safetensors", {"hook": "layer 3"})
+    assert bf.BinaryCode.load(path).equal(code)
+    assert [p.name for p in path.parent.iterdir()] == ["code.safetensors"]
+    with safe_open(path, "pt") as file:
+        on_disk = file.get_tensor("words").numpy()
+    packed = np.packbits(code.to_dense().numpy(), axis=-1, bitorder="little")
+    np.testing.assert_array_equal(on_disk.view(np.uint8)[..., : packed.shape[-1]], packed)
+
+
+def test_loading_refuses_foreign_truncated_and_inconsistent_files(tmp_path):
+    path = tmp_path / "code.safetensors"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        bf.BinaryCode.load(path)
+    save_file({"words": torch.zeros(3, 3)}, path)
+    with pytest.raises(ValueError, match="not a saved BinaryCode"):
+        bf.BinaryCode.load(path)
+    header = {"format": "bae_fast.binary_code", "version": "1", "n_columns": "37", "n_bits": "1"}
+    save_file({"words": torch.full((3, 2), -1, dtype=torch.int32)}, path, header)
+    with pytest.raises(ValueError, match="bits past column 37"):
+        bf.BinaryCode.load(path)
+    save_file({"words": torch.zeros(3, 2, dtype=torch.int32)}, path, {**header, "version": "9"})
+    with pytest.raises(ValueError, match="version '9'"):
+        bf.BinaryCode.load(path)
+    save_file({"words": torch.zeros(3, 5, dtype=torch.int32)}, path, header)
+    with pytest.raises(ValueError, match="not a valid BinaryCode"):
+        bf.BinaryCode.load(path)
+    make()[1].save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        bf.BinaryCode.load(path)
+
+
+def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "code.safetensors"
+    _, old = make()
+    old.save(path)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        make()[1].save(path)
+    assert bf.BinaryCode.load(path).equal(old)
+    assert [p.name for p in tmp_path.iterdir()] == ["code.safetensors"]
+
+
+def test_from_dense_refuses_values_that_are_not_bits():
+    with pytest.raises(ValueError, match="only 0 and 1"):
+        bf.BinaryCode.from_dense(torch.tensor([[0.0, 0.5]]))
+    with pytest.raises(ValueError, match="only 0 and 1"):
+        bf.BinaryCode.from_dense(torch.tensor([[0.0, float("nan")]]))
+
+
+def test_constructor_names_what_is_wrong():
+    words = torch.zeros(3, 2, dtype=torch.int32)
+    with pytest.raises(TypeError, match="words must be int32"):
+        bf.BinaryCode(words.long(), 40)
+    with pytest.raises(ValueError, match="words must be"):
+        bf.BinaryCode(words, 65)
+    with pytest.raises(ValueError, match="n_bits must divide"):
+        bf.BinaryCode(words, 40, n_bits=3)
+    with pytest.raises(ValueError, match="row_mask must be bool"):
+        bf.BinaryCode(words, 40, row_mask=torch.ones(4, dtype=torch.bool))

@@ -1,0 +1,324 @@
+"""impl="torch" against the reference in float64, and the integers against NumPy."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.packing import unpack_rows
+from bae_fast.surrogates import SURROGATES
+
+IMPLS = ["torch"]
+NAMES = ["recon", "entropy", "covariance", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
+
+# (N, d_in, F, n_bits, d_out): every size hugs a word's edge somewhere
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 1, 1, 1, 3),
+    (2, 3, 31, 1, 3),
+    (31, 5, 33, 1, 5),
+    (32, 67, 64, 1, 67),
+    (33, 8, 65, 1, 2),
+    (64, 4, 257, 1, 4),
+    (130, 67, 257, 1, 67),
+    (7, 6, 5, 2, 6),
+    (65, 9, 33, 3, 4),
+    (64, 5, 17, 8, 5),
+]
+
+
+def problem(n, d, f, k, d_out, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    x = normal(n, d)
+    W_enc, b_enc = normal(d, k * f) * d**-0.5, normal(k * f) * 0.3
+    # constant columns: never on, always on
+    b_enc[:: max(f * k // 5, 1)] = -100
+    b_enc[1 :: max(f * k // 5, 1)] = 100
+    if f * k > 4:  # twin columns, and equal halves of a power of two: ties V = 0
+        W_enc[:, 2], b_enc[2] = W_enc[:, 3], b_enc[3]
+    return x, [W_enc, b_enc, normal(f, d_out), normal(d_out)], normal(n, d_out)
+
+
+def run(impl, x, parameters, direction, terms=("recon", "entropy", "covariance"), **options):
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    out = bf.binary_autoencoder(*leaves, impl=impl, covariance="covariance" in terms, **options)
+    # squares, so that every term's upstream gradient differs by entry and from one
+    loss = 0
+    if "recon" in terms:
+        loss = loss + ((out.recon - direction) ** 2).sum()
+    if "entropy" in terms:
+        loss = loss + out.entropy**2 * 0.01
+    if "covariance" in terms:
+        loss = loss + out.covariance**2 * 0.01
+    loss.backward()
+    values = [out.recon, out.entropy, out.covariance, *(leaf.grad for leaf in leaves)]
+    return {
+        k: None if v is None else v.detach() for k, v in zip(NAMES, values, strict=True)
+    }, out.code
+
+
+def assert_same(actual, expected, tolerance=1e-12):
+    for name in NAMES:
+        a, e = actual[name], expected[name]
+        assert (a is None) == (e is None), name
+        if e is not None:
+            assert a.dtype == e.dtype
+            scale = e.abs().max()
+            if name == "b_enc" and scale < 1e-12 * expected["W_enc"].abs().max():
+                # the covariance's gradient sums to zero over the counted rows: under `identity`
+                # what is left of b_enc's is rounding on both sides, to be judged by its summands
+                scale = expected["W_enc"].abs().max()
+            assert (a - e).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_equal_the_reference(impl, surrogate, shape):
+    x, parameters, direction = problem(*shape)
+    n = shape[0]
+    keep = torch.arange(n) % 3 != 1
+    terms = ["recon", "entropy", "covariance"]
+    for mask, size in itertools.product([None, keep], [1, 2, 3]):
+        if mask is not None and n < 4:
+            continue
+        for used in itertools.combinations(terms, size):
+            if n == 1 and "covariance" in used:
+                continue
+            options = {"surrogate": surrogate, "n_bits": shape[3], "mask": mask}
+            expected, code = run("reference", x, parameters, direction, used, **options)
+            actual, packed = run(impl, x, parameters, direction, used, **options)
+            assert packed.equal(code)
+            assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sign_planes_mb", ["0", "64"])
+def test_several_chunks_and_tiles_with_stored_or_recomputed_signs(
+    impl, sign_planes_mb, monkeypatch
+):
+    monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", sign_planes_mb)
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "1")
+    x, parameters, direction = problem(1024, 3, 2500, 1, 2)  # 256-column chunks, 3 tiles
+    expected, _ = run("reference", x, parameters, direction, surrogate="identity")
+    actual, _ = run(impl, x, parameters, direction, surrogate="identity")
+    assert_same(actual, expected)
+
+
+def numpy_covariance(bits):
+    """Counts, V and its signs with NumPy's integers: shares no code with the package."""
+    b = bits.numpy().astype(np.int64)
+    n, counts = len(b), b.sum(0)
+    v = n * (b.T @ b) - np.outer(counts, counts)
+    np.fill_diagonal(v, 0)
+    return counts, v
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("n", [2, 3, 31, 64, 100, 256, 5000])
+@pytest.mark.parametrize("density", [0.02, 0.5, 0.97])
+def test_counts_numerator_and_signs_equal_numpy(impl, n, density):
+    bits = torch.rand(n, 101) < density
+    bits[:, :3] = torch.tensor([False, True, True])
+    counts, v = numpy_covariance(bits)
+    code = bf.BinaryCode.from_dense(bits)
+    stats = code.statistics(covariance=True, impl=impl)
+    np.testing.assert_array_equal(stats.counts.numpy(), counts)
+    assert int(stats.numerator) == int(np.abs(v).sum())
+    above, below = unpack_rows(stats.signs, 101, torch.int8)
+    np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+    assert float(stats.covariance()) == pytest.approx(np.abs(v).sum() / (n * (n - 1)), rel=1e-15)
+
+
+def test_ties_are_common_in_what_is_tested():
+    """The tests above hold 0 apart from +1 only if V is 0 somewhere off the diagonal."""
+    _, v = numpy_covariance(torch.rand(64, 101) < 0.5)
+    assert (v == 0).sum() > 101
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_rows_than_fp32_can_square(impl):
+    """Beyond 4096 rows V leaves fp32's integers, beyond 46,340 int32's."""
+    bits = torch.rand(70_000, 9) < torch.linspace(0.01, 0.99, 9)
+    _, v = numpy_covariance(bits)
+    stats = bf.BinaryCode.from_dense(bits).statistics(covariance=True, impl=impl)
+    assert int(stats.numerator) == int(np.abs(v).sum())
+
+
+def test_covariance_equals_torch_cov_where_there_is_no_tie():
+    bits = torch.rand(101, 12) < 0.4  # 101 is prime: V = 0 only for constant columns
+    c = torch.cov(bits.double().T)
+    expected = c.abs().sum() - c.diagonal().abs().sum()
+    stats = bf.BinaryCode.from_dense(bits).statistics(covariance=True)
+    assert float(stats.covariance()) == pytest.approx(float(expected), rel=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_statistics_of_more_rows_replace_those_of_the_call(impl):
+    x, parameters, direction = problem(96, 5, 70, 1, 5)
+    whole = bf.encode(x, *parameters[:2])
+    stats = whole.statistics(covariance=True)
+    part = slice(10, 40)
+    expected, _ = run("reference", x[part], parameters, direction[part], stats=stats)
+    actual, _ = run(impl, x[part], parameters, direction[part], stats=stats)
+    assert_same(actual, expected)
+    everything, _ = run(impl, x, parameters, direction)
+    assert actual["entropy"] == everything["entropy"]
+    assert actual["covariance"] == everything["covariance"]
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "sigmoid", "rectangle"])
+def test_gradients_of_the_terms_add_up(surrogate):
+    """All surrogates but `official` are linear in the incoming gradient."""
+    x, parameters, _ = problem(50, 4, 40, 1, 4)
+
+    def gradient(*weights):
+        leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+        out = bf.binary_autoencoder(*leaves, surrogate=surrogate, covariance=True)
+        parts = (out.recon.sum(), out.entropy, out.covariance)
+        sum(w * p for w, p in zip(weights, parts, strict=True)).backward()
+        return leaves[0].grad
+
+    apart = gradient(2, 0, 0) + gradient(0, 3, 0) + gradient(0, 0, 5)
+    torch.testing.assert_close(gradient(2, 3, 5), apart, rtol=1e-11, atol=1e-11)
+
+
+def test_official_surrogate_is_not_linear():
+    x, parameters, _ = problem(50, 4, 40, 1, 4)
+    once, _ = run("torch", x, parameters, x, ("recon",), surrogate="official")
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    out = bf.binary_autoencoder(*leaves, surrogate="official")
+    (2 * ((out.recon - x) ** 2).sum()).backward()
+    assert not torch.allclose(leaves[0].grad, 2 * once["x"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_integer_inputs_are_exact_and_zero_gives_zero(impl):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(-3, 4, (200, 16), generator=g).float()
+    W = torch.randint(-2, 3, (16, 90), generator=g).float()
+    b = torch.randint(-4, 5, (90,), generator=g).float()
+    pre = x.long() @ W.long() + b.long()
+    assert (pre == 0).any()
+    assert torch.equal(bf.encode(x, W, b, impl=impl).to_dense(), pre > 0)
+    half = bf.encode(x.bfloat16(), W.bfloat16(), b.bfloat16(), impl=impl)
+    assert torch.equal(half.to_dense(), pre > 0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_equal_float64_outside_the_rounding_bound(impl, dtype):
+    """|pre| <= delta = gamma_d (sum |x||W| + |b|) may differ, with fp32 sums in every dtype."""
+    x, (W, b, *_), _ = problem(300, 96, 500, 1, 4, dtype)
+    pre = x.double() @ W.double() + b.double()
+    unit = 2.0**-24
+    gamma = (96 + 2) * unit / (1 - (96 + 2) * unit)
+    delta = gamma * (x.double().abs() @ W.double().abs() + b.double().abs())
+    bits = bf.encode(x, W, b, impl=impl).to_dense()
+    differ = bits != (pre > 0)
+    assert not (differ & (pre.abs() > delta)).any()
+    assert differ.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_adds_the_fp32_bias_before_rounding(impl):
+    """A bias with more bits than bf16 decides the sign of pre-activations near zero."""
+    x = torch.ones(4, 8)
+    W = torch.full((8, 64), 1.0)
+    b = -8.0 + torch.linspace(-1, 1, 64) * 1e-3  # bf16 would round every one of them to -8
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        bits = bf.encode(x, W, b, impl=impl).to_dense()
+    assert torch.equal(bits[0], b > -8.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_err_at_most_twice_as_much_as_eager_in_the_same_dtype(impl, dtype):
+    """Values and gradients against float64 formulas evaluated on the implementation's own bits."""
+    x, parameters, _ = problem(128, 48, 300, 1, 48, dtype)
+    g = torch.randn(128, 48).to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    out = bf.binary_autoencoder(*leaves, impl=impl, surrogate="identity")
+    out.recon.backward(g)
+    bits = out.code.to_dense(torch.float64)
+
+    def formulas(kind):
+        bits_, x_, W_enc, W_dec, b_dec, g_ = (
+            t.to(kind) for t in (bits, x, parameters[0], parameters[2], parameters[3], g)
+        )
+        g_pre = g_ @ W_dec.T
+        return {
+            "recon": bits_ @ W_dec + b_dec,
+            "x": g_pre @ W_enc.T,
+            "W_enc": x_.T @ g_pre,
+            "b_enc": g_pre.sum(0),
+            "W_dec": bits_.T @ g_,
+            "b_dec": g_.sum(0),
+        }
+
+    exact, eager = formulas(torch.float64), formulas(dtype)
+    got = dict(
+        zip(["x", "W_enc", "b_enc", "W_dec", "b_dec"], (p.grad for p in leaves), strict=True)
+    )
+    got["recon"] = out.recon.detach()
+    for name, value in got.items():
+        assert value.dtype == dtype
+        scale = exact[name].abs().max()
+        allowed = 2 * (eager[name].double() - exact[name]).abs().max()
+        allowed += torch.finfo(dtype).eps * scale
+        assert (value.double() - exact[name]).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_and_inf_never_crash_and_nan_gives_zero(impl):
+    x, parameters, _ = problem(20, 4, 40, 1, 4)
+    x[3, 1], x[4, 0] = float("nan"), float("inf")
+    out = bf.binary_autoencoder(x, *parameters, impl=impl, covariance=True)
+    assert int(out.code.l0()[3]) == 0
+    assert int(out.code.counts().sum()) == int(out.code.to_dense().sum())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_give_the_same_bits_and_gradients(impl):
+    torch.set_num_threads(2)
+    x, parameters, direction = problem(300, 33, 400, 1, 33, torch.float32)
+    first, code = run(impl, x, parameters, direction)
+    second, again = run(impl, x, parameters, direction)
+    assert code.equal(again)
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_and_offset_inputs_equal_contiguous_ones(impl):
+    x, parameters, direction = problem(40, 10, 70, 1, 10)
+    base = torch.zeros(81, 23, dtype=x.dtype)
+    base[1::2, 3:23:2] = x
+    views = [base[1::2, 3:23:2], parameters[0].T.contiguous().T, *parameters[1:]]
+    expected, _ = run(impl, x, parameters, direction)
+    leaves = [t.detach().requires_grad_() for t in views]
+    out = bf.binary_autoencoder(*leaves, impl=impl, covariance=True)
+    (
+        ((out.recon - direction) ** 2).sum() + out.entropy**2 * 0.01 + out.covariance**2 * 0.01
+    ).backward()
+    assert (leaves[0].grad - expected["x"]).abs().max() <= 1e-12 * expected["x"].abs().max()
+    assert (leaves[1].grad - expected["W_enc"]).abs().max() <= 1e-12 * expected["W_enc"].abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_than_2_to_the_31_bits(impl):
+    """Offsets into N x F pass 2^31: the last rows and columns must still be theirs."""
+    n, f = 70_000, 32_768
+    x = torch.zeros(n, 2)
+    x[-1], x[40_000, 0] = 1, 1
+    W = torch.zeros(2, f)
+    W[0, -1], W[1, 5] = 1, 1
+    code = bf.encode(x, W, torch.zeros(f), impl=impl)
+    assert code[[40_000, n - 1]].indices().tolist() == [[0, f - 1], [1, 5], [1, f - 1]]
+    assert int(code.l0().sum()) == 3
