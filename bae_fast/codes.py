@@ -58,9 +58,18 @@ class BinaryCode:
     """
 
     def __init__(
-        self, words: Tensor, n_columns: int, *, n_bits: int = 1, row_mask: Tensor | None = None
+        self,
+        words: Tensor,
+        n_columns: int,
+        *,
+        n_bits: int = 1,
+        row_mask: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Wrap row-packed words; the data is not copied and tail bits are taken to be zero.
+
+        ``counts`` is int64 ``[K]``, the ones in each column where an encoder knows them already;
+        None: counted when asked for. The words must not change afterwards.
 
         Raises:
             TypeError: words is not int32.
@@ -87,6 +96,7 @@ class BinaryCode:
         self.n_columns = n_columns
         self.n_bits = n_bits
         self.row_mask = row_mask
+        self._counts = counts
 
     @classmethod
     def from_dense(cls, bits: Tensor, *, n_bits: int = 1) -> BinaryCode:
@@ -178,7 +188,9 @@ class BinaryCode:
     def flatten(self) -> BinaryCode:
         """The same rows with one leading dimension: ``[N, K]``."""
         mask = None if self.row_mask is None else self.row_mask.reshape(-1)
-        return self._like(self._rows, mask)
+        return BinaryCode(
+            self._rows, self.n_columns, n_bits=self.n_bits, row_mask=mask, counts=self._counts
+        )
 
     def to(self, device: torch.device | str) -> BinaryCode:
         """Copy to a device."""
@@ -195,6 +207,8 @@ class BinaryCode:
 
     def counts(self) -> Tensor:
         """Ones in each column, int64 ``[K]``."""
+        if self._counts is not None:
+            return self._counts
         return packing.column_counts(self._rows, self.n_columns)
 
     def density(self) -> Tensor:

@@ -231,6 +231,19 @@ def _check_x(
             )
 
 
+def _as_code(
+    words: Tensor,
+    counts: Tensor | None,
+    lead: torch.Size,
+    n_columns: int,
+    n_bits: int,
+    mask: Tensor | None,
+) -> BinaryCode:
+    """Words [N, W] in the leading shape of the hidden states."""
+    words = words.view(*lead, words.shape[-1])
+    return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=mask, counts=counts)
+
+
 # -- functions ---------------------------------------------------------------------------------
 
 
@@ -306,18 +319,18 @@ def binary_autoencoder(
             mask=row_mask, stats=stats,
         )  # fmt: skip
         recon, entropy, spread = dense.recon, dense.entropy, dense.covariance
-        words = pack_rows(dense.bits.detach())
+        words, counts = pack_rows(dense.bits.detach()), None
     else:
         parts = (None,) * 5
         if stats is not None:
             parts = (stats.n_rows, stats.counts, stats.words, stats.numerator, stats.signs)  # type: ignore[assignment]
-        recon, entropy, spread, words, *_ = _PackedAutoencoder.apply(
+        recon, entropy, spread, words, _, counts, *_ = _PackedAutoencoder.apply(
             rows.to(dtype), W_enc, b_enc, W_dec, b_dec, row_mask, *parts,
             name, surrogate, width, n_bits, covariance, keep_signs(n_columns),
         )  # fmt: skip
         if not covariance:
             spread = None
-    code = BinaryCode(words.view(*lead, words.shape[-1]), n_columns, n_bits=n_bits, row_mask=mask)
+    code = _as_code(words, counts, lead, n_columns, n_bits, mask)
     return BAEOutput(recon.to(dtype).view(*lead, recon.shape[-1]), entropy, spread, code)
 
 
@@ -348,11 +361,10 @@ def encode(
     if name == "reference":
         bits = rows @ W_enc + b_enc > 0
         words = pack_rows(bits if row_mask is None else bits & row_mask[:, None])
+        counts = None
     else:
-        words, *_ = _ops(name)["encode"](rows.to(dtype), W_enc, b_enc, row_mask, None)
-    return BinaryCode(
-        words.view(*x.shape[:-1], words.shape[-1]), n_columns, n_bits=n_bits, row_mask=mask
-    )
+        words, _, counts, _ = _ops(name)["encode"](rows.to(dtype), W_enc, b_enc, row_mask, None)
+    return _as_code(words, counts, x.shape[:-1], n_columns, n_bits, mask)
 
 
 class _PackedDecoder(torch.autograd.Function):
@@ -385,6 +397,12 @@ class _PackedDecoder(torch.autograd.Function):
             None,
             None,
             None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise NotImplementedError(
+            "decode of a packed code has no vmap: give the code leading dimensions [..., F]"
         )
 
 

@@ -1,0 +1,17 @@
+"""What a device computes natively."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (x86: AVX512-BF16 or AMX; Arm: BF16)."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether bfloat16 products are faster than float32 ones on a device."""
+    kind = torch.device(device).type
+    return kind == "cuda" or (kind == "cpu" and cpu_has_bfloat16())

@@ -1,0 +1,15 @@
+"""Training a Binary Autoencoder on rows of hidden states."""
+
+from bae_fast.training.bank import CodeBank
+from bae_fast.training.recipe import init_from_rows_, refit_decoder_, revive_
+from bae_fast.training.trainer import PRESETS, Trainer, TrainingConfig
+
+__all__ = [
+    "PRESETS",
+    "CodeBank",
+    "Trainer",
+    "TrainingConfig",
+    "init_from_rows_",
+    "refit_decoder_",
+    "revive_",
+]

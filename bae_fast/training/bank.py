@@ -1,0 +1,56 @@
+"""A bank of past codes: statistics over more rows than a batch, at one bit a feature and row."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from bae_fast.codes import BinaryCode
+from bae_fast.statistics import CodeStatistics
+
+
+class CodeBank:
+    """The codes of the last ``n_batches`` batches, and their pooled statistics.
+
+    The entropy of a small batch is biased low and its gradient is noisy for rare features; the
+    covariance of N independent rows has a floor of order 1 / sqrt(N). Both improve with the
+    number of rows counted. Gradient still flows to the current rows only.
+    """
+
+    def __init__(self, n_batches: int) -> None:
+        if n_batches < 1:
+            raise ValueError(f"n_batches must be at least 1; got {n_batches}")
+        self.n_batches = n_batches
+        self._codes: deque[BinaryCode] = deque()
+        self._counts: deque[torch.Tensor] = deque()
+
+    def __len__(self) -> int:
+        """Batches held."""
+        return len(self._codes)
+
+    @property
+    def codes(self) -> list[BinaryCode]:
+        """The codes held, oldest first."""
+        return list(self._codes)
+
+    def append(self, code: BinaryCode) -> None:
+        """Add a batch's code; the oldest one leaves once the bank is full."""
+        self._codes.append(code)
+        self._counts.append(code.counts())
+        if len(self._codes) > self.n_batches:
+            self._codes.popleft()
+            self._counts.popleft()
+
+    def statistics(self, covariance: bool = False) -> CodeStatistics:
+        """Statistics of all rows held, for ``stats=``.
+
+        Raises:
+            ValueError: the bank is empty.
+        """
+        if not self._codes:
+            raise ValueError("the bank is empty: append a code first")
+        if covariance:
+            return BinaryCode.cat(self.codes).statistics(covariance=True)
+        n_rows = torch.stack([code.n_rows() for code in self._codes]).sum()
+        return CodeStatistics(n_rows, torch.stack(list(self._counts)).sum(0))

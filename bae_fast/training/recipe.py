@@ -1,0 +1,150 @@
+"""What makes a sparse binary code train: the start, the revival of dead features, the refit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.functional import decode, encode
+from bae_fast.model import BinaryAutoencoder
+
+# rows decoded or encoded densely at a time
+_ROW_BLOCK = 8192
+
+# the refit solves F x F normal equations in float64
+MAX_REFIT_FEATURES = 16384
+
+
+@torch.no_grad()
+def init_from_rows_(
+    bae: BinaryAutoencoder,
+    x: Tensor,
+    density: float,
+    *,
+    decoder_norm: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Start every feature along a row of the data, on in a given share of the rows.
+
+    Row j of W_dec and column(s) j of W_enc point along one normalised row of x, drawn at random.
+    Columns of W_enc are scaled so that pre-activations have unit standard deviation over x, which
+    is the unit of the surrogate's width; b_enc then sets the density.
+
+    Args:
+        x: raw rows ``[n, d_in]``, n >= 2; a few thousand are enough.
+        density: share of the rows in which each bit is on.
+        decoder_norm: norm of the rows of W_dec, in normalised units.
+        generator: of the draws.
+
+    Raises:
+        ValueError: for a transcoder, whose inputs and targets have different spaces.
+    """
+    if bae.is_transcoder:
+        raise ValueError("init_from_rows_ needs d_out=None: a transcoder's target is not x")
+    rows = bae.normalize(x).to(bae.W_enc.dtype)
+    draw = torch.randint(len(rows), (bae.config.d_sae,), generator=generator)
+    directions = torch.nn.functional.normalize(rows[draw.to(rows.device)], dim=1)
+    bae.W_dec.copy_(directions * decoder_norm)
+    columns = directions.T.repeat_interleave(bae.config.n_bits, dim=1)
+    bae.W_enc.copy_(columns / (rows @ columns).std(0).clamp_min(1e-6))
+    bae.b_dec.zero_()
+    bae.init_density_(x, density)
+
+
+@torch.no_grad()
+def revive_(
+    bae: BinaryAutoencoder,
+    dead: Tensor,
+    x: Tensor,
+    error: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    quantile: float,
+    decoder_scale: float,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Point dead features at what is reconstructed worst.
+
+    Each dead feature takes the direction of the residual of one row, drawn with probability
+    proportional to its squared error; the encoder gets the median norm of the live features, the
+    decoder ``decoder_scale`` of it, b_enc the given quantile of the pre-activations of x, and
+    the optimizer forgets the feature.
+
+    Args:
+        dead: bool ``[F]``.
+        x: normalised rows ``[N, d_in]``.
+        error: target - reconstruction of these rows, normalised, ``[N, d_out]``; d_out = d_in.
+
+    Returns:
+        How many features were revived.
+    """
+    dead_ids = dead.nonzero().flatten()
+    n_dead = len(dead_ids)
+    if n_dead == 0 or n_dead == len(dead):
+        return 0
+    badness = error.square().sum(1)
+    picked = torch.multinomial(
+        badness, n_dead, replacement=n_dead > len(badness), generator=generator
+    )
+    directions = torch.nn.functional.normalize(error[picked].to(bae.W_dec.dtype), dim=1)
+    k = bae.config.n_bits
+    columns = (dead_ids[:, None] * k + torch.arange(k, device=dead.device)).flatten()
+    live_columns = (~dead).repeat_interleave(k)
+    encoder_norm = bae.W_enc[:, live_columns].norm(dim=0).median()
+    bae.W_dec[dead_ids] = directions * (decoder_scale * bae.W_dec[~dead].norm(dim=1).median())
+    bae.W_enc[:, columns] = directions.T.repeat_interleave(k, dim=1) * encoder_norm
+    pre = x.to(bae.W_enc.dtype) @ bae.W_enc[:, columns]
+    rank = min(max(round(quantile * len(pre)), 1), len(pre))
+    bae.b_enc[columns] = -pre.kthvalue(rank, dim=0).values
+    for parameter, at in (
+        (bae.W_enc, (slice(None), columns)),
+        (bae.b_enc, (columns,)),
+        (bae.W_dec, (dead_ids,)),
+    ):
+        for name, state in optimizer.state.get(parameter, {}).items():
+            if name != "step":
+                state[at] = 0
+    return n_dead
+
+
+@torch.no_grad()
+def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) -> None:
+    """Replace W_dec and b_dec by the least-squares optimum for the code of x; bits stay.
+
+    Solves (V^T V + ridge n I) [W; b] = V^T x with V the feature values and a column of ones, in
+    float64. For one-bit codes V^T V is the matrix of co-occurrence counts.
+
+    Args:
+        x: raw rows ``[n, d_in]``, any floating dtype; read in blocks.
+        ridge: keeps features that never fire, or always fire together, determined.
+
+    Raises:
+        ValueError: a transcoder, or more than 16,384 features (the F x F system would not fit).
+    """
+    if bae.is_transcoder:
+        raise ValueError("refit_decoder_ needs d_out=None: a transcoder's target is not x")
+    f, d = bae.W_dec.shape
+    if f > MAX_REFIT_FEATURES:
+        raise ValueError(f"refit_decoder_ needs d_sae <= {MAX_REFIT_FEATURES}; got {f}")
+    dtype = torch.promote_types(bae.W_dec.dtype, torch.float32)
+    gram = torch.zeros(f + 1, f + 1, dtype=dtype, device=bae.W_dec.device)
+    moment = torch.zeros(f + 1, d, dtype=dtype, device=bae.W_dec.device)
+    for block in x.split(_ROW_BLOCK):
+        block = block.to(bae.W_dec.device, bae.W_dec.dtype)
+        values = torch.ones(len(block), f + 1, dtype=dtype, device=bae.W_dec.device)
+        values[:, :f] = bae.encode(block).values(dtype)
+        gram.addmm_(values.T, values)
+        moment.addmm_(values.T, bae.normalize(block).to(dtype))
+    system = gram.double()
+    system.diagonal().add_(ridge * len(x))
+    solution = torch.cholesky_solve(moment.double(), torch.linalg.cholesky(system))
+    bae.W_dec.copy_(solution[:f])
+    bae.b_dec.copy_(solution[f])
+
+
+def residual(bae: BinaryAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised rows and what is left of them: (``[N, d_in]``, ``[N, d_in]``), no gradient."""
+    with torch.no_grad():
+        rows = bae.normalize(x)
+        code = encode(rows, bae.W_enc, bae.b_enc, n_bits=bae.config.n_bits, impl=bae.impl)
+        return rows, rows - decode(code, bae.W_dec, bae.b_dec, impl=bae.impl)

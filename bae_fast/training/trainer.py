@@ -1,0 +1,361 @@
+"""The training loop: rows of hidden states in, a trained Binary Autoencoder out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.devices import has_bfloat16
+from bae_fast.model import BinaryAutoencoder
+from bae_fast.training.bank import CodeBank
+from bae_fast.training.recipe import init_from_rows_, refit_decoder_, residual, revive_
+
+# rows looked at to start the features
+_INIT_ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Every constant of a training run.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows a step, N.
+        lr, betas, eps: of Adam.
+        decay_from: share of the steps after which the learning rate falls to zero as a cosine;
+            1 keeps it constant.
+        entropy_weight, covariance_weight: a_e and a_c; the loss is mse (mean over rows and
+            dimensions, normalised units) + a_e H + a_c D.
+        entropy_from: share of the steps before which a_e is zero (step schedule).
+        init: "rows" (features start along rows of the data), "density" (random weights, bits on
+            in ``density`` of the rows) or "none" (as the module is).
+        density: share of ones at the start.
+        decoder_norm: norm of the decoder's rows at the start, for ``init="rows"``.
+        bank_batches: batches over which the entropy and covariance are counted (0: the batch's
+            own only).
+        revive_every: steps between revivals of dead features (0: never), until
+            ``revive_until`` of the steps.
+        dead_below: a feature is dead if fewer than this share of rows had it since last time.
+        revive_quantile, revive_decoder_scale: see :func:`bae_fast.training.revive_`.
+        refit: replace the decoder by its least-squares optimum at the end.
+        precision: "bfloat16" (autocast), "float32", or "auto" (bfloat16 where it is native).
+        seed: of the draws of rows, start and revival.
+    """
+
+    steps: int = 2000
+    batch_size: int = 512
+    lr: float = 4e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-12
+    decay_from: float = 0.2
+    entropy_weight: float = 3e-4
+    covariance_weight: float = 0.0
+    entropy_from: float = 0.0
+    init: str = "rows"
+    density: float = 0.05
+    decoder_norm: float = 0.5
+    bank_batches: int = 10
+    revive_every: int = 200
+    revive_until: float = 0.75
+    dead_below: float = 2e-5
+    revive_quantile: float = 0.99
+    revive_decoder_scale: float = 0.3
+    refit: bool = True
+    precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("bank_batches", "revive_every", "entropy_weight", "covariance_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive; got {self.lr}")
+        if self.init not in ("rows", "density", "none"):
+            raise ValueError(f"init must be rows, density or none; got {self.init!r}")
+        if self.precision not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"precision must be auto, bfloat16 or float32; got {self.precision!r}")
+
+
+PRESETS: dict[str, TrainingConfig] = {
+    "sparse": TrainingConfig(),
+    # the released program's README: Adam 5e-4, a_e = a_c = 1e-7, entropy from a quarter on
+    "paper": TrainingConfig(
+        lr=5e-4,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        decay_from=1.0,
+        entropy_weight=1e-7,
+        covariance_weight=1e-7,
+        entropy_from=0.25,
+        init="none",
+        bank_batches=0,
+        revive_every=0,
+        refit=False,
+        precision="float32",
+    ),
+}
+
+
+class Trainer:
+    """Trains a module on rows held in memory (or memory-mapped).
+
+    Example::
+
+        trainer = Trainer(bae, rows, TrainingConfig(steps=2000))
+        trainer.fit(log=Path("run/log.jsonl"))
+
+    The module's normalisation should be fitted first. :meth:`state_dict` and
+    :meth:`load_state_dict` resume a run exactly: the same batches, the same optimizer state.
+    """
+
+    def __init__(self, bae: BinaryAutoencoder, rows: Tensor, config: TrainingConfig) -> None:
+        """Prepare the start of the features, the optimizer and the order of the rows.
+
+        Args:
+            rows: raw hidden states ``[n, d_in]``, on any device; batches are moved to bae's.
+
+        Raises:
+            ValueError: rows of another width, or fewer rows than a batch.
+        """
+        if rows.dim() != 2 or rows.shape[1] != bae.config.d_in:
+            raise ValueError(f"rows must have shape [n, {bae.config.d_in}]; got {list(rows.shape)}")
+        if len(rows) < config.batch_size:
+            raise ValueError(
+                f"rows must hold at least one batch of {config.batch_size}; got {len(rows)}"
+            )
+        self.bae, self.rows, self.config = bae, rows, config
+        self.device = bae.W_enc.device
+        self.step = 0
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._fired = torch.zeros(bae.b_enc.shape, dtype=torch.int64, device=self.device)
+        self._seen = 0
+        self.bank = CodeBank(config.bank_batches) if config.bank_batches else None
+        self.bfloat16 = config.precision == "bfloat16" or (
+            config.precision == "auto"
+            and has_bfloat16(self.device)
+            and bae.W_enc.dtype == torch.float32
+        )
+        self._start()
+        self.optimizer = torch.optim.Adam(
+            bae.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    def _start(self) -> None:
+        config, bae = self.config, self.bae
+        if config.init == "none":
+            return
+        picked = torch.randperm(len(self.rows), generator=self.generator)[:_INIT_ROWS]
+        rows = self.rows[picked].to(self.device, bae.W_enc.dtype)
+        if config.init == "rows":
+            init_from_rows_(
+                bae,
+                rows,
+                config.density,
+                decoder_norm=config.decoder_norm,
+                generator=self.generator,
+            )
+        else:
+            bae.init_density_(rows, config.density)
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def learning_rate(self, step: int) -> float:
+        """Constant, then a cosine to zero."""
+        done, start = step / self.config.steps, self.config.decay_from
+        if done < start:
+            return self.config.lr
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (done - start) / (1 - start)))
+
+    def _next_batch(self) -> Tensor:
+        n = self.config.batch_size
+        if len(self._order) < n:
+            self._order = torch.randperm(len(self.rows), generator=self.generator)
+        picked, self._order = self._order[:n], self._order[n:]
+        rows = self.rows[picked].to(self.device)
+        return rows if self.bfloat16 else rows.to(self.bae.W_enc.dtype)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.bfloat16:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimizer step; returns its mse, entropy, covariance and L0 as device tensors."""
+        config, bae = self.config, self.bae
+        x = self._next_batch()
+        lr = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        a_e = config.entropy_weight if self.step >= config.entropy_from * config.steps else 0.0
+        a_c = config.covariance_weight
+        stats = scale = None
+        if self.bank is not None and len(self.bank):
+            stats = self.bank.statistics(covariance=a_c > 0)
+            # the statistics' gradient is 1 / (rows counted) a row; the batch stands for all
+            scale = stats.n_rows / len(x)
+        with self._autocast():
+            out = bae(x, covariance=a_c > 0, stats=stats)
+            mse = bae.mse(out, x)
+        terms = a_e * out.entropy
+        if out.covariance is not None:
+            terms = terms + a_c * out.covariance
+        loss = mse + (terms if scale is None else terms * scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+        counts = out.code.counts()
+        self._fired += counts
+        self._seen += len(x)
+        if self.bank is not None:
+            self.bank.append(out.code)
+        self.step += 1
+        result = {
+            "mse": mse.detach(),
+            "entropy_bits": out.entropy.detach(),
+            "l0": counts.sum() / len(x),
+            "dead_share": (self._fired == 0).double().mean(),
+        }
+        if out.covariance is not None:
+            result["covariance"] = out.covariance.detach()
+        if config.revive_every and self.step % config.revive_every == 0:
+            self._revive(x)
+        return result
+
+    def _revive(self, x: Tensor) -> None:
+        config, bae = self.config, self.bae
+        if self.step < config.revive_until * config.steps and not bae.is_transcoder:
+            fired = self._fired.unflatten(0, (-1, bae.config.n_bits)).sum(1)
+            rows, error = residual(bae, x.to(bae.W_enc.dtype))
+            revive_(
+                bae,
+                fired < config.dead_below * self._seen,
+                rows,
+                error,
+                self.optimizer,
+                quantile=config.revive_quantile,
+                decoder_scale=config.revive_decoder_scale,
+                generator=self.generator,
+            )
+        self._fired.zero_()
+        self._seen = 0
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        *,
+        log: Path | None = None,
+        log_every: int = 10,
+        progress: bool = False,
+        on_log: Callable[[dict[str, float]], None] | None = None,
+    ) -> list[dict[str, float]]:
+        """Run the remaining steps, then the refit.
+
+        Args:
+            log: JSONL file to append a line to every ``log_every`` steps (and at the last).
+            progress: show a progress bar (needs tqdm).
+            on_log: called with each line.
+
+        Returns:
+            The lines: step, lr, seconds, mse, entropy_bits (pooled over the bank), l0,
+            dead_share (since the last revival).
+
+        A KeyboardInterrupt ends the loop after the step in hand and is raised again once the
+        module is left whole and in eval mode.
+        """
+        lines: list[dict[str, float]] = []
+        start = time.perf_counter()
+        self.bae.train()
+        try:
+            with _bar(self.config.steps, self.step, progress) as bar:
+                while self.step < self.config.steps:
+                    lr = self.learning_rate(self.step)
+                    result = self.train_step()
+                    bar.update(1)
+                    if self.step % log_every and self.step != self.config.steps:
+                        continue
+                    line = {"step": float(self.step), "lr": lr}
+                    line["seconds"] = time.perf_counter() - start
+                    line.update({name: float(value) for name, value in result.items()})
+                    line["step"] = self.step
+                    lines.append(line)
+                    bar.set_postfix(mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}")
+                    if log is not None:
+                        log.parent.mkdir(parents=True, exist_ok=True)
+                        with log.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(line) + "\n")
+                    if on_log is not None:
+                        on_log(line)
+            if self.config.refit and not self.bae.is_transcoder:
+                refit_decoder_(self.bae, self.rows)
+        finally:
+            self.bae.eval()
+        return lines
+
+    # -- resume --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly, but the rows and the configuration."""
+        return {
+            "bae": self.bae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "generator": self.generator.get_state(),
+            "order": self._order,
+            "fired": self._fired,
+            "seen": self._seen,
+            "bank": [] if self.bank is None else [code.words for code in self.bank.codes],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a trainer with the same rows and configuration."""
+        from bae_fast.codes import BinaryCode
+
+        self.bae.load_state_dict(state["bae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self._seen = state["step"], state["seen"]
+        self.generator.set_state(state["generator"])
+        self._order = state["order"].clone()
+        self._fired = state["fired"].clone()
+        if self.bank is not None:
+            self.bank = CodeBank(self.config.bank_batches)
+            for words in state["bank"]:
+                k = self.bae.W_enc.shape[1]
+                self.bank.append(BinaryCode(words, k, n_bits=self.bae.config.n_bits))
+
+
+@contextlib.contextmanager
+def _bar(total: int, initial: int, show: bool) -> Iterator[Any]:
+    if show:
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=initial, desc="train", unit="step") as bar:
+            yield bar
+    else:
+        yield _NoBar()
+
+
+class _NoBar:
+    def update(self, n: int) -> None:
+        pass
+
+    def set_postfix(self, **values: str) -> None:
+        pass
