@@ -239,7 +239,7 @@ class BinaryCode:
         """
         words, counts, n_rows = self._rows, self.counts(), self.n_rows()
         if not covariance:
-            return CodeStatistics(n_rows, counts)
+            return CodeStatistics(n_rows, counts, words)
         check_covariance_size(len(words), self.n_columns)
         dtype = torch.float32
         name = registry.choose(impl, self.device.type, dtype, self.n_columns, self.n_bits)

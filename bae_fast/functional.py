@@ -30,20 +30,49 @@ class BAEOutput(NamedTuple):
         entropy: ``[]``, H in bits, summed over columns; float32 (float64 for float64 input).
         covariance: ``[]``, D, of the same dtype as entropy; None where it was not asked for.
         code: the bits, packed; no gradient.
+        variance: ``[]``, sum over rows and columns of |dv/db W_dec|^2 b (1 - b): zero in value,
+            see ``multilinear`` in :func:`binary_autoencoder`; None where it was not asked for.
     """
 
     recon: Tensor
     entropy: Tensor
     covariance: Tensor | None
     code: BinaryCode
+    variance: Tensor | None = None
+
+
+class _Options(NamedTuple):
+    """What a call asks of the Function besides its tensors."""
+
+    impl: str
+    surrogate: str
+    width: float
+    n_bits: int
+    covariance: bool
+    store_signs: bool
+    variance: bool
+    extend: bool  # the given statistics are of more rows, to be added to the call's own
 
 
 def _ops(name: str) -> dict[str, Callable[..., Any]]:
     return registry.BACKENDS[name].ops
 
 
+def _squared_steps(W_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
+    """Squared length of what flipping a bit adds to the reconstruction: ``[k F]``."""
+    squared = torch.linalg.vector_norm(W_dec, dim=1, dtype=dtype).square()
+    if n_bits == 1:
+        return squared
+    steps = 2.0 ** torch.arange(n_bits, device=W_dec.device, dtype=dtype) / (2**n_bits - 1)
+    return torch.outer(squared, steps.square()).flatten()
+
+
 class _PackedAutoencoder(torch.autograd.Function):
-    """(x, parameters) -> (recon, entropy, covariance) and, without gradient, the packed state."""
+    """(x, parameters) -> (recon, entropy, covariance, variance), and the packed state.
+
+    The state (words and what follows) has no gradient; it is returned because only inputs and
+    outputs may be saved for backward. An absent tensor of the state has zero elements.
+    """
 
     generate_vmap_rule = False
 
@@ -60,51 +89,62 @@ class _PackedAutoencoder(torch.autograd.Function):
         stats_words: Tensor | None,
         stats_numerator: Tensor | None,
         stats_signs: Tensor | None,
-        impl: str,
-        surrogate: str,
-        width: float,
-        n_bits: int,
-        want_covariance: bool,
-        store_signs: bool,
+        options: _Options,
     ) -> tuple[Tensor, ...]:
-        ops = _ops(impl)
-        window_width = width if surrogate == "rectangle" else None
+        ops = _ops(options.impl)
+        window_width = options.width if options.surrogate == "rectangle" else None
         words, window, counts, n_rows = ops["encode"](x, W_enc, b_enc, row_mask, window_width)
-        recon = ops["decode"](words, W_dec, b_dec, n_bits, x.dtype)
+        recon = ops["decode"](words, W_dec, b_dec, options.n_bits, x.dtype)
 
-        wide = torch.promote_types(x.dtype, torch.float32)
-        counted, total = counts, n_rows
+        absent = words.new_empty(0)
+        sum_counts, sum_n_rows, sum_words = absent, absent, absent
+        counted, total, counted_words = counts, n_rows, words
         if stats_counts is not None and stats_n_rows is not None:
             counted, total = stats_counts, stats_n_rows
+            if options.extend:
+                counted, total = stats_counts + counts, stats_n_rows + n_rows
+                sum_counts, sum_n_rows = counted, total
+                if options.covariance and stats_words is not None:
+                    counted_words = sum_words = torch.cat([stats_words, words])
+
+        wide = torch.promote_types(x.dtype, torch.float32)
         entropy = entropy_bits(counted, total).to(wide)
-        signs = words.new_empty(0)
+        signs = absent
         covariance = entropy.new_zeros(())
-        if want_covariance:
+        if options.covariance:
             numerator = stats_numerator
-            if stats_counts is None:
-                numerator, signs = ops["covariance"](words, counts, n_rows, store_signs)
+            if stats_counts is None or options.extend:
+                numerator, signs = ops["covariance"](
+                    counted_words, counted, total, options.store_signs
+                )
             pairs = total.double() * (total.double() - 1)
             covariance = (numerator / pairs).to(wide)
-        return recon, entropy, covariance, words, window, counts, n_rows, signs
+        return (
+            recon, entropy, covariance, entropy.new_zeros(()),
+            words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, W_enc, b_enc, W_dec, b_dec, row_mask = inputs[:6]
         stats_n_rows, stats_counts, stats_words, _, stats_signs = inputs[6:11]
-        ctx.impl, ctx.surrogate, ctx.width, ctx.n_bits = inputs[11:15]
-        want_covariance, store_signs = inputs[15:17]
-        _, _, _, words, window, counts, n_rows, signs = output
-        ctx.mark_non_differentiable(words, window, counts, n_rows, signs)
+        options: _Options = inputs[11]
+        state = output[4:]
+        words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words = state
+        ctx.options = options
+        ctx.mark_non_differentiable(*state)
         ctx.set_materialize_grads(False)
-        if stats_counts is not None:
-            n_rows, counts = stats_n_rows, stats_counts
+        ctx.has_signs = options.covariance and options.store_signs
+        counted_words = words if options.covariance else None
+        if stats_counts is not None and options.extend:
+            n_rows, counts = sum_n_rows, sum_counts
+            counted_words = sum_words if options.covariance else None
+        elif stats_counts is not None:
+            n_rows, counts, counted_words = stats_n_rows, stats_counts, stats_words
             ctx.has_signs, signs = stats_signs is not None, stats_signs
-        else:
-            ctx.has_signs = want_covariance and store_signs
-            stats_words = words if want_covariance else None
         ctx.save_for_backward(
             x, W_enc, b_enc, W_dec, b_dec, row_mask, words, window,
-            n_rows, counts, stats_words, signs,
+            n_rows, counts, counted_words, signs,
         )  # fmt: skip
 
     @staticmethod
@@ -114,23 +154,18 @@ class _PackedAutoencoder(torch.autograd.Function):
         grad_recon: Tensor | None,
         grad_entropy: Tensor | None,
         grad_covariance: Tensor | None,
+        grad_variance: Tensor | None,
         *_: None,
     ) -> tuple[Tensor | None, ...]:
         (
-            x,
-            W_enc,
-            b_enc,
-            W_dec,
-            b_dec,
-            row_mask,
-            words,
-            window,
-            n_rows,
-            counts,
-            stats_words,
-            signs,
-        ) = ctx.saved_tensors
-        ops = _ops(ctx.impl)
+            x, W_enc, b_enc, W_dec, b_dec, row_mask, words, window,
+            n_rows, counts, counted_words, signs,
+        ) = ctx.saved_tensors  # fmt: skip
+        options: _Options = ctx.options
+        # torch.compile gives zeros for outputs that nobody used
+        grad_covariance = grad_covariance if options.covariance else None
+        grad_variance = grad_variance if options.variance else None
+        ops = _ops(options.impl)
         need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec = ctx.needs_input_grad[:5]
         grads: list[Tensor | None] = [None] * 5
 
@@ -139,26 +174,30 @@ class _PackedAutoencoder(torch.autograd.Function):
                 grad_recon = grad_recon.masked_fill(~row_mask[:, None], 0)
             if need_W_dec or need_b_dec:
                 grad_W, grad_b = ops["decoder_backward"](
-                    words, grad_recon, W_enc.shape[1], ctx.n_bits, W_dec.dtype
+                    words, grad_recon, W_enc.shape[1], options.n_bits, W_dec.dtype
                 )
                 grads[3] = grad_W if need_W_dec else None
                 grads[4] = grad_b.to(b_dec.dtype) if need_b_dec else None
 
-        used = not (grad_recon is None and grad_entropy is None and grad_covariance is None)
-        if used and (need_x or need_W_enc or need_b_enc):
-            columns = None
+        incoming = (grad_recon, grad_entropy, grad_covariance, grad_variance)
+        if any(g is not None for g in incoming) and (need_x or need_W_enc or need_b_enc):
+            columns = curvature = None
             if grad_entropy is not None:
                 columns = entropy_gradient(counts, n_rows) * grad_entropy
+            if grad_variance is not None:
+                steps = _squared_steps(W_dec, options.n_bits, grad_variance.dtype)
+                curvature = steps * grad_variance
             grad_x, grad_W, grad_b = ops["encoder_backward"](
                 x, W_enc, b_enc, W_dec, words, window, row_mask,
-                grad_recon, columns, grad_covariance,
-                signs if ctx.has_signs else None, stats_words, counts, n_rows,
-                ctx.surrogate, ctx.width, ctx.n_bits, [need_x, need_W_enc, need_b_enc],
+                grad_recon, columns, curvature, grad_covariance,
+                signs if ctx.has_signs else None, counted_words, counts, n_rows,
+                options.surrogate, options.width, options.n_bits,
+                [need_x, need_W_enc, need_b_enc],
             )  # fmt: skip
             grads[0] = grad_x if need_x else None
             grads[1] = grad_W if need_W_enc else None
             grads[2] = grad_b if need_b_enc else None
-        return *grads, *[None] * 12
+        return *grads, *[None] * 7
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
@@ -260,6 +299,8 @@ def binary_autoencoder(
     covariance: bool = False,
     mask: Tensor | None = None,
     stats: CodeStatistics | None = None,
+    past: CodeStatistics | None = None,
+    multilinear: bool = False,
     impl: str = "auto",
     check_finite: bool = False,
 ) -> BAEOutput:
@@ -276,6 +317,14 @@ def binary_autoencoder(
         stats: statistics of more rows than x, which replace the call's own
             (:class:`bae_fast.CodeStatistics`). Without it the statistics are those of this call;
             averaging calls is then another loss.
+        past: statistics of more rows than x, to which the call's own are added (a bank of past
+            codes); excludes ``stats``.
+        multilinear: also return ``variance``. A loss that is quadratic in recon, continued from
+            bits to the cube [0, 1]^K as its expectation over independent random bits, is the loss
+            at the mean plus a variance term in b (1 - b). On bits that term is zero; its
+            derivative, c (1 - 2 b), turns the slope of the loss at a bit into the exact change of
+            the loss when the bit flips. For the mean of squares over n numbers add
+            ``out.variance / n`` to the loss.
         impl: "auto", "reference", "torch", "cpp", "triton" or "cuda"; an explicit choice never
             falls back.
         check_finite: raise on NaN or Inf in x (synchronises a GPU).
@@ -304,34 +353,52 @@ def binary_autoencoder(
     dtype = compute_dtype(x)
     rows = x.reshape(-1, x.shape[-1])
     row_mask = None if mask is None else mask.reshape(-1)
-    if stats is not None:
-        _require("stats.counts", stats.counts, (n_columns,))
-        if covariance and stats.numerator is None:
+    if row_mask is not None:
+        # a dropped row may hold anything: 0 x NaN would reach the gradient of W_enc
+        rows = rows.masked_fill(~row_mask[:, None], 0)
+    extra = stats if past is None else past
+    if stats is not None and past is not None:
+        raise ValueError("stats and past must not both be given: one replaces, the other adds")
+    if extra is not None:
+        _require("stats.counts" if past is None else "past.counts", extra.counts, (n_columns,))
+    if covariance:
+        if stats is not None and stats.numerator is None:
             raise ValueError("stats has no covariance: make it with statistics(covariance=True)")
-    elif covariance:
-        check_covariance_size(rows.shape[0], n_columns)
+        if stats is None:
+            n_past = 0 if past is None else len(past.require_words())
+            check_covariance_size(rows.shape[0] + n_past, n_columns)
 
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits)
     if name == "reference":
         dense = reference.binary_autoencoder(
             rows, W_enc, b_enc, W_dec, b_dec,
             surrogate=surrogate, width=width, n_bits=n_bits, covariance=covariance,
-            mask=row_mask, stats=stats,
+            mask=row_mask, stats=stats, past=past,
         )  # fmt: skip
-        recon, entropy, spread = dense.recon, dense.entropy, dense.covariance
-        words, counts = pack_rows(dense.bits.detach()), None
+        recon, entropy, spread, variance, bits = dense
+        words, counts = pack_rows(bits.detach()), None
     else:
-        parts = (None,) * 5
-        if stats is not None:
-            parts = (stats.n_rows, stats.counts, stats.words, stats.numerator, stats.signs)  # type: ignore[assignment]
-        recon, entropy, spread, words, _, counts, *_ = _PackedAutoencoder.apply(
-            rows.to(dtype), W_enc, b_enc, W_dec, b_dec, row_mask, *parts,
-            name, surrogate, width, n_bits, covariance, keep_signs(n_columns),
-        )  # fmt: skip
+        parts: tuple[Tensor | None, ...] = (None,) * 5
+        if extra is not None:
+            parts = (extra.n_rows, extra.counts, extra.words, extra.numerator, extra.signs)
+        options = _Options(
+            impl=name,
+            surrogate=surrogate,
+            width=width,
+            n_bits=n_bits,
+            covariance=covariance,
+            store_signs=keep_signs(n_columns),
+            variance=multilinear,
+            extend=past is not None,
+        )
+        recon, entropy, spread, variance, words, _, counts, *_ = _PackedAutoencoder.apply(
+            rows.to(dtype), W_enc, b_enc, W_dec, b_dec, row_mask, *parts, options
+        )
         if not covariance:
             spread = None
     code = _as_code(words, counts, lead, n_columns, n_bits, mask)
-    return BAEOutput(recon.to(dtype).view(*lead, recon.shape[-1]), entropy, spread, code)
+    recon = recon.to(dtype).view(*lead, recon.shape[-1])
+    return BAEOutput(recon, entropy, spread, code, variance if multilinear else None)
 
 
 @torch.no_grad()

@@ -325,6 +325,8 @@ class BinaryAutoencoder(nn.Module):
         covariance: bool | None = None,
         mask: Tensor | None = None,
         stats: CodeStatistics | None = None,
+        past: CodeStatistics | None = None,
+        multilinear: bool = False,
     ) -> BAEOutput:
         """Encode, decode and measure.
 
@@ -333,7 +335,10 @@ class BinaryAutoencoder(nn.Module):
             covariance: None: ``config.covariance`` while training with gradient, else off.
             mask: bool ``[...]``; rows where it is False have zero bits, get no gradient and do
                 not count.
-            stats: statistics of more rows than x (micro-batches, ranks, a bank of codes).
+            stats: statistics of more rows than x, in place of its own (micro-batches, ranks).
+            past: statistics of more rows, added to those of x (a bank of past codes).
+            multilinear: let :meth:`mse` pass the exact change of the error when a bit flips to
+                the bits, instead of the slope; see :func:`bae_fast.binary_autoencoder`.
 
         Returns:
             :class:`BAEOutput` with the raw reconstruction ``[..., d_out]``.
@@ -352,10 +357,14 @@ class BinaryAutoencoder(nn.Module):
             covariance=covariance,
             mask=mask,
             stats=stats,
+            past=past,
+            multilinear=multilinear,
             impl=self.impl,
             check_finite=self.check_finite,
         )
-        return out._replace(recon=self.denormalize(out.recon))
+        # not out._replace(...): torch 2.11 cannot return its result from a compiled graph
+        recon = self.denormalize(out.recon)
+        return BAEOutput(recon, out.entropy, out.covariance, out.code, out.variance)
 
     def mse(self, out: BAEOutput, target: Tensor) -> Tensor:
         """Mean over rows and dimensions of (target - recon)^2 in normalised units, ``[]``.
@@ -370,9 +379,12 @@ class BinaryAutoencoder(nn.Module):
         wide = torch.promote_types(out.recon.dtype, torch.float32)
         error = ((out.recon.to(wide) - target.to(wide)) / self._target_scale.to(wide)).square()
         mask = out.code.row_mask
-        if mask is None:
-            return error.mean()
-        return torch.where(mask[..., None], error, 0).sum() / (mask.sum() * error.shape[-1])
+        n: int | Tensor = error.numel()
+        if mask is not None:
+            error, n = torch.where(mask[..., None], error, 0), mask.sum() * error.shape[-1]
+        total = error.sum()
+        # out.variance is zero: it carries the curvature of the squares to the bits
+        return (total if out.variance is None else total + out.variance) / n
 
     def encode(self, x: Tensor, *, mask: Tensor | None = None) -> BinaryCode:
         """Packed bits of raw x ``[..., d_in]``; no gradient."""
@@ -456,7 +468,8 @@ class BinaryAutoencoder(nn.Module):
         if not folder.is_dir():
             raise FileNotFoundError(f"folder {folder} does not exist")
         source = folder / CONFIG_NAME
-        values = read_json(source)
+        # a first save cut off between the two files leaves the weights, which carry the same
+        values = read_json(source) if source.is_file() else None
         tensors, header = read_safetensors(folder / WEIGHTS_NAME)
         try:
             saved_with = json.loads(header.get("config", "null"))
@@ -464,9 +477,13 @@ class BinaryAutoencoder(nn.Module):
             raise ValueError(
                 f"{folder / WEIGHTS_NAME} holds an invalid configuration: {error}"
             ) from error
-        if isinstance(saved_with, dict) and saved_with.get("save_id") != values.get("save_id"):
+        if isinstance(saved_with, dict) and (
+            values is None or saved_with.get("save_id") != values.get("save_id")
+        ):
             # a save was cut off between the two files: the weights' own configuration is theirs
             values, source = saved_with, folder / WEIGHTS_NAME
+        if values is None:
+            raise FileNotFoundError(f"{source} does not exist")
         config = BAEConfig.from_dict(values, str(source))
         if not isinstance(values.get("transcoder", False), bool):
             raise ValueError(f"{source}: transcoder must be bool; got {values['transcoder']!r}")

@@ -26,11 +26,12 @@ EPS = 1e-10
 
 
 class DenseOutput(NamedTuple):
-    """recon ``[N, d_out]``; entropy and covariance ``[]`` (or None); bits ``[N, k F]``."""
+    """recon ``[N, d_out]``; entropy, covariance (or None), variance ``[]``; bits ``[N, k F]``."""
 
     recon: Tensor
     entropy: Tensor
     covariance: Tensor | None
+    variance: Tensor
     bits: Tensor
 
 
@@ -83,6 +84,7 @@ def binary_autoencoder(
     covariance: bool = True,
     mask: Tensor | None = None,
     stats: CodeStatistics | None = None,
+    past: CodeStatistics | None = None,
 ) -> DenseOutput:
     """Encode, decode and the two statistics of the bits.
 
@@ -93,6 +95,7 @@ def binary_autoencoder(
         mask: bool ``[N]``; rows where it is False get zero bits, no gradient, and do not count.
         stats: statistics of other rows (a whole batch, all ranks, a bank of past codes) that
             take the place of this call's; gradient still goes to this call's bits only.
+        past: statistics of other rows that this call's are added to.
     """
     pre = x @ W_enc + b_enc
     bits = _Step.apply(pre, surrogate, width)
@@ -120,9 +123,20 @@ def binary_autoencoder(
             counted = unpack_rows(stats.require_words(), b.shape[1], torch.float64)
             joint = counted.T @ counted + change.T @ b.detach() + b.detach().T @ change
 
+    if past is not None:
+        n, counts = n + past.n_rows, counts + past.counts
+        if joint is not None:
+            before = unpack_rows(past.require_words(), b.shape[1], torch.float64)
+            joint = joint + before.T @ before
+
+    # Independent random bits of mean b would add sum_j |w_j|^2 b_j (1 - b_j) to a squared error:
+    # zero on bits, but its derivative makes slopes into exact differences.
+    steps = torch.outer(W_dec.detach().to(bits.dtype).square().sum(1), weights.square()).flatten()
+    variance = (steps * bits * (1 - bits)).sum()
+
     entropy = binary_entropy(counts / n).sum().to(bits.dtype)
     spread = None if joint is None else absolute_covariance(joint, counts, n).to(bits.dtype)
-    return DenseOutput(recon, entropy, spread, bits)
+    return DenseOutput(recon, entropy, spread, variance, bits)
 
 
 def loss(

@@ -37,10 +37,10 @@ def entropy_gradient(counts: Tensor, n_rows: Tensor) -> Tensor:
 class CodeStatistics:
     """What the entropy and covariance terms know of the rows that are counted.
 
-    Make one with :meth:`bae_fast.BinaryCode.statistics` and pass it as ``stats=`` to count more
-    rows than those of a call. Every call then reports the entropy and covariance of all counted
-    rows, and the gradients of the parts add up to the gradient of the whole: add the entropy of
-    each micro-batch to its loss undivided.
+    Make one with :meth:`bae_fast.BinaryCode.statistics`. Passed as ``stats=`` it replaces the
+    statistics of a call: every micro-batch or rank then reports the entropy and covariance of all
+    counted rows, and the gradients of the parts add up to the gradient of the whole (add the
+    entropy of each micro-batch to its loss undivided). Passed as ``past=`` it is added to them.
 
     Attributes:
         n_rows: int64 ``[]``, N, the rows counted.
@@ -76,5 +76,5 @@ class CodeStatistics:
     def require_words(self) -> Tensor:
         """The counted codes; raises ValueError where they were not kept."""
         if self.words is None:
-            raise ValueError("stats has no covariance: make it with statistics(covariance=True)")
+            raise ValueError("the covariance needs statistics that hold their words; got None")
         return self.words

@@ -56,6 +56,9 @@ def run(impl, x, parameters, direction, terms=("recon", "entropy", "covariance")
         loss = loss + out.entropy**2 * 0.01
     if "covariance" in terms:
         loss = loss + out.covariance**2 * 0.01
+    if out.variance is not None:
+        assert out.variance.item() == 0
+        loss = loss + 0.7 * out.variance
     loss.backward()
     values = [out.recon, out.entropy, out.covariance, *(leaf.grad for leaf in leaves)]
     return {
@@ -171,6 +174,61 @@ def test_statistics_of_more_rows_replace_those_of_the_call(impl):
     everything, _ = run(impl, x, parameters, direction)
     assert actual["entropy"] == everything["entropy"]
     assert actual["covariance"] == everything["covariance"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("covariance", [False, True])
+def test_past_statistics_are_added_to_those_of_the_call(impl, covariance):
+    """One call over all rows, with gradient to the last part only, is the definition."""
+    x, parameters, direction = problem(96, 5, 70, 1, 5)
+    terms = ["recon", "entropy", "covariance"][: 2 + covariance]
+    past = bf.encode(x[:60], *parameters[:2]).statistics()
+    kept = slice(60, 96)
+    actual, _ = run(impl, x[kept], parameters, direction[kept], terms, past=past)
+    expected, _ = run("reference", x[kept], parameters, direction[kept], terms, past=past)
+    assert_same(actual, expected)
+    everything, _ = run(impl, x, parameters, direction, terms)
+    assert actual["entropy"] == everything["entropy"]
+    statistics_only = [t for t in terms if t != "recon"]
+    part, _ = run(impl, x[kept], parameters, direction[kept], statistics_only, past=past)
+    whole, _ = run(impl, x, parameters, direction, statistics_only)
+    assert (part["x"] - whole["x"][kept]).abs().max() <= 1e-12 * whole["x"].abs().max()
+    if covariance:
+        assert actual["covariance"] == everything["covariance"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+def test_the_multilinear_term_equals_the_reference(impl, shape):
+    x, parameters, direction = problem(*shape)
+    mask = torch.arange(shape[0]) % 3 != 1
+    for used in (["recon", "entropy"], ["recon"]):
+        options = {"n_bits": shape[3], "mask": mask, "multilinear": True}
+        expected, _ = run("reference", x, parameters, direction, used, **options)
+        actual, _ = run(impl, x, parameters, direction, used, **options)
+        assert_same(actual, expected)
+
+
+def test_the_multilinear_gradient_is_the_exact_change_when_a_bit_flips():
+    """Identity surrogate and W_enc = I: the gradient at x is the gradient at the bits."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 8, generator=g, dtype=torch.float64).requires_grad_()
+    eye, zero = torch.eye(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    W_dec = torch.randn(8, 5, generator=g, dtype=torch.float64)
+    b_dec = torch.randn(5, generator=g, dtype=torch.float64)
+    target = torch.randn(6, 5, generator=g, dtype=torch.float64)
+    out = bf.binary_autoencoder(x, eye, zero, W_dec, b_dec, surrogate="identity", multilinear=True)
+    (((out.recon - target) ** 2).mean() + out.variance / target.numel()).backward()
+    bits = out.code.to_dense(torch.float64)
+
+    def loss(b):
+        return ((b @ W_dec + b_dec - target) ** 2).mean()
+
+    for row in range(6):
+        for column in range(8):
+            on, off = bits.clone(), bits.clone()
+            on[row, column], off[row, column] = 1, 0
+            assert float(x.grad[row, column]) == pytest.approx(float(loss(on) - loss(off)))
 
 
 @pytest.mark.parametrize("surrogate", ["identity", "sigmoid", "rectangle"])

@@ -90,7 +90,6 @@ def check_impl(impl: str) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result
 def choose(
     impl: str, device_type: str, dtype: torch.dtype, n_columns: int | None, n_bits: int
 ) -> str:
@@ -123,3 +122,8 @@ def choose(
     if reasons:
         raise BackendUnavailableError(f"impl={impl!r} cannot serve {request}: {'; '.join(reasons)}")
     return impl
+
+
+# What torch.compiler.assume_constant_result(choose) sets: under torch.compile the choice is made
+# once, while tracing. Calling that function would import torch._dynamo, over a second.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -43,12 +43,14 @@ SCHEMAS = {
         " -> (Tensor grad_W_dec, Tensor grad_b_dec)"
     ),
     # Gradient of x, W_enc, b_enc (those asked for by `needs`), given the gradient of recon, a
-    # gradient per column (entropy) and the scale of dD/dB; the statistics are inputs. signs may
-    # be absent while stats_words is there: then they are recomputed.
+    # gradient per column (entropy), a curvature c per column (it adds c (1 - 2 b) at a bit b) and
+    # the scale of dD/dB; the statistics are inputs. signs may be absent while stats_words is
+    # there: then they are recomputed.
     "encoder_backward": (
         "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor words, Tensor window,"
-        " Tensor? row_mask, Tensor? grad_recon, Tensor? grad_columns, Tensor? grad_covariance,"
-        " Tensor? signs, Tensor? stats_words, Tensor stats_counts, Tensor stats_n_rows,"
+        " Tensor? row_mask, Tensor? grad_recon, Tensor? grad_columns, Tensor? curvature,"
+        " Tensor? grad_covariance, Tensor? signs, Tensor? stats_words, Tensor stats_counts,"
+        " Tensor stats_n_rows,"
         " str surrogate, float width, int n_bits, bool[] needs)"
         " -> (Tensor grad_x, Tensor grad_W_enc, Tensor grad_b_enc)"
     ),
@@ -117,6 +119,8 @@ def define(backend: str) -> None:
         overload = f"{name}.{backend}"
         _LIBRARY.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{overload}", FAKES[name], lib=_LIBRARY)
+        # autograd passes over it; otherwise floating results would ask for a gradient and warn
+        _LIBRARY.impl(overload, torch.library.fallthrough_kernel, "Autograd")
 
 
 def implement(backend: str, bodies: dict[str, Callable[..., Any]], key: str) -> None:

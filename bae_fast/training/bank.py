@@ -42,15 +42,17 @@ class CodeBank:
             self._codes.popleft()
             self._counts.popleft()
 
-    def statistics(self, covariance: bool = False) -> CodeStatistics:
-        """Statistics of all rows held, for ``stats=``.
+    def statistics(self, *, words: bool = False) -> CodeStatistics:
+        """Statistics of all rows held, for ``past=``.
+
+        Args:
+            words: keep the codes too, which the covariance needs.
 
         Raises:
             ValueError: the bank is empty.
         """
         if not self._codes:
             raise ValueError("the bank is empty: append a code first")
-        if covariance:
-            return BinaryCode.cat(self.codes).statistics(covariance=True)
         n_rows = torch.stack([code.n_rows() for code in self._codes]).sum()
-        return CodeStatistics(n_rows, torch.stack(list(self._counts)).sum(0))
+        kept = torch.cat([code.flatten().words for code in self._codes]) if words else None
+        return CodeStatistics(n_rows, torch.stack(list(self._counts)).sum(0), kept)

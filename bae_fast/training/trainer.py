@@ -40,8 +40,10 @@ class TrainingConfig:
             in ``density`` of the rows) or "none" (as the module is).
         density: share of ones at the start.
         decoder_norm: norm of the decoder's rows at the start, for ``init="rows"``.
-        bank_batches: batches over which the entropy and covariance are counted (0: the batch's
-            own only).
+        bank_batches: past batches counted together with each batch by the entropy and the
+            covariance.
+        multilinear: pass exact differences of the error to the bits instead of slopes, see
+            :func:`bae_fast.binary_autoencoder`.
         revive_every: steps between revivals of dead features (0: never), until
             ``revive_until`` of the steps.
         dead_below: a feature is dead if fewer than this share of rows had it since last time.
@@ -64,6 +66,7 @@ class TrainingConfig:
     density: float = 0.05
     decoder_norm: float = 0.5
     bank_batches: int = 10
+    multilinear: bool = True
     revive_every: int = 200
     revive_until: float = 0.75
     dead_below: float = 2e-5
@@ -101,6 +104,7 @@ PRESETS: dict[str, TrainingConfig] = {
         entropy_from=0.25,
         init="none",
         bank_batches=0,
+        multilinear=False,
         revive_every=0,
         refit=False,
         precision="float32",
@@ -191,7 +195,8 @@ class Trainer:
         rows = self.rows[picked].to(self.device)
         return rows if self.bfloat16 else rows.to(self.bae.W_enc.dtype)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward pass: autocast where products are bfloat16."""
         if self.bfloat16:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
@@ -205,18 +210,19 @@ class Trainer:
             group["lr"] = lr
         a_e = config.entropy_weight if self.step >= config.entropy_from * config.steps else 0.0
         a_c = config.covariance_weight
-        stats = scale = None
+        past = None
         if self.bank is not None and len(self.bank):
-            stats = self.bank.statistics(covariance=a_c > 0)
-            # the statistics' gradient is 1 / (rows counted) a row; the batch stands for all
-            scale = stats.n_rows / len(x)
-        with self._autocast():
-            out = bae(x, covariance=a_c > 0, stats=stats)
+            past = self.bank.statistics(words=a_c > 0)
+        with self.autocast():
+            out = bae(x, covariance=a_c > 0, past=past, multilinear=config.multilinear)
             mse = bae.mse(out, x)
         terms = a_e * out.entropy
         if out.covariance is not None:
             terms = terms + a_c * out.covariance
-        loss = mse + (terms if scale is None else terms * scale)
+        if past is not None:
+            # a row's gradient is that of one among all rows counted; the batch stands for them
+            terms = terms * (1 + past.n_rows / len(x))
+        loss = mse + terms
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

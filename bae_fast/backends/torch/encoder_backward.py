@@ -1,9 +1,9 @@
 """Backward of the encoder: from the gradients at recon and at the statistics to x, W_enc, b_enc.
 
-For one chunk of columns, with G the gradient of recon, h the entropy's gradient per column, S
-the signs of the covariance, N and n the counted rows and ones:
+For one chunk of columns, with G the gradient of recon, h the entropy's gradient and v the
+curvature per column, S the signs of the covariance, N and n the counted rows and ones:
 
-    g    = value^T(G W_dec^T) + h + c 2/(N-1) (B S - 1 (n^T S)/N)     gradient at the bits
+    g    = value^T(G W_dec^T) + h + v (1 - 2 B) + c 2/(N-1) (B S - 1 (n^T S)/N)   at the bits
     gpre = surrogate(g), zero in rows that do not count
     db_enc = 1^T gpre,   dW_enc = x^T gpre,   dx += gpre W_enc^T
 
@@ -65,6 +65,7 @@ def encoder_backward(
     row_mask: Tensor | None,
     grad_recon: Tensor | None,
     grad_columns: Tensor | None,
+    curvature: Tensor | None,
     grad_covariance: Tensor | None,
     signs: Tensor | None,
     stats_words: Tensor | None,
@@ -100,6 +101,10 @@ def encoder_backward(
                 g = (g[:, :, None] * bit_weights(n_bits, wide, x.device)).flatten(1)
         if grad_columns is not None:
             g += grad_columns[start:stop].to(wide)
+        if curvature is not None:
+            v = curvature[start:stop].to(wide)
+            bits = unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, wide)
+            g.addcmul_(bits, v, value=-2).add_(v)
         if sign_product is not None and scale is not None:
             _add_covariance(g, start, stop, sign_product, scale)
 

