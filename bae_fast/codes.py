@@ -29,7 +29,7 @@ ENV_SIGN_PLANES = "BAE_FAST_SIGN_PLANES_MB"
 
 def keep_signs(n_columns: int) -> bool:
     """Whether the two sign planes of the covariance, K^2 / 4 bytes, fit the budget."""
-    megabytes = int(os.environ.get(ENV_SIGN_PLANES) or _SIGN_PLANES_MB)
+    megabytes = registry.environment_megabytes(ENV_SIGN_PLANES, _SIGN_PLANES_MB)
     return 2 * n_columns * packing.n_words(n_columns) * 4 <= megabytes * 2**20
 
 

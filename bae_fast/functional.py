@@ -96,8 +96,8 @@ class _PackedAutoencoder(torch.autograd.Function):
         words, window, counts, n_rows = ops["encode"](x, W_enc, b_enc, row_mask, window_width)
         recon = ops["decode"](words, W_dec, b_dec, options.n_bits, x.dtype)
 
-        absent = words.new_empty(0)
-        sum_counts, sum_n_rows, sum_words = absent, absent, absent
+        # a tensor of its own for each: torch.compile cannot return one tensor twice
+        signs, sum_counts, sum_n_rows, sum_words = (words.new_empty(0) for _ in range(4))
         counted, total, counted_words = counts, n_rows, words
         if stats_counts is not None and stats_n_rows is not None:
             counted, total = stats_counts, stats_n_rows
@@ -109,7 +109,6 @@ class _PackedAutoencoder(torch.autograd.Function):
 
         wide = torch.promote_types(x.dtype, torch.float32)
         entropy = entropy_bits(counted, total).to(wide)
-        signs = absent
         covariance = entropy.new_zeros(())
         if options.covariance:
             numerator = stats_numerator
@@ -250,11 +249,18 @@ def _check_x(
         raise ValueError(f"x must have shape [..., {W_enc.shape[0]}]; got {list(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one row; got shape {list(x.shape)}")
-    if not isinstance(n_bits, int) or n_bits < 1 or W_enc.shape[1] % n_bits:
+    if (
+        isinstance(n_bits, bool)
+        or not isinstance(n_bits, int)
+        or n_bits < 1
+        or W_enc.shape[1] % n_bits
+    ):
         raise ValueError(
             f"n_bits must be an int >= 1 that divides the {W_enc.shape[1]} columns of W_enc; "
             f"got {n_bits!r}"
         )
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor; got {type(mask).__name__}")
     if mask is not None and (
         mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device
     ):
@@ -268,6 +274,17 @@ def _check_x(
             raise ValueError(
                 f"x must be finite; got {int((~finite).sum())} NaN or Inf of {x.numel()}"
             )
+
+
+def _check_kept(row_mask: Tensor | None, least: int) -> None:
+    """For the reference what the operators check themselves; on a CPU only, as they do."""
+    if row_mask is None or row_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    kept = int(row_mask.sum())
+    if kept == 0:
+        raise ValueError(f"mask must keep at least one row; got none of {len(row_mask)}")
+    if kept < least:
+        raise ValueError(f"covariance needs at least {least} rows; got {kept}")
 
 
 def _as_code(
@@ -370,6 +387,7 @@ def binary_autoencoder(
 
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits)
     if name == "reference":
+        _check_kept(row_mask, 2 if covariance and extra is None else 1)
         dense = reference.binary_autoencoder(
             rows, W_enc, b_enc, W_dec, b_dec,
             surrogate=surrogate, width=width, n_bits=n_bits, covariance=covariance,
@@ -426,6 +444,7 @@ def encode(
     rows = x.reshape(-1, x.shape[-1])
     row_mask = None if mask is None else mask.reshape(-1)
     if name == "reference":
+        _check_kept(row_mask, 1)
         bits = rows @ W_enc + b_enc > 0
         words = pack_rows(bits if row_mask is None else bits & row_mask[:, None])
         counts = None

@@ -112,7 +112,15 @@ class BAEConfig:
             raise ValueError(
                 f"{source}: preset must be one of {', '.join(PRESETS)}; got {self.preset!r}"
             )
-        resolve_surrogate(self.surrogate, self.surrogate_width or None)
+        n_weights = self.n_bits * self.d_sae * max(self.d_in, self.d_out)
+        if n_weights >= 2**56:
+            raise ValueError(
+                f"{source}: n_bits x d_sae x d_in (and d_out) must be below 2^56; got {n_weights}"
+            )
+        try:
+            resolve_surrogate(self.surrogate, self.surrogate_width or None)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
 
 class BinaryAutoencoder(nn.Module):
@@ -230,6 +238,8 @@ class BinaryAutoencoder(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - x_mean) / x_scale, ``[..., d_in]``, in x's dtype."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
         if x.shape[-1:] != self.x_mean.shape:
             raise ValueError(f"x must have shape [..., {self.config.d_in}]; got {list(x.shape)}")
         if not x.dtype.is_floating_point:
@@ -256,6 +266,7 @@ class BinaryAutoencoder(nn.Module):
             self.
 
         Raises:
+            TypeError: x or target is not a floating point tensor.
             ValueError: no rows, non-finite or constant x, or a target missing or not wanted.
         """
         if self.is_transcoder != (target is not None):
@@ -267,6 +278,10 @@ class BinaryAutoencoder(nn.Module):
             pairs.append(("target", target, self._target_mean, self._target_scale))
         fitted = []
         for name, rows, mean, _ in pairs:
+            if not isinstance(rows, Tensor):
+                raise TypeError(f"{name} must be a tensor; got {type(rows).__name__}")
+            if not rows.dtype.is_floating_point:
+                raise TypeError(f"{name} must be floating point; got {rows.dtype}")
             if rows.shape[-1:] != mean.shape or rows.numel() == 0:
                 raise ValueError(
                     f"{name} must have shape [..., {len(mean)}] and rows; got {list(rows.shape)}"
@@ -511,6 +526,12 @@ class BinaryAutoencoder(nn.Module):
                     f"{folder / WEIGHTS_NAME}: {name} must be floating point "
                     f"{list(expected[name].shape)}; got {tensor.dtype} {list(tensor.shape)}"
                 )
+        dtypes = {str(tensors[name].dtype) for name, _ in bae.named_parameters()}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME}: parameters must have one dtype; "
+                f"got {', '.join(sorted(dtypes))}"
+            )
         bae.load_state_dict(tensors, assign=True)
         for parameter in bae.parameters():
             parameter.requires_grad_(True)

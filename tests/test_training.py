@@ -115,6 +115,17 @@ def test_starting_from_rows_gives_unit_pre_activations_and_the_density():
     torch.testing.assert_close(cosine, torch.ones(48))
 
 
+@pytest.mark.parametrize("n_rows", [48, 20])
+def test_no_two_features_start_the_same(n_rows):
+    """Twins get the same gradients at every step and would never part."""
+    x = synthetic(n=n_rows)
+    bae = module(x)
+    init_from_rows_(bae, x, 0.1, decoder_norm=0.5)
+    directions = torch.nn.functional.normalize(bae.W_dec.detach(), dim=1)
+    cosine = directions @ directions.T - 2 * torch.eye(48)
+    assert cosine.max() < 0.999
+
+
 def test_revival_points_dead_features_at_the_worst_rows_and_clears_their_state():
     x = synthetic()
     bae = module(x)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from bae_fast._version import __version__
 from bae_fast.files import write_json
@@ -26,11 +25,12 @@ from bae_fast.training import PRESETS as TRAINING_PRESETS
 from bae_fast.training import Trainer, TrainingConfig
 
 if TYPE_CHECKING:
+    from bae_fast.analysis.evaluation import Evaluation
+    from bae_fast.analysis.features import FeatureSummary
     from bae_fast.lm import ActivationCache, LanguageModel
 
 N_HELDOUT = 4096
 N_FEATURES_SHOWN = 10
-EVAL_BLOCK = 8192
 
 
 def add_parser(commands: Any) -> None:
@@ -164,48 +164,22 @@ def estimate(trainer: Trainer) -> float:
     return min(times) * config.steps * 1.25  # the optimizer and the bookkeeping
 
 
-@torch.no_grad()
-def evaluate(bae: BinaryAutoencoder, rows: Tensor) -> tuple[dict[str, Any], Any, Tensor, Tensor]:
-    """Held-out metrics in float32; returns (metrics, code, densities, covariance spectrum)."""
-    from bae_fast.analysis import metrics
-    from bae_fast.codes import BinaryCode
-
-    rows = rows.to(bae.W_enc.device, bae.W_enc.dtype)
-    error = metrics.FVUAccumulator()
-    codes = []
-    for block in rows.split(EVAL_BLOCK):
-        code = bae.encode(block)
-        error.update(block, bae.decode(code))
-        codes.append(code)
-    code = BinaryCode.cat(codes)
-    density = code.density()
-    spectrum = metrics.covariance_eigenvalues(rows)
-    histogram = metrics.density_histogram(density)
-    fvu = error.compute()
-    bound = metrics.gaussian_rate_distortion_bits(spectrum, fvu)
-    result = {
-        "fvu": fvu,
-        "bits": float(code.entropy()),
-        "gaussian_bound_bits": float(bound),
-        "l0": float(code.l0().double().mean()),
-        "dead_share": histogram.dead,
-        "dense_share": histogram.dense,
-        "always_on_share": histogram.always_on,
-        "max_density": float(density.max()),
-        "n_rows": len(rows),
-    }
-    return result, code, density, spectrum
-
-
 def run(arguments: argparse.Namespace) -> int:
-    from bae_fast.analysis import metrics
+    from bae_fast.analysis.evaluation import evaluate
     from bae_fast.analysis.features import choose_features, describe_features, format_feature
+    from bae_fast.analysis.metrics import (
+        covariance_eigenvalues,
+        density_histogram,
+        gaussian_rate_distortion_bits,
+    )
 
     begin = time.perf_counter()
     stages = Stages()
     config = training_config(arguments)
     cache, lm, facts = harvest_rows(arguments, stages)
-    train_range, heldout_range = cache.split(N_HELDOUT)
+    split = cache.split(N_HELDOUT)
+    train_range, heldout_range = split
+    facts["split"] = split.as_dict()
     rows = cache.rows[train_range.start : train_range.stop]
     heldout = cache.rows[heldout_range.start : heldout_range.stop]
     tokenizer, label = lm.tokenizer, lm.label
@@ -224,7 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
         trainer = Trainer(bae, rows, config)
         precision = "bfloat16 products" if trainer.bfloat16 else "float32"
         print(
-            f"   F = {bae.config.d_sae} features, {config.steps} steps of {config.batch_size} rows, "
+            f"   {bae.config.d_sae} features, {config.steps} steps of {config.batch_size} rows, "
             f"preset {arguments.preset}, {precision}, {torch.get_num_threads()} threads; "
             f"estimated {estimate(trainer):.0f} s (--steps, --tokens shorten)"
         )
@@ -245,10 +219,15 @@ def run(arguments: argparse.Namespace) -> int:
     train_seconds = stages.seconds["train"]
 
     with stages.stage("evaluate and describe"):
-        result, code, density, spectrum = evaluate(bae, heldout)
-        chosen = choose_features(density, N_FEATURES_SHOWN)
+        found = evaluate(bae, heldout)
+        result = found.summary()
+        spectrum = covariance_eigenvalues(rows)
+        result["gaussian_bound_bits_training_rows"] = float(
+            gaussian_rate_distortion_bits(spectrum, found.fvu)
+        )
+        chosen = choose_features(found.density, N_FEATURES_SHOWN)
         features = describe_features(
-            code,
+            found.code,
             cache,
             heldout_range,
             chosen,
@@ -275,20 +254,21 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": {name: round(value, 2) for name, value in stages.seconds.items()},
     }
     write_json(arguments.out / "metrics.json", values)
-    report = write_demo_report(
-        arguments.out, label, arguments.hook, result, values, log, density, spectrum, features
-    )
+    report = write_demo_report(arguments.out, label, arguments.hook, found, values, log, features)
 
     print(f"\nHeld out: {result['n_rows']:,} rows of {label}, {arguments.hook}")
     print(f"  FVU                       {result['fvu']:.4f}")
     print(f"  pooled bits a row         {result['bits']:.0f}")
-    print(f"  Gaussian bound at this FVU {result['gaussian_bound_bits']:.0f} bits")
+    print(
+        f"  Gaussian bound at this FVU {result['gaussian_bound_bits']:.0f} "
+        f"({result['gaussian_bound_bits_training_rows']:.0f} with the training rows' covariance)"
+    )
     print(f"  L0                        {result['l0']:.1f}")
     print(f"  dead features             {result['dead_share']:.1%}")
     print(f"  dense (p > 0.1)           {result['dense_share']:.1%}")
     print(f"  always on (p > 0.9)       {result['always_on_share']:.1%}")
     print("\nDensity of features (share of held-out rows a feature is on in)")
-    for line in metrics.density_histogram(density).lines():
+    for line in density_histogram(found.density).lines():
         print(f"  {line}")
     print(f"\n{len(features)} features, evenly over the range of densities")
     for feature in features:
@@ -307,38 +287,36 @@ def write_demo_report(
     folder: Path,
     label: str,
     hook: str,
-    result: dict[str, Any],
+    found: Evaluation,
     values: dict[str, Any],
     log: list[dict[str, float]],
-    density: Tensor,
-    spectrum: Tensor,
-    features: Any,
+    features: list[FeatureSummary],
 ) -> Path:
     """The plots and the page; returns the page's path."""
     from bae_fast.report.page import Metric, write_report
     from bae_fast.report.plots import Point
 
     training = values["training"]
-    bound = result["gaussian_bound_bits"]
+    bound = found.gaussian_bound_bits
     files = write_report(
         folder,
         title="Binary Autoencoder",
         subtitle=f"{label}, {hook}, {training['d_sae']} features, {training['steps']} steps",
         metrics=[
-            Metric("FVU", f"{result['fvu']:.4f}", "share of variance unexplained, held out"),
-            Metric("Bits", f"{result['bits']:.0f}", "entropy of the code, pooled, bits a row"),
+            Metric("FVU", f"{found.fvu:.4f}", "share of variance unexplained, held out"),
+            Metric("Bits", f"{found.bits:.0f}", "entropy of the code, pooled, bits a row"),
             Metric("Gaussian bound", f"{bound:.0f}", "bits a Gaussian would need at this FVU"),
-            Metric("L0", f"{result['l0']:.1f}", "features on in a row"),
-            Metric("Dead", f"{result['dead_share']:.1%}", "never on in the held-out rows"),
-            Metric("Dense", f"{result['dense_share']:.1%}", "on in more than 10 % of the rows"),
-            Metric("Always on", f"{result['always_on_share']:.1%}", "on in more than 90 %"),
-            Metric("Held-out rows", f"{result['n_rows']:,}", "whole windows, none trained on"),
+            Metric("L0", f"{found.l0:.1f}", "features on in a row"),
+            Metric("Dead", f"{found.dead_share:.1%}", "never on in the held-out rows"),
+            Metric("Dense", f"{found.dense_share:.1%}", "on in more than 10 % of the rows"),
+            Metric("Always on", f"{found.always_on_share:.1%}", "on in more than 90 %"),
+            Metric("Held-out rows", f"{found.n_rows:,}", "whole windows, none trained on"),
             Metric("Training", f"{values['seconds']['train']:.0f} s", training["precision"]),
         ],
         log=log,
-        density=density,
-        eigenvalues=spectrum,
-        points=[Point("this run", result["fvu"], result["bits"], True)],
+        density=found.density,
+        eigenvalues=found.spectrum,
+        points=[Point("this run", found.fvu, found.bits, True)],
         features=features,
     )
     return files["page"]

@@ -40,6 +40,18 @@ class Request:
     n_bits: int = 1
 
 
+def environment_megabytes(name: str, default: int) -> int:
+    """The value of a budget in the environment, in MiB, or ``default`` where it is not set.
+
+    Raises:
+        ValueError: the variable is not an integer >= 0.
+    """
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be an integer >= 0, in MiB; got {text!r}")
+    return int(text)
+
+
 def _no_reasons(request: Request) -> list[str]:
     return []
 

@@ -11,6 +11,12 @@ from bae_fast.model import BinaryAutoencoder
 # rows decoded or encoded densely at a time
 _ROW_BLOCK = 8192
 
+# rows over which the start's deviation and density are taken
+_START_ROWS = 4096
+
+# length of the noise on a unit direction that is drawn more than once
+_JITTER = 0.3
+
 # the refit solves F x F normal equations in float64
 MAX_REFIT_FEATURES = 16384
 
@@ -26,12 +32,14 @@ def init_from_rows_(
 ) -> None:
     """Start every feature along a row of the data, on in a given share of the rows.
 
-    Row j of W_dec and column(s) j of W_enc point along one normalised row of x, drawn at random.
-    Columns of W_enc are scaled so that pre-activations have unit standard deviation over x, which
-    is the unit of the surrogate's width; b_enc then sets the density.
+    Row j of W_dec and column(s) j of W_enc point along one normalised row of x, drawn at random,
+    no row twice while they last (two features along one row would stay the same for ever: beyond
+    that, directions are jittered). Columns of W_enc are scaled so that pre-activations have unit
+    standard deviation, which is the unit of the surrogate's width; b_enc then sets the density.
+    Deviation and density are taken over the first 4,096 rows.
 
     Args:
-        x: raw rows ``[n, d_in]``, n >= 2; a few thousand are enough.
+        x: raw rows ``[n, d_in]`` in random order, n >= 2; best at least d_sae of them.
         density: share of the rows in which each bit is on.
         decoder_norm: norm of the rows of W_dec, in normalised units.
         generator: of the draws.
@@ -42,8 +50,16 @@ def init_from_rows_(
     if bae.is_transcoder:
         raise ValueError("init_from_rows_ needs d_out=None: a transcoder's target is not x")
     rows = bae.normalize(x).to(bae.W_enc.dtype)
-    draw = torch.randint(len(rows), (bae.config.d_sae,), generator=generator)
-    directions = torch.nn.functional.normalize(rows[draw.to(rows.device)], dim=1)
+    f = bae.config.d_sae
+    order = torch.randperm(len(rows), generator=generator)
+    chosen = order.repeat(-(-f // len(rows)))[:f].to(rows.device)
+    directions = torch.nn.functional.normalize(rows[chosen], dim=1)
+    if f > len(rows):
+        noise = torch.randn(directions.shape, generator=generator).to(directions)
+        directions = torch.nn.functional.normalize(
+            directions + _JITTER * noise / rows.shape[1] ** 0.5, dim=1
+        )
+    x, rows = x[:_START_ROWS], rows[:_START_ROWS]
     bae.W_dec.copy_(directions * decoder_norm)
     columns = directions.T.repeat_interleave(bae.config.n_bits, dim=1)
     bae.W_enc.copy_(columns / (rows @ columns).std(0).clamp_min(1e-6))

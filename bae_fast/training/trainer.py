@@ -165,7 +165,8 @@ class Trainer:
         config, bae = self.config, self.bae
         if config.init == "none":
             return
-        picked = torch.randperm(len(self.rows), generator=self.generator)[:_INIT_ROWS]
+        n = max(_INIT_ROWS, bae.config.d_sae)
+        picked = torch.randperm(len(self.rows), generator=self.generator)[:n]
         rows = self.rows[picked].to(self.device, bae.W_enc.dtype)
         if config.init == "rows":
             init_from_rows_(

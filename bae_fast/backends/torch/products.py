@@ -8,13 +8,13 @@ is carried through the product itself (:class:`Preactivation`).
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bae_fast.ops.registry import environment_megabytes
 from bae_fast.packing import WORD_BITS
 
 HALF = (torch.bfloat16, torch.float16)
@@ -48,7 +48,7 @@ def column_chunks(
     n_rows: int, n_columns: int, n_bits: int, device: torch.device
 ) -> Iterator[tuple[int, int]]:
     """Ranges of columns that start on a word and on a feature, [N, chunk] fp32 within budget."""
-    megabytes = int(os.environ.get(ENV_SCRATCH) or _SCRATCH_MB.get(device.type, 64))
+    megabytes = environment_megabytes(ENV_SCRATCH, _SCRATCH_MB.get(device.type, 64))
     unit = WORD_BITS * n_bits
     chunk = max(megabytes * 2**20 // (4 * max(n_rows, 1)), MIN_CHUNK)
     chunk = max(chunk // unit, 1) * unit

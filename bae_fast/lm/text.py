@@ -1,0 +1,102 @@
+"""Text to run a language model over: the standard library's own, or the user's files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def standard_library_text() -> str:
+    """The English of Python's language reference, as `help()` shows it.
+
+    The topics of `pydoc_data.topics` in alphabetical order of their keys, two line breaks between
+    them: about 465,000 characters, a little different from one Python release to the next.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def read_text(path: str | Path | Sequence[str | Path]) -> str:
+    """Read one file, or several in the order given, as UTF-8; two line breaks between files.
+
+    Raises:
+        ValueError: a path that is missing, a folder, not UTF-8, or without any text; no path.
+    """
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    if not paths:
+        raise ValueError("path=[] is not allowed: at least one text file is needed")
+    texts = []
+    for item in map(Path, paths):
+        if not item.is_file():
+            what = "a folder" if item.is_dir() else "missing"
+            raise ValueError(f"path={str(item)!r} is {what}: a UTF-8 text file is needed")
+        try:
+            text = item.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"path={str(item)!r} is not UTF-8 text (byte {error.start}): "
+                "a UTF-8 text file is needed"
+            ) from error
+        if not text.strip():
+            raise ValueError(f"path={str(item)!r} holds no text: a UTF-8 text file is needed")
+        texts.append(text)
+    return "\n\n".join(texts)
+
+
+def windows(
+    tokenizer: Any,
+    text: str,
+    context_size: int = 256,
+    *,
+    n_tokens: int | None = None,
+    prepend_bos: bool = False,
+) -> Tensor:
+    """Cut a text into windows of equally many tokens, one after the other, none shared.
+
+    Plain windows by default: the text's tokens and nothing else, so position 0 of a window is an
+    ordinary token. With `prepend_bos` position 0 is the tokenizer's beginning-of-text token and
+    `context_size - 1` tokens of text follow. What is left over at the end is dropped.
+
+    Args:
+        tokenizer: a transformers tokenizer, or anything called in the same way.
+        text: the text.
+        context_size: tokens per window, the inserted one included; at least 2.
+        n_tokens: stop after the windows that hold this many tokens, rounded up to whole windows;
+            None takes the whole text.
+        prepend_bos: start every window with `tokenizer.bos_token_id`.
+
+    Returns:
+        int64 [n_windows, context_size].
+
+    Raises:
+        ValueError: a size out of range, a text shorter than one window, or no
+            beginning-of-text token where one is asked for.
+    """
+    if not isinstance(context_size, int) or context_size < 2:
+        raise ValueError(f"context_size={context_size!r} is not allowed: an integer of at least 2")
+    if n_tokens is not None and (not isinstance(n_tokens, int) or n_tokens < 1):
+        raise ValueError(f"n_tokens={n_tokens!r} is not allowed: an integer of at least 1, or None")
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if prepend_bos and not isinstance(bos, int):
+        raise ValueError("prepend_bos=True is not allowed: this tokenizer has no bos_token_id")
+
+    # verbose=False: a text longer than the model's context is the normal case here.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    body = context_size - 1 if prepend_bos else context_size
+    n_windows = len(ids) // body
+    if n_tokens is not None:
+        n_windows = min(n_windows, -(-n_tokens // context_size))
+    if n_windows == 0:
+        raise ValueError(
+            f"text has {len(ids):,} tokens: at least one window of context_size={context_size} "
+            "is needed"
+        )
+    out = torch.tensor(ids[: n_windows * body], dtype=torch.int64).view(n_windows, body)
+    if prepend_bos and isinstance(bos, int):
+        out = torch.cat([torch.full((n_windows, 1), bos, dtype=torch.int64), out], dim=1)
+    return out
