@@ -31,6 +31,7 @@ class TrainingConfig:
         steps: optimizer steps.
         batch_size: rows a step, N.
         lr, betas, eps: of Adam.
+        decoder_lr_scale: the learning rate of W_dec is lr times this.
         decay_from: share of the steps after which the learning rate falls to zero as a cosine;
             1 keeps it constant.
         entropy_weight, covariance_weight: a_e and a_c; the loss is mse (mean over rows and
@@ -58,6 +59,7 @@ class TrainingConfig:
     lr: float = 4e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-12
+    decoder_lr_scale: float = 1.0
     decay_from: float = 0.2
     entropy_weight: float = 3e-4
     covariance_weight: float = 0.0
@@ -153,8 +155,12 @@ class Trainer:
             and bae.W_enc.dtype == torch.float32
         )
         self._start()
+        rest = [p for p in bae.parameters() if p is not bae.W_dec]
         self.optimizer = torch.optim.Adam(
-            bae.parameters(),
+            [
+                {"params": rest, "scale": 1.0},
+                {"params": [bae.W_dec], "scale": config.decoder_lr_scale},
+            ],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -208,7 +214,7 @@ class Trainer:
         x = self._next_batch()
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         a_e = config.entropy_weight if self.step >= config.entropy_from * config.steps else 0.0
         a_c = config.covariance_weight
         past = None
