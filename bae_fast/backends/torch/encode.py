@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bae_fast.backends.torch.products import Preactivation, column_chunks
+from bae_fast.backends.torch.products import Preactivation, column_chunks, sum_dtype
 from bae_fast.packing import WORD_BITS, column_counts, n_words, pack_rows
 
 ROW_BLOCK = 8192
@@ -27,6 +27,7 @@ def encode(
         keep = None if row_mask is None else row_mask[rows, None]
         for start, stop in column_chunks(rows.stop - top, k, 1, x.device):
             pre = preactivation(W_enc[:, start:stop], b_enc[start:stop])
+            pre = pre.to(sum_dtype(pre.dtype))  # half comparisons are scalar loops on a CPU
             at = slice(start // WORD_BITS, n_words(stop))
             bits = pre > 0
             words[rows, at] = pack_rows(bits if keep is None else bits & keep)

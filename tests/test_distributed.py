@@ -1,0 +1,203 @@
+"""Two gloo ranks: DistributedDataParallel, FSDP2, and statistics pooled over ranks.
+
+The ranks are two subprocesses that run every case once (distributed_worker.py); each test here
+compares one case with the same computation in this single process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_worker as worker
+import pytest
+import torch
+from distributed_worker import FROZEN, N_ROWS, SUBSETS, TERMS, WORLD
+from torch import Tensor
+
+import bae_fast as bf
+from bae_fast.distributed import all_gather_code
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+        reason="torch was built without gloo",
+    ),
+]
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found: case -> result, or the exception it raised."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    processes, logs = [], []
+    for rank in range(WORLD):
+        command = [sys.executable, str(HERE / "distributed_worker.py"), str(rank)]
+        command += [str(folder / "store"), str(folder / f"result{rank}")]
+        logs.append(folder / f"log{rank}")
+        with logs[-1].open("w") as log:
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            )
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
+    return [torch.load(folder / f"result{r}", weights_only=False) for r in range(WORLD)]
+
+
+def result(ranks: list[dict[str, Any]], name: str) -> list[Any]:
+    found = [rank[name] for rank in ranks]
+    for value in found:
+        if isinstance(value, Exception):
+            raise value
+    return found
+
+
+def mean_gradients(subset: tuple[str, ...], frozen: tuple[str, ...]) -> dict[str, Tensor]:
+    """The mean over ranks of each rank's gradients, in one process; None counts as zero."""
+    bae = worker.make_module()
+    worker.freeze(bae, frozen)
+    for rank in range(WORLD):
+        x = worker.rows(rank)
+        out = bae(x, covariance="covariance" in subset)
+        (worker.part_of_loss(bae, out, x, subset) / WORLD).backward()
+    return zero_filled(bae, worker.gradients(bae))
+
+
+def zero_filled(module: torch.nn.Module, gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
+        for name, parameter in module.named_parameters()
+    }
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        difference = (actual[name] - want).abs().max().item()
+        assert difference <= 1e-12 * want.abs().max().item(), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+def test_gradients_are_the_mean_over_ranks_whatever_outputs_are_used(ranks, kind, subset):
+    expected = mean_gradients(subset, ())
+    assert any(grad.any() for grad in expected.values())
+    for found in result(ranks, f"{kind} {'+'.join(subset)}"):
+        assert_same(zero_filled(worker.make_module(), found), expected)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("frozen", FROZEN[1:], ids="+".join)
+def test_frozen_parameters_stay_without_gradient_and_the_others_are_right(ranks, kind, frozen):
+    expected = mean_gradients(TERMS, frozen)
+    for found in result(ranks, f"{kind} without {'+'.join(frozen)}"):
+        assert [name for name, grad in found.items() if grad is None] == [
+            name for name in found if name in frozen
+        ]
+        assert_same(zero_filled(worker.make_module(), found), expected)
+
+
+def test_fsdp_shards_the_layer_inside_a_model_and_passes_the_gradient_on(ranks):
+    model = worker.make_model()
+    for rank in range(WORLD):
+        (worker.model_loss(model, worker.rows(rank)) / WORLD).backward()
+    expected = worker.gradients(model)
+    assert expected["0.weight"].any()
+    for found in result(ranks, "fsdp inside a model"):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked rows"])
+def test_pooled_statistics_give_the_gradients_of_the_whole_batch(ranks, masked):
+    bae = worker.make_module()
+    x = torch.cat([worker.rows(rank, N_ROWS[rank]) for rank in range(WORLD)])
+    mask = torch.cat([worker.masks(rank) for rank in range(WORLD)]) if masked else None
+    out = bae(x, mask=mask, covariance=True)
+    (bae.mse(out, x) + 0.3 * out.entropy + 0.7 * out.covariance).backward()
+    expected = worker.gradients(bae)
+    for found in result(ranks, "pooled masked" if masked else "pooled"):
+        assert found["code"].equal(out.code)
+        assert found["terms"] == (out.entropy, out.covariance)
+        assert_same(found["gradients"], expected)
+
+
+def bits_of(rank: int) -> Tensor:
+    return torch.rand(8, 40, generator=torch.Generator().manual_seed(rank)) < 0.5
+
+
+def test_gathered_rows_stand_in_rank_order_on_every_rank(ranks):
+    for code in result(ranks, "gathered equal"):
+        assert torch.equal(code.to_dense(), torch.cat([bits_of(0), bits_of(1)]))
+        assert code.row_mask is None
+
+
+def test_a_rank_without_rows_adds_none(ranks):
+    for code in result(ranks, "gathered one rank without rows"):
+        assert torch.equal(code.to_dense(), bits_of(1))
+
+
+def test_leading_dimensions_become_rows(ranks):
+    for code in result(ranks, "gathered leading dimensions"):
+        assert torch.equal(code.to_dense(), torch.cat([bits_of(0), bits_of(1)]))
+
+
+def test_a_mask_on_one_rank_is_kept_and_the_other_ranks_rows_all_count(ranks):
+    for code in result(ranks, "gathered mask on one rank"):
+        expected = torch.cat([torch.ones(8, dtype=torch.bool), torch.arange(8) % 3 > 0])
+        assert torch.equal(code.row_mask, expected)
+        assert code.n_rows() == 13
+
+
+def test_multi_bit_codes_stay_multi_bit(ranks):
+    for code in result(ranks, "gathered multi-bit"):
+        assert (code.n_bits, code.n_features, len(code)) == (2, 20, 16)
+
+
+def test_only_the_ranks_of_the_group_are_gathered(ranks):
+    for rank, code in enumerate(result(ranks, "gathered group of one")):
+        assert torch.equal(code.to_dense(), bits_of(rank))
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("columns differ", "columns [40, 39]"), ("bits differ", "n_bits [1, 2]")],
+)
+def test_unlike_codes_are_refused_on_every_rank(ranks, case, words):
+    for rank in ranks:
+        error = rank[f"gathered {case}"]
+        assert type(error) is ValueError
+        assert "code must have the same columns and n_bits on every rank" in str(error)
+        assert words in str(error)
+        assert "\n" not in str(error)
+
+
+def test_a_group_without_this_process_is_refused(ranks):
+    for rank in ranks:
+        error = rank["gathered group of others"]
+        assert type(error) is ValueError
+        assert str(error) == "group must contain this process"
+
+
+def test_gathering_without_a_process_group_says_what_to_call():
+    code = bf.BinaryCode.from_dense(bits_of(0))
+    with pytest.raises(RuntimeError, match=r"^all_gather_code needs .*init_process_group\(\)"):
+        all_gather_code(code)
+
+
+def test_gathering_something_else_names_the_type():
+    with pytest.raises(TypeError, match=r"^code must be a BinaryCode; got Tensor$"):
+        all_gather_code(bits_of(0))  # type: ignore[arg-type]
