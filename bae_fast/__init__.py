@@ -6,6 +6,7 @@ from bae_fast.functional import BAEOutput, binary_autoencoder, decode, encode
 from bae_fast.info import info, warmup
 from bae_fast.model import BAEConfig, BinaryAutoencoder
 from bae_fast.ops.registry import BackendUnavailableError
+from bae_fast.released import load_released
 from bae_fast.statistics import CodeStatistics
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "decode",
     "encode",
     "info",
+    "load_released",
     "warmup",
 ]

@@ -161,7 +161,7 @@ def part(name: str) -> str:
 LAYERS = (
     {"cli", "__main__"},
     {"training", "analysis", "report", "lm"},
-    {"", "model", "info", "distributed"},
+    {"", "model", "info", "distributed", "released"},
     {"functional"},
     {"codes", "reference"},
     {"ops", "backends", "kernels"},

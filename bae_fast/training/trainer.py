@@ -19,6 +19,9 @@ from bae_fast.model import BinaryAutoencoder
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.recipe import init_from_rows_, refit_decoder_, residual, revive_
 
+# steps without a one after which the log counts a column as dead
+DEAD_WINDOW = 200
+
 # rows looked at to start the features
 _INIT_ROWS = 4096
 
@@ -148,6 +151,7 @@ class Trainer:
         self._order = torch.empty(0, dtype=torch.int64)
         self._fired = torch.zeros(bae.b_enc.shape, dtype=torch.int64, device=self.device)
         self._seen = 0
+        self._last_fired = torch.zeros_like(self._fired)
         self.bank = CodeBank(config.bank_batches) if config.bank_batches else None
         self.bfloat16 = config.precision == "bfloat16" or (
             config.precision == "auto"
@@ -240,11 +244,12 @@ class Trainer:
         if self.bank is not None:
             self.bank.append(out.code)
         self.step += 1
+        self._last_fired.masked_fill_(counts > 0, self.step)
         result = {
             "mse": mse.detach(),
             "entropy_bits": out.entropy.detach(),
             "l0": counts.sum() / len(x),
-            "dead_share": (self._fired == 0).double().mean(),
+            "dead_share": (self.step - self._last_fired >= DEAD_WINDOW).double().mean(),
         }
         if out.covariance is not None:
             result["covariance"] = out.covariance.detach()
@@ -289,7 +294,7 @@ class Trainer:
 
         Returns:
             The lines: step, lr, seconds, mse, entropy_bits (pooled over the bank), l0,
-            dead_share (since the last revival).
+            dead_share (no one in the last 200 steps).
 
         A KeyboardInterrupt ends the loop after the step in hand and is raised again once the
         module is left whole and in eval mode.
@@ -335,6 +340,7 @@ class Trainer:
             "order": self._order,
             "fired": self._fired,
             "seen": self._seen,
+            "last_fired": self._last_fired,
             "bank": [] if self.bank is None else [code.words for code in self.bank.codes],
         }
 
@@ -348,6 +354,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self._order = state["order"].clone()
         self._fired = state["fired"].clone()
+        self._last_fired = state["last_fired"].clone()
         if self.bank is not None:
             self.bank = CodeBank(self.config.bank_batches)
             for words in state["bank"]:
