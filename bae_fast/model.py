@@ -28,9 +28,19 @@ WEIGHTS_NAME = "sae_weights.safetensors"
 # what a preset decides where the caller says nothing
 PRESETS: dict[str, dict[str, Any]] = {
     # starts sparse, learns near the threshold only: the entropy term works
-    "sparse": {"surrogate": "rectangle", "covariance": False, "init_density": 0.05},
+    "sparse": {
+        "surrogate": "rectangle",
+        "surrogate_width": 0.4,
+        "covariance": False,
+        "init_density": 0.05,
+    },
     # arXiv 2509.20997 as released: half of the bits on at the start, both terms
-    "paper": {"surrogate": "identity", "covariance": True, "init_density": 0.5},
+    "paper": {
+        "surrogate": "identity",
+        "surrogate_width": None,
+        "covariance": True,
+        "init_density": 0.5,
+    },
 }
 
 # pre-activations made at a time where a function looks at all rows
@@ -181,7 +191,11 @@ class BinaryAutoencoder(nn.Module):
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
         defaults = PRESETS[preset]
-        surrogate, width = resolve_surrogate(surrogate or defaults["surrogate"], surrogate_width)
+        if surrogate is None:
+            surrogate = defaults["surrogate"]
+            if surrogate_width is None:
+                surrogate_width = defaults["surrogate_width"]
+        surrogate, width = resolve_surrogate(surrogate, surrogate_width)
         self.config = BAEConfig(
             d_in=d_in,
             d_sae=d_sae,

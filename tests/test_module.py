@@ -58,7 +58,7 @@ def test_sparse_is_the_default_preset_with_a_rectangle_and_no_covariance():
     assert bae.config == bf.BinaryAutoencoder(D, F, preset="sparse").config
     config = bae.config
     assert (config.surrogate, config.surrogate_width, config.covariance) == (
-        "rectangle", 0.25, False,
+        "rectangle", 0.4, False,
     )  # fmt: skip
     assert bae(torch.randn(9, D)).covariance is None
 

@@ -23,7 +23,7 @@ class CodeBank:
             raise ValueError(f"n_batches must be at least 1; got {n_batches}")
         self.n_batches = n_batches
         self._codes: deque[BinaryCode] = deque()
-        self._counts: deque[torch.Tensor] = deque()
+        self._sums: tuple[torch.Tensor, torch.Tensor] | None = None  # rows, ones in each column
 
     def __len__(self) -> int:
         """Batches held."""
@@ -36,11 +36,14 @@ class CodeBank:
 
     def append(self, code: BinaryCode) -> None:
         """Add a batch's code; the oldest one leaves once the bank is full."""
+        n_rows, counts = code.n_rows(), code.counts()
+        if self._sums is not None:
+            n_rows, counts = self._sums[0] + n_rows, self._sums[1] + counts
         self._codes.append(code)
-        self._counts.append(code.counts())
         if len(self._codes) > self.n_batches:
-            self._codes.popleft()
-            self._counts.popleft()
+            oldest = self._codes.popleft()
+            n_rows, counts = n_rows - oldest.n_rows(), counts - oldest.counts()
+        self._sums = n_rows, counts
 
     def statistics(self, *, words: bool = False) -> CodeStatistics:
         """Statistics of all rows held, for ``past=``.
@@ -51,8 +54,7 @@ class CodeBank:
         Raises:
             ValueError: the bank is empty.
         """
-        if not self._codes:
+        if self._sums is None:
             raise ValueError("the bank is empty: append a code first")
-        n_rows = torch.stack([code.n_rows() for code in self._codes]).sum()
         kept = torch.cat([code.flatten().words for code in self._codes]) if words else None
-        return CodeStatistics(n_rows, torch.stack(list(self._counts)).sum(0), kept)
+        return CodeStatistics(*self._sums, kept)
