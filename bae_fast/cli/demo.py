@@ -27,7 +27,7 @@ from bae_fast.training import Trainer, TrainingConfig
 if TYPE_CHECKING:
     from bae_fast.analysis.evaluation import Evaluation
     from bae_fast.analysis.features import FeatureSummary
-    from bae_fast.lm import ActivationCache, LanguageModel
+    from bae_fast.lm import ActivationCache
 
 N_HELDOUT = 4096
 N_FEATURES_SHOWN = 10
@@ -107,43 +107,54 @@ class Stages:
 
 def harvest_rows(
     arguments: argparse.Namespace, stages: Stages
-) -> tuple[ActivationCache, LanguageModel, dict[str, Any]]:
-    """Load the language model, read its hidden states (or find them in the cache)."""
+) -> tuple[ActivationCache, Any, dict[str, Any]]:
+    """Hidden states from the cache or the language model: (cache, tokenizer, facts)."""
     from bae_fast import lm as lm_tools
 
-    with stages.stage("load the language model"):
-        name = arguments.model or lm_tools.DEFAULT_MODEL
-        lm = lm_tools.load_language_model(name, device=arguments.device)
-        print(f"   {lm.label}, width {lm.d_model}, {str(lm.dtype).removeprefix('torch.')}")
-
-    with stages.stage("harvest hidden states"):
+    name = arguments.model or lm_tools.DEFAULT_MODEL
+    folder = arguments.cache or default_cache()
+    with stages.stage("tokenize"):
+        source = lm_tools.find_language_model(name)
+        tokenizer = lm_tools.load_tokenizer(name)
         if arguments.text is None:
-            text, source = lm_tools.standard_library_text(), "pydoc_data.topics"
+            text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
         else:
-            text, source = lm_tools.read_text(arguments.text), " ".join(map(str, arguments.text))
-        windows = lm_tools.windows(lm.tokenizer, text, arguments.context, n_tokens=arguments.tokens)
-        start = time.perf_counter()
-        cache = lm_tools.harvest(
-            lm,
-            windows,
-            arguments.hook,
-            folder=arguments.cache or default_cache(),
-            progress=not arguments.no_progress,
-        )
-        seconds = time.perf_counter() - start
-        print(f"   {cache.n_rows:,} rows of width {cache.d_in} from {windows.numel():,} tokens")
+            text, text_name = lm_tools.read_text(arguments.text), " ".join(arguments.text)
+        windows = lm_tools.windows(tokenizer, text, arguments.context, n_tokens=arguments.tokens)
+        print(f"   {windows.numel():,} tokens of {text_name}")
+        dtype = lm_tools.resolve_dtype("auto", arguments.device)
+        cache = None
+        if source.revision:
+            key = lm_tools.cache_key(source.name, source.revision, dtype, windows, arguments.hook)
+            cache = lm_tools.ActivationCache.open_or_none(folder, key)
+
+    tokens_per_second = None
+    if cache is not None:
+        print(f"== hidden states of {source.label} are cached in {cache.folder}")
+    else:
+        with stages.stage("load the language model"):
+            lm = lm_tools.load_language_model(name, dtype=dtype, device=arguments.device)
+            print(f"   {lm.label}, width {lm.d_model}, {str(lm.dtype).removeprefix('torch.')}")
+        with stages.stage("harvest hidden states"):
+            start = time.perf_counter()
+            cache = lm_tools.harvest(
+                lm, windows, arguments.hook, folder=folder, progress=not arguments.no_progress
+            )
+            tokens_per_second = windows.numel() / (time.perf_counter() - start)
+            print(f"   {tokens_per_second:,.0f} tokens/s")
+    print(f"   {cache.n_rows:,} rows of width {cache.d_in}")
     facts = {
-        "model_name": lm.name,
-        "model_label": lm.label,
+        "model_name": source.name,
+        "model_label": source.label,
         "hook_name": arguments.hook,
         "context_size": arguments.context,
         "prepend_bos": False,
-        "dataset_path": source,
+        "dataset_path": text_name,
         "tokens": windows.numel(),
         "rows": cache.n_rows,
-        "harvest_tokens_per_second": windows.numel() / seconds,
+        "harvest_tokens_per_second": tokens_per_second,
     }
-    return cache, lm, facts
+    return cache, tokenizer, facts
 
 
 def estimate(trainer: Trainer) -> float:
@@ -176,14 +187,13 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     stages = Stages()
     config = training_config(arguments)
-    cache, lm, facts = harvest_rows(arguments, stages)
+    cache, tokenizer, facts = harvest_rows(arguments, stages)
+    label = facts["model_label"]
     split = cache.split(N_HELDOUT)
     train_range, heldout_range = split
     facts["split"] = split.as_dict()
     rows = cache.rows[train_range.start : train_range.stop]
     heldout = cache.rows[heldout_range.start : heldout_range.stop]
-    tokenizer, label = lm.tokenizer, lm.label
-    del lm  # the model is not needed any more, its memory is
 
     with stages.stage("train"):
         torch.manual_seed(arguments.seed)
@@ -235,7 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
             margins=lambda ids: bae.preactivation(heldout.to(bae.W_enc.dtype), ids).detach(),
         )
 
-    values = {
+    values: dict[str, Any] = {
         "bae_fast": __version__,
         "torch": torch.__version__,
         "heldout": result,
@@ -274,10 +284,8 @@ def run(arguments: argparse.Namespace) -> int:
     for feature in features:
         print("\n" + format_feature(feature))
     print("\nSeconds: " + ", ".join(f"{name} {s:.1f}" for name, s in stages.seconds.items()))
-    rate = facts["harvest_tokens_per_second"]
-    if stages.seconds["harvest hidden states"] > 1:
-        print(f"Tokens/s: harvest {rate:,.0f}", end="; ")
-    print(f"training rows/s: {config.steps * config.batch_size / train_seconds:,.0f}")
+    rows_per_second = values["training"]["rows_per_second"]
+    print(f"Training: {rows_per_second:,.0f} rows/s, one row a token")
     print(f"Total {time.perf_counter() - begin:.0f} s. Results in {arguments.out}:")
     print(f"  {report}")
     return 0

