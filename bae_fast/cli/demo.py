@@ -111,7 +111,7 @@ def harvest_rows(
     """Hidden states from the cache or the language model: (cache, tokenizer, facts)."""
     from bae_fast import lm as lm_tools
 
-    name = arguments.model or lm_tools.DEFAULT_MODEL
+    name = lm_tools.DEFAULT_MODEL if arguments.model is None else arguments.model
     folder = arguments.cache or default_cache()
     with stages.stage("tokenize"):
         source = lm_tools.find_language_model(name)

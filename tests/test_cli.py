@@ -1,0 +1,149 @@
+"""The commands, on a tiny language model saved as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.cli import main
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A random Llama of two blocks and a tokenizer with one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 1,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(language_model, tmp_path):
+    text = tmp_path / "text.txt"
+    order = torch.randint(len(WORDS), (9000,), generator=torch.Generator().manual_seed(0))
+    text.write_text(" ".join(WORDS[i] for i in order))
+    return [
+        "demo", "--model", str(language_model), "--hook", "model.layers.0", "--text", str(text),
+        "--context", "16", "--expansion", "2", "--steps", "30", "--batch-size", "64",
+        "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--no-progress",
+        "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_the_demo_leaves_a_model_metrics_plots_and_a_page(arguments, tmp_path, capsys, monkeypatch):
+    assert main(arguments) == 0
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "cfg.json", "sae_weights.safetensors", "metrics.json", "log.jsonl", "report.html",
+        "training_curves.png", "density_histogram.png", "fvu_bits.png",
+    }  # fmt: skip
+    found = json.loads((out / "metrics.json").read_text())
+    heldout = found["heldout"]
+    assert 0 < heldout["fvu"] < 1.5
+    assert heldout["bits"] > 0
+    assert found["data"]["harvest_tokens_per_second"] > 0
+    assert set(found["seconds"]) >= {"harvest hidden states", "train", "evaluate and describe"}
+    printed = capsys.readouterr().out
+    for expected in ("FVU", "pooled bits", "Gaussian bound", "dead features", "«"):
+        assert expected in printed
+    assert printed.count("\nfeature ") == 10
+    bae = bf.BinaryAutoencoder.from_pretrained(out)
+    assert bae.config.metadata["hook_name"] == "model.layers.0"
+    assert float(bae.x_scale) != 1
+
+    # again: the hidden states are cached, so the model is not loaded, and the figures are the same
+    def fail(*_args, **_options):
+        raise AssertionError("loaded the language model")
+
+    monkeypatch.setattr("bae_fast.lm.load_language_model", fail)
+    assert main(arguments) == 0
+    assert json.loads((out / "metrics.json").read_text())["heldout"] == heldout
+
+
+def test_an_interrupt_during_training_leaves_a_loadable_model(arguments, tmp_path):
+    out = tmp_path / "out"
+    arguments[arguments.index("30")] = "1000000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bae_fast.cli", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).resolve().parent.parent,
+    )
+    log = out / "log.jsonl"
+    end = time.monotonic() + 120
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < end:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "was saved in" in error
+    bae = bf.BinaryAutoencoder.from_pretrained(out)
+    assert bae.encode(torch.randn(3, 16)).shape == (3, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--hook", "model.layer.0"], "model.layers.0"),  # the near match is named
+        (["--tokens", "40"], "n_heldout=4096 leaves no whole window"),
+        (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--model", ""], "name='' is not allowed"),
+        (["--impl", "cuda"], "impl='cuda' cannot serve"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(arguments, capsys, change, message):
+    if change[0] == "--text":
+        at = arguments.index("--text")
+        arguments[at : at + 2] = change
+    else:
+        arguments += change
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("bae-fast demo: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_info_names_every_backend(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("reference", "torch", "cpp", "triton", "cuda", bf.__version__):
+        assert name in printed
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == bf.info()
