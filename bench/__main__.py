@@ -12,13 +12,13 @@ import torch
 
 import bae_fast
 from bae_fast.files import read_json, write_json, write_text
-from bench import memory, recipe, step
+from bench import ablation, memory, recipe, step
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 
-SUITES = {"memory": memory, "step": step, "recipe": recipe}
+SUITES = {"memory": memory, "step": step, "recipe": recipe, "ablation": ablation}
 
 
 def cpu_name() -> str:
