@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ def check_covariance_size(n_rows: int, n_columns: int) -> None:
         )
 
 
+_INDEX_HELP = "a code is indexed by rows: an int, a slice, 1-D integers or a bool mask; "
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 class BinaryCode:
     """Bits of N hidden states, 32 a word: small, exact, without gradient.
 
@@ -76,15 +83,17 @@ class BinaryCode:
             ValueError: words' last dimension is not ceil(n_columns / 32), n_columns is not a
                 multiple of n_bits, or row_mask is not bool of words' leading shape.
         """
-        if words.dtype != torch.int32:
-            raise TypeError(f"words must be int32; got {words.dtype}")
+        if not isinstance(words, Tensor) or words.dtype != torch.int32:
+            raise TypeError(f"words must be an int32 tensor; got {_kind(words)}")
+        if not isinstance(n_columns, int) or n_columns < 1:
+            raise ValueError(f"n_columns must be an int >= 1; got {n_columns!r}")
         if words.dim() < 1 or words.shape[-1] != packing.n_words(n_columns):
             raise ValueError(
                 f"words must be [..., {packing.n_words(n_columns)}] for {n_columns} columns; "
                 f"got shape {tuple(words.shape)}"
             )
-        if n_bits < 1 or n_columns % n_bits:
-            raise ValueError(f"n_bits must divide the {n_columns} columns; got {n_bits}")
+        if not isinstance(n_bits, int) or n_bits < 1 or n_columns % n_bits:
+            raise ValueError(f"n_bits must divide the {n_columns} columns; got {n_bits!r}")
         if row_mask is not None and (
             row_mask.dtype != torch.bool or row_mask.shape != words.shape[:-1]
         ):
@@ -105,6 +114,8 @@ class BinaryCode:
         Raises:
             ValueError: an entry is neither 0 nor 1.
         """
+        if bits.dim() < 1 or bits.shape[-1] < 1:
+            raise ValueError(f"bits must have shape [..., K], K >= 1; got {list(bits.shape)}")
         if not bool(((bits == 0) | (bits == 1)).all()):
             raise ValueError("bits must hold only 0 and 1")
         return cls(packing.pack_rows(bits), bits.shape[-1], n_bits=n_bits)
@@ -140,34 +151,51 @@ class BinaryCode:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> BinaryCode:
+    def __getitem__(self, rows: Any) -> BinaryCode:
         """Select along the first dimension: an index, a slice, indices or a bool mask.
+
+        Args:
+            rows: an int, a slice, or a list, array or tensor of integers (1-D) or of bools, whose
+                dimensions are the first of the leading ones.
 
         Raises:
             TypeError: an index of another kind, or a code of a single state.
+            IndexError: out of range, or a bool mask of another length.
         """
         if self.words.dim() < 2:
             raise TypeError("a code of one hidden state cannot be indexed by row")
-        if isinstance(rows, Sequence) and not isinstance(rows, (str, tuple)):
-            rows = torch.as_tensor(rows, device=self.device, dtype=torch.int64)
-        if not isinstance(rows, (int, slice, Tensor)):
-            raise TypeError(
-                "a code is indexed by rows: an int, a slice, a list or a 1-D tensor; "
-                f"got {type(rows).__name__}"
-            )
+        if not isinstance(rows, slice):
+            if not isinstance(rows, Tensor):
+                if isinstance(rows, (str, tuple)):
+                    raise TypeError(_INDEX_HELP + f"got {type(rows).__name__}")
+                try:
+                    rows = torch.as_tensor(rows)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise TypeError(_INDEX_HELP + f"got {type(rows).__name__}") from error
+            if rows.numel() == 0 and rows.dtype != torch.bool:
+                rows = rows.to(torch.int64)
+            most = self.words.dim() - 1 if rows.dtype == torch.bool else 1
+            scalar_mask = rows.dim() == 0 and rows.dtype == torch.bool
+            if rows.dim() > most or rows.dtype.is_floating_point or scalar_mask:
+                raise TypeError(_INDEX_HELP + f"got {rows.dtype} {list(rows.shape)}")
+            # uint8 would be taken for a mask, with a warning
+            rows = (rows if rows.dtype == torch.bool else rows.to(torch.int64)).to(self.device)
         mask = None if self.row_mask is None else self.row_mask[rows]
         return self._like(self.words[rows], mask)
 
     @staticmethod
-    def cat(codes: Sequence[BinaryCode]) -> BinaryCode:
+    def cat(codes: Iterable[BinaryCode]) -> BinaryCode:
         """Concatenate along the first dimension.
 
         Raises:
             ValueError: no code, or codes of unequal columns, bits or trailing shape.
         """
+        codes = list(codes)
         if not codes:
             raise ValueError("codes must not be empty")
         first = codes[0]
+        if first.words.dim() < 2:
+            raise ValueError("codes must have rows; got a code of one hidden state")
         for code in codes:
             kind = (code.n_columns, code.n_bits, code.shape[1:])
             if kind != (first.n_columns, first.n_bits, first.shape[1:]):
@@ -208,7 +236,7 @@ class BinaryCode:
     def counts(self) -> Tensor:
         """Ones in each column, int64 ``[K]``."""
         if self._counts is not None:
-            return self._counts
+            return self._counts.clone()  # a caller's arithmetic in place must not reach it
         return packing.column_counts(self._rows, self.n_columns)
 
     def density(self) -> Tensor:
@@ -284,10 +312,13 @@ class BinaryCode:
 
     def equal(self, other: BinaryCode) -> bool:
         """Whether shape, bits a feature, mask and every bit are the same."""
+        if not isinstance(other, BinaryCode):
+            raise TypeError(f"other must be a BinaryCode; got {type(other).__name__}")
+        if self.shape != other.shape:
+            return False
         same_mask = torch.equal(self._kept(), other._kept().to(self.device))
         return (
-            self.shape == other.shape
-            and self.n_bits == other.n_bits
+            self.n_bits == other.n_bits
             and same_mask
             and torch.equal(self.words, other.words.to(self.device))
         )
@@ -305,6 +336,9 @@ class BinaryCode:
         """Write a safetensors file: ``words`` unpadded, ``row_mask`` where there is one.
 
         The file appears whole or not at all. Needs ``safetensors``.
+
+        Args:
+            metadata: kept in the file's header; :meth:`read_metadata` gives it back.
         """
         tensors = {"words": self.words.detach().cpu().contiguous()}
         if self.row_mask is not None:
@@ -317,6 +351,15 @@ class BinaryCode:
             "metadata": json.dumps(metadata or {}),
         }
         return write_safetensors(path, tensors, header)
+
+    @staticmethod
+    def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+        """What :meth:`save` was given as ``metadata``; errors as in :meth:`load`."""
+        _, header = read_safetensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a saved BinaryCode: format {header.get('format')!r}")
+        found = json.loads(header.get("metadata", "{}"))
+        return {str(name): str(value) for name, value in found.items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BinaryCode:

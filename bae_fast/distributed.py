@@ -28,9 +28,11 @@ def all_gather_code(code: BinaryCode, group: dist.ProcessGroup | None = None) ->
     K/8 bytes a row; sizes are read back, which synchronises a GPU.
 
     With the pooled statistics each rank's loss is a part of the loss of the whole batch: summed
-    over ranks, the gradients equal those of one process with all rows (entropy and covariance
-    added undivided on every rank; :class:`torch.nn.parallel.DistributedDataParallel` and FSDP
-    average gradients, so multiply the loss by the number of ranks there)::
+    over ranks, the gradients of entropy and covariance equal those of one process with all rows
+    (added undivided on every rank). :class:`torch.nn.parallel.DistributedDataParallel` and FSDP
+    average gradients over R ranks: there multiply these two terms by R; a mean over the rank's
+    own rows, such as :meth:`bae_fast.BinaryAutoencoder.mse`, needs no factor where ranks are
+    equal::
 
         stats = all_gather_code(bae.encode(x)).statistics(covariance=True)
         out = bae(x, stats=stats)

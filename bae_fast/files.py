@@ -82,13 +82,17 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or a truncated one.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    # one read: opening by name twice could meet two files where another process replaces it
+    data = Path(path).read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable safetensors file: {reason}") from error
+    return tensors, header.get("__metadata__") or {}

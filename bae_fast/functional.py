@@ -60,7 +60,8 @@ def _ops(name: str) -> dict[str, Callable[..., Any]]:
 
 def _squared_steps(W_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
     """Squared length of what flipping a bit adds to the reconstruction: ``[k F]``."""
-    squared = torch.linalg.vector_norm(W_dec, dim=1, dtype=dtype).square()
+    wide = torch.promote_types(W_dec.dtype, dtype)
+    squared = torch.linalg.vector_norm(W_dec, dim=1, dtype=wide).square().to(dtype)
     if n_bits == 1:
         return squared
     steps = 2.0 ** torch.arange(n_bits, device=W_dec.device, dtype=dtype) / (2**n_bits - 1)
@@ -216,6 +217,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _require(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     sizes = tuple(tensor.shape)
     if len(sizes) != len(shape) or any(
         isinstance(s, int) and s != t for s, t in zip(shape, sizes, strict=True)
@@ -224,21 +227,23 @@ def _require(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name} must have shape [{expected}]; got {list(sizes)}")
 
 
-def _check_parameters(x: Tensor, parameters: dict[str, Tensor]) -> None:
+def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x") -> None:
     """One device; one floating dtype outside autocast."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+        raise TypeError(f"{x_name} must be a tensor; got {type(x).__name__}")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"x must be floating point; got {x.dtype}")
+        raise TypeError(f"{x_name} must be floating point; got {x.dtype}")
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, tensor in parameters.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}; got {tensor.device}")
+            raise ValueError(f"{name} must be on {x_name}'s device {x.device}; got {tensor.device}")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if tensor.dtype != x.dtype and not autocast:
             raise TypeError(
-                f"{name} must have x's dtype {x.dtype} outside autocast; got {tensor.dtype}"
+                f"{name} must have {x_name}'s dtype {x.dtype} outside autocast; got {tensor.dtype}"
             )
 
 
@@ -249,6 +254,8 @@ def _check_x(
         raise ValueError(f"x must have shape [..., {W_enc.shape[0]}]; got {list(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one row; got shape {list(x.shape)}")
+    if W_enc.shape[1] == 0:
+        raise ValueError("W_enc must have at least one column; got none")
     if (
         isinstance(n_bits, bool)
         or not isinstance(n_bits, int)
@@ -298,6 +305,13 @@ def _as_code(
     """Words [N, W] in the leading shape of the hidden states."""
     words = words.view(*lead, words.shape[-1])
     return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=mask, counts=counts)
+
+
+def _savable(tensor: Tensor) -> Tensor:
+    """A tensor that backward may keep: codes made in inference mode are copied."""
+    if not torch.compiler.is_compiling() and tensor.is_inference() and torch.is_grad_enabled():
+        return tensor.clone()
+    return tensor
 
 
 # -- functions ---------------------------------------------------------------------------------
@@ -377,10 +391,15 @@ def binary_autoencoder(
     if stats is not None and past is not None:
         raise ValueError("stats and past must not both be given: one replaces, the other adds")
     if extra is not None:
+        if not isinstance(extra, CodeStatistics):
+            name = "stats" if past is None else "past"
+            raise TypeError(f"{name} must be CodeStatistics; got {type(extra).__name__}")
         _require("stats.counts" if past is None else "past.counts", extra.counts, (n_columns,))
     if covariance:
         if stats is not None and stats.numerator is None:
             raise ValueError("stats has no covariance: make it with statistics(covariance=True)")
+        if stats is not None and stats.words is None and stats.signs is None:
+            raise ValueError("stats must hold words or signs for the covariance; got neither")
         if stats is None:
             n_past = 0 if past is None else len(past.require_words())
             check_covariance_size(rows.shape[0] + n_past, n_columns)
@@ -398,7 +417,8 @@ def binary_autoencoder(
     else:
         parts: tuple[Tensor | None, ...] = (None,) * 5
         if extra is not None:
-            parts = (extra.n_rows, extra.counts, extra.words, extra.numerator, extra.signs)
+            given = (extra.n_rows, extra.counts, extra.words, extra.numerator, extra.signs)
+            parts = tuple(None if part is None else _savable(part) for part in given)
         options = _Options(
             impl=name,
             surrogate=surrogate,
@@ -504,6 +524,10 @@ def decode(
 
     Returns:
         ``[..., d_out]`` in the compute dtype.
+
+    Raises:
+        TypeError: code is neither, or dtypes are not floating or differ outside autocast.
+        ValueError: another number of features, shape or device.
     """
     _require("W_dec", W_dec, ("F", "d_out"))
     _require("b_dec", b_dec, (W_dec.shape[1],))
@@ -513,7 +537,10 @@ def decode(
             raise ValueError(
                 f"code must have shape [..., {W_dec.shape[0]}]; got {list(code.shape)}"
             )
-        return code @ W_dec + b_dec
+        return (code @ W_dec + b_dec).to(compute_dtype(W_dec))
+    if not isinstance(code, BinaryCode):
+        raise TypeError(f"code must be a BinaryCode or a tensor; got {type(code).__name__}")
+    _check_parameters(W_dec, {"b_dec": b_dec}, "W_dec")
     if code.n_features != W_dec.shape[0]:
         raise ValueError(f"code must have {W_dec.shape[0]} features; got {code.n_features}")
     if code.device != W_dec.device:
@@ -522,5 +549,6 @@ def decode(
     name = registry.choose(impl, W_dec.device.type, dtype, code.n_columns, code.n_bits)
     if name == "reference":
         return (code.values(W_dec.dtype) @ W_dec + b_dec).to(dtype)
-    recon = _PackedDecoder.apply(code.flatten().words, W_dec, b_dec, name, code.n_bits, dtype)
+    words = _savable(code.flatten().words)
+    recon = _PackedDecoder.apply(words, W_dec, b_dec, name, code.n_bits, dtype)
     return recon.view(*code.shape[:-1], W_dec.shape[1])

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from bae_fast._version import __version__
-from bae_fast.ops.registry import AUTO_ORDER, BACKENDS, IMPLS, Request, reasons_against
+from bae_fast.ops.registry import (
+    AUTO_ORDER,
+    BACKENDS,
+    IMPLS,
+    Request,
+    choose,
+    reasons_against,
+)
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
 
@@ -56,8 +63,6 @@ def warmup(impl: str = "auto", *, device: torch.device | str = "cpu") -> str:
     Raises:
         BackendUnavailableError: the backend cannot run on that device.
     """
-    from bae_fast.ops.registry import choose
-
     name = choose(impl, torch.device(device).type, torch.float32, None, 1)
     if name in BACKENDS and BACKENDS[name].warmup is not None:
         BACKENDS[name].warmup(torch.device(device))  # type: ignore[misc]

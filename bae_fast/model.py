@@ -17,6 +17,7 @@ from bae_fast import functional
 from bae_fast.codes import BinaryCode
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
 from bae_fast.functional import BAEOutput
+from bae_fast.info import warmup
 from bae_fast.ops.registry import check_impl
 from bae_fast.statistics import CodeStatistics
 from bae_fast.surrogates import resolve_surrogate
@@ -67,7 +68,7 @@ class BAEConfig:
     d_out: int
     n_bits: int = 1
     surrogate: str = "rectangle"
-    surrogate_width: float = 0.25
+    surrogate_width: float = 0.4
     covariance: bool = False
     preset: str = "sparse"
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -127,6 +128,12 @@ class BAEConfig:
             raise ValueError(
                 f"{source}: n_bits x d_sae x d_in (and d_out) must be below 2^56; got {n_weights}"
             )
+        if not isinstance(self.covariance, bool):
+            raise ValueError(f"{source}: covariance must be bool; got {self.covariance!r}")
+        try:
+            json.dumps(self.metadata, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: metadata must hold JSON values only: {error}") from None
         try:
             resolve_surrogate(self.surrogate, self.surrogate_width or None)
         except ValueError as error:
@@ -179,7 +186,8 @@ class BinaryAutoencoder(nn.Module):
             n_bits: bits a feature (1 to 16).
             preset: "sparse" (starts with about 5 % of the bits on) or "paper" (half of them on,
                 identity surrogate, covariance on); decides what is not given.
-            surrogate, surrogate_width, covariance: override the preset.
+            surrogate, surrogate_width, covariance: override the preset, whose width is 0.4 for
+                the rectangle; other surrogates have the widths of :mod:`bae_fast.surrogates`.
             impl: see :func:`bae_fast.binary_autoencoder`.
             check_finite: raise on NaN or Inf in x.
             metadata: kept in cfg.json.
@@ -193,8 +201,8 @@ class BinaryAutoencoder(nn.Module):
         defaults = PRESETS[preset]
         if surrogate is None:
             surrogate = defaults["surrogate"]
-            if surrogate_width is None:
-                surrogate_width = defaults["surrogate_width"]
+        if surrogate_width is None and surrogate == defaults["surrogate"]:
+            surrogate_width = defaults["surrogate_width"]
         surrogate, width = resolve_surrogate(surrogate, surrogate_width)
         self.config = BAEConfig(
             d_in=d_in,
@@ -342,6 +350,8 @@ class BinaryAutoencoder(nn.Module):
         for start in range(0, len(self.b_enc), chunk):
             pre = rows @ self.W_enc[:, start : start + chunk]
             top = pre.topk(on + 1, dim=0).values
+            if not bool(torch.isfinite(top).all()):
+                raise ValueError("x must be finite; its pre-activations hold NaN or Inf")
             self.b_enc[start : start + chunk] = -(top[-1] + top[-2]) / 2
         return self
 
@@ -401,17 +411,20 @@ class BinaryAutoencoder(nn.Module):
         float32 or wider; masked rows are left out. ``target`` is x, or the target of a
         transcoder, raw. (SAELens sums over dimensions: its weights are d_in times ours.)
         """
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor; got {type(target).__name__}")
         if target.shape != out.recon.shape:
             raise ValueError(
                 f"target must have shape {list(out.recon.shape)}; got {list(target.shape)}"
             )
         wide = torch.promote_types(out.recon.dtype, torch.float32)
-        error = ((out.recon.to(wide) - target.to(wide)) / self._target_scale.to(wide)).square()
-        mask = out.code.row_mask
+        error = (out.recon.to(wide) - target.to(wide)) / self._target_scale.to(wide)
         n: int | Tensor = error.numel()
+        mask = out.code.row_mask
         if mask is not None:
+            # before the square: the gradient of a dropped row that holds NaN must be zero
             error, n = torch.where(mask[..., None], error, 0), mask.sum() * error.shape[-1]
-        total = error.sum()
+        total = error.square().sum()
         # out.variance is zero: it carries the curvature of the squares to the bits
         return (total if out.variance is None else total + out.variance) / n
 
@@ -433,6 +446,8 @@ class BinaryAutoencoder(nn.Module):
         Differentiable in W_dec and b_dec. Dense values are used as they are, so features may be
         scaled, ablated or added.
         """
+        if isinstance(code, BinaryCode) and code.n_bits != self.config.n_bits:
+            raise ValueError(f"code must have n_bits={self.config.n_bits}; got {code.n_bits}")
         return self.denormalize(functional.decode(code, self.W_dec, self.b_dec, impl=self.impl))
 
     def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -443,6 +458,10 @@ class BinaryAutoencoder(nn.Module):
         weight = self.W_enc if columns is None else self.W_enc[:, columns]
         bias = self.b_enc if columns is None else self.b_enc[columns]
         return self.normalize(x) @ weight + bias
+
+    def warmup(self) -> str:
+        """Compile what the first call would; returns the backend's name, see :func:`warmup`."""
+        return warmup(self.impl, device=self.W_enc.device)
 
     def extra_repr(self) -> str:
         config = self.config

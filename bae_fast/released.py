@@ -38,8 +38,9 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             config = _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is not a plain pickled configuration: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a plain pickled configuration: {reason}") from error
     if isinstance(config, argparse.Namespace):
         config = vars(config)
     if not isinstance(config, dict):
@@ -50,14 +51,19 @@ def _config(path: Path) -> dict[str, Any]:
 def _weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a readable state dict: {first}") from error
+    except Exception as error:  # a damaged archive can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable state dict: {reason}") from error
     names = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
     if not isinstance(state, dict) or not names <= state.keys():
         found = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} must hold {sorted(names)}; got {found}")
-    return {name: state[name] for name in names}
+    weights = {name: state[name] for name in names}
+    kinds = {w.dtype if isinstance(w, Tensor) else type(w) for w in weights.values()}
+    kind = next(iter(kinds))
+    if len(kinds) > 1 or not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"{path} must hold tensors of one floating dtype; got {kinds}")
+    return weights
 
 
 def load_released(folder: str | os.PathLike[str], *, impl: str = "auto") -> BinaryAutoencoder:
@@ -75,12 +81,14 @@ def load_released(folder: str | os.PathLike[str], *, impl: str = "auto") -> Bina
             raise FileNotFoundError(f"{folder / name} does not exist")
     config = _config(folder / "config.pkl")
     kind = config.get("binarization_type", "sign_s")
-    if kind not in SURROGATE_OF:
+    if not isinstance(kind, str) or kind not in SURROGATE_OF:
         raise ValueError(
             f"binarization_type must be one of {', '.join(SURROGATE_OF)} to be loaded; got {kind!r}"
         )
     activation = config.get("output_activation")
-    if activation not in _LINEAR_OUTPUTS:
+    if not (activation is None or isinstance(activation, str)) or (
+        activation not in _LINEAR_OUTPUTS
+    ):
         raise ValueError(f"output_activation must be none to be loaded; got {activation!r}")
     state = _weights(folder / "model.pt")
     encoder, decoder = state["encoder.weight"], state["decoder.weight"]

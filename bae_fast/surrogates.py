@@ -43,6 +43,8 @@ def resolve_surrogate(surrogate: str, width: float | None) -> tuple[str, float]:
         return surrogate, default
     if not default:
         raise ValueError(f"surrogate_width must be None for surrogate {surrogate!r}; got {width!r}")
-    if not (isinstance(width, (int, float)) and math.isfinite(width) and width > 0):
+    # comparisons only: torch.compile cannot trace math.isfinite
+    number = isinstance(width, (int, float)) and not isinstance(width, bool)
+    if not (number and 0 < width < math.inf):
         raise ValueError(f"surrogate_width must be a positive finite number; got {width!r}")
     return surrogate, float(width)

@@ -194,6 +194,6 @@ def table(result: dict[str, Any]) -> str:
         f"\n\nMean (range) over {len(SEEDS)} seeds; 16 whole windows held out of "
         f"SmolLM2-135M-Instruct (dequantised 4-bit), `model.layers.11`, F = 2304, 512 rows a "
         f"step, bfloat16 products where they are native; {environment['cpu']}. The bound is that "
-        f"of the held-out rows' own covariance at the FVU in the row. TopK bits: which features, plus "
-        f"{VALUE_BITS} bits a value."
+        f"of the held-out rows' own covariance at the FVU in the row. TopK bits: which features, "
+        f"plus {VALUE_BITS} bits a value."
     )

@@ -120,11 +120,13 @@ def test_an_interrupt_during_training_leaves_a_loadable_model(arguments, tmp_pat
     ("change", "message"),
     [
         (["--hook", "model.layer.0"], "model.layers.0"),  # the near match is named
-        (["--tokens", "40"], "n_heldout=4096 leaves no whole window"),
+        (["--tokens", "3000"], "--tokens or --text must give at least"),
+        (["--expansion", "0"], "--expansion must be at least 1; got 0"),
+        (["--device", "cuda:7"], "--device cuda:7: torch sees no CUDA device"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--model", ""], "name='' is not allowed"),
-        (["--impl", "cuda"], "impl='cuda' cannot serve"),
+        (["--impl", "cuda"], "--impl cuda cannot run here"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(arguments, capsys, change, message):

@@ -58,10 +58,47 @@ def test_indexing_selects_rows(rows):
     assert torch.equal(code[rows].to_dense(), bits[rows])
 
 
-def test_tuples_do_not_index():
+@pytest.mark.parametrize("rows", [[True, False] * 35, np.arange(70) % 2 == 0])
+def test_bools_of_any_kind_are_a_mask(rows):
+    bits, code = make()
+    assert torch.equal(code[rows].to_dense(), bits[::2])
+
+
+def test_a_mask_of_several_leading_dimensions_selects_rows():
+    bits, code = make((4, 10, 45))
+    keep = torch.rand(4, 10) < 0.5
+    assert torch.equal(code[keep].to_dense(), bits[keep])
+
+
+@pytest.mark.parametrize(
+    "rows", [np.int64(3), torch.tensor(3), torch.tensor([3], dtype=torch.uint8)]
+)
+def test_integers_of_any_kind_are_rows(rows):
+    bits, code = make()
+    assert torch.equal(code[rows].to_dense().view(-1), bits[3])
+
+
+def test_an_empty_selection_is_empty():
+    _, code = make()
+    assert len(code[[]]) == len(code[5:5]) == 0
+    assert torch.equal(code[[]].counts(), torch.zeros(100, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rows", [(1, 2), True, "3", 1.5, torch.rand(3), torch.ones(70, 100) > 0])
+def test_what_is_not_rows_does_not_index(rows):
     _, code = make()
     with pytest.raises(TypeError, match="indexed by rows"):
-        code[1, 2]
+        code[rows]
+
+
+def test_counts_handed_out_are_the_callers_own():
+    out = bf.binary_autoencoder(
+        torch.randn(9, 4), torch.randn(4, 40), torch.zeros(40), torch.randn(40, 4), torch.zeros(4)
+    )
+    expected = out.code.counts().clone()
+    counts = out.code.counts()
+    counts += 1
+    assert torch.equal(out.code.counts(), expected)
 
 
 def test_cat_joins_rows_and_masks_and_refuses_other_widths():
@@ -93,6 +130,7 @@ def test_save_and_load_keep_every_bit_and_the_mask(tmp_path):
     code = bf.BinaryCode(code.words, 37, row_mask=keep)
     path = code.save(tmp_path / "deep" / "code.safetensors", {"hook": "layer 3"})
     assert bf.BinaryCode.load(path).equal(code)
+    assert bf.BinaryCode.read_metadata(path) == {"hook": "layer 3"}
     assert [p.name for p in path.parent.iterdir()] == ["code.safetensors"]
     with safe_open(path, "pt") as file:
         on_disk = file.get_tensor("words").numpy()
@@ -143,7 +181,7 @@ def test_from_dense_refuses_values_that_are_not_bits():
 
 def test_constructor_names_what_is_wrong():
     words = torch.zeros(3, 2, dtype=torch.int32)
-    with pytest.raises(TypeError, match="words must be int32"):
+    with pytest.raises(TypeError, match=r"words must be an int32 tensor; got torch\.int64"):
         bf.BinaryCode(words.long(), 40)
     with pytest.raises(ValueError, match="words must be"):
         bf.BinaryCode(words, 65)

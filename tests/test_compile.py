@@ -460,3 +460,16 @@ def test_gradcheck_of_the_declared_surrogate():
         minus[index] = point[index] - step * direction
         slope = (stand_in(*plus) - stand_in(*minus)) / (2 * step)
         assert torch.isclose((grad * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("surrogate", ["sigmoid", "rectangle"])
+def test_dynamic_shapes_and_several_widths_compile_in_one_process(surrogate):
+    """Widths become symbolic once a second one is seen: their check must still be traced."""
+    for width in (0.2, 0.3, 0.45):
+        bae = bf.BinaryAutoencoder(6, 40, surrogate=surrogate, surrogate_width=width)
+        compiled = torch.compile(bae, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n in (5, 8):
+            x = torch.randn(n, 6)
+            out = compiled(x)
+            bae.mse(out, x).backward()
+            assert out.code.equal(bae.encode(x))

@@ -146,6 +146,57 @@ def test_ties_are_common_in_what_is_tested():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sign_planes_mb", ["0", "64"])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_the_covariance_is_exact_at_any_precision_of_products(
+    impl, precision, sign_planes_mb, monkeypatch
+):
+    """Counts above 2^12 have more digits than bf16 or TF32 hold."""
+    monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", sign_planes_mb)
+    before = torch.get_float32_matmul_precision()
+    x, parameters, direction = problem(6000, 3, 70, 1, 2)
+    expected, _ = run("reference", x, parameters, direction, ["covariance"], surrogate="identity")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        actual, _ = run(impl, x, parameters, direction, ["covariance"], surrogate="identity")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_same(actual, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_numerator_is_exact_beyond_what_float64_counts(impl):
+    """A million rows of almost the same coin: sum |V| passes 2^53 within one tile."""
+    n, k = 1_000_003, 192
+    g = torch.Generator().manual_seed(0)
+    coin = torch.rand(n, 1, generator=g) < 0.5
+    bits = coin ^ (torch.rand(n, k, generator=g) < 0.05)
+    stats = bf.BinaryCode.from_dense(bits).statistics(covariance=True, impl=impl)
+    joint = np.zeros((k, k), dtype=np.int64)
+    for part in np.array_split(bits.numpy(), 100):
+        joint += np.rint(part.astype(np.float64).T @ part).astype(np.int64)
+    counts = bits.sum(0).numpy()
+    v = n * joint - np.outer(counts, counts)
+    np.fill_diagonal(v, 0)
+    assert int(np.abs(v).sum()) > 2**53
+    assert int(stats.numerator) == int(np.abs(v).sum())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_infinite_or_huge_bias_decides_its_bit(impl, dtype):
+    x, W = torch.ones(2, 3, dtype=dtype), torch.zeros(3, 4, dtype=dtype)
+    huge = torch.finfo(dtype).max
+    bias = torch.tensor([float("inf"), float("-inf"), huge, -huge], dtype=dtype)
+    assert bf.encode(x, W, bias, impl=impl).to_dense()[0].tolist() == [True, False] * 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = torch.tensor([float("inf"), float("-inf"), 3.4e38, -3.4e38])
+        code = bf.encode(x.float(), W.float(), wide, impl=impl)
+    assert code.to_dense()[0].tolist() == [True, False] * 2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_more_rows_than_fp32_can_square(impl):
     """Beyond 4096 rows V leaves fp32's integers, beyond 46,340 int32's."""
     bits = torch.rand(70_000, 9) < torch.linspace(0.01, 0.99, 9)

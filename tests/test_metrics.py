@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from bae_fast import BinaryCode
 from bae_fast.analysis import (
     FVUAccumulator,
     covariance_eigenvalues,
@@ -15,7 +14,6 @@ from bae_fast.analysis import (
     fvu,
     gaussian_rate_distortion_bits,
     gaussian_rate_distortion_fvu,
-    l0,
 )
 
 
@@ -158,10 +156,3 @@ def test_density_histogram_refuses_what_is_no_density():
         density_histogram(torch.tensor([0.5]), lowest=0)
     with pytest.raises(ValueError, match="no values"):
         density_histogram(torch.tensor([]))
-
-
-def test_l0_of_a_code_and_of_its_dense_bits():
-    bits = torch.rand(37, 70, generator=torch.Generator().manual_seed(0)) < 0.3
-    assert l0(BinaryCode.from_dense(bits)) == l0(bits) == int(bits.sum()) / 37
-    with pytest.raises(ValueError, match="no rows"):
-        l0(bits[:0])

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import threading
 
 import pytest
 import safetensors.torch
@@ -652,3 +653,84 @@ def test_written_files_have_the_mode_of_an_ordinary_file(tmp_path):
     plain.write_text("")
     files.write_json(tmp_path / "made", {})
     assert (tmp_path / "made").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_dropped_row_that_holds_nan_gets_no_gradient():
+    bae = bf.BinaryAutoencoder(6, 40)
+    x = torch.randn(10, 6)
+    keep = torch.arange(10) != 4
+    x[4] = float("nan")
+    x.requires_grad_()
+    out = bae(x, mask=keep, multilinear=True)
+    (bae.mse(out, x) + 1e-3 * out.entropy).backward()
+    assert torch.isfinite(bae.W_enc.grad).all()
+    assert not x.grad[4].any()
+    assert torch.isfinite(x.grad[keep]).all()
+
+
+def test_codes_made_in_inference_mode_serve_training():
+    bae = bf.BinaryAutoencoder(6, 40)
+    x = torch.randn(30, 6)
+    with torch.inference_mode():
+        code = bae.encode(x)
+    bae.decode(code).sum().backward()
+    assert bae.W_dec.grad.any()
+    out = bae(x, stats=code.statistics(covariance=True), covariance=True)
+    (out.entropy + out.covariance).backward()
+    out = bae(x, past=code.statistics(), covariance=True)
+    (out.entropy + out.covariance).backward()
+    assert bae.W_enc.grad.any()
+
+
+def test_float64_parameters_under_autocast_take_the_multilinear_gradient():
+    bae = bf.BinaryAutoencoder(6, 40).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(30, 6)
+        out = bae(x, multilinear=True)
+        bae.mse(out, x).backward()
+    assert torch.isfinite(bae.W_enc.grad).all()
+
+
+def test_loading_while_another_thread_saves_gives_one_save_or_the_other(tmp_path):
+    """Every load must pair the configuration and the weights of one save."""
+    saves = []
+    for i in range(2):
+        bae = bf.BinaryAutoencoder(8, 64 * (i + 1), metadata={"number": i})
+        torch.nn.init.constant_(bae.b_dec, float(i))
+        saves.append(bae)
+    saves[0].save_pretrained(tmp_path)
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for bae in saves:
+                bae.save_pretrained(tmp_path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(150):
+            loaded = bf.BinaryAutoencoder.from_pretrained(tmp_path)
+            number = loaded.config.metadata["number"]
+            assert loaded.config.d_sae == 64 * (number + 1)
+            assert loaded.b_dec[0] == number
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_warmup_names_the_backend():
+    assert bf.BinaryAutoencoder(4, 8, impl="torch").warmup() == "torch"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"covariance": "no"}, "covariance must be bool"),
+        ({"surrogate_width": True}, "surrogate_width must be a positive finite number"),
+        ({"metadata": {"path": object()}}, "metadata must hold JSON values only"),
+    ],
+)
+def test_options_that_could_not_be_saved_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        bf.BinaryAutoencoder(4, 8, **options)

@@ -57,11 +57,31 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(checkpoint):
     assert not marker.exists()
 
 
+def test_damaged_pickles_raise_nothing_but_value_errors(checkpoint):
+    folder, *_ = checkpoint
+    good = pickle.dumps({"inner_expand_rate": 4, "binarization_type": "sign", "names": ["a"] * 5})
+    generator = torch.Generator().manual_seed(0)
+    refused = []
+    for _ in range(300):
+        bad = bytearray(good)
+        at = int(torch.randint(len(bad), (1,), generator=generator))
+        bad[at] = int(torch.randint(256, (1,), generator=generator))
+        (folder / "config.pkl").write_bytes(bytes(bad))
+        try:
+            bf.load_released(folder)
+        except ValueError as error:
+            refused.append(str(error))
+    assert refused
+    assert not any("\n" in message for message in refused)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"binarization_type": "squarewave"}, "binarization_type must be one of sign, sign_s"),
         ({"output_activation": "relu"}, "output_activation must be none"),
+        ({"binarization_type": ["sign"]}, "binarization_type must be one of"),
+        ({"output_activation": [1]}, "output_activation must be none"),
         ([1], "must hold a dict or a namespace; got list"),
     ],
 )

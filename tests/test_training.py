@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
@@ -100,6 +101,74 @@ def test_an_interrupt_leaves_a_module_that_can_be_saved(tmp_path):
     assert loaded.encode(x).equal(trainer.bae.encode(x))
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [10, 20]
+
+
+def test_ctrl_c_waits_for_the_end_of_the_step():
+    """The state after an interrupt is that of a whole step: going on is exact."""
+    x = synthetic()
+    torch.manual_seed(1)
+    whole = Trainer(module(x), x, SMALL)
+    whole.fit()
+
+    torch.manual_seed(1)
+    cut = Trainer(module(x), x, SMALL)
+    step = cut.optimizer.step
+
+    def interrupted_step():
+        if cut.step == 25:
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    cut.optimizer.step = interrupted_step
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    assert cut.step == 26
+    cut.optimizer.step = step
+    cut.fit()
+    for name, value in whole.bae.state_dict().items():
+        assert torch.equal(value, cut.bae.state_dict()[name]), name
+
+
+def test_a_snapshot_does_not_follow_the_trainer():
+    x = synthetic()
+    trainer = Trainer(module(x), x, SMALL)
+    trainer.train_step()
+    snapshot = trainer.state_dict()
+    weight = snapshot["bae"]["W_enc"].clone()
+    first = trainer.train_step()["mse"]
+    assert torch.equal(snapshot["bae"]["W_enc"], weight)
+    trainer.load_state_dict(snapshot)
+    assert torch.equal(trainer.train_step()["mse"], first)
+
+
+def test_every_counter_is_resumed():
+    x = synthetic()
+    trainer = Trainer(module(x), x, SMALL)
+    for _ in range(7):
+        trainer.train_step()
+    other = Trainer(module(x), x, SMALL)
+    other.load_state_dict(trainer.state_dict())
+    for name in ("_fired", "_last_fired", "_order"):
+        assert torch.equal(getattr(other, name), getattr(trainer, name)), name
+    assert (other.step, other._seen, len(other.bank)) == (7, trainer._seen, 7)
+
+
+def test_rows_that_are_not_finite_end_the_training_with_a_reason():
+    x = synthetic()
+    bae = module(x)
+    bad = x.clone()
+    bad[::50, 3] = float("nan")
+    with pytest.raises(ValueError, match="x must be finite"):
+        Trainer(bae, bad, SMALL)
+    trainer = Trainer(bae, bad, dataclasses.replace(SMALL, init="none"))
+    with pytest.raises(RuntimeError, match="mse is nan at step 10"):
+        trainer.fit()
+
+
+def test_a_refit_that_cannot_be_made_is_refused_before_the_training():
+    x = synthetic()
+    with pytest.raises(ValueError, match="refit must be False for d_sae > 16384"):
+        Trainer(module(x, f=16385), x, SMALL)
 
 
 def test_starting_from_rows_gives_unit_pre_activations_and_the_density():
@@ -207,6 +276,10 @@ def test_batches_cover_every_row_once_before_any_twice():
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"entropy_weight": -1.0}, "entropy_weight must not be negative"),
+        ({"entropy_weight": float("nan")}, "entropy_weight must not be negative and be finite"),
+        ({"steps": 2.5}, "steps must be an int; got 2.5"),
+        ({"decay_from": 2.0}, r"decay_from must lie in \[0, 1\]"),
+        ({"revive_quantile": 7}, r"revive_quantile must lie in \[0, 1\]"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"init": "zeros"}, "init must be rows, density or none"),
         ({"precision": "fp8"}, "precision must be auto, bfloat16 or float32"),

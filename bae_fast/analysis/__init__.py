@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bae_fast.analysis.evaluation import Evaluation, evaluate
 from bae_fast.analysis.features import (
     ContextExample,
     FeatureSummary,
@@ -18,12 +19,12 @@ from bae_fast.analysis.metrics import (
     fvu,
     gaussian_rate_distortion_bits,
     gaussian_rate_distortion_fvu,
-    l0,
 )
 
 __all__ = [
     "ContextExample",
     "DensityHistogram",
+    "Evaluation",
     "FVUAccumulator",
     "FeatureSummary",
     "TokenLift",
@@ -31,9 +32,9 @@ __all__ = [
     "covariance_eigenvalues",
     "density_histogram",
     "describe_features",
+    "evaluate",
     "format_feature",
     "fvu",
     "gaussian_rate_distortion_bits",
     "gaussian_rate_distortion_fvu",
-    "l0",
 ]

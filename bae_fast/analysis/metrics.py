@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -269,26 +268,6 @@ def density_histogram(
         dense=int((p > DENSE_ABOVE).sum()) / p.numel(),
         always_on=int((p > ALWAYS_ON_ABOVE).sum()) / p.numel(),
     )
-
-
-def l0(code: Any) -> float:
-    """Mean number of features that are on in a row.
-
-    Args:
-        code: a `BinaryCode` (anything with `shape` and `counts()`), or a tensor [..., F] where
-            what is not zero is on.
-
-    Raises:
-        ValueError: no rows.
-    """
-    if isinstance(code, Tensor):
-        n_rows, n_on = code.numel() // max(code.shape[-1], 1), int(code.count_nonzero())
-    else:
-        counts = code.counts()
-        n_rows, n_on = int(code.shape[0]), int(counts.sum(dtype=torch.int64))
-    if n_rows == 0:
-        raise ValueError("code has no rows: at least one is needed")
-    return n_on / n_rows
 
 
 def _spectrum(covariance: Tensor) -> Tensor:

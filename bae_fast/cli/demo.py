@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ import torch
 from bae_fast._version import __version__
 from bae_fast.files import write_json
 from bae_fast.model import PRESETS, BinaryAutoencoder
+from bae_fast.ops.registry import Request, check_impl, reasons_against
 from bae_fast.training import PRESETS as TRAINING_PRESETS
 from bae_fast.training import Trainer, TrainingConfig
 
@@ -57,6 +59,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--lr", type=float, default=None, help="learning rate")
     parser.add_argument("--entropy-weight", type=float, default=None, help="a_e")
     parser.add_argument("--covariance-weight", type=float, default=None, help="a_c")
+    parser.add_argument("--no-refit", action="store_true", help="keep the trained decoder")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default=None)
     parser.add_argument("--impl", default="auto", help="implementation of the layer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +90,35 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
         "seed": arguments.seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if arguments.no_refit:
+        given["refit"] = False
     return dataclasses.replace(TRAINING_PRESETS[arguments.preset], **given)
+
+
+def check(arguments: argparse.Namespace) -> TrainingConfig:
+    """Find what would fail later before anything slow has run.
+
+    Raises:
+        ValueError, ImportError, OSError: naming the option or the package.
+    """
+    config = training_config(arguments)
+    if arguments.expansion < 1:
+        raise ValueError(f"--expansion must be at least 1; got {arguments.expansion}")
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {arguments.device}: torch sees no CUDA device")
+    impl = check_impl(arguments.impl)
+    if impl not in ("auto", "reference"):
+        reasons = reasons_against(impl, Request(device.type, torch.float32))
+        if reasons:
+            raise ValueError(f"--impl {impl} cannot run here: {'; '.join(reasons)}")
+    for package in ("transformers", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"the demo needs {package}: pip install 'bae-fast[lm,report]'")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(arguments.out, os.W_OK):
+        raise PermissionError(f"--out {arguments.out} cannot be written")
+    return config
 
 
 class Stages:
@@ -106,7 +137,7 @@ class Stages:
 
 
 def harvest_rows(
-    arguments: argparse.Namespace, stages: Stages
+    arguments: argparse.Namespace, stages: Stages, batch_size: int
 ) -> tuple[ActivationCache, Any, dict[str, Any]]:
     """Hidden states from the cache or the language model: (cache, tokenizer, facts)."""
     from bae_fast import lm as lm_tools
@@ -121,6 +152,13 @@ def harvest_rows(
         else:
             text, text_name = lm_tools.read_text(arguments.text), " ".join(arguments.text)
         windows = lm_tools.windows(tokenizer, text, arguments.context, n_tokens=arguments.tokens)
+        # held out, the window left out before them, and a first batch with room for dropped rows
+        least = N_HELDOUT + 3 * arguments.context + 2 * batch_size
+        if windows.numel() < least:
+            raise ValueError(
+                f"--tokens or --text must give at least {least:,} tokens ({N_HELDOUT:,} are held "
+                f"out); got {windows.numel():,}"
+            )
         print(f"   {windows.numel():,} tokens of {text_name}")
         dtype = lm_tools.resolve_dtype("auto", arguments.device)
         cache = None
@@ -158,7 +196,7 @@ def harvest_rows(
 
 
 def estimate(trainer: Trainer) -> float:
-    """Seconds that training will take, from a few forward and backward passes on real rows."""
+    """About how many seconds training will take, from a few passes over real rows."""
     bae, config = trainer.bae, trainer.config
     rows = trainer.rows[: config.batch_size].to(trainer.device)
     rows = rows if trainer.bfloat16 else rows.to(bae.W_enc.dtype)
@@ -167,9 +205,14 @@ def estimate(trainer: Trainer) -> float:
     for _ in range(4):
         start = time.perf_counter()
         with trainer.autocast():
-            out = bae(rows, covariance=config.covariance_weight > 0)
+            out = bae(
+                rows,
+                covariance=config.covariance_weight > 0,
+                multilinear=config.multilinear,
+            )
             loss = bae.mse(out, rows)
         loss.backward()
+        loss.item()  # waits for a GPU
         times.append(time.perf_counter() - start)
     bae.zero_grad(set_to_none=True)
     return min(times) * config.steps * 1.25  # the optimizer and the bookkeeping
@@ -186,8 +229,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     begin = time.perf_counter()
     stages = Stages()
-    config = training_config(arguments)
-    cache, tokenizer, facts = harvest_rows(arguments, stages)
+    config = check(arguments)
+    cache, tokenizer, facts = harvest_rows(arguments, stages, config.batch_size)
     label = facts["model_label"]
     split = cache.split(N_HELDOUT)
     train_range, heldout_range = split
@@ -218,14 +261,14 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             log = trainer.fit(log=log_path, progress=not arguments.no_progress)
         except KeyboardInterrupt:
-            bae.save_pretrained(arguments.out)
             print(
                 f"\ninterrupted at step {trainer.step}: the model as it is was saved in "
                 f"{arguments.out}",
                 file=sys.stderr,
             )
             return 130
-        bae.save_pretrained(arguments.out)
+        finally:  # whatever ended the training, what was learned is kept
+            bae.save_pretrained(arguments.out)
     train_seconds = stages.seconds["train"]
 
     with stages.stage("evaluate and describe"):
@@ -242,7 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
             heldout_range,
             chosen,
             tokenizer,
-            margins=lambda ids: bae.preactivation(heldout.to(bae.W_enc.dtype), ids).detach(),
+            margins=lambda ids: bae.preactivation(heldout.to(bae.W_enc), ids).detach(),
         )
 
     values: dict[str, Any] = {
@@ -264,8 +307,6 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": {name: round(value, 2) for name, value in stages.seconds.items()},
     }
     write_json(arguments.out / "metrics.json", values)
-    report = write_demo_report(arguments.out, label, arguments.hook, found, values, log, features)
-
     print(f"\nHeld out: {result['n_rows']:,} rows of {label}, {arguments.hook}")
     print(f"  FVU                       {result['fvu']:.4f}")
     print(f"  pooled bits a row         {result['bits']:.0f}")
@@ -286,6 +327,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("\nSeconds: " + ", ".join(f"{name} {s:.1f}" for name, s in stages.seconds.items()))
     rows_per_second = values["training"]["rows_per_second"]
     print(f"Training: {rows_per_second:,.0f} rows/s, one row a token")
+    report = write_demo_report(arguments.out, label, arguments.hook, found, values, log, features)
     print(f"Total {time.perf_counter() - begin:.0f} s. Results in {arguments.out}:")
     print(f"  {report}")
     return 0

@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bae_fast.files import write_safetensors
 from bae_fast.lm.loading import LanguageModel
 
 FORMAT = "bae_fast.activation_cache"
@@ -46,6 +48,10 @@ SPLIT_RULE = (
 # worker gets several.
 _MAX_WORKERS = 8
 
+# a harvest writes all the time; its folder that nothing wrote to for a day belongs to nobody
+_ABANDONED_SECONDS = 24 * 3600
+
+_MEND = "remove that folder and harvest again"
 _MANIFEST, _ROWS, _INDEX = "manifest.json", "rows.safetensors", "index.safetensors"
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -248,7 +254,7 @@ class ActivationCache:
             and bool((place[1:] > place[:-1]).all())
         )
         if not fine:
-            raise ValueError(f"folder={str(self.folder)!r}: {_INDEX} is corrupt; harvest again")
+            raise ValueError(f"folder={str(self.folder)!r}: {_INDEX} is corrupt; {_MEND}")
 
 
 def cache_key(
@@ -334,6 +340,7 @@ def harvest(
         return cached
 
     root.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(root)
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
         n_windows, context_size = token_windows.shape
@@ -370,9 +377,7 @@ def harvest(
             "dropped": dropped,
             "split_rule": SPLIT_RULE,
         }
-        from safetensors.torch import save_file
-
-        save_file(index, str(temporary / _INDEX))
+        write_safetensors(temporary / _INDEX, index, {})
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         # mkdtemp makes a folder for this user alone; the cache gets the rights of its parent.
         temporary.chmod(root.stat().st_mode & 0o777)
@@ -389,6 +394,13 @@ def harvest(
 
 # ---------------------------------------------------------------------------------------------
 # running the model
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed harvests left: temporary folders that nothing wrote to for a day."""
+    for folder in root.glob(".unfinished-*"):
+        if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Stop(Exception):  # noqa: N818 (no error: the way out)
@@ -641,13 +653,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{where}: {_MANIFEST} is corrupt ({error}); harvest again") from error
+        raise ValueError(f"{where}: {_MANIFEST} is corrupt ({error}); {_MEND}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{where}: {_MANIFEST} is not of an activation cache ({FORMAT})")
     if manifest.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {manifest.get('version')!r}: this program reads "
-            f"{FORMAT_VERSION}; harvest again"
+            f"{FORMAT_VERSION}; {_MEND}"
         )
     kinds: dict[str, type] = {
         "key": str, "model_name": str, "hook_name": str, "tokens_sha256": str, "dtype": str,
@@ -655,7 +667,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
     if wrong:
-        raise ValueError(f"{where}: {_MANIFEST} lacks {', '.join(wrong)}; harvest again")
+        raise ValueError(f"{where}: {_MANIFEST} lacks {', '.join(wrong)}; {_MEND}")
     return manifest
 
 
@@ -666,22 +678,22 @@ def _read_tensors(
 
     where = f"folder={str(folder)!r}"
     if not (folder / name).is_file():
-        raise ValueError(f"{where} has no {name}; harvest again")
+        raise ValueError(f"{where} has no {name}; {_MEND}")
     try:
         with safe_open(str(folder / name), framework="pt") as file:
             have = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             for key, shape in shapes.items():
                 if key not in have:
-                    raise ValueError(f"{where}: {name} has no {key}; harvest again")
+                    raise ValueError(f"{where}: {name} has no {key}; {_MEND}")
                 found = (list(have[key].get_shape()), have[key].get_dtype())
                 if found != (shape, dtype):
                     raise ValueError(
                         f"{where}: {key} is {found[1]} {found[0]}, but {_MANIFEST} says "
-                        f"{dtype} {shape}; harvest again"
+                        f"{dtype} {shape}; {_MEND}"
                     )
             return {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{where}: {name} is corrupt ({error}); harvest again") from error
+        raise ValueError(f"{where}: {name} is corrupt ({error}); {_MEND}") from error
 
 
 def _tokens_digest(tokens: Tensor) -> str:

@@ -98,10 +98,10 @@ def revive_(
     n_dead = len(dead_ids)
     if n_dead == 0 or n_dead == len(dead):
         return 0
-    badness = error.square().sum(1)
+    badness = error.square().sum(1).cpu()  # where the generator is
     picked = torch.multinomial(
         badness, n_dead, replacement=n_dead > len(badness), generator=generator
-    )
+    ).to(error.device)
     directions = torch.nn.functional.normalize(error[picked].to(bae.W_dec.dtype), dim=1)
     k = bae.config.n_bits
     columns = (dead_ids[:, None] * k + torch.arange(k, device=dead.device)).flatten()
@@ -127,7 +127,8 @@ def revive_(
 def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) -> None:
     """Replace W_dec and b_dec by the least-squares optimum for the code of x; bits stay.
 
-    Solves (V^T V + ridge n I) [W; b] = V^T x with V the feature values and a column of ones, in
+    Solves (V^T V + ridge n I) [W; b] = V^T x with V the feature values and a column of ones;
+    products of blocks of rows in the module's dtype (fp32 or wider), sums and solution in
     float64. For one-bit codes V^T V is the matrix of co-occurrence counts.
 
     Args:
@@ -143,17 +144,16 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
     if f > MAX_REFIT_FEATURES:
         raise ValueError(f"refit_decoder_ needs d_sae <= {MAX_REFIT_FEATURES}; got {f}")
     dtype = torch.promote_types(bae.W_dec.dtype, torch.float32)
-    gram = torch.zeros(f + 1, f + 1, dtype=dtype, device=bae.W_dec.device)
-    moment = torch.zeros(f + 1, d, dtype=dtype, device=bae.W_dec.device)
+    system = torch.zeros(f + 1, f + 1, dtype=torch.float64, device=bae.W_dec.device)
+    moment = torch.zeros(f + 1, d, dtype=torch.float64, device=bae.W_dec.device)
     for block in x.split(_ROW_BLOCK):
         block = block.to(bae.W_dec.device, bae.W_dec.dtype)
         values = torch.ones(len(block), f + 1, dtype=dtype, device=bae.W_dec.device)
         values[:, :f] = bae.encode(block).values(dtype)
-        gram.addmm_(values.T, values)
-        moment.addmm_(values.T, bae.normalize(block).to(dtype))
-    system = gram.double()
+        system += values.T @ values
+        moment += values.T @ bae.normalize(block).to(dtype)
     system.diagonal().add_(ridge * len(x))
-    solution = torch.cholesky_solve(moment.double(), torch.linalg.cholesky(system))
+    solution = torch.cholesky_solve(moment, torch.linalg.cholesky(system))
     bae.W_dec.copy_(solution[:f])
     bae.b_dec.copy_(solution[f])
 

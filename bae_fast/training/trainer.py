@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +20,13 @@ from torch import Tensor
 from bae_fast.devices import has_bfloat16
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.training.bank import CodeBank
-from bae_fast.training.recipe import init_from_rows_, refit_decoder_, residual, revive_
+from bae_fast.training.recipe import (
+    MAX_REFIT_FEATURES,
+    init_from_rows_,
+    refit_decoder_,
+    residual,
+    revive_,
+)
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
@@ -82,13 +91,43 @@ class TrainingConfig:
     precision: str = "auto"
     seed: int = 0
 
+    def check_size(self, d_sae: int) -> None:
+        """Raise ValueError where the refit cannot serve that many features."""
+        if self.refit and d_sae > MAX_REFIT_FEATURES:
+            raise ValueError(
+                f"refit must be False for d_sae > {MAX_REFIT_FEATURES}, as it solves an F x F "
+                f"system; got d_sae={d_sae}"
+            )
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("bank_batches", "revive_every", "entropy_weight", "covariance_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+        integers = {"steps": 1, "batch_size": 1, "bank_batches": 0, "revive_every": 0, "seed": 0}
+        for name, least in integers.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an int; got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        bounds = {
+            "entropy_weight": (0.0, math.inf),
+            "covariance_weight": (0.0, math.inf),
+            "lr": (0.0, math.inf),
+            "eps": (0.0, math.inf),
+            "decoder_lr_scale": (0.0, math.inf),
+            "decoder_norm": (0.0, math.inf),
+            "decay_from": (0.0, 1.0),
+            "entropy_from": (0.0, 1.0),
+            "density": (0.0, 1.0),
+            "revive_until": (0.0, 1.0),
+            "dead_below": (0.0, 1.0),
+            "revive_quantile": (0.0, 1.0),
+            "revive_decoder_scale": (0.0, math.inf),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and low <= value <= high and math.isfinite(value)):
+                allowed = "not be negative" if high == math.inf else f"lie in [{low:g}, {high:g}]"
+                raise ValueError(f"{name} must {allowed} and be finite; got {value!r}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive; got {self.lr}")
         if self.init not in ("rows", "density", "none"):
@@ -146,6 +185,9 @@ class Trainer:
             raise ValueError(
                 f"rows must hold at least one batch of {config.batch_size}; got {len(rows)}"
             )
+        config.check_size(bae.config.d_sae)
+        if config.covariance_weight and config.batch_size < 2:
+            raise ValueError("batch_size must be at least 2 with a covariance_weight; got 1")
         self.bae, self.rows, self.config = bae, rows, config
         self.device = bae.W_enc.device
         self.step = 0
@@ -251,7 +293,9 @@ class Trainer:
             "mse": mse.detach(),
             "entropy_bits": out.entropy.detach(),
             "l0": counts.sum() / len(x),
-            "dead_share": (self.step - self._last_fired >= DEAD_WINDOW).double().mean(),
+            "dead_share": (self.step - self._last_fired >= min(DEAD_WINDOW, self.step))
+            .double()
+            .mean(),
         }
         if out.covariance is not None:
             result["covariance"] = out.covariance.detach()
@@ -298,8 +342,11 @@ class Trainer:
             The lines: step, lr, seconds, mse, entropy_bits (pooled over the bank), l0,
             dead_share (no one in the last 200 steps).
 
-        A KeyboardInterrupt ends the loop after the step in hand and is raised again once the
-        module is left whole and in eval mode.
+        Raises:
+            KeyboardInterrupt: Ctrl-C; in the main thread it waits for the end of the step (or
+                refit) in hand, so that the module and :meth:`state_dict` are whole. A second one
+                does not wait.
+            RuntimeError: the loss is not finite any more.
         """
         lines: list[dict[str, float]] = []
         start = time.perf_counter()
@@ -308,7 +355,8 @@ class Trainer:
             with _bar(self.config.steps, self.step, progress) as bar:
                 while self.step < self.config.steps:
                     lr = self.learning_rate(self.step)
-                    result = self.train_step()
+                    with _whole():
+                        result = self.train_step()
                     bar.update(1)
                     if self.step % log_every and self.step != self.config.steps:
                         continue
@@ -316,6 +364,11 @@ class Trainer:
                     line["seconds"] = time.perf_counter() - start
                     line.update({name: float(value) for name, value in result.items()})
                     line["step"] = self.step
+                    if not math.isfinite(line["mse"]):
+                        raise RuntimeError(
+                            f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, or "
+                            "lr is too high"
+                        )
                     lines.append(line)
                     bar.set_postfix(mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}")
                     if log is not None:
@@ -325,7 +378,8 @@ class Trainer:
                     if on_log is not None:
                         on_log(line)
             if self.config.refit and not self.bae.is_transcoder:
-                refit_decoder_(self.bae, self.rows)
+                with _whole():
+                    refit_decoder_(self.bae, self.rows)
         finally:
             self.bae.eval()
         return lines
@@ -333,8 +387,8 @@ class Trainer:
     # -- resume --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly, but the rows and the configuration."""
-        return {
+        """Everything needed to go on exactly, but the rows and the configuration; a copy."""
+        live = {
             "bae": self.bae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -345,6 +399,7 @@ class Trainer:
             "last_fired": self._last_fired,
             "bank": [] if self.bank is None else [code.words for code in self.bank.codes],
         }
+        return copy.deepcopy(live)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a trainer with the same rows and configuration."""
@@ -362,6 +417,31 @@ class Trainer:
             for words in state["bank"]:
                 k = self.bae.W_enc.shape[1]
                 self.bank.append(BinaryCode(words, k, n_bits=self.bae.config.n_bits))
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Hold back one Ctrl-C until the block is done; the second goes through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # ignored, or not Python's
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+
+    def hold(number: int, frame: Any) -> None:
+        held.append((number, frame))
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        before(*held[0])
 
 
 @contextlib.contextmanager

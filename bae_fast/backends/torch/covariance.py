@@ -4,9 +4,12 @@
 
 Tiles on and above the diagonal are computed, the rest follow by symmetry. n_ij are sums of
 products of zeros and ones, exact in fp32 up to 2^24 rows; V is exact in fp32 while N^2 <= 2^24
-and in float64 beyond. Sums of |V| are integers, below 2^53 in a tile and widened to int64 across
-tiles: the same on every device and in any order. Constant columns need no case of their own:
-their V is zero.
+and in float64 beyond. Sums of |V| are integers: a tile of the first kind stays below 2^53 and is
+summed in float64, any other in int64, and tiles meet in int64: the same on every device and in any
+order. Constant columns need no case of their own: their V is zero.
+
+Every product here has operands that bf16 and TF32 hold exactly, so that lowering the precision of
+fp32 products (torch.set_float32_matmul_precision) changes nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from bae_fast.packing import WORD_BITS, n_words, pack_rows, unpack_rows
 
 TILE = 1024
+_DIGITS = (0, 8, 16, 24)  # of a count, 8 bits each
 ROW_BLOCK = 16384
 
 
@@ -63,7 +67,10 @@ def covariance(
     for a, i in enumerate(sides):
         for j in sides[a:]:
             v = covariance_tile(words, counts, n_rows, i, j)
-            total = torch.linalg.vector_norm(v, 1, dtype=torch.float64).to(torch.int64)
+            if v.dtype == torch.float32:
+                total = torch.linalg.vector_norm(v, 1, dtype=torch.float64).to(torch.int64)
+            else:
+                total = v.abs().to(torch.int64).sum()
             numerator += total if i == j else 2 * total
             if not keep_signs:
                 continue
@@ -77,8 +84,8 @@ def covariance(
 class SignProduct:
     """B S and n^T S for one tile of columns at a time, S = sign(V) of the counted rows.
 
-    Both are sums of integers, exact in fp32 within a tile: |B S| <= 1024, and n^T S is split
-    over few enough features that it stays under 2^24. They meet in float64.
+    Both are sums of integers, exact in fp32 within a tile: |B S| <= 1024, and n is split into
+    digits of 8 bits, whose sums stay below 2^18. They meet in float64.
     """
 
     def __init__(
@@ -111,9 +118,8 @@ class SignProduct:
         for i in tiles(self.counts.shape[0]):
             s = self.sign_tile(i, j)
             bits_signs.addmm_(unpack_tile(self.words, i, torch.float32), s)
-            # 2^24 / 1024 rows would overflow fp32: two digits of the counts, each under 2^14
             counts = self.counts[i[0] : i[1]]
-            digits = torch.stack((counts >> 12, counts & 0xFFF)).float()
-            high, low = (digits @ s).double()
-            counts_signs += high * 4096 + low
+            digits = torch.stack([(counts >> shift) & 0xFF for shift in _DIGITS]).float()
+            for shift, part in zip(_DIGITS, (digits @ s).double(), strict=True):
+                counts_signs += part * 2**shift
         return bits_signs.double() * self.n_rows - counts_signs

@@ -14,6 +14,8 @@ from torch import Tensor
 from bae_fast.backends.torch.products import accumulate, column_chunks, product, sum_dtype
 from bae_fast.packing import WORD_BITS, n_words, unpack_rows
 
+ROW_BLOCK = 8192
+
 
 def bit_weights(n_bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """2^i / (2^k - 1) for i = 0 .. k-1: ``[k]``."""
@@ -31,12 +33,15 @@ def unpack_values(words: Tensor, start: int, stop: int, n_bits: int, dtype: torc
 
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
-    n, d_out = words.shape[0], W_dec.shape[1]
-    recon = b_dec.to(sum_dtype(dtype)).expand(n, d_out).clone()
-    for start, stop in column_chunks(n, W_dec.shape[0] * n_bits, n_bits, words.device):
-        values = unpack_values(words, start, stop, n_bits, dtype)
-        accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
-    return recon.to(dtype)
+    out = torch.empty(words.shape[0], W_dec.shape[1], dtype=dtype, device=words.device)
+    for top in range(0, words.shape[0], ROW_BLOCK):
+        rows = words[top : top + ROW_BLOCK]
+        recon = b_dec.to(sum_dtype(dtype)).expand(len(rows), -1).clone()
+        for start, stop in column_chunks(len(rows), W_dec.shape[0] * n_bits, n_bits, words.device):
+            values = unpack_values(rows, start, stop, n_bits, dtype)
+            accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
+        out[top : top + ROW_BLOCK] = recon
+    return out
 
 
 def decoder_backward(

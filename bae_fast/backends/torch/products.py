@@ -105,8 +105,11 @@ class Preactivation:
             return product(x, weight.to(x.dtype)).add_(bias.float())
         extended = weight.new_zeros((x.shape[1], weight.shape[1]), dtype=x.dtype)
         extended[:d] = weight
-        rest = bias.float()
+        # a bias beyond bf16's largest number would round to infinity, and infinity minus itself is
+        # NaN: the first is held at that number, the second has no rest
+        largest = torch.finfo(x.dtype).max
+        rest = torch.where(bias.isinf(), bias, bias.clamp(-largest, largest)).float()
         for row in range(d, d + 3):
             extended[row] = rest
-            rest = rest - extended[row].float()
+            rest = torch.where(rest.isinf(), 0, rest - extended[row].float())
         return torch.mm(x, extended)
