@@ -168,15 +168,18 @@ def test_the_covariance_is_exact_at_any_precision_of_products(
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_numerator_is_exact_beyond_what_float64_counts(impl):
     """A million rows of almost the same coin: sum |V| passes 2^53 within one tile."""
-    n, k = 1_000_003, 192
-    g = torch.Generator().manual_seed(0)
-    coin = torch.rand(n, 1, generator=g) < 0.5
-    bits = coin ^ (torch.rand(n, k, generator=g) < 0.05)
-    stats = bf.BinaryCode.from_dense(bits).statistics(covariance=True, impl=impl)
+    n, k = 1_000_003, 256
+    rng = np.random.default_rng(0)
+    rare = rng.integers(0, 2**32, (4, n, k // 32), dtype=np.uint32)  # and of four: one in 16
+    coin = np.where(rng.random((n, 1)) < 0.5, np.uint32(2**32 - 1), np.uint32(0))
+    words = coin ^ rare[0] & rare[1] & rare[2] & rare[3]
+    code = bf.BinaryCode(torch.from_numpy(words.view(np.int32)), k)
+    stats = code.statistics(covariance=True, impl=impl)
     joint = np.zeros((k, k), dtype=np.int64)
-    for part in np.array_split(bits.numpy(), 100):
-        joint += np.rint(part.astype(np.float64).T @ part).astype(np.int64)
-    counts = bits.sum(0).numpy()
+    for part in np.array_split(words, 64):
+        bits = np.unpackbits(part.view(np.uint8), axis=1, bitorder="little").astype(np.float32)
+        joint += np.rint(bits.T @ bits).astype(np.int64)  # below 2^24: exact
+    counts = np.diagonal(joint)
     v = n * joint - np.outer(counts, counts)
     np.fill_diagonal(v, 0)
     assert int(np.abs(v).sum()) > 2**53
