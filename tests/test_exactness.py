@@ -10,7 +10,7 @@ import bae_fast as bf
 from bae_fast.packing import unpack_rows
 from bae_fast.surrogates import SURROGATES
 
-IMPLS = ["torch"]
+IMPLS = ["torch", "cpp"]
 NAMES = ["recon", "entropy", "covariance", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
 
 # (N, d_in, F, n_bits, d_out): every size hugs a word's edge somewhere
