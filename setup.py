@@ -19,21 +19,23 @@ MACHINE = platform.machine().lower()
 
 # One file an instruction set, and flags for that file alone: with them on the whole target the
 # compiler would put wide instructions into the code that every CPU runs.
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vpopcntdq",
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",  # gcc's own headers
+]
 SIMD_FLAGS = {
     "kernels_avx2": ["-mavx2"],
-    "kernels_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512vpopcntdq",
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # gcc's own headers
-    ],
+    "kernels_avx512": AVX512_FLAGS,
+    "kernels_amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 SOURCES = ["operators", "dispatch", "kernels_scalar"]
 if MACHINE in ("x86_64", "amd64"):
-    SOURCES += ["kernels_avx2", "kernels_avx512"]
+    SOURCES += ["kernels_avx2", "kernels_avx512", "kernels_amx"]
 elif MACHINE in ("aarch64", "arm64"):
     SOURCES += ["kernels_neon"]
 

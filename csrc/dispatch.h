@@ -7,7 +7,7 @@
 
 namespace bae_fast {
 
-enum class Simd : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
+enum class Simd : int64_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kAmx = 4 };
 
 // The best level of this CPU.
 Simd best_simd();

@@ -20,6 +20,7 @@ struct CovarianceTile {
   uint32_t* above;          // [V > 0], row-packed [i1 - i0, planes_stride], or null
   uint32_t* below;          // [V < 0]
   int64_t planes_stride;
+  uint8_t* scratch;  // covariance_scratch bytes, one cache line aligned
 };
 
 template <typename T>
@@ -27,14 +28,15 @@ struct BackwardStrip {
   T* g;  // [n, g_stride], gradient at the bits on entry, at pre on return
   int64_t g_stride;
   int64_t n;
-  int64_t columns;        // at most 64
+  int64_t columns;        // at most 256
   const T* shift;         // per column, or null
   const T* curvature;     // per column, or null
   const uint32_t* bits;   // row-packed, first word of the strip
   int64_t bits_stride;
-  const uint32_t* above;  // sign planes of the strip, [sign_words, 64], bits over i; or null
-  const uint32_t* below;
-  int64_t sign_words;
+  const uint32_t* above;  // sign planes [V > 0] of the strip, row-packed [columns, ...]; or null
+  const uint32_t* below;  // [V < 0]
+  int64_t planes_stride;
+  int64_t sign_words;  // ceil(K / 32)
   const uint32_t* rows;  // row-packed, all columns: the rows at hand
   int64_t rows_stride;
   const uint32_t* digits;  // bit b of the counts, row-packed [n_digits, sign_words]
@@ -47,11 +49,15 @@ struct BackwardStrip {
   int64_t factor_stride;
   bool official;       // g (1 - g)
   const bool* keep;    // rows that count, or null
-  double* column_sum;  // [64], sums of the result over rows
+  double* column_sum;  // [columns], sums of the result over rows
+  uint8_t* scratch;    // backward_scratch(sign_words) bytes, cache line aligned
 };
 
 struct Kernels {
   const char* name;
+  int64_t strip;  // columns of a strip: a multiple of 64, at most 256
+  int64_t covariance_scratch;
+  int64_t (*backward_scratch)(int64_t sign_words);
 
   // Transposes bits: rows [rows <= 32, in_stride] of `columns` bits into one word per column,
   // out[column * out_stride].
@@ -81,6 +87,7 @@ extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif

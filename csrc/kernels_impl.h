@@ -47,9 +47,13 @@ void transpose(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t colu
   const int64_t words = n_words(columns);
   for (int64_t w = 0; w < words; w += 16) {
     const int64_t used = words - w < 16 ? words - w : 16;
-    for (int64_t r = 0; r < 32; ++r) {
-      for (int64_t lane = 0; lane < 16; ++lane) {
-        a[r][lane] = r < rows && lane < used ? in[r * in_stride + w + lane] : 0;
+    if (rows == 32 && used == 16) {
+      for (int64_t r = 0; r < 32; ++r) __builtin_memcpy(a[r], in + r * in_stride + w, 64);
+    } else {
+      for (int64_t r = 0; r < 32; ++r) {
+        for (int64_t lane = 0; lane < 16; ++lane) {
+          a[r][lane] = r < rows && lane < used ? in[r * in_stride + w + lane] : 0;
+        }
       }
     }
     swap_squares<16>(a, 0x0000FFFF);
@@ -240,7 +244,72 @@ int64_t covariance_tile(const CovarianceTile& t) {
 
 // ---- backward of the encoder --------------------------------------------------------------------
 
-// B S for kRowsBlock rows and the strip's 64 columns.
+// Between the product with W_dec^T and the two products that follow: one row of the strip, with its
+// row of B S (unused without a covariance) and n^T S.
+template <typename T>
+inline void backward_row(const BackwardStrip<T>& s, int64_t n, const int32_t* product,
+                         const double* counts_signs) {
+  const int64_t columns = s.columns;
+  T* g = s.g + n * s.g_stride;
+  if (s.shift != nullptr) {
+    for (int64_t j = 0; j < columns; ++j) g[j] += s.shift[j];
+  }
+  if (s.curvature != nullptr) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint32_t bit = s.bits[n * s.bits_stride + j / kWordBits] >> (j % kWordBits) & 1;
+      g[j] += bit != 0 ? -s.curvature[j] : s.curvature[j];
+    }
+  }
+  if (s.above != nullptr) {
+    for (int64_t j = 0; j < columns; ++j) {
+      // both terms are integers below 2^53: the difference is exact
+      g[j] += static_cast<T>((s.n_rows * product[j] - counts_signs[j]) * s.scale);
+    }
+  }
+  if (s.official) {
+    for (int64_t j = 0; j < columns; ++j) g[j] *= 1 - g[j];
+  }
+  if (s.factor != nullptr) {
+    const T* factor = s.factor + n * s.factor_stride;
+    for (int64_t j = 0; j < columns; ++j) g[j] *= factor[j];
+  }
+  if (s.window != nullptr) {
+    // not g * window: a non-finite gradient outside the window must not turn into NaN
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint32_t word = s.window[n * s.window_stride + j / kWordBits];
+      g[j] = (word >> (j % kWordBits) & 1) != 0 ? g[j] : 0;
+    }
+  }
+  if (s.keep != nullptr && !s.keep[n]) {
+    for (int64_t j = 0; j < columns; ++j) g[j] = 0;
+  }
+}
+
+// Sums over rows: short ones in T, their sum in double, no worse than a pairwise sum.
+template <typename T>
+struct ColumnSums {
+  alignas(64) T partial[kMaxStrip] = {};
+  alignas(64) double total[kMaxStrip] = {};
+  int64_t pending = 0;
+
+  void flush(int64_t columns) {
+    for (int64_t j = 0; j < columns; ++j) {
+      total[j] += partial[j];
+      partial[j] = 0;
+    }
+    pending = 0;
+  }
+  void add(const T* g, int64_t columns) {
+    for (int64_t j = 0; j < columns; ++j) partial[j] += g[j];
+    if (++pending == 32) flush(columns);
+  }
+  void store(double* out, int64_t columns) {
+    flush(columns);
+    for (int64_t j = 0; j < columns; ++j) out[j] = total[j];
+  }
+};
+
+// B S for kRowsBlock rows and the strip's 64 columns; planes [words, 64].
 inline void sign_product(const uint32_t* const* rows, const uint32_t* above, const uint32_t* below,
                          int64_t words, int32_t (&out)[kRowsBlock][kStrip]) {
   for (int64_t j = 0; j < kStrip; j += kBlockColumns) {
@@ -258,91 +327,77 @@ inline void sign_product(const uint32_t* const* rows, const uint32_t* above, con
   }
 }
 
+int64_t backward_scratch(int64_t sign_words) {
+  return 2 * sign_words * kStrip * static_cast<int64_t>(sizeof(uint32_t));
+}
+
+// Transposes a plane by words: [columns, planes_stride] to [sign_words, 64], zero past the columns.
+template <typename T>
+inline void transpose_words(const BackwardStrip<T>& s, const uint32_t* plane, uint32_t* out) {
+  constexpr int64_t kBlock = 16;  // one cache line of each row at a time
+  for (int64_t w0 = 0; w0 < s.sign_words; w0 += kBlock) {
+    const int64_t w1 = s.sign_words - w0 < kBlock ? s.sign_words : w0 + kBlock;
+    for (int64_t j = 0; j < kStrip; ++j) {
+      for (int64_t w = w0; w < w1; ++w) {
+        out[w * kStrip + j] = j < s.columns ? plane[j * s.planes_stride + w] : 0;
+      }
+    }
+  }
+}
+
 template <typename T>
 void backward_strip(const BackwardStrip<T>& s) {
   alignas(64) int32_t products[kRowsBlock][kStrip];
   alignas(64) double counts_signs[kStrip] = {};  // n^T S, an integer
-  alignas(64) double sums[kStrip] = {};
-  alignas(64) T partial[kStrip];
-  const bool covariance = s.above != nullptr;
-  const int64_t columns = s.columns;
+  ColumnSums<T> sums;
   const uint32_t* rows[kRowsBlock];
-  if (covariance) {
+  uint32_t* const above = reinterpret_cast<uint32_t*>(s.scratch);
+  uint32_t* const below = above + s.sign_words * kStrip;
+  if (s.above != nullptr) {
+    transpose_words(s, s.above, above);
+    transpose_words(s, s.below, below);
     for (int64_t b = 0; b < s.n_digits; b += kRowsBlock) {
       for (int r = 0; r < kRowsBlock; ++r) {
         rows[r] = s.digits + (b + r < s.n_digits ? b + r : s.n_digits - 1) * s.sign_words;
       }
-      sign_product(rows, s.above, s.below, s.sign_words, products);
+      sign_product(rows, above, below, s.sign_words, products);
       for (int r = 0; r < kRowsBlock && b + r < s.n_digits; ++r) {
         const double weight = static_cast<double>(int64_t{1} << (b + r));
         for (int64_t j = 0; j < kStrip; ++j) counts_signs[j] += weight * products[r][j];
       }
     }
   }
-  for (int64_t j = 0; j < kStrip; ++j) partial[j] = 0;
-  int64_t pending = 0;
   for (int64_t n0 = 0; n0 < s.n; n0 += kRowsBlock) {
-    if (covariance) {
+    if (s.above != nullptr) {
       for (int r = 0; r < kRowsBlock; ++r) {
         rows[r] = s.rows + (n0 + r < s.n ? n0 + r : s.n - 1) * s.rows_stride;
       }
-      sign_product(rows, s.above, s.below, s.sign_words, products);
+      sign_product(rows, above, below, s.sign_words, products);
     }
     for (int64_t n = n0; n < s.n && n < n0 + kRowsBlock; ++n) {
-      T* g = s.g + n * s.g_stride;
-      if (s.shift != nullptr) {
-        for (int64_t j = 0; j < columns; ++j) g[j] += s.shift[j];
-      }
-      if (s.curvature != nullptr) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const uint32_t bit = s.bits[n * s.bits_stride + j / kWordBits] >> (j % kWordBits) & 1;
-          g[j] += bit != 0 ? -s.curvature[j] : s.curvature[j];
-        }
-      }
-      if (covariance) {
-        const int32_t* product = products[n - n0];
-        for (int64_t j = 0; j < columns; ++j) {
-          // both terms are integers below 2^53: the difference is exact
-          g[j] += static_cast<T>((s.n_rows * product[j] - counts_signs[j]) * s.scale);
-        }
-      }
-      if (s.official) {
-        for (int64_t j = 0; j < columns; ++j) g[j] *= 1 - g[j];
-      }
-      if (s.factor != nullptr) {
-        const T* factor = s.factor + n * s.factor_stride;
-        for (int64_t j = 0; j < columns; ++j) g[j] *= factor[j];
-      }
-      if (s.window != nullptr) {
-        // not g * window: a non-finite gradient outside the window must not turn into NaN
-        for (int64_t j = 0; j < columns; ++j) {
-          const uint32_t word = s.window[n * s.window_stride + j / kWordBits];
-          g[j] = (word >> (j % kWordBits) & 1) != 0 ? g[j] : 0;
-        }
-      }
-      if (s.keep != nullptr && !s.keep[n]) {
-        for (int64_t j = 0; j < columns; ++j) g[j] = 0;
-      }
-      for (int64_t j = 0; j < columns; ++j) partial[j] += g[j];
-      // short sums in T, their sum in double: no worse than a pairwise sum
-      if (++pending == 32 || n + 1 == s.n) {
-        for (int64_t j = 0; j < kStrip; ++j) {
-          sums[j] += partial[j];
-          partial[j] = 0;
-        }
-        pending = 0;
-      }
+      backward_row(s, n, products[n - n0], counts_signs);
+      sums.add(s.g + n * s.g_stride, s.columns);
     }
   }
-  for (int64_t j = 0; j < columns; ++j) s.column_sum[j] = sums[j];
+  sums.store(s.column_sum, s.columns);
 }
 
 void backward_strip_f32(const BackwardStrip<float>& s) { backward_strip(s); }
 void backward_strip_f64(const BackwardStrip<double>& s) { backward_strip(s); }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           transpose,      column_counts,   threshold_f32,      threshold_f64,
-          threshold_bf16, covariance_tile, backward_strip_f32, backward_strip_f64};
+  return {name,
+          kStrip,
+          0,
+          backward_scratch,
+          transpose,
+          column_counts,
+          threshold_f32,
+          threshold_f64,
+          threshold_bf16,
+          covariance_tile,
+          backward_strip_f32,
+          backward_strip_f64};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ constexpr int64_t kFeatureAlignWords = 8;
 // Columns that kernels take at once: scratch is padded to it with zero columns, which change no
 // sum and no sign.
 constexpr int64_t kStrip = 64;
+constexpr int64_t kMaxStrip = 256;
 
 constexpr int64_t n_words(int64_t n_bits) { return (n_bits + kWordBits - 1) / kWordBits; }
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

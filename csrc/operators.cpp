@@ -7,9 +7,8 @@
 // takes the next tile that nobody has. Sums of |V| are integers: their order does not matter. The
 // signs of a tile are written twice, as they are and transposed.
 //
-// Backward. A strip is 64 columns and all rows. Its sign planes, [64, words] of bits over i, are
-// transposed by words so that lanes hold different columns; where no planes were stored they are
-// computed again for the strip. Scratch is per thread: 64 columns by K bits, four times.
+// Backward. A strip is 64 to 256 columns and all rows. Where no sign planes were stored, those of
+// the strip are computed again. Scratch is per thread and at most a few strips of K bits.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -33,7 +32,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 512;
 
 template <typename T>
 const T* data(const Tensor& tensor) {
@@ -51,6 +50,19 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 }
 
 int64_t row_stride(const Tensor& tensor) { return tensor.stride(0); }
+
+// Memory of one thread, on a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(bytes > 0 ? bytes + 63 : 0) {}
+  uint8_t* get() {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.empty() ? nullptr : memory_.data() + (64 - at % 64) % 64;
+  }
+
+ private:
+  std::vector<uint8_t> memory_;
+};
 
 // Column-packed words with a stride for kernels: whole strips of columns, and an odd number (5
 // modulo 8) of cache lines, so that the words of one column do not share a set of the cache.
@@ -78,7 +90,7 @@ void transpose_rows(const uint32_t* words, int64_t stride, int64_t n, int64_t co
 // Level in use; a level >= 0 is first made the one in use, -1 asks for the best. -2: not there.
 int64_t simd(int64_t level) {
   if (level == -1) level = static_cast<int64_t>(best_simd());
-  if (level < 0 || level > 3 || !has_simd(static_cast<Simd>(level))) return -2;
+  if (level < 0 || level > 4 || !has_simd(static_cast<Simd>(level))) return -2;
   set_simd(static_cast<Simd>(level));
   return level;
 }
@@ -181,8 +193,10 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t kTileWords = kTile / kWordBits;
-    std::vector<uint32_t> scratch(keep_signs ? 2 * kTile * kTileWords : 0);
-    uint32_t* const parts[2] = {scratch.data(), scratch.data() + kTile * kTileWords};
+    std::vector<uint32_t> signs_of_tile(keep_signs ? 3 * kTile * kTileWords : 0);
+    uint32_t* const parts[2] = {signs_of_tile.data(), signs_of_tile.data() + kTile * kTileWords};
+    uint32_t* const mirror = signs_of_tile.data() + 2 * kTile * kTileWords;
+    Scratch scratch(kernels().covariance_scratch);
     for (; begin < end; ++begin) {
       for (int64_t t = next++; t < static_cast<int64_t>(tiles.size()); t = next++) {
         const auto [i0, j0] = tiles[t];
@@ -198,6 +212,7 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
         tile.above = keep_signs ? parts[0] : nullptr;
         tile.below = keep_signs ? parts[1] : nullptr;
         tile.planes_stride = kTileWords;
+        tile.scratch = scratch.get();
         int64_t sum = kernels().covariance_tile(tile);
         if (i0 == j0) {  // V_ii = n_i (N - n_i) does not count
           for (int64_t i = i0; i < i1; ++i) {
@@ -214,10 +229,15 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
             std::copy_n(parts[p] + r * kTileWords, n_words(across),
                         planes[p] + (i0 + r) * w + j0 / kWordBits);
           }
-          for (int64_t r = 0; r < rows && i0 != j0; r += kWordBits) {
+          if (i0 == j0) continue;
+          for (int64_t r = 0; r < rows; r += kWordBits) {
             kernels().transpose(parts[p] + r * kTileWords, kTileWords,
-                                std::min(rows - r, kWordBits), across,
-                                planes[p] + j0 * w + (i0 + r) / kWordBits, w);
+                                std::min(rows - r, kWordBits), across, mirror + r / kWordBits,
+                                kTileWords);
+          }
+          for (int64_t r = 0; r < across; ++r) {
+            std::copy_n(mirror + r * kTileWords, n_words(rows),
+                        planes[p] + (j0 + r) * w + i0 / kWordBits);
           }
         }
       }
@@ -240,48 +260,35 @@ struct SignSource {
 
   int64_t words() const { return n_words(k); }
 
-  // Sign planes of columns first .. first + used, transposed by words: out[p][word][64].
-  void strip(int64_t first, int64_t used, std::vector<uint32_t>& scratch,
-             uint32_t* const* out) const {
-    const int64_t w = words();
-    const uint32_t* rows[2];
-    int64_t rows_stride = w;
+  // Row-packed sign planes of columns first .. first + used and the distance of their rows.
+  int64_t strip(int64_t first, int64_t used, std::vector<uint32_t>& memory, uint8_t* scratch,
+                const uint32_t** out) const {
     if (planes[0] != nullptr) {
-      rows[0] = planes[0] + first * w;
-      rows[1] = planes[1] + first * w;
-    } else {
-      rows_stride = round_up(k, kStrip) / kWordBits;
-      scratch.resize(2 * kStrip * rows_stride);
-      CovarianceTile tile{};
-      tile.columns = columns;
-      tile.stride = stride;
-      tile.words = rows_words;
-      tile.counts = counts->data();
-      tile.n_rows = n_rows;
-      tile.i0 = first, tile.i1 = first + kStrip;
-      tile.j0 = 0, tile.j1 = round_up(k, kStrip);
-      tile.above = scratch.data();
-      tile.below = scratch.data() + kStrip * rows_stride;
-      tile.planes_stride = rows_stride;
-      kernels().covariance_tile(tile);
-      for (int64_t i = first; i < first + used; ++i) {
-        tile.above[(i - first) * rows_stride + i / kWordBits] &= ~(1u << i % kWordBits);
-      }
-      rows[0] = tile.above;
-      rows[1] = tile.below;
+      out[0] = planes[0] + first * words();
+      out[1] = planes[1] + first * words();
+      return words();
     }
-    constexpr int64_t kBlock = 16;  // words: one cache line of each row at a time
-    for (int p = 0; p < 2; ++p) {
-      for (int64_t w0 = 0; w0 < w; w0 += kBlock) {
-        const int64_t w1 = std::min(w0 + kBlock, w);
-        for (int64_t j = 0; j < kStrip; ++j) {
-          const uint32_t* row = rows[p] + (j < used ? j : 0) * rows_stride;
-          for (int64_t word = w0; word < w1; ++word) {
-            out[p][word * kStrip + j] = j < used ? row[word] : 0;
-          }
-        }
-      }
+    const int64_t stride_out = round_up(k, kStrip) / kWordBits;
+    memory.resize(2 * kMaxStrip * stride_out);
+    CovarianceTile tile{};
+    tile.columns = columns;
+    tile.stride = stride;
+    tile.words = rows_words;
+    tile.counts = counts->data();
+    tile.n_rows = n_rows;
+    tile.i0 = first, tile.i1 = first + round_up(used, kStrip);
+    tile.j0 = 0, tile.j1 = round_up(k, kStrip);
+    tile.above = memory.data();
+    tile.below = memory.data() + kMaxStrip * stride_out;
+    tile.planes_stride = stride_out;
+    tile.scratch = scratch;
+    kernels().covariance_tile(tile);
+    for (int64_t i = first; i < first + used; ++i) {
+      tile.above[(i - first) * stride_out + i / kWordBits] &= ~(1u << i % kWordBits);
     }
+    out[0] = tile.above;
+    out[1] = tile.below;
+    return stride_out;
   }
 };
 
@@ -293,26 +300,35 @@ void backward_chunk(const Tensor& g, const Tensor& words, int64_t start,
                     const std::optional<Tensor>& keep, bool official, const Tensor& column_sum,
                     void (*kernel)(const BackwardStrip<T>&)) {
   const int64_t n = g.size(0), columns = g.size(1);
-  const int64_t strips = (columns + kStrip - 1) / kStrip;
+  // wide strips read the rows less often, but every thread should have one
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = round_up((columns + threads - 1) / threads, kStrip);
+  const int64_t width = std::min(kernels().strip, share);
+  const int64_t strips = (columns + width - 1) / width;
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> scratch, planes(signs != nullptr ? 2 * kStrip * signs->words() : 0);
+    std::vector<uint32_t> memory;
+    Scratch scratch(signs == nullptr ? 0 : kernels().backward_scratch(signs->words()));
+    Scratch tile_scratch(signs == nullptr || signs->planes[0] != nullptr
+                             ? 0
+                             : kernels().covariance_scratch);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t at = index * kStrip, column = start + at;
+      const int64_t at = index * width, column = start + at;
       BackwardStrip<T> s{};
       s.g = mutable_data<T>(g) + at;
       s.g_stride = row_stride(g);
       s.n = n;
-      s.columns = std::min(columns - at, kStrip);
+      s.columns = std::min(columns - at, width);
       s.shift = shift.has_value() ? data<T>(*shift) + at : nullptr;
       s.curvature = curvature.has_value() ? data<T>(*curvature) + at : nullptr;
       s.rows = data<uint32_t>(words);
       s.rows_stride = s.bits_stride = row_stride(words);
       s.bits = s.rows + column / kWordBits;
       if (signs != nullptr) {
-        uint32_t* const out[2] = {planes.data(), planes.data() + kStrip * signs->words()};
-        signs->strip(column, s.columns, scratch, out);
-        s.above = out[0];
-        s.below = out[1];
+        const uint32_t* planes[2];
+        s.planes_stride = signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
+        s.above = planes[0];
+        s.below = planes[1];
+        s.scratch = scratch.get();
         s.sign_words = signs->words();
         s.digits = data<uint32_t>(*digits);
         s.n_digits = digits->size(0);

@@ -16,7 +16,7 @@ import torch
 ENV_SIMD = "BAE_FAST_SIMD"
 
 # numbers as in csrc/dispatch.h
-LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3}
+LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 
 _SCHEMAS = (
     # use a level (-1: the best there is) and return it; -2 where the CPU lacks it
