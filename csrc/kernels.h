@@ -20,7 +20,8 @@ struct CovarianceTile {
   uint32_t* above;          // [V > 0], row-packed [i1 - i0, planes_stride], or null
   uint32_t* below;          // [V < 0]
   int64_t planes_stride;
-  uint8_t* scratch;  // covariance_scratch bytes, one cache line aligned
+  uint8_t* scratch;  // covariance_scratch bytes, cache line aligned
+  bool same_rows;    // i0, i1 and scratch are those of the call before
 };
 
 template <typename T>
@@ -53,11 +54,25 @@ struct BackwardStrip {
   uint8_t* scratch;    // backward_scratch(sign_words) bytes, cache line aligned
 };
 
+// out [rows, columns] += bits [rows, depth] dense [depth, columns].
+struct BitsProduct {
+  const uint32_t* bits;  // row-packed
+  int64_t bits_stride;
+  const float* dense;
+  int64_t dense_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t rows, depth;
+  int64_t columns;   // at most 128
+  uint8_t* scratch;  // product_scratch bytes, cache line aligned
+};
+
 struct Kernels {
   const char* name;
   int64_t strip;  // columns of a strip: a multiple of 64, at most 256
   int64_t covariance_scratch;
   int64_t (*backward_scratch)(int64_t sign_words);
+  int64_t product_scratch;
 
   // Transposes bits: rows [rows <= 32, in_stride] of `columns` bits into one word per column,
   // out[column * out_stride].
@@ -81,6 +96,12 @@ struct Kernels {
 
   void (*backward_strip_f32)(const BackwardStrip<float>& strip);
   void (*backward_strip_f64)(const BackwardStrip<double>& strip);
+
+  // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
+  void (*gather_product)(const BitsProduct& product);
+
+  // At the same cost for any bits; null where torch's own product is as fast.
+  void (*bits_product)(const BitsProduct& product);
 };
 
 extern const Kernels kScalarKernels;

@@ -8,6 +8,17 @@
 #include "kernels_impl.h"
 
 namespace bae_fast {
-const Kernels kAvx512Kernels = make_kernels("avx512");
+namespace {
+
+constexpr Kernels make_avx512_kernels() {
+  Kernels k = make_kernels("avx512");
+  k.transpose = transpose_fast;
+  return k;
+}
+
+}  // namespace
+
+const Kernels kAvx512Kernels = make_avx512_kernels();
+
 }  // namespace bae_fast
 #endif

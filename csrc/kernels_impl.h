@@ -385,11 +385,74 @@ void backward_strip(const BackwardStrip<T>& s) {
 void backward_strip_f32(const BackwardStrip<float>& s) { backward_strip(s); }
 void backward_strip_f64(const BackwardStrip<double>& s) { backward_strip(s); }
 
+// ---- bits x dense -------------------------------------------------------------------------------
+
+// One cache line of columns; the compiler splits it where registers are narrower.
+typedef float Line __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t kLineColumns = 16;
+
+// out[0 .. 16 kLines) += sum of the listed rows.
+template <int kLines>
+inline void add_rows(const float* dense, int64_t stride, const int32_t* list, int64_t count,
+                     float* out) {
+  Line sum[kLines];
+#pragma GCC unroll 4
+  for (int l = 0; l < kLines; ++l) __builtin_memset(&sum[l], 0, sizeof(Line));
+  for (int64_t k = 0; k < count; ++k) {
+    const float* row = dense + list[k] * stride;
+#pragma GCC unroll 4
+    for (int l = 0; l < kLines; ++l) {
+      Line line;
+      __builtin_memcpy(&line, row + l * kLineColumns, sizeof(line));
+      sum[l] += line;
+    }
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < kLines; ++l) {
+    Line line;
+    __builtin_memcpy(&line, out + l * kLineColumns, sizeof(line));
+    line += sum[l];
+    __builtin_memcpy(out + l * kLineColumns, &line, sizeof(line));
+  }
+}
+
+void gather_product(const BitsProduct& p) {
+  int32_t list[kProductDepth];
+  for (int64_t k0 = 0; k0 < p.depth; k0 += kProductDepth) {
+    const int64_t words = n_words(p.depth - k0 < kProductDepth ? p.depth - k0 : kProductDepth);
+    const float* dense = p.dense + k0 * p.dense_stride;
+    for (int64_t m = 0; m < p.rows; ++m) {
+      const uint32_t* bits = p.bits + m * p.bits_stride + k0 / kWordBits;
+      float* out = p.out + m * p.out_stride;
+      int64_t count = 0;
+      for (int64_t w = 0; w < words; ++w) {
+        for (uint32_t rest = bits[w]; rest != 0; rest &= rest - 1) {
+          list[count++] = static_cast<int32_t>(w * kWordBits + __builtin_ctz(rest));
+        }
+      }
+      if (count == 0) continue;
+      int64_t c = 0;
+      for (; c + 4 * kLineColumns <= p.columns; c += 4 * kLineColumns) {
+        add_rows<4>(dense + c, p.dense_stride, list, count, out + c);
+      }
+      for (; c + kLineColumns <= p.columns; c += kLineColumns) {
+        add_rows<1>(dense + c, p.dense_stride, list, count, out + c);
+      }
+      for (; c < p.columns; ++c) {
+        float sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += dense[list[k] * p.dense_stride + c];
+        out[c] += sum;
+      }
+    }
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           kStrip,
           0,
           backward_scratch,
+          0,
           transpose,
           column_counts,
           threshold_f32,
@@ -397,7 +460,9 @@ constexpr Kernels make_kernels(const char* name) {
           threshold_bf16,
           covariance_tile,
           backward_strip_f32,
-          backward_strip_f64};
+          backward_strip_f64,
+          gather_product,
+          nullptr};
 }
 
 }  // namespace

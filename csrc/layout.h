@@ -18,6 +18,10 @@ constexpr int64_t kFeatureAlignWords = 8;
 constexpr int64_t kStrip = 64;
 constexpr int64_t kMaxStrip = 256;
 
+// Columns and summed rows of a product of bits and dense numbers that kernels take at once.
+constexpr int64_t kProductColumns = 128;
+constexpr int64_t kProductDepth = 512;
+
 constexpr int64_t n_words(int64_t n_bits) { return (n_bits + kWordBits - 1) / kWordBits; }
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

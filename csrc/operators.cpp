@@ -106,6 +106,26 @@ Tensor rows_to_columns(Tensor words, int64_t n_columns) {
   return out;
 }
 
+// Row-packed [N, W] to feature-packed without alignment, [K, ceil(N/32)].
+Tensor rows_to_features(Tensor words, int64_t n_columns) {
+  const int64_t n = words.size(0), m = n_words(n), stride = row_stride(words);
+  Tensor out = torch::stable::new_empty(words, {n_columns, m});
+  const uint32_t* in = data<uint32_t>(words);
+  uint32_t* to = mutable_data<uint32_t>(out);
+  constexpr int64_t kSpan = 512;
+  torch::stable::parallel_for(0, (n_columns + kSpan - 1) / kSpan, 1,
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns); first += kSpan) {
+      for (int64_t w = 0; w < m; ++w) {
+        kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
+                            std::min(n - w * kWordBits, kWordBits),
+                            std::min(n_columns - first, kSpan), to + first * m + w, m);
+      }
+    }
+  });
+  return out;
+}
+
 // Ones in each column of row-packed words.
 Tensor column_counts(Tensor words, int64_t n_columns) {
   const int64_t n = words.size(0), stride = row_stride(words);
@@ -197,6 +217,7 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
     uint32_t* const parts[2] = {signs_of_tile.data(), signs_of_tile.data() + kTile * kTileWords};
     uint32_t* const mirror = signs_of_tile.data() + 2 * kTile * kTileWords;
     Scratch scratch(kernels().covariance_scratch);
+    int64_t i_before = -1;
     for (; begin < end; ++begin) {
       for (int64_t t = next++; t < static_cast<int64_t>(tiles.size()); t = next++) {
         const auto [i0, j0] = tiles[t];
@@ -213,6 +234,8 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
         tile.below = keep_signs ? parts[1] : nullptr;
         tile.planes_stride = kTileWords;
         tile.scratch = scratch.get();
+        tile.same_rows = i0 == i_before;
+        i_before = i0;
         int64_t sum = kernels().covariance_tile(tile);
         if (i0 == j0) {  // V_ii = n_i (N - n_i) does not count
           for (int64_t i = i0; i < i1; ++i) {
@@ -385,10 +408,46 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
   }
 }
 
+// ---- bits x dense -------------------------------------------------------------------------------
+
+// Whether there is a product faster than torch's at any density.
+bool has_bits_product() { return kernels().bits_product != nullptr; }
+
+// out += bits dense, in fp32: by gathering rows, or by the kernel for any density.
+void bits_product(Tensor bits, Tensor dense, bool gather, Tensor out) {
+  const int64_t rows = out.size(0), columns = out.size(1), depth = dense.size(0);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t strips = (columns + kProductColumns - 1) / kProductColumns;
+  // rows are shared out too where there are few strips; enough of them to pay for the panels
+  const int64_t parts = std::max<int64_t>(1, std::min((threads + strips - 1) / strips, rows / 64));
+  const int64_t share = (rows + parts - 1) / parts;
+  const auto kernel = gather ? kernels().gather_product : kernels().bits_product;
+  torch::stable::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(gather ? 0 : kernels().product_scratch);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index % parts * share, at = index / parts * kProductColumns;
+      if (first >= rows) continue;
+      BitsProduct p{};
+      p.bits_stride = row_stride(bits);
+      p.bits = data<uint32_t>(bits) + first * p.bits_stride;
+      p.dense = data<float>(dense) + at;
+      p.dense_stride = row_stride(dense);
+      p.out_stride = row_stride(out);
+      p.out = mutable_data<float>(out) + first * p.out_stride + at;
+      p.rows = std::min(rows - first, share);
+      p.depth = depth;
+      p.columns = std::min(columns - at, kProductColumns);
+      p.scratch = scratch.get();
+      kernel(p);
+    }
+  });
+}
+
 // ---- registration -------------------------------------------------------------------------------
 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CompositeExplicitAutograd, m) {
   m.impl("cpp_simd", TORCH_BOX(&simd));
+  m.impl("cpp_has_bits_product", TORCH_BOX(&has_bits_product));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
@@ -397,6 +456,8 @@ STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
   m.impl("cpp_threshold", TORCH_BOX(&threshold));
   m.impl("cpp_covariance", TORCH_BOX(&covariance));
   m.impl("cpp_backward", TORCH_BOX(&backward));
+  m.impl("cpp_rows_to_features", TORCH_BOX(&rows_to_features));
+  m.impl("cpp_bits_product", TORCH_BOX(&bits_product));
 }
 
 PyModuleDef module = {

@@ -32,6 +32,11 @@ _SCHEMAS = (
     " bool covariance, Tensor? signs, Tensor? columns, Tensor counts, int n_rows, Tensor? digits,"
     " float scale, Tensor? window, Tensor? factor, Tensor? keep, bool official,"
     " Tensor(b!) column_sum) -> ()",
+    "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
+    # a product of bits and fp32 numbers at one cost for any density, faster than torch's
+    "cpp_has_bits_product() -> bool",
+    # out += bits dense in fp32; by adding rows where `gather`
+    "cpp_bits_product(Tensor bits, Tensor dense, bool gather, Tensor(a!) out) -> ()",
 )
 
 _library: torch.library.Library | None = None
