@@ -42,9 +42,9 @@ bool has_tiles() {
 }
 #endif
 
-const Kernels*& current() {
-  static const Kernels* chosen = &table(best_simd());
-  return chosen;
+Simd& current() {
+  static Simd level = best_simd();
+  return level;
 }
 
 }  // namespace
@@ -72,8 +72,10 @@ Simd best_simd() {
   return Simd::kScalar;
 }
 
-void set_simd(Simd level) { current() = &table(level); }
+void set_simd(Simd level) { current() = level; }
 
-const Kernels& kernels() { return *current(); }
+Simd current_simd() { return current(); }
+
+const Kernels& kernels() { return table(current()); }
 
 }  // namespace bae_fast

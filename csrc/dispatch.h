@@ -18,6 +18,8 @@ bool has_simd(Simd level);
 // Uses the level from now on; the CPU must have it.
 void set_simd(Simd level);
 
+Simd current_simd();
+
 const Kernels& kernels();
 
 }  // namespace bae_fast

@@ -54,7 +54,7 @@ struct BackwardStrip {
   uint8_t* scratch;    // backward_scratch(sign_words) bytes, cache line aligned
 };
 
-// out [rows, columns] += bits [rows, depth] dense [depth, columns].
+// out [rows, columns] (+)= bits [rows, depth] dense [depth, columns].
 struct BitsProduct {
   const uint32_t* bits;  // row-packed
   int64_t bits_stride;
@@ -64,6 +64,7 @@ struct BitsProduct {
   int64_t out_stride;
   int64_t rows, depth;
   int64_t columns;   // at most 128
+  bool add;          // to what out holds
   uint8_t* scratch;  // product_scratch bytes, cache line aligned
 };
 

@@ -136,10 +136,11 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* left, const u
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
     between(t);
+    // the right side streams from the outer cache
     for (int64_t line = 0; line < kTileBytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(right + (t + 2) * kTileBytes + line), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(right + kStep + (t + 2) * kTileBytes + line),
-                   _MM_HINT_T0);
+      const char* next = reinterpret_cast<const char*>(right + (t + 2) * kTileBytes + line);
+      _mm_prefetch(next, _MM_HINT_T0);
+      _mm_prefetch(next + kStep, _MM_HINT_T0);
     }
   }
   _tile_stored(0, sums, bytes);
@@ -387,6 +388,9 @@ void bits_product_amx(const BitsProduct& p) {
       for (int64_t c = 0; c < round_up(p.columns, 32); c += kSide) {
         const __mmask16 used = first_words(p.columns - c);
         const float* row = p.dense + (k0 + k) * p.dense_stride + c;
+        // rows lie on pages of their own, where nothing is fetched ahead
+        _mm_prefetch(reinterpret_cast<const char*>(row + 32 * p.dense_stride), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(row + 33 * p.dense_stride), _MM_HINT_T0);
         const __mmask16 first = k < depth ? used : 0, second = k + 1 < depth ? used : 0;
         expand_dense(_mm512_maskz_loadu_ps(first, first != 0 ? row : p.dense),
                      _mm512_maskz_loadu_ps(second, second != 0 ? row + p.dense_stride : p.dense),
@@ -418,6 +422,12 @@ void bits_product_amx(const BitsProduct& p) {
             _tile_loadd(5, left + kDenseStep + t * kTileBytes, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+            // the right side streams from the outer cache, the left one stays in the inner
+            for (int64_t line = 0; line < kTileBytes; line += 64) {
+              const char* next = reinterpret_cast<const char*>(from + (t + 2) * kTileBytes + line);
+              _mm_prefetch(next, _MM_HINT_T0);
+              _mm_prefetch(next + kDenseStep, _MM_HINT_T0);
+            }
           }
         }
         _tile_stored(0, sums[0], 128);
@@ -429,8 +439,9 @@ void bits_product_amx(const BitsProduct& p) {
             const __mmask16 used = first_words(p.columns - c - half);
             float* to = p.out + (m + r) * p.out_stride + c + half;
             if (used == 0) continue;
+            const __mmask16 there = p.add || k0 > 0 ? used : 0;
             const __m512 sum =
-                _mm512_add_ps(_mm512_maskz_loadu_ps(used, to), _mm512_load_ps(sums[r] + half));
+                _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), _mm512_load_ps(sums[r] + half));
             _mm512_mask_storeu_ps(to, used, sum);
           }
         }

@@ -430,6 +430,9 @@ void gather_product(const BitsProduct& p) {
           list[count++] = static_cast<int32_t>(w * kWordBits + __builtin_ctz(rest));
         }
       }
+      if (!p.add && k0 == 0) {
+        for (int64_t c = 0; c < p.columns; ++c) out[c] = 0;
+      }
       if (count == 0) continue;
       int64_t c = 0;
       for (; c + 4 * kLineColumns <= p.columns; c += 4 * kLineColumns) {

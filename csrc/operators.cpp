@@ -87,8 +87,10 @@ void transpose_rows(const uint32_t* words, int64_t stride, int64_t n, int64_t co
 
 // ---- levels -------------------------------------------------------------------------------------
 
-// Level in use; a level >= 0 is first made the one in use, -1 asks for the best. -2: not there.
+// Makes a level the one in use and returns it: -1 asks for the best, -3 for the one in use. Returns
+// -2 where the CPU lacks it.
 int64_t simd(int64_t level) {
+  if (level == -3) level = static_cast<int64_t>(current_simd());
   if (level == -1) level = static_cast<int64_t>(best_simd());
   if (level < 0 || level > 4 || !has_simd(static_cast<Simd>(level))) return -2;
   set_simd(static_cast<Simd>(level));
@@ -413,8 +415,8 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
 // Whether there is a product faster than torch's at any density.
 bool has_bits_product() { return kernels().bits_product != nullptr; }
 
-// out += bits dense, in fp32: by gathering rows, or by the kernel for any density.
-void bits_product(Tensor bits, Tensor dense, bool gather, Tensor out) {
+// out (+)= bits dense, in fp32: by gathering rows, or by the kernel for any density.
+void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) {
   const int64_t rows = out.size(0), columns = out.size(1), depth = dense.size(0);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t strips = (columns + kProductColumns - 1) / kProductColumns;
@@ -437,6 +439,7 @@ void bits_product(Tensor bits, Tensor dense, bool gather, Tensor out) {
       p.rows = std::min(rows - first, share);
       p.depth = depth;
       p.columns = std::min(columns - at, kProductColumns);
+      p.add = add;
       p.scratch = scratch.get();
       kernel(p);
     }

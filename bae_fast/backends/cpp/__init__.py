@@ -41,7 +41,10 @@ def _make() -> registry.Backend:
     schemas.define("cpp")
     schemas.implement("cpp", {name: raw(body) for name, body in _bodies().items()}, "CPU")
     return registry.Backend(
-        name="cpp", ops=schemas.overloads("cpp"), not_supported_reasons=_not_supported
+        name="cpp",
+        ops=schemas.overloads("cpp"),
+        not_supported_reasons=_not_supported,
+        simd=extension.simd,
     )
 
 

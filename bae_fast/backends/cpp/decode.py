@@ -29,30 +29,23 @@ from bae_fast.ops.products import (
 GATHER_BELOW = {True: 0.05, False: 0.2}
 
 
-def _add_bits_product(words: Tensor, n_columns: int, dense: Tensor, out: Tensor, t: bool) -> bool:
-    """out += B dense, or B^T dense with ``t``; False where torch's product is the faster one."""
-    n = words.shape[0]
+def _gathers(words: Tensor, n_columns: int) -> bool | None:
+    """Whether to add rows; None where torch's product is the fastest."""
     units = op("has_bits_product")()
     ones = int(op("column_counts")(words, n_columns).sum())
-    gather = ones < GATHER_BELOW[units] * n * n_columns
-    if not (gather or units):
-        return False
-    bits = op("rows_to_features")(words, n_columns) if t else words
-    dense = dense if dense.stride(1) == 1 else dense.contiguous()
-    op("bits_product")(bits, dense, gather, out)
-    return True
+    gather = ones < GATHER_BELOW[units] * words.shape[0] * n_columns
+    return gather if gather or units else None
 
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
     n, d_out = words.shape[0], W_dec.shape[1]
     words = dense_rows(words)
     recon = b_dec.to(sum_dtype(dtype)).expand(n, d_out).clone()
-    if (
-        n_bits == 1
-        and dtype == W_dec.dtype == torch.float32
-        and _add_bits_product(words, W_dec.shape[0], W_dec, recon, t=False)
-    ):
-        return recon
+    if n_bits == 1 and dtype == W_dec.dtype == torch.float32:
+        gather = _gathers(words, W_dec.shape[0])
+        if gather is not None:
+            op("bits_product")(words, dense_rows(W_dec), gather, True, recon)
+            return recon
     for start, stop in column_chunks(n, W_dec.shape[0] * n_bits, n_bits, words.device):
         values = unpack_values(words, start, stop, n_bits, dtype)
         accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
@@ -66,8 +59,11 @@ def decoder_backward(
     words = dense_rows(words)
     grad_b = grad_recon.sum(0, dtype=sum_dtype(grad_recon.dtype)).to(dtype)
     if n_bits == 1 and dtype == grad_recon.dtype == torch.float32:
-        grad_W = torch.zeros(n_columns, d_out)
-        if _add_bits_product(words, n_columns, grad_recon, grad_W, t=True):
+        gather = _gathers(words, n_columns)
+        if gather is not None:
+            grad_W = torch.empty(n_columns, d_out)
+            features = op("rows_to_features")(words, n_columns)
+            op("bits_product")(features, dense_rows(grad_recon), gather, False, grad_W)
             return grad_W, grad_b
     grad_W = torch.empty(n_columns // n_bits, d_out, dtype=dtype)
     for start, stop in column_chunks(n, n_columns, n_bits, words.device):

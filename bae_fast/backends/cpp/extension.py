@@ -19,7 +19,7 @@ ENV_SIMD = "BAE_FAST_SIMD"
 LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 
 _SCHEMAS = (
-    # use a level (-1: the best there is) and return it; -2 where the CPU lacks it
+    # use a level (-1: the best there is, -3: the one in use) and return it; -2: the CPU lacks it
     "cpp_simd(int level) -> int",
     "cpp_rows_to_columns(Tensor words, int n_columns) -> Tensor",
     "cpp_column_counts(Tensor words, int n_columns) -> Tensor",
@@ -35,8 +35,8 @@ _SCHEMAS = (
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
     # a product of bits and fp32 numbers at one cost for any density, faster than torch's
     "cpp_has_bits_product() -> bool",
-    # out += bits dense in fp32; by adding rows where `gather`
-    "cpp_bits_product(Tensor bits, Tensor dense, bool gather, Tensor(a!) out) -> ()",
+    # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`
+    "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> ()",
 )
 
 _library: torch.library.Library | None = None
@@ -75,6 +75,11 @@ def load() -> str | None:
     if level and op("simd")(LEVELS[level]) < 0:
         return f"{ENV_SIMD}={level}, which this CPU lacks"
     return None
+
+
+def simd() -> str:
+    """Name of the instruction set in use."""
+    return next(name for name, number in LEVELS.items() if number == op("simd")(-3))
 
 
 def use_simd(level: str | None) -> str:
