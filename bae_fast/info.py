@@ -40,6 +40,8 @@ def info() -> dict[str, Any]:
             if name in order:
                 reasons += reasons_against(name, Request(device, torch.float32))
         backends[name] = "available" if not reasons else "; ".join(dict.fromkeys(reasons))
+    # what our own kernels use; torch's, where none are compiled
+    simd = [b.simd() for b in BACKENDS.values() if b.simd is not None]
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "bae_fast": __version__,
@@ -47,7 +49,7 @@ def info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": {
             "machine": platform.machine(),
-            "simd": torch.backends.cpu.get_cpu_capability(),
+            "simd": simd[0] if simd else torch.backends.cpu.get_cpu_capability().lower(),
             "threads": torch.get_num_threads(),
         },
         "cuda_devices": cuda,

@@ -314,7 +314,7 @@ def operator_arguments(name: str, n_bits: int = 1) -> list[tuple]:
 def test_every_operator_of_the_contract_is_checked_here():
     for name in schemas.SCHEMAS:
         assert operator_arguments(name)
-        assert getattr(torch.ops.bae_fast, name).overloads() >= ["torch"]
+        assert "torch" in getattr(torch.ops.bae_fast, name).overloads()
 
 
 @pytest.mark.parametrize("n_bits", [1, 3])

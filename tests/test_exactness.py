@@ -1,4 +1,4 @@
-"""impl="torch" against the reference in float64, and the integers against NumPy."""
+"""impl="torch" and impl="cpp" against the reference in float64, and the integers against NumPy."""
 
 import itertools
 
@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import bae_fast as bf
+from bae_fast.ops import registry
 from bae_fast.packing import unpack_rows
 from bae_fast.surrogates import SURROGATES
 
-IMPLS = ["torch"]
+_CPP = registry.BACKENDS["cpp"].unavailable
+IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(_CPP is not None, reason=str(_CPP)))]
 NAMES = ["recon", "entropy", "covariance", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
 
 # (N, d_in, F, n_bits, d_out): every size hugs a word's edge somewhere

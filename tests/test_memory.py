@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import bae_fast as bf
 from bae_fast.backends import torch as torch_backend
-from bae_fast.backends.torch.products import column_chunks
+from bae_fast.ops.products import column_chunks
 from bench import memory
 
 SURROGATES = ("identity", "official", "sigmoid", "rectangle")

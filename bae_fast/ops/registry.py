@@ -66,6 +66,7 @@ class Backend:
         ops: operator name -> callable; empty where unavailable.
         not_supported_reasons: every reason against serving a request; empty to accept it.
         warmup: compiles what a first call on a device would, or None where nothing is compiled.
+        simd: name of the CPU instruction set in use, or None where there is no such choice.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Backend:
     ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
     not_supported_reasons: Callable[[Request], list[str]] = _no_reasons
     warmup: Callable[[torch.device], None] | None = None
+    simd: Callable[[], str] | None = None
 
 
 def _discover() -> dict[str, Backend]:

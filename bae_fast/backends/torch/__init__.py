@@ -11,8 +11,8 @@ from bae_fast.backends.torch.covariance import covariance
 from bae_fast.backends.torch.decode import decode, decoder_backward
 from bae_fast.backends.torch.encode import encode
 from bae_fast.backends.torch.encoder_backward import encoder_backward
-from bae_fast.backends.torch.products import raw
 from bae_fast.ops import registry, schemas
+from bae_fast.ops.products import raw
 
 _BODIES: dict[str, Callable[..., Any]] = {
     "encode": encode,

@@ -11,25 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bae_fast.backends.torch.products import accumulate, column_chunks, product, sum_dtype
-from bae_fast.packing import WORD_BITS, n_words, unpack_rows
+from bae_fast.ops.products import (
+    accumulate,
+    column_chunks,
+    product,
+    sum_dtype,
+    unpack_values,
+)
 
 ROW_BLOCK = 8192
-
-
-def bit_weights(n_bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """2^i / (2^k - 1) for i = 0 .. k-1: ``[k]``."""
-    return (
-        2.0 ** torch.arange(n_bits, device=device, dtype=sum_dtype(dtype)) / (2**n_bits - 1)
-    ).to(dtype)
-
-
-def unpack_values(words: Tensor, start: int, stop: int, n_bits: int, dtype: torch.dtype) -> Tensor:
-    """Values ``[N, (stop - start) / k]`` of the features in columns start .. stop."""
-    bits = unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, dtype)
-    if n_bits == 1:
-        return bits
-    return bits.unflatten(1, (-1, n_bits)) @ bit_weights(n_bits, dtype, words.device)
 
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bae_fast.backends.torch.products import Preactivation, column_chunks, sum_dtype
+from bae_fast.ops.products import Preactivation, column_chunks, sum_dtype
 from bae_fast.packing import WORD_BITS, column_counts, n_words, pack_rows
 
 ROW_BLOCK = 8192

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.torch.covariance import TILE, SignProduct
-from bae_fast.backends.torch.decode import bit_weights
-from bae_fast.backends.torch.products import (
+from bae_fast.ops.products import (
     Preactivation,
     accumulate,
+    bit_weights,
     column_chunks,
     product,
     sum_dtype,

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 (or wider) sums, and the sizes of chunks.
+"""Matrix products with fp32 (or wider) sums, and the sizes of chunks; shared by backends.
 
 A half-precision product on a GPU can be returned in fp32. On a CPU it cannot: the product is
 summed in fp32 and rounded once, so the encoder's bias, which must be added before any rounding,
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.ops.registry import environment_megabytes
-from bae_fast.packing import WORD_BITS
+from bae_fast.packing import WORD_BITS, n_words, unpack_rows
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -74,6 +74,21 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += product(a, b)
+
+
+def bit_weights(n_bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """2^i / (2^k - 1) for i = 0 .. k-1: ``[k]``."""
+    return (
+        2.0 ** torch.arange(n_bits, device=device, dtype=sum_dtype(dtype)) / (2**n_bits - 1)
+    ).to(dtype)
+
+
+def unpack_values(words: Tensor, start: int, stop: int, n_bits: int, dtype: torch.dtype) -> Tensor:
+    """Values ``[N, (stop - start) / k]`` of the features in columns start .. stop."""
+    bits = unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, dtype)
+    if n_bits == 1:
+        return bits
+    return bits.unflatten(1, (-1, n_bits)) @ bit_weights(n_bits, dtype, words.device)
 
 
 class Preactivation:

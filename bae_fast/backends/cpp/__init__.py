@@ -1,0 +1,51 @@
+"""``impl="cpp"``: kernels on packed bits for CPUs, beside torch's own matrix products.
+
+Bodies are Python around two kinds of work: products of dense matrices, which stay with torch, by
+chunks of columns that fit the cache; and everything on bits, in C++ (``csrc/``). The instruction
+set is the best that the CPU has, or the one that ``BAE_FAST_SIMD`` names.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from bae_fast.backends.cpp import extension
+from bae_fast.ops import registry, schemas
+from bae_fast.ops.products import raw
+
+
+def _bodies() -> dict[str, Callable[..., Any]]:
+    from bae_fast.backends.cpp.covariance import covariance
+    from bae_fast.backends.cpp.decode import decode, decoder_backward
+    from bae_fast.backends.cpp.encode import encode
+    from bae_fast.backends.cpp.encoder_backward import encoder_backward
+
+    return {
+        "encode": encode,
+        "decode": decode,
+        "covariance": covariance,
+        "decoder_backward": decoder_backward,
+        "encoder_backward": encoder_backward,
+    }
+
+
+def _not_supported(request: registry.Request) -> list[str]:
+    if request.device_type != "cpu":
+        return [f"runs on CPUs; the tensor is on {request.device_type}"]
+    return []
+
+
+def _make() -> registry.Backend:
+    reason = extension.load()
+    if reason is not None:
+        return registry.Backend(name="cpp", unavailable=reason)
+    schemas.define("cpp")
+    schemas.implement("cpp", {name: raw(body) for name, body in _bodies().items()}, "CPU")
+    return registry.Backend(
+        name="cpp",
+        ops=schemas.overloads("cpp"),
+        not_supported_reasons=_not_supported,
+        simd=extension.simd,
+    )
+
+
+BACKEND = _make()

@@ -1,0 +1,72 @@
+"""Decode and its weight gradient: products of packed bits with dense matrices.
+
+    recon  = V W_dec + b_dec,    dW_dec = V^T G,    db_dec = 1^T G
+
+V is the value of the code, ``[N, F]``: the bit itself for one-bit codes, else
+sum_i b_i 2^i / (2^k - 1). Both are one product, rows of bits times rows of numbers. In fp32 with
+one-bit codes there are three ways, chosen by the measured density: adding the rows where bits are
+one; matrix units, where the CPU has them, on a float's three bf16 digits, which is as exact as
+fp32 and costs the same at any density; and torch's product of unpacked bits, one chunk of
+features at a time, which also serves all other dtypes and codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.backends.cpp.covariance import dense_rows
+from bae_fast.backends.cpp.extension import op
+from bae_fast.ops.products import (
+    accumulate,
+    column_chunks,
+    product,
+    sum_dtype,
+    unpack_values,
+)
+
+# Density below which adding rows is faster: than the matrix units, than torch's product
+GATHER_BELOW = {True: 0.05, False: 0.2}
+
+
+def _gathers(words: Tensor, n_columns: int) -> bool | None:
+    """Whether to add rows; None where torch's product is the fastest."""
+    units = op("has_bits_product")()
+    ones = int(op("column_counts")(words, n_columns).sum())
+    gather = ones < GATHER_BELOW[units] * words.shape[0] * n_columns
+    return gather if gather or units else None
+
+
+def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
+    n, d_out = words.shape[0], W_dec.shape[1]
+    words = dense_rows(words)
+    recon = b_dec.to(sum_dtype(dtype)).expand(n, d_out).clone()
+    if n_bits == 1 and dtype == W_dec.dtype == torch.float32:
+        gather = _gathers(words, W_dec.shape[0])
+        if gather is not None:
+            op("bits_product")(words, dense_rows(W_dec), gather, True, recon)
+            return recon
+    for start, stop in column_chunks(n, W_dec.shape[0] * n_bits, n_bits, words.device):
+        values = unpack_values(words, start, stop, n_bits, dtype)
+        accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
+    return recon.to(dtype)
+
+
+def decoder_backward(
+    words: Tensor, grad_recon: Tensor, n_columns: int, n_bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    n, d_out = grad_recon.shape
+    words = dense_rows(words)
+    grad_b = grad_recon.sum(0, dtype=sum_dtype(grad_recon.dtype)).to(dtype)
+    if n_bits == 1 and dtype == grad_recon.dtype == torch.float32:
+        gather = _gathers(words, n_columns)
+        if gather is not None:
+            grad_W = torch.empty(n_columns, d_out)
+            features = op("rows_to_features")(words, n_columns)
+            op("bits_product")(features, dense_rows(grad_recon), gather, False, grad_W)
+            return grad_W, grad_b
+    grad_W = torch.empty(n_columns // n_bits, d_out, dtype=dtype)
+    for start, stop in column_chunks(n, n_columns, n_bits, words.device):
+        values = unpack_values(words, start, stop, n_bits, grad_recon.dtype)
+        grad_W[start // n_bits : stop // n_bits] = product(values.t(), grad_recon)
+    return grad_W, grad_b

@@ -1,0 +1,49 @@
+"""Encode: B = [x W_enc + b_enc > 0] and the rectangle's window [|pre| < w], packed.
+
+The product of one chunk of columns stays in the cache and is read once: C++ compares it and
+writes one bit an element of each. The counts are made from the packed bits, a thirty-second of
+that traffic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.backends.cpp.extension import op
+from bae_fast.ops.products import Preactivation, column_chunks
+from bae_fast.packing import n_words
+
+# a block of rows by the least chunk of columns, in fp32: 1 MiB
+ROW_BLOCK = 8192
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, row_mask: Tensor | None, width: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, k = x.shape[0], W_enc.shape[1]
+    words = torch.empty(n, n_words(k), dtype=torch.int32)
+    window = torch.empty_like(words if width is not None else words[:0, 0])
+    keep = None if row_mask is None else row_mask.contiguous()
+    threshold = op("threshold")
+    for top in range(0, n, ROW_BLOCK):
+        rows = slice(top, min(top + ROW_BLOCK, n))
+        preactivation = Preactivation(x[rows])
+        for start, stop in column_chunks(rows.stop - top, k, 1, x.device):
+            pre = preactivation(W_enc[:, start:stop], b_enc[start:stop])
+            threshold(
+                pre,
+                None if keep is None else keep[rows],
+                0.0 if width is None else width,
+                start,
+                words[rows],
+                window[rows] if width is not None else window,
+            )
+    counts = op("column_counts")(words, k)
+    if row_mask is None:
+        n_rows = torch.full((), n, dtype=torch.int64)
+    else:
+        n_rows = row_mask.sum()
+        if n_rows == 0:
+            raise ValueError(f"mask must keep at least one row; got none of {n}")
+    return words, window, counts, n_rows

@@ -1,0 +1,96 @@
+"""The compiled operators: their schemas, why they may be missing, and the instruction set.
+
+They are private to this backend, trust their caller for shapes and dtypes, and write results in
+place where that saves a copy. ``columns`` is column-packed with a padded stride, as
+``cpp_rows_to_columns`` makes it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+ENV_SIMD = "BAE_FAST_SIMD"
+
+# numbers as in csrc/dispatch.h
+LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
+
+_SCHEMAS = (
+    # use a level (-1: the best there is, -3: the one in use) and return it; -2: the CPU lacks it
+    "cpp_simd(int level) -> int",
+    "cpp_rows_to_columns(Tensor words, int n_columns) -> Tensor",
+    "cpp_column_counts(Tensor words, int n_columns) -> Tensor",
+    # [pre > 0] into words, [|pre| < width] into window unless that is empty, from column `start`
+    "cpp_threshold(Tensor pre, Tensor? keep, float width, int start, Tensor(a!) words,"
+    " Tensor(b!) window) -> ()",
+    "cpp_covariance(Tensor words, Tensor counts, int n_rows, bool keep_signs) -> (Tensor, Tensor)",
+    # gradient at the bits -> gradient at pre, for the columns of g from `start`
+    "cpp_backward(Tensor(a!) g, Tensor words, int start, Tensor? shift, Tensor? curvature,"
+    " bool covariance, Tensor? signs, Tensor? columns, Tensor counts, int n_rows, Tensor? digits,"
+    " float scale, Tensor? window, Tensor? factor, Tensor? keep, bool official,"
+    " Tensor(b!) column_sum) -> ()",
+    "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
+    # a product of bits and fp32 numbers at one cost for any density, faster than torch's
+    "cpp_has_bits_product() -> bool",
+    # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`
+    "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> ()",
+)
+
+_library: torch.library.Library | None = None
+
+
+def _define() -> None:
+    global _library
+    _library = torch.library.Library("bae_fast", "FRAGMENT")
+    for schema in _SCHEMAS:
+        _library.define(schema)
+        _library.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
+
+
+def op(name: str) -> Any:
+    """The compiled operator ``bae_fast::cpp_<name>``."""
+    return getattr(torch.ops.bae_fast, f"cpp_{name}").default
+
+
+def load() -> str | None:
+    """Register the operators and choose the instruction set; the reason where that fails.
+
+    Raises:
+        ValueError: ``BAE_FAST_SIMD`` is not the name of a level.
+    """
+    level = os.environ.get(ENV_SIMD)
+    if level and level not in LEVELS:
+        raise ValueError(f"{ENV_SIMD} must be one of {', '.join(LEVELS)}; got {level!r}")
+    if importlib.util.find_spec("bae_fast._C") is None:
+        return "not compiled: install with a C++ compiler and --no-build-isolation"
+    if _library is None:
+        _define()
+    try:
+        importlib.import_module("bae_fast._C")
+    except ImportError as error:
+        return f"its compiled part does not load with torch {torch.__version__}: {error}"
+    if level and op("simd")(LEVELS[level]) < 0:
+        return f"{ENV_SIMD}={level}, which this CPU lacks"
+    return None
+
+
+def simd() -> str:
+    """Name of the instruction set in use."""
+    return next(name for name, number in LEVELS.items() if number == op("simd")(-3))
+
+
+def use_simd(level: str | None) -> str:
+    """Use an instruction set from now on, the best there is for None; returns its name.
+
+    Raises:
+        ValueError: unknown name, or the CPU lacks it.
+    """
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}; got {level!r}")
+    found = op("simd")(-1 if level is None else LEVELS[level])
+    if found < 0:
+        raise ValueError(f"this CPU lacks {level}")
+    return next(name for name, number in LEVELS.items() if number == found)

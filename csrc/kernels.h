@@ -1,0 +1,117 @@
+// What an instruction set provides: one table of functions on raw pointers, filled by each
+// kernels_<level>.cpp from the same text (kernels_impl.h). Strides are in elements.
+//
+// Only types are defined here: a file compiled with AVX flags must emit no function that the
+// linker could choose for the others too.
+#pragma once
+
+#include <cstdint>
+
+namespace bae_fast {
+
+struct CovarianceTile {
+  const uint32_t* columns;  // column-packed [words, stride], zero columns up to a multiple of 64
+  int64_t stride;
+  int64_t words;            // ceil(N / 32)
+  const int32_t* counts;    // ones per column, zero-padded as the columns are
+  int64_t n_rows;           // N
+  int64_t i0, i1;           // rows of the tile: features, multiples of 4 apart
+  int64_t j0, j1;           // columns of the tile: features, multiples of 64 apart
+  uint32_t* above;          // [V > 0], row-packed [i1 - i0, planes_stride], or null
+  uint32_t* below;          // [V < 0]
+  int64_t planes_stride;
+  uint8_t* scratch;  // covariance_scratch bytes, cache line aligned
+  bool same_rows;    // i0, i1 and scratch are those of the call before
+};
+
+template <typename T>
+struct BackwardStrip {
+  T* g;  // [n, g_stride], gradient at the bits on entry, at pre on return
+  int64_t g_stride;
+  int64_t n;
+  int64_t columns;        // at most 256
+  const T* shift;         // per column, or null
+  const T* curvature;     // per column, or null
+  const uint32_t* bits;   // row-packed, first word of the strip
+  int64_t bits_stride;
+  const uint32_t* above;  // sign planes [V > 0] of the strip, row-packed [columns, ...]; or null
+  const uint32_t* below;  // [V < 0]
+  int64_t planes_stride;
+  int64_t sign_words;  // ceil(K / 32)
+  const uint32_t* rows;  // row-packed, all columns: the rows at hand
+  int64_t rows_stride;
+  const uint32_t* digits;  // bit b of the counts, row-packed [n_digits, sign_words]
+  int64_t n_digits;
+  double n_rows;
+  double scale;            // of N (B S) - n^T S
+  const uint32_t* window;  // row-packed, first word of the strip, or null
+  int64_t window_stride;
+  const T* factor;  // [n, factor_stride], multiplies g, or null
+  int64_t factor_stride;
+  bool official;       // g (1 - g)
+  const bool* keep;    // rows that count, or null
+  double* column_sum;  // [columns], sums of the result over rows
+  uint8_t* scratch;    // backward_scratch(sign_words) bytes, cache line aligned
+};
+
+// out [rows, columns] (+)= bits [rows, depth] dense [depth, columns].
+struct BitsProduct {
+  const uint32_t* bits;  // row-packed
+  int64_t bits_stride;
+  const float* dense;
+  int64_t dense_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t rows, depth;
+  int64_t columns;   // at most 128
+  bool add;          // to what out holds
+  uint8_t* scratch;  // product_scratch bytes, cache line aligned
+};
+
+struct Kernels {
+  const char* name;
+  int64_t strip;  // columns of a strip: a multiple of 64, at most 256
+  int64_t covariance_scratch;
+  int64_t (*backward_scratch)(int64_t sign_words);
+  int64_t product_scratch;
+
+  // Transposes bits: rows [rows <= 32, in_stride] of `columns` bits into one word per column,
+  // out[column * out_stride].
+  void (*transpose)(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns,
+                    uint32_t* out, int64_t out_stride);
+
+  // Adds the ones of each of n columns of column-packed [words, stride] words.
+  void (*column_counts)(const uint32_t* columns, int64_t stride, int64_t words, int64_t n,
+                        int64_t* counts);
+
+  // [pre > 0] and [|pre| < width] of one row, packed; window may be null.
+  void (*threshold_f32)(const float* pre, int64_t columns, float width, uint32_t* words,
+                        uint32_t* window);
+  void (*threshold_f64)(const double* pre, int64_t columns, double width, uint32_t* words,
+                        uint32_t* window);
+  void (*threshold_bf16)(const uint16_t* pre, int64_t columns, float width, uint32_t* words,
+                         uint32_t* window);
+
+  // Sum of |V| over the tile; its sign planes where asked for.
+  int64_t (*covariance_tile)(const CovarianceTile& tile);
+
+  void (*backward_strip_f32)(const BackwardStrip<float>& strip);
+  void (*backward_strip_f64)(const BackwardStrip<double>& strip);
+
+  // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
+  void (*gather_product)(const BitsProduct& product);
+
+  // At the same cost for any bits; null where torch's own product is as fast.
+  void (*bits_product)(const BitsProduct& product);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace bae_fast

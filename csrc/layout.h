@@ -1,0 +1,28 @@
+// Bit layouts, as in bae_fast/packing.py (a test compares the constants of both files).
+//
+//   row-packed      uint32 [N, ceil(K/32)], bit f % 32 of word f / 32 in row n is B[n, f]
+//   column-packed   uint32 [ceil(N/32), K], bit n % 32 of word n / 32 in column f is B[n, f]
+//
+// Bits past the end are zero. Tensors hold the words as int32; kernels read them as uint32.
+#pragma once
+
+#include <cstdint>
+
+namespace bae_fast {
+
+constexpr int64_t kWordBits = 32;
+constexpr int64_t kFeatureAlignWords = 8;
+
+// Columns that kernels take at once: scratch is padded to it with zero columns, which change no
+// sum and no sign.
+constexpr int64_t kStrip = 64;
+constexpr int64_t kMaxStrip = 256;
+
+// Columns and summed rows of a product of bits and dense numbers that kernels take at once.
+constexpr int64_t kProductColumns = 128;
+constexpr int64_t kProductDepth = 512;
+
+constexpr int64_t n_words(int64_t n_bits) { return (n_bits + kWordBits - 1) / kWordBits; }
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace bae_fast

@@ -1,0 +1,114 @@
+"""Builds the C++ backend where torch and a compiler are at hand; metadata is in pyproject.toml.
+
+torch is not a build requirement: an isolated build would fetch it. Without torch, without a
+compiler, or with ``BAE_FAST_BUILD_EXT=0`` the package installs without the backend and says so.
+Install with ``--no-build-isolation`` to build it.
+"""
+
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MACHINE = platform.machine().lower()
+
+# One file an instruction set, and flags for that file alone: with them on the whole target the
+# compiler would put wide instructions into the code that every CPU runs.
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vpopcntdq",
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",  # gcc's own headers
+]
+SIMD_FLAGS = {
+    "kernels_avx2": ["-mavx2"],
+    "kernels_avx512": AVX512_FLAGS,
+    "kernels_amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+}
+SOURCES = ["operators", "dispatch", "kernels_scalar"]
+if MACHINE in ("x86_64", "amd64"):
+    SOURCES += ["kernels_avx2", "kernels_avx512", "kernels_amx"]
+elif MACHINE in ("aarch64", "arm64"):
+    SOURCES += ["kernels_neon"]
+
+# LibTorch 2.11: the oldest whose stable ABI the extension speaks
+TORCH_TARGET_VERSION = "0x020b000000000000"
+PYTHON_TARGET_VERSION = "0x030A0000"
+
+
+class BuildExtension(build_ext):
+    """Flags by file, and a warning instead of an error."""
+
+    def build_extension(self, ext):
+        compile_one = self.compiler._compile
+
+        def compile_with_flags(obj, src, ext_, cc_args, extra, pp_opts):
+            extra = [*extra, *SIMD_FLAGS.get(Path(src).stem, [])]
+            return compile_one(obj, src, ext_, cc_args, extra, pp_opts)
+
+        self.compiler._compile = compile_with_flags
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            warnings.warn(f"bae_fast is installed without its C++ backend: {error}", stacklevel=1)
+        finally:
+            self.compiler._compile = compile_one
+
+
+def extensions():
+    """The extension, or nothing and a warning that says why."""
+    if os.environ.get("BAE_FAST_BUILD_EXT", "1") == "0":
+        return []
+    if sys.platform == "win32":
+        warnings.warn("bae_fast's C++ backend is not built on Windows", stacklevel=1)
+        return []
+    try:
+        import torch
+    except ImportError as error:
+        warnings.warn(f"bae_fast is installed without its C++ backend: {error}", stacklevel=1)
+        return []
+    folder = Path(torch.__file__).parent
+    return [
+        Extension(
+            "bae_fast._C",
+            sources=[f"csrc/{name}.cpp" for name in SOURCES],
+            depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")],
+            include_dirs=["csrc", str(folder / "include")],
+            library_dirs=[str(folder / "lib")],
+            libraries=["torch_cpu", "torch"],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+                ("Py_LIMITED_API", PYTHON_TARGET_VERSION),
+            ],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                # messages of failed checks name files
+                f"-ffile-prefix-map={ROOT}=.",
+                f"-ffile-prefix-map={folder}=torch",
+                "-Wall",
+                "-Wextra",
+                "-Wno-missing-field-initializers",
+                "-Wno-unused-parameter",  # torch's headers
+            ],
+            py_limited_api=True,
+        )
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,275 @@
+"""impl="cpp": every instruction set gives the same integers, and holds only its instructions."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast import packing
+from bae_fast.ops import registry
+from bae_fast.packing import pack_rows, unpack_rows
+
+CPP = registry.BACKENDS["cpp"]
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
+)
+
+EDGES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513]
+
+
+def levels():
+    """Every instruction set that this CPU has."""
+    if CPP.unavailable is not None:
+        return []
+    from bae_fast.backends.cpp import extension
+
+    found = [n for n, k in extension.LEVELS.items() if extension.op("simd")(k) >= 0]
+    extension.use_simd(None)
+    return found
+
+
+@pytest.fixture(params=levels())
+def level(request):
+    from bae_fast.backends.cpp import extension
+
+    extension.use_simd(request.param)
+    yield request.param
+    extension.use_simd(None)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    torch.set_num_threads(request.param)
+
+
+def codes(n, k, seed=0):
+    """Bits with constant columns, twins and rare columns, in words whose rows are padded."""
+    g = torch.Generator().manual_seed(seed)
+    density = torch.rand(k, generator=g)
+    bits = torch.rand(n, k, generator=g) < density
+    bits[:, :: max(k // 5, 1)] = False
+    bits[:, 1 :: max(k // 5, 2)] = True
+    if k > 4:
+        bits[:, 2] = bits[:, 3]
+    exact = pack_rows(bits)
+    padded = torch.full((n, exact.shape[1] + 3), -1, dtype=torch.int32)
+    words = padded[:, 1 : 1 + exact.shape[1]]
+    words.copy_(exact)
+    return bits, words
+
+
+def exact_covariance(bits):
+    b = bits.numpy().astype(np.int64)
+    n, counts = len(b), b.sum(0)
+    v = n * (b.T @ b) - np.outer(counts, counts)
+    np.fill_diagonal(v, 0)
+    return counts, v
+
+
+SHAPES = [(n, 97) for n in EDGES[1:]] + [(70, k) for k in EDGES] + [(513, 513), (2050, 321)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_covariance_and_its_signs_equal_numpy_on_every_level(level, threads, shape):
+    bits, words = codes(*shape)
+    counts, v = exact_covariance(bits)
+    n_rows = torch.tensor(shape[0])
+    for keep_signs in (True, False):
+        numerator, signs = CPP.ops["covariance"](
+            words, torch.from_numpy(counts), n_rows, keep_signs
+        )
+        assert int(numerator) == int(np.abs(v).sum())
+        if keep_signs:
+            above, below = unpack_rows(signs, shape[1], torch.int8)
+            np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+            assert all(packing.tail_is_zero(plane, shape[1]) for plane in signs)
+
+
+def test_the_covariance_of_more_rows_than_16_bits_hold(level):
+    bits, words = codes(33_000, 70)
+    counts, v = exact_covariance(bits)
+    numerator, signs = CPP.ops["covariance"](
+        words, torch.from_numpy(counts), torch.tensor(33_000), True
+    )
+    assert int(numerator) == int(np.abs(v).sum())
+    above, below = unpack_rows(signs, 70, torch.int8)
+    np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_product_with_the_signs_is_exact_on_every_level(level, threads, shape, stored):
+    """The covariance's gradient at the bits, read off the gradient of b_enc row by row."""
+    n, k = shape
+    bits, words = codes(n, k)
+    counts, v = exact_covariance(bits)
+    if n < 2:
+        return
+    s, b = np.sign(v), bits.numpy().astype(np.int64)
+    expected = (n * (b @ s) - counts @ s).astype(np.float64) * 2 / (n * (n - 1))
+    total, ones = torch.tensor(n), torch.from_numpy(counts)
+    _, signs = CPP.ops["covariance"](words, ones, total, True)
+    eye = torch.eye(n, dtype=torch.float64)
+    zero = torch.zeros(n, k, dtype=torch.float64)
+    empty = torch.empty(0, dtype=torch.int32)
+    _, grad_W, grad_b = CPP.ops["encoder_backward"](
+        eye, zero, zero[0], torch.zeros(k, 1, dtype=torch.float64), words, empty, None,
+        None, None, None, torch.ones((), dtype=torch.float64),
+        signs if stored else None, None if stored else words, ones, total,
+        "identity", 0.0, 1, [False, True, True],
+    )  # fmt: skip
+    scale = np.abs(expected).max()
+    assert np.abs(grad_W.numpy() - expected).max() <= 1e-14 * scale
+    assert np.abs(grad_b.numpy() - expected.sum(0)).max() <= 1e-12 * max(scale, 1) * n
+
+
+@pytest.mark.parametrize("shape", [(n, 97) for n in EDGES] + [(3, k) for k in EDGES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bits_window_and_counts_on_every_level(level, threads, shape, dtype):
+    """W_enc = I: x is the pre-activation itself, with zeros, signed zeros, NaN and the edge w."""
+    n, k = shape
+    x = torch.randn(n, k).to(dtype)
+    x.view(-1)[::5] = 0
+    x.view(-1)[1::7] = 0.5
+    x.view(-1)[2::11] = -0.0
+    words, window, counts, _ = CPP.ops["encode"](
+        x, torch.eye(k, dtype=dtype), torch.zeros(k, dtype=dtype), None, 0.5
+    )
+    assert torch.equal(unpack_rows(words, k), x > 0)
+    assert torch.equal(unpack_rows(window, k), x.abs() < 0.5)
+    assert torch.equal(counts, (x > 0).sum(0))
+    assert packing.tail_is_zero(words, k)
+    assert packing.tail_is_zero(window, k)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.5])
+@pytest.mark.parametrize(
+    "shape",
+    [(n, 97, 33) for n in EDGES] + [(33, k, 129) for k in EDGES] + [(3, 600, c) for c in EDGES],
+    ids=str,
+)
+def test_products_of_bits_err_less_than_twice_a_dense_product(level, threads, shape, density):
+    n, k, d_out = shape
+    bits = torch.rand(n, k) < density
+    words, dense = pack_rows(bits), bits.float()
+    W, b, g = torch.randn(k, d_out), torch.randn(d_out), torch.randn(n, d_out)
+    recon = CPP.ops["decode"](words, W, b, 1, torch.float32)
+    grad_W, _ = CPP.ops["decoder_backward"](words, g, k, 1, torch.float32)
+    for got, left, right, plus in ((recon, dense, W, b), (grad_W, dense.T, g, 0)):
+        exact = left.double() @ right.double() + plus
+        eager = (left @ right + plus).double()
+        allowed = 2 * (eager - exact).abs().max() + 2**-23 * exact.abs().max()
+        assert (got.double() - exact).abs().max() <= allowed
+
+
+def test_the_whole_layer_gives_the_same_integers_and_nearly_the_same_gradients(level, threads):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(130, 17, generator=g)
+    parameters = [torch.randn(s, generator=g) * 0.3 for s in ((17, 300), (300,), (300, 17), (17,))]
+
+    def run(impl):
+        leaves = [t.clone().requires_grad_() for t in parameters]
+        out = bf.binary_autoencoder(
+            x, *leaves, impl=impl, covariance=True, surrogate="sigmoid", multilinear=True
+        )
+        loss = ((out.recon - x) ** 2).mean() + 0.01 * out.entropy + 0.01 * out.covariance
+        (loss + 0.1 * out.variance).backward()
+        return out, [leaf.grad for leaf in leaves]
+
+    (mine, grads), (other, expected) = run("cpp"), run("torch")
+    assert mine.code.equal(other.code)
+    assert mine.entropy == other.entropy
+    assert mine.covariance == other.covariance
+    for a, e in zip(grads, expected, strict=True):
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+def test_layout_constants_are_those_of_packing():
+    text = (ROOT / "csrc" / "layout.h").read_text()
+    found = dict(re.findall(r"constexpr int64_t (k\w+) = (\d+);", text))
+    assert int(found["kWordBits"]) == packing.WORD_BITS
+    assert int(found["kFeatureAlignWords"]) == packing.FEATURE_ALIGN_WORDS
+
+
+# -- choice of the level -----------------------------------------------------------------------
+
+
+def fresh(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", levels())
+def test_the_environment_forces_a_level_and_info_tells_it(name):
+    program = "import bae_fast as bf; print(bf.info()['cpu']['simd'])"
+    assert fresh(program, BAE_FAST_SIMD=name).stdout.strip() == name
+
+
+def test_an_unknown_or_missing_level_is_an_error():
+    done = fresh("import bae_fast", BAE_FAST_SIMD="sse9")
+    assert "BAE_FAST_SIMD must be one of" in done.stderr
+    lacking = "neon" if "scalar" in levels() and "avx2" in levels() else "avx2"
+    program = "import bae_fast as bf; bf.warmup('cpp')"
+    done = fresh(program, BAE_FAST_SIMD=lacking)
+    assert f"BAE_FAST_SIMD={lacking}, which this CPU lacks" in done.stderr
+
+
+# -- the object code ---------------------------------------------------------------------------
+
+
+def disassembly(tmp_path, name, *flags):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None or shutil.which("objdump") is None:
+        pytest.skip("needs a C++ compiler and objdump")
+    target = tmp_path / f"{name}.o"
+    source = ROOT / "csrc" / f"{name}.cpp"
+    command = [compiler, "-std=c++17", "-O3", "-fPIC", *flags, "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True)
+    shown = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(target)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    names = subprocess.run(["nm", str(target)], check=True, capture_output=True, text=True).stdout
+    # nothing that the linker could choose in place of another file's
+    assert not re.findall(r" [WVu] (?!DW\.ref)", names)
+    return shown
+
+
+needs_x86 = pytest.mark.skipif("avx2" not in levels(), reason="needs an x86-64 compiler")
+
+
+@needs_x86
+def test_the_scalar_object_holds_no_avx(tmp_path):
+    for name in ("kernels_scalar", "dispatch"):
+        shown = disassembly(tmp_path, name)
+        assert not re.search(r"%[yz]mm|\tv[a-z]", shown)
+
+
+@needs_x86
+def test_the_avx2_object_holds_no_avx512(tmp_path):
+    shown = disassembly(tmp_path, "kernels_avx2", "-mavx2")
+    assert "%ymm" in shown
+    assert not re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])", shown)
+
+
+@needs_x86
+def test_the_extension_names_no_folder_of_the_machine_that_built_it():
+    content = Path(importlib.import_module("bae_fast._C").__file__).read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent):
+        assert str(folder).encode() not in content
