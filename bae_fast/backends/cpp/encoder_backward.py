@@ -117,7 +117,9 @@ def encoder_backward(
             column_sum[start:stop],
         )
         g = g.to(dtype)
-        if need_W:
+        if need_W and grad_W.dtype == dtype:
+            torch.mm(x.t(), g, out=grad_W[:, start:stop])  # no copy: 4 d K bytes of traffic less
+        elif need_W:
             grad_W[:, start:stop] = product(x.t(), g)
         if need_x:
             accumulate(grad_x, g, W_enc[:, start:stop].to(dtype).t())
