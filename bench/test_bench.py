@@ -10,15 +10,16 @@ from bench import step
 from bench.__main__ import splice
 
 
-def test_the_timed_side_is_checked_before_it_is_timed():
-    step.check(*step.tensors(64, 24, 600))
+@pytest.mark.parametrize("impl", step.implementations())
+def test_the_timed_side_is_checked_before_it_is_timed(impl):
+    step.check(impl, *step.tensors(64, 24, 600))
 
 
 @pytest.mark.parametrize("covariance", [False, True])
-@pytest.mark.parametrize("side", ["packed", "dense"])
+@pytest.mark.parametrize("side", [*step.implementations(), "dense"])
 def test_step(benchmark, side, covariance):
     inputs = step.tensors(128, 64, 512)
-    run = {"packed": step.packed, "dense": step.dense}[side](covariance)
+    run = step.dense(covariance) if side == "dense" else step.packed(side, covariance)
     benchmark(run, *inputs)
     assert all(torch.isfinite(p.grad).all() for p in inputs[1:])
 

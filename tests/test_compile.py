@@ -282,6 +282,9 @@ def test_float64_stays_float64_under_autocast():
 # -- the raw operators -------------------------------------------------------------------------
 
 
+BACKENDS = [name for name, backend in registry.BACKENDS.items() if backend.unavailable is None]
+
+
 def operator_arguments(name: str, n_bits: int = 1) -> list[tuple]:
     """Argument lists of one raw operator that reach every optional argument."""
     k = F * n_bits
@@ -317,16 +320,18 @@ def test_every_operator_of_the_contract_is_checked_here():
         assert "torch" in getattr(torch.ops.bae_fast, name).overloads()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n_bits", [1, 3])
 @pytest.mark.parametrize("name", list(schemas.SCHEMAS))
-def test_opcheck_passes_for_every_raw_operator(name, n_bits):
-    overload = getattr(torch.ops.bae_fast, name).torch
+def test_opcheck_passes_for_every_raw_operator(name, n_bits, backend):
+    overload = getattr(getattr(torch.ops.bae_fast, name), backend)
     for arguments in operator_arguments(name, n_bits):
         torch.library.opcheck(overload, arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", list(schemas.SCHEMAS))
-def test_the_raw_operators_carry_no_gradient(name):
+def test_the_raw_operators_carry_no_gradient(name, backend):
     for arguments in operator_arguments(name):
         asking = [
             a.clone().requires_grad_()
@@ -334,16 +339,17 @@ def test_the_raw_operators_carry_no_gradient(name):
             else a
             for a in arguments
         ]
-        results = getattr(torch.ops.bae_fast, name).torch(*asking)
+        results = getattr(getattr(torch.ops.bae_fast, name), backend)(*asking)
         for result in results if isinstance(results, (tuple, list)) else [results]:
             assert not result.requires_grad
 
 
-def test_raw_operators_do_not_alias_their_arguments():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raw_operators_do_not_alias_their_arguments(backend):
     for name in schemas.SCHEMAS:
         for arguments in operator_arguments(name):
             given = {a.untyped_storage().data_ptr() for a in arguments if torch.is_tensor(a)} - {0}
-            results = getattr(torch.ops.bae_fast, name).torch(*arguments)
+            results = getattr(getattr(torch.ops.bae_fast, name), backend)(*arguments)
             for result in results if isinstance(results, (tuple, list)) else [results]:
                 assert result.untyped_storage().data_ptr() not in given, name
 
