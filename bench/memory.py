@@ -139,8 +139,8 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         dense, packed = (row[side]["peak_bytes"] / 2**20 for side in ("dense", "packed"))
         lines.append(
-            f"| {row['n']}, {row['d']}, {row['f']} | `{row['impl']}` | {dense:,.0f} MiB | {packed:,.0f} MiB "
-            f"| 1 / {1 / row['ratio']:.0f} |"
+            f"| {row['n']}, {row['d']}, {row['f']} | `{row['impl']}` | {dense:,.0f} MiB "
+            f"| {packed:,.0f} MiB | 1 / {1 / row['ratio']:.0f} |"
         )
     return "\n".join(lines) + (
         "\n\nPeak resident memory above x, parameters and gradients of one forward and backward "
