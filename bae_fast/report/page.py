@@ -95,8 +95,8 @@ def write_report(
     if log:
         figures["training"] = Figure(
             "Training",
-            "Per batch (faint) and as a running mean. The entropy of a batch lies below that of "
-            "all rows pooled, which is the one in the table.",
+            "Per batch (faint) and as a running mean. The entropy is that of the rows counted, the "
+            "batch and a bank of past ones; the table's is of the held-out rows.",
             plot_training(log),
             plot_training(log, dark=True),
         )
