@@ -289,10 +289,8 @@ class BinaryCode:
         if self.n_bits == 1:
             return bits
         wide = torch.promote_types(dtype, torch.float32)
-        weights = 2.0 ** torch.arange(self.n_bits, device=self.device, dtype=wide)
-        return (
-            bits.unflatten(-1, (-1, self.n_bits)).to(wide) @ (weights / (2**self.n_bits - 1))
-        ).to(dtype)
+        weights = packing.bit_weights(self.n_bits, wide, self.device)
+        return (bits.unflatten(-1, (-1, self.n_bits)).to(wide) @ weights).to(dtype)
 
     def indices(self) -> Tensor:
         """Coordinates of the ones, int64 ``[nnz, ndim]``, as ``torch.nonzero`` of the dense bits.

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from bae_fast import reference
 from bae_fast.codes import BinaryCode, check_covariance_size, keep_signs
 from bae_fast.ops import registry
-from bae_fast.packing import pack_rows
+from bae_fast.packing import bit_weights, pack_rows
 from bae_fast.statistics import CodeStatistics, entropy_bits, entropy_gradient
 from bae_fast.surrogates import resolve_surrogate
 
@@ -64,7 +64,7 @@ def _squared_steps(W_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
     squared = torch.linalg.vector_norm(W_dec, dim=1, dtype=wide).square().to(dtype)
     if n_bits == 1:
         return squared
-    steps = 2.0 ** torch.arange(n_bits, device=W_dec.device, dtype=dtype) / (2**n_bits - 1)
+    steps = bit_weights(n_bits, dtype, W_dec.device)
     return torch.outer(squared, steps.square()).flatten()
 
 

@@ -133,6 +133,12 @@ def columns_to_features(words: Tensor) -> Tensor:
     return features
 
 
+def bit_weights(n_bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What bit i of a k-bit feature weighs, 2^i / (2^k - 1), for i = 0 .. k-1: ``[k]``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (2.0 ** torch.arange(n_bits, device=device, dtype=wide) / (2**n_bits - 1)).to(dtype)
+
+
 def popcount(words: Tensor) -> Tensor:
     """Number of ones in each word: int32 in, int32 of the same shape out."""
     v = words - ((words >> 1) & 0x55555555)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.ops.registry import environment_megabytes
-from bae_fast.packing import WORD_BITS, n_words, unpack_rows
+from bae_fast.packing import WORD_BITS, bit_weights, n_words, unpack_rows
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -24,6 +24,9 @@ HALF = (torch.bfloat16, torch.float16)
 _SCRATCH_MB = {"cpu": 8, "cuda": 256}
 ENV_SCRATCH = "BAE_FAST_SCRATCH_MB"
 MIN_CHUNK = 256
+
+# rows decoded at a time
+ROW_BLOCK = 8192
 
 # AMX and VNNI read bf16 in pairs and tiles of 32; an odd inner size falls off that path
 _INNER_ALIGN = 32
@@ -76,19 +79,39 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += product(a, b)
 
 
-def bit_weights(n_bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """2^i / (2^k - 1) for i = 0 .. k-1: ``[k]``."""
-    return (
-        2.0 ** torch.arange(n_bits, device=device, dtype=sum_dtype(dtype)) / (2**n_bits - 1)
-    ).to(dtype)
-
-
 def unpack_values(words: Tensor, start: int, stop: int, n_bits: int, dtype: torch.dtype) -> Tensor:
     """Values ``[N, (stop - start) / k]`` of the features in columns start .. stop."""
     bits = unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, dtype)
     if n_bits == 1:
         return bits
     return bits.unflatten(1, (-1, n_bits)) @ bit_weights(n_bits, dtype, words.device)
+
+
+def decode_by_chunks(
+    words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype
+) -> Tensor:
+    """value(B) W_dec + b_dec in ``dtype`` by dense products of unpacked blocks: ``[N, d_out]``."""
+    out = torch.empty(words.shape[0], W_dec.shape[1], dtype=dtype, device=words.device)
+    for top in range(0, words.shape[0], ROW_BLOCK):
+        rows = words[top : top + ROW_BLOCK]
+        recon = b_dec.to(sum_dtype(dtype)).expand(len(rows), -1).clone()
+        for start, stop in column_chunks(len(rows), W_dec.shape[0] * n_bits, n_bits, words.device):
+            values = unpack_values(rows, start, stop, n_bits, dtype)
+            accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
+        out[top : top + ROW_BLOCK] = recon
+    return out
+
+
+def decoder_gradient_by_chunks(
+    words: Tensor, grad_recon: Tensor, n_columns: int, n_bits: int, dtype: torch.dtype
+) -> Tensor:
+    """value(B)^T grad_recon in ``dtype`` by dense products of unpacked chunks: ``[F, d_out]``."""
+    n, d_out = grad_recon.shape
+    grad_W = torch.empty(n_columns // n_bits, d_out, dtype=dtype, device=words.device)
+    for start, stop in column_chunks(n, n_columns, n_bits, words.device):
+        values = unpack_values(words, start, stop, n_bits, grad_recon.dtype)
+        grad_W[start // n_bits : stop // n_bits] = product(values.t(), grad_recon)
+    return grad_W
 
 
 class Preactivation:

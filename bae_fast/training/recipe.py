@@ -12,7 +12,7 @@ from bae_fast.model import BinaryAutoencoder
 _ROW_BLOCK = 8192
 
 # rows over which the start's deviation and density are taken
-_START_ROWS = 4096
+START_ROWS = 4096
 
 # length of the noise on a unit direction that is drawn more than once
 _JITTER = 0.3
@@ -59,7 +59,7 @@ def init_from_rows_(
         directions = torch.nn.functional.normalize(
             directions + _JITTER * noise / rows.shape[1] ** 0.5, dim=1
         )
-    x, rows = x[:_START_ROWS], rows[:_START_ROWS]
+    x, rows = x[:START_ROWS], rows[:START_ROWS]
     bae.W_dec.copy_(directions * decoder_norm)
     columns = directions.T.repeat_interleave(bae.config.n_bits, dim=1)
     bae.W_enc.copy_(columns / (rows @ columns).std(0).clamp_min(1e-6))

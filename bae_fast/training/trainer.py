@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.codes import BinaryCode
 from bae_fast.devices import has_bfloat16
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.recipe import (
     MAX_REFIT_FEATURES,
+    START_ROWS,
     init_from_rows_,
     refit_decoder_,
     residual,
@@ -30,9 +32,6 @@ from bae_fast.training.recipe import (
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
-
-# rows looked at to start the features
-_INIT_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +218,7 @@ class Trainer:
         config, bae = self.config, self.bae
         if config.init == "none":
             return
-        n = max(_INIT_ROWS, bae.config.d_sae)
+        n = max(START_ROWS, bae.config.d_sae)
         picked = torch.randperm(len(self.rows), generator=self.generator)[:n]
         rows = self.rows[picked].to(self.device, bae.W_enc.dtype)
         if config.init == "rows":
@@ -360,10 +359,9 @@ class Trainer:
                     bar.update(1)
                     if self.step % log_every and self.step != self.config.steps:
                         continue
-                    line = {"step": float(self.step), "lr": lr}
-                    line["seconds"] = time.perf_counter() - start
+                    seconds = time.perf_counter() - start
+                    line: dict[str, float] = {"step": self.step, "lr": lr, "seconds": seconds}
                     line.update({name: float(value) for name, value in result.items()})
-                    line["step"] = self.step
                     if not math.isfinite(line["mse"]):
                         raise RuntimeError(
                             f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, or "
@@ -403,8 +401,6 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a trainer with the same rows and configuration."""
-        from bae_fast.codes import BinaryCode
-
         self.bae.load_state_dict(state["bae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self._seen = state["step"], state["seen"]
@@ -414,9 +410,9 @@ class Trainer:
         self._last_fired = state["last_fired"].clone()
         if self.bank is not None:
             self.bank = CodeBank(self.config.bank_batches)
+            n_columns, n_bits = self.bae.W_enc.shape[1], self.bae.config.n_bits
             for words in state["bank"]:
-                k = self.bae.W_enc.shape[1]
-                self.bank.append(BinaryCode(words, k, n_bits=self.bae.config.n_bits))
+                self.bank.append(BinaryCode(words, n_columns, n_bits=n_bits))
 
 
 @contextlib.contextmanager

@@ -17,13 +17,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
-from bae_fast.ops.products import (
-    accumulate,
-    column_chunks,
-    product,
-    sum_dtype,
-    unpack_values,
-)
+from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
 
 # Density below which adding rows is faster: than the matrix units, than torch's product
 GATHER_BELOW = {True: 0.05, False: 0.2}
@@ -38,35 +32,26 @@ def _gathers(words: Tensor, n_columns: int) -> bool | None:
 
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
-    n, d_out = words.shape[0], W_dec.shape[1]
     words = dense_rows(words)
-    recon = b_dec.to(sum_dtype(dtype)).expand(n, d_out).clone()
     if n_bits == 1 and dtype == W_dec.dtype == torch.float32:
         gather = _gathers(words, W_dec.shape[0])
         if gather is not None:
+            recon = b_dec.to(dtype).expand(words.shape[0], -1).clone()
             op("bits_product")(words, dense_rows(W_dec), gather, True, recon)
             return recon
-    for start, stop in column_chunks(n, W_dec.shape[0] * n_bits, n_bits, words.device):
-        values = unpack_values(words, start, stop, n_bits, dtype)
-        accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
-    return recon.to(dtype)
+    return decode_by_chunks(words, W_dec, b_dec, n_bits, dtype)
 
 
 def decoder_backward(
     words: Tensor, grad_recon: Tensor, n_columns: int, n_bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    n, d_out = grad_recon.shape
     words = dense_rows(words)
     grad_b = grad_recon.sum(0, dtype=sum_dtype(grad_recon.dtype)).to(dtype)
     if n_bits == 1 and dtype == grad_recon.dtype == torch.float32:
         gather = _gathers(words, n_columns)
         if gather is not None:
-            grad_W = torch.empty(n_columns, d_out)
+            grad_W = torch.empty(n_columns, grad_recon.shape[1])
             features = op("rows_to_features")(words, n_columns)
             op("bits_product")(features, dense_rows(grad_recon), gather, False, grad_W)
             return grad_W, grad_b
-    grad_W = torch.empty(n_columns // n_bits, d_out, dtype=dtype)
-    for start, stop in column_chunks(n, n_columns, n_bits, words.device):
-        values = unpack_values(words, start, stop, n_bits, grad_recon.dtype)
-        grad_W[start // n_bits : stop // n_bits] = product(values.t(), grad_recon)
-    return grad_W, grad_b
+    return decoder_gradient_by_chunks(words, grad_recon, n_columns, n_bits, dtype), grad_b

@@ -22,12 +22,11 @@ from bae_fast.backends.cpp.extension import op
 from bae_fast.ops.products import (
     Preactivation,
     accumulate,
-    bit_weights,
     column_chunks,
     product,
     sum_dtype,
 )
-from bae_fast.packing import pack_rows
+from bae_fast.packing import bit_weights, pack_rows
 
 
 def _digits(counts: Tensor, n_rows: int) -> Tensor:

@@ -20,12 +20,11 @@ from bae_fast.backends.torch.covariance import TILE, SignProduct
 from bae_fast.ops.products import (
     Preactivation,
     accumulate,
-    bit_weights,
     column_chunks,
     product,
     sum_dtype,
 )
-from bae_fast.packing import WORD_BITS, n_words, unpack_rows
+from bae_fast.packing import WORD_BITS, bit_weights, n_words, unpack_rows
 
 
 def _add_covariance(
