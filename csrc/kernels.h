@@ -22,6 +22,8 @@ struct CovarianceTile {
   int64_t planes_stride;
   uint8_t* scratch;  // covariance_scratch bytes, cache line aligned
   bool same_rows;    // i0, i1 and scratch are those of the call before
+  bool upper;        // i0 == j0: blocks of 64 x 64 below the diagonal are left out of the planes,
+                     // and those above it count twice
 };
 
 template <typename T>

@@ -24,13 +24,12 @@ namespace {
 
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kSide = 16;          // rows of a tile, columns of a tile of sums
-constexpr int64_t kGroupWords = 16;    // words transposed at once: 512 of k
-constexpr int64_t kBlockWords = 64;    // words of a block of k: 2048 of k, covariance
-constexpr int64_t kSignWords = 16;     // words of a block of k: 512 of k, backward (measured)
+constexpr int64_t kBlockWords = 16;    // words of a block of k: 512 of k, 32 rows of it in 16 KiB
 constexpr int64_t kBlockTiles = kBlockWords / 2;
-constexpr int64_t kLeftRows = 512;     // rows of a panel: covariance
+constexpr int64_t kLeftRows = 512;     // rows of a tile of the covariance
 constexpr int64_t kSumRows = 576;      // rows whose sums rest in memory: backward
 constexpr int64_t kWidth = kMaxStrip;  // columns of a right panel
+constexpr int64_t kSumStride = kWidth + 16;  // not a power of two: lines in different sets
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -59,6 +58,12 @@ class Tiles {
 };
 
 // ---- panels -------------------------------------------------------------------------------------
+
+// Lines of a panel that are written next: a store that misses the inner cache costs ten cycles.
+inline void fetch_to_write(const uint8_t* out, int64_t step) {
+#pragma GCC unroll 8
+  for (int line = 0; line < 8; ++line) __builtin_prefetch(out + line * step, 1);
+}
 
 // 512 bits of one row to eight tiles.
 inline void expand_left(__m512i bits, uint8_t* out) {
@@ -102,15 +107,13 @@ inline __mmask16 first_words(int64_t count) {
 }
 
 constexpr int64_t kPanelStep = kBlockTiles * kTileBytes;  // bytes between 16 rows or columns
-constexpr int64_t kRightBytes = kWidth / kSide * kPanelStep;
-constexpr int64_t kSignStep = kSignWords / 2 * kTileBytes;
-constexpr int64_t kSignBytes = kWidth / kSide * kSignStep;
+constexpr int64_t kPanelBytes = kWidth / kSide * kPanelStep;
 
 // ---- products -----------------------------------------------------------------------------------
 
 // sums [32, 32] of two rows and two columns of tiles; starts from what is there when `resume`.
 // `between(step)` runs between the products of one k and the next: vector work that hides there.
-template <int64_t kStep, typename Between>
+template <typename Between>
 inline __attribute__((always_inline)) void multiply(const uint8_t* left, const uint8_t* right,
                                                     int64_t tiles, bool resume, int32_t* sums,
                                                     int64_t stride, Between between) {
@@ -130,18 +133,12 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* left, const u
     _tile_loadd(4, left + t * kTileBytes, 64);
     _tile_loadd(6, right + t * kTileBytes, 64);
     _tile_dpbusd(0, 4, 6);
-    _tile_loadd(7, right + kStep + t * kTileBytes, 64);
+    _tile_loadd(7, right + kPanelStep + t * kTileBytes, 64);
     _tile_dpbusd(1, 4, 7);
-    _tile_loadd(5, left + kStep + t * kTileBytes, 64);
+    _tile_loadd(5, left + kPanelStep + t * kTileBytes, 64);
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
     between(t);
-    // the right side streams from the outer cache
-    for (int64_t line = 0; line < kTileBytes; line += 64) {
-      const char* next = reinterpret_cast<const char*>(right + (t + 2) * kTileBytes + line);
-      _mm_prefetch(next, _MM_HINT_T0);
-      _mm_prefetch(next + kStep, _MM_HINT_T0);
-    }
   }
   _tile_stored(0, sums, bytes);
   _tile_stored(1, sums + kSide, bytes);
@@ -153,40 +150,42 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* left, const u
 // ---- covariance ---------------------------------------------------------------------------------
 
 constexpr int64_t kCovarianceScratch =
-    kLeftRows / kSide * kPanelStep + kRightBytes + kLeftRows * kWidth * 4;
+    (kLeftRows / kSide + 2) * kPanelStep + kLeftRows * kLeftRows * 4;
 
 // A block of 32 x 32 counts of pairs, to be turned into V: its sum of |V|, and its signs.
 struct Block {
-  const int32_t* sums = nullptr;
-  int64_t stride = 0;
+  const int32_t* sums = nullptr;  // [32, 32]
   int64_t i = 0, j = 0;
 };
 
-// Rows r0 .. r1 of a block, V in int32 while N < 2^15. Each of 32 lanes of `total` takes two |V| of
-// a row, 32 rows in all: 64 bits a pair of lanes hold them.
+// Rows r0 .. r1 of a block, V in int32 while N < 2^15: 16 times |V| <= 2^28 fits 32 bits without a
+// sign, the total is kept in 64.
 inline __attribute__((always_inline)) void finish_rows(const CovarianceTile& t, const Block& b,
                                                        int64_t r0, int64_t r1, __m512i& total) {
   const __m512i low = _mm512_set1_epi64(0xFFFFFFFF);
   const __m512i ones_0 = Vector::shifted_counts(t.counts + b.j);
   const __m512i ones_1 = Vector::shifted_counts(t.counts + b.j + kSide);
-  for (int64_t r = r0; r < r1; ++r) {
-    const uint32_t factors = static_cast<uint32_t>(-t.counts[b.i + r]) << 16 |
-                             static_cast<uint32_t>(t.n_rows);
-    const __m512i factor = _mm512_set1_epi32(static_cast<int>(factors));
-    const int32_t* row = b.sums + r * b.stride;
-    const __m512i v0 =
-        _mm512_madd_epi16(_mm512_add_epi32(ones_0, _mm512_loadu_si512(row)), factor);
-    const __m512i v1 =
-        _mm512_madd_epi16(_mm512_add_epi32(ones_1, _mm512_loadu_si512(row + kSide)), factor);
-    const __m512i sum = _mm512_add_epi32(_mm512_abs_epi32(v0), _mm512_abs_epi32(v1));
+  while (r0 < r1) {
+    __m512i sum = _mm512_setzero_si512();
+    for (const int64_t end = r1 - r0 < 8 ? r1 : r0 + 8; r0 < end; ++r0) {
+      const uint32_t factors = static_cast<uint32_t>(-t.counts[b.i + r0]) << 16 |
+                               static_cast<uint32_t>(t.n_rows);
+      const __m512i factor = _mm512_set1_epi32(static_cast<int>(factors));
+      const int32_t* row = b.sums + r0 * 32;
+      const __m512i v0 =
+          _mm512_madd_epi16(_mm512_add_epi32(ones_0, _mm512_loadu_si512(row)), factor);
+      const __m512i v1 =
+          _mm512_madd_epi16(_mm512_add_epi32(ones_1, _mm512_loadu_si512(row + kSide)), factor);
+      sum = _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_abs_epi32(v0), _mm512_abs_epi32(v1)));
+      if (t.above != nullptr) {
+        const int64_t at = (b.i + r0 - t.i0) * t.planes_stride + (b.j - t.j0) / kWordBits;
+        t.above[at] = _mm512_kunpackw(_mm512_cmpgt_epi32_mask(v1, _mm512_setzero_si512()),
+                                      _mm512_cmpgt_epi32_mask(v0, _mm512_setzero_si512()));
+        t.below[at] = _mm512_kunpackw(_mm512_movepi32_mask(v1), _mm512_movepi32_mask(v0));
+      }
+    }
     total = _mm512_add_epi64(total, _mm512_add_epi64(_mm512_and_si512(sum, low),
                                                      _mm512_srli_epi64(sum, 32)));
-    if (t.above != nullptr) {
-      const int64_t at = (b.i + r - t.i0) * t.planes_stride + (b.j - t.j0) / kWordBits;
-      t.above[at] = _mm512_kunpackw(_mm512_cmpgt_epi32_mask(v1, _mm512_setzero_si512()),
-                                    _mm512_cmpgt_epi32_mask(v0, _mm512_setzero_si512()));
-      t.below[at] = _mm512_kunpackw(_mm512_movepi32_mask(v1), _mm512_movepi32_mask(v0));
-    }
   }
 }
 
@@ -196,7 +195,7 @@ int64_t finish_wide(const CovarianceTile& t, const Block& b) {
   for (int64_t r = 0; r < 32; ++r) {
     uint32_t above = 0, below = 0;
     for (int64_t c = 0; c < 32; ++c) {
-      const int64_t v = t.n_rows * static_cast<int64_t>(b.sums[r * b.stride + c]) -
+      const int64_t v = t.n_rows * static_cast<int64_t>(b.sums[r * 32 + c]) -
                         static_cast<int64_t>(t.counts[b.i + r]) * t.counts[b.j + c];
       total += v < 0 ? -v : v;
       above |= static_cast<uint32_t>(v > 0) << c;
@@ -211,110 +210,115 @@ int64_t finish_wide(const CovarianceTile& t, const Block& b) {
   return total;
 }
 
+// Blocks of k are outermost, and the left rows vary slowest inside one: 32 of them stay in the
+// inner cache while the right panel streams. Sums rest in memory, [32, 32] by block.
 int64_t covariance_tile_amx(const CovarianceTile& t) {
   const Tiles configured;
   uint8_t* const left = t.scratch;
   uint8_t* const right = left + kLeftRows / kSide * kPanelStep;
-  int32_t* const resting = reinterpret_cast<int32_t*>(right + kRightBytes);
+  int32_t* const resting = reinterpret_cast<int32_t*>(right + 2 * kPanelStep);
   alignas(64) int32_t local[2][32 * 32];
   const bool one_block = t.words <= kBlockWords, narrow = t.n_rows < 1 << 15;
   int64_t total = 0;
-  __m512i lanes = _mm512_setzero_si512();
+  __m512i lanes = _mm512_setzero_si512(), diagonal = _mm512_setzero_si512();
   Block pending;  // counted, not finished: that is done between the products of the next block
   int turn = 0;
-  for (int64_t j0 = t.j0; j0 < t.j1; j0 += kWidth) {
-    const int64_t j1 = t.j1 - j0 < kWidth ? t.j1 : j0 + kWidth;
-    for (int64_t w0 = 0; w0 < t.words; w0 += kBlockWords) {
-      const int64_t words = t.words - w0 < kBlockWords ? t.words - w0 : kBlockWords;
-      const int64_t tiles = (words + 1) / 2;
-      for (int64_t i = t.i0; i < t.i1 && !(one_block && (t.same_rows || j0 > t.j0)); i += kSide) {
-        for (int64_t w = 0; w < words; w += kGroupWords) {
-          __m512i a[16];
-          for (int64_t r = 0; r < 16; ++r) {
-            a[r] = w + r < words ? Vector::load(t.columns + (w0 + w + r) * t.stride + i)
-                                 : _mm512_setzero_si512();
-          }
-          transpose_16(a);
-          for (int64_t r = 0; r < 16; ++r) {
-            expand_left(a[r], left + (i - t.i0) / kSide * kPanelStep + w / 2 * kTileBytes + r * 64);
-          }
-        }
+  for (int64_t w0 = 0; w0 < t.words; w0 += kBlockWords) {
+    const int64_t words = t.words - w0 < kBlockWords ? t.words - w0 : kBlockWords;
+    const int64_t tiles = (words + 1) / 2;
+    const bool last = w0 + words == t.words;
+    const int64_t share = (32 + tiles - 1) / tiles;
+    for (int64_t i = t.i0; i < t.i1 && !(one_block && t.same_rows); i += kSide) {
+      __m512i a[16];
+      for (int64_t r = 0; r < 16; ++r) {
+        a[r] = r < words ? Vector::load(t.columns + (w0 + r) * t.stride + i)
+                         : _mm512_setzero_si512();
       }
+      transpose_16(a);
+      for (int64_t r = 0; r < 16; ++r) {
+        uint8_t* to = left + (i - t.i0) / kSide * kPanelStep + r * 64;
+        fetch_to_write(to + kPanelStep, kTileBytes);
+        expand_left(a[r], to);
+      }
+    }
+    for (int64_t j = t.j0; j < t.j1; j += 32) {
       for (int64_t w = 0; w < tiles * 2; ++w) {
-        for (int64_t j = j0; j < j1; j += kSide) {
-          const __m512i columns = w < words ? Vector::load(t.columns + (w0 + w) * t.stride + j)
-                                            : _mm512_setzero_si512();
-          expand_right(columns, right + (j - j0) / kSide * kPanelStep + w * (kTileBytes / 2));
+        for (int64_t half = 0; half < 2; ++half) {
+          const __m512i columns =
+              w < words ? Vector::load(t.columns + (w0 + w) * t.stride + j + half * kSide)
+                        : _mm512_setzero_si512();
+          expand_right(columns, right + half * kPanelStep + w * (kTileBytes / 2));
         }
       }
-      const bool last = w0 + words == t.words;
-      const int64_t share = (32 + tiles - 1) / tiles;
-      for (int64_t j = j0; j < j1; j += 32) {
-        for (int64_t i = t.i0; i < t.i1; i += 32) {
-          Block block{one_block ? local[turn] : resting + (i - t.i0) * kWidth + (j - j0),
-                      one_block ? 32 : kWidth, i, j};
-          multiply<kPanelStep>(left + (i - t.i0) / kSide * kPanelStep, right + (j - j0) / kSide * kPanelStep,
-                   tiles, w0 > 0, const_cast<int32_t*>(block.sums), block.stride, [&](int64_t k) {
-                     if (pending.sums == nullptr) return;
-                     const int64_t r0 = k * share < 32 ? k * share : 32;
-                     const int64_t r1 = r0 + share < 32 ? r0 + share : 32;
-                     finish_rows(t, pending, r0, r1, lanes);
-                   });
-          pending.sums = nullptr;
-          if (last && narrow) {
-            pending = block;
-            turn ^= 1;
-          } else if (last) {
-            total += finish_wide(t, block);
-          }
-        }
-      }
-      if (pending.sums != nullptr) {
-        finish_rows(t, pending, 0, 32, lanes);
+      const int64_t diagonal_end = j / kStrip * kStrip + kStrip;
+      for (int64_t i = t.i0; i < (t.upper ? diagonal_end : t.i1); i += 32) {
+        const Block block{one_block ? local[turn]
+                                    : resting + ((i - t.i0) * (kLeftRows / 32) + (j - t.j0)) * 32,
+                          i, j};
+        multiply(left + (i - t.i0) / kSide * kPanelStep, right, tiles, w0 > 0,
+                 const_cast<int32_t*>(block.sums), 32, [&](int64_t k) {
+                   if (pending.sums == nullptr) return;
+                   const int64_t r0 = k * share < 32 ? k * share : 32;
+                   const int64_t r1 = r0 + share < 32 ? r0 + share : 32;
+                   finish_rows(t, pending, r0, r1, lanes);
+                 });
         pending.sums = nullptr;
+        if (!last) continue;
+        const bool once = t.upper && i + kStrip >= diagonal_end;
+        if (!narrow) {
+          total += (t.upper && !once ? 2 : 1) * finish_wide(t, block);
+        } else if (once) {
+          finish_rows(t, block, 0, 32, diagonal);
+        } else {
+          pending = block;
+          turn ^= 1;
+        }
       }
     }
   }
-  return total + _mm512_reduce_add_epi64(lanes);
+  if (pending.sums != nullptr) finish_rows(t, pending, 0, 32, lanes);
+  return total + _mm512_reduce_add_epi64(diagonal) +
+         (t.upper ? 2 : 1) * _mm512_reduce_add_epi64(lanes);
 }
 
 // ---- backward of the encoder --------------------------------------------------------------------
 
 // a left panel of 32 rows, a right panel, sums
-int64_t backward_scratch_amx(int64_t) { return 2 * kSignStep + kSignBytes + kSumRows * kWidth * 4; }
+int64_t backward_scratch_amx(int64_t) {
+  return 2 * kPanelStep + kPanelBytes + kSumRows * kSumStride * 4;
+}
 
 template <typename T>
 void backward_strip_amx(const BackwardStrip<T>& s) {
   alignas(64) double counts_signs[kWidth] = {};  // n^T S, an integer
   ColumnSums<T> sums;
   uint8_t* const left = s.scratch;
-  uint8_t* const right = left + 2 * kSignStep;
-  int32_t* const products = reinterpret_cast<int32_t*>(right + kSignBytes);
+  uint8_t* const right = left + 2 * kPanelStep;
+  int32_t* const products = reinterpret_cast<int32_t*>(right + kPanelBytes);
   const bool covariance = s.above != nullptr;
   const int64_t digits = covariance ? s.n_digits : 0, rows = digits + s.n;
   const int64_t columns = round_up(s.columns, 32);
   for (int64_t n0 = 0; n0 < rows; n0 += kSumRows) {
     const int64_t n1 = rows - n0 < kSumRows ? rows : n0 + kSumRows;
-    for (int64_t w0 = 0; covariance && w0 < s.sign_words; w0 += kSignWords) {
+    for (int64_t w0 = 0; covariance && w0 < s.sign_words; w0 += kBlockWords) {
       const Tiles configured;
-      const int64_t words = s.sign_words - w0 < kSignWords ? s.sign_words - w0 : kSignWords;
+      const int64_t words = s.sign_words - w0 < kBlockWords ? s.sign_words - w0 : kBlockWords;
       const int64_t tiles = (words + 1) / 2;
+      const __mmask16 used = first_words(words);
       for (int64_t j = 0; j < columns; j += kSide) {
-        for (int64_t w = 0; w < tiles * 2; w += kGroupWords) {
-          const __mmask16 used = first_words(words - w);
-          __m512i above[16], below[16];
-          for (int64_t c = 0; c < 16; ++c) {
-            const int64_t at = (j + c) * s.planes_stride + w0 + w;
-            const __mmask16 mask = j + c < s.columns ? used : 0;
-            above[c] = _mm512_maskz_loadu_epi32(mask, s.above + (mask != 0 ? at : 0));
-            below[c] = _mm512_maskz_loadu_epi32(mask, s.below + (mask != 0 ? at : 0));
-          }
-          transpose_16(above);
-          transpose_16(below);
-          uint8_t* to = right + j / kSide * kSignStep + w * (kTileBytes / 2);
-          for (int64_t r = 0; r < 16 && w + r < tiles * 2; ++r) {
-            expand_signs(above[r], below[r], to + r * (kTileBytes / 2));
-          }
+        __m512i above[16], below[16];
+        for (int64_t c = 0; c < 16; ++c) {
+          const int64_t at = (j + c) * s.planes_stride + w0;
+          const __mmask16 mask = j + c < s.columns ? used : 0;
+          above[c] = _mm512_maskz_loadu_epi32(mask, s.above + (mask != 0 ? at : 0));
+          below[c] = _mm512_maskz_loadu_epi32(mask, s.below + (mask != 0 ? at : 0));
+        }
+        transpose_16(above);
+        transpose_16(below);
+        uint8_t* to = right + j / kSide * kPanelStep;
+        for (int64_t r = 0; r < tiles * 2; ++r) {
+          fetch_to_write(to + kPanelStep + r * (kTileBytes / 2), 64);
+          expand_signs(above[r], below[r], to + r * (kTileBytes / 2));
         }
       }
       for (int64_t n = n0; n < n1; n += 32) {
@@ -322,23 +326,25 @@ void backward_strip_amx(const BackwardStrip<T>& s) {
           const int64_t row = n + r < n1 ? n + r : n1 - 1;
           const uint32_t* bits = row < digits ? s.digits + row * s.sign_words
                                               : s.rows + (row - digits) * s.rows_stride;
-          for (int64_t w = 0; w < words; w += kGroupWords) {
-            expand_left(_mm512_maskz_loadu_epi32(first_words(words - w), bits + w0 + w),
-                        left + r / kSide * kSignStep + w / 2 * kTileBytes + r % kSide * 64);
-          }
+          expand_left(_mm512_maskz_loadu_epi32(used, bits + w0),
+                      left + r / kSide * kPanelStep + r % kSide * 64);
         }
         for (int64_t j = 0; j < columns; j += 32) {
-          multiply<kSignStep>(left, right + j / kSide * kSignStep, tiles, w0 > 0,
-                   products + (n - n0) * kWidth + j, kWidth, [](int64_t) {});
+          multiply(left, right + j / kSide * kPanelStep, tiles, w0 > 0,
+                   products + (n - n0) * kSumStride + j, kSumStride, [](int64_t) {});
         }
       }
     }
     for (int64_t n = n0; n < n1; ++n) {
-      const int32_t* product = products + (n - n0) * kWidth;
+      const int32_t* product = products + (n - n0) * kSumStride;
       if (n < digits) {
         const double weight = static_cast<double>(int64_t{1} << n);
         for (int64_t j = 0; j < columns; ++j) counts_signs[j] += weight * product[j];
       } else {
+        for (int64_t j = 0; j < s.columns; j += 64 / static_cast<int64_t>(sizeof(T))) {
+          // rows lie on pages of their own, where nothing is fetched ahead
+          __builtin_prefetch(s.g + (n - digits + 2) * s.g_stride + j, 1);
+        }
         backward_row(s, n - digits, product, counts_signs);
         sums.add(s.g + (n - digits) * s.g_stride, s.columns);
       }

@@ -189,7 +189,10 @@ int64_t covariance_tile(const CovarianceTile& t) {
   const bool narrow = t.n_rows < 1 << 15;
   int64_t total = 0;
   for (int64_t j = t.j0; j < t.j1; j += kBlockColumns) {
-    for (int64_t i = t.i0; i < t.i1; i += kRowsBlock) {
+    const int64_t diagonal = j / kStrip * kStrip;
+    const int64_t i1 = t.upper ? diagonal + kStrip : t.i1;
+    for (int64_t i = t.i0; i < i1; i += kRowsBlock) {
+      const int64_t times = t.upper && i < diagonal ? 2 : 1;
       Counts counts[kRowsBlock][kRegisters];
       const uint32_t* a[kRowsBlock];
       for (int r = 0; r < kRowsBlock; ++r) {
@@ -216,7 +219,7 @@ int64_t covariance_tile(const CovarianceTile& t) {
             }
           }
         }
-        total += Vector::sum_unsigned(sum);
+        total += times * Vector::sum_unsigned(sum);
         continue;
       }
       for (int r = 0; r < kRowsBlock; ++r) {
@@ -227,7 +230,7 @@ int64_t covariance_tile(const CovarianceTile& t) {
           for (int lane = 0; lane < kLanes; ++lane) {
             const int64_t v = t.n_rows * static_cast<int64_t>(n_ij[lane]) -
                               static_cast<int64_t>(t.counts[i + r]) * t.counts[column + lane];
-            total += v < 0 ? -v : v;
+            total += times * (v < 0 ? -v : v);
             above |= static_cast<uint32_t>(v > 0) << lane;
             below |= static_cast<uint32_t>(v < 0) << lane;
           }

@@ -193,6 +193,21 @@ std::vector<int32_t> padded_counts(const Tensor& counts, int64_t stride) {
   return out;
 }
 
+constexpr int64_t kTileWords = kTile / kWordBits;
+
+// Copies rows of a tile's signs, almost always whole cache lines, to a plane whose rows are far
+// apart: without the prefetch every line is waited for.
+void copy_signs(const uint32_t* from, int64_t rows, int64_t words, uint32_t* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, from += kTileWords, to += stride) {
+    __builtin_prefetch(to + 16 * stride, 1);
+    if (words == kTileWords) {
+      __builtin_memcpy(to, from, kTileWords * sizeof(uint32_t));
+    } else {
+      std::copy_n(from, words, to);
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows,
                                       bool keep_signs) {
   const int64_t k = counts.numel(), w = n_words(k);
@@ -214,7 +229,6 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
   std::atomic<int64_t> total{0}, next{0};
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kTileWords = kTile / kWordBits;
     std::vector<uint32_t> signs_of_tile(keep_signs ? 3 * kTile * kTileWords : 0);
     uint32_t* const parts[2] = {signs_of_tile.data(), signs_of_tile.data() + kTile * kTileWords};
     uint32_t* const mirror = signs_of_tile.data() + 2 * kTile * kTileWords;
@@ -237,6 +251,7 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
         tile.planes_stride = kTileWords;
         tile.scratch = scratch.get();
         tile.same_rows = i0 == i_before;
+        tile.upper = i0 == j0;
         i_before = i0;
         int64_t sum = kernels().covariance_tile(tile);
         if (i0 == j0) {  // V_ii = n_i (N - n_i) does not count
@@ -250,20 +265,22 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
         if (!keep_signs) continue;
         const int64_t rows = std::min(i1, k) - i0, across = std::min(j1, k) - j0;
         for (int p = 0; p < 2; ++p) {
-          for (int64_t r = 0; r < rows; ++r) {
-            std::copy_n(parts[p] + r * kTileWords, n_words(across),
-                        planes[p] + (i0 + r) * w + j0 / kWordBits);
+          for (int64_t r = 0; i0 == j0 && r + kStrip < rows; r += kStrip) {
+            const int64_t after = r + kStrip;  // the blocks right of the diagonal one, mirrored
+            for (int64_t half = r; half < after; half += kWordBits) {
+              kernels().transpose(parts[p] + half * kTileWords + after / kWordBits, kTileWords,
+                                  kWordBits, across - after,
+                                  parts[p] + after * kTileWords + half / kWordBits, kTileWords);
+            }
           }
+          copy_signs(parts[p], rows, n_words(across), planes[p] + i0 * w + j0 / kWordBits, w);
           if (i0 == j0) continue;
           for (int64_t r = 0; r < rows; r += kWordBits) {
             kernels().transpose(parts[p] + r * kTileWords, kTileWords,
                                 std::min(rows - r, kWordBits), across, mirror + r / kWordBits,
                                 kTileWords);
           }
-          for (int64_t r = 0; r < across; ++r) {
-            std::copy_n(mirror + r * kTileWords, n_words(rows),
-                        planes[p] + (j0 + r) * w + i0 / kWordBits);
-          }
+          copy_signs(mirror, across, n_words(rows), planes[p] + j0 * w + i0 / kWordBits, w);
         }
       }
     }
@@ -302,12 +319,16 @@ struct SignSource {
     tile.counts = counts->data();
     tile.n_rows = n_rows;
     tile.i0 = first, tile.i1 = first + round_up(used, kStrip);
-    tile.j0 = 0, tile.j1 = round_up(k, kStrip);
-    tile.above = memory.data();
-    tile.below = memory.data() + kMaxStrip * stride_out;
     tile.planes_stride = stride_out;
     tile.scratch = scratch;
-    kernels().covariance_tile(tile);
+    for (tile.j0 = 0; tile.j0 < k; tile.j0 = tile.j1) {
+      tile.j1 = std::min(tile.j0 + kTile, round_up(k, kStrip));
+      tile.above = memory.data() + tile.j0 / kWordBits;
+      tile.below = tile.above + kMaxStrip * stride_out;
+      kernels().covariance_tile(tile);
+      tile.same_rows = true;
+    }
+    tile.above = memory.data(), tile.below = tile.above + kMaxStrip * stride_out;
     for (int64_t i = first; i < first + used; ++i) {
       tile.above[(i - first) * stride_out + i / kWordBits] &= ~(1u << i % kWordBits);
     }
