@@ -65,9 +65,54 @@ struct BitsProduct {
   float* out;
   int64_t out_stride;
   int64_t rows, depth;
-  int64_t columns;   // at most 128
+  int64_t columns;   // at most kProductColumns for gathering, product_columns for the other
   bool add;          // to what out holds
   uint8_t* scratch;  // product_scratch bytes, cache line aligned
+};
+
+// Elements (i, k) of a matrix at data[i * row + k * column]; one of the strides is 1.
+struct Matrix {
+  enum Element { kFloat, kBfloat16, kBits };  // bits: row-packed, `row` in words
+  const void* data;
+  int64_t row, column;
+  Element element;
+};
+
+// One strip of columns of a product on matrix units. The left side is packed before, for all
+// threads; the right side is read where it lies.
+struct UnitStrip {
+  const uint8_t* left;  // panels of Units::pack
+  Matrix right;         // (k, column)
+  int64_t rows, depth;
+  int64_t columns;      // at most Units::columns
+  int64_t digits;       // 3: as exact as fp32; 1: operands rounded to bf16
+  uint8_t* scratch;     // Units::scratch bytes, cache line aligned
+};
+
+// Bits and window of x W + b.
+struct EncodeStrip {
+  const float* bias;
+  const bool* keep;  // rows that count, or null
+  float width;
+  uint32_t* words;  // row-packed, first word of the strip
+  int64_t words_stride;
+  uint32_t* window;  // or null
+  int64_t window_stride;
+};
+
+// Products of dense matrices, sums in fp32. A result is false where an operand of three digits is
+// not below 2^127 in size: then what was written is of no use.
+struct Units {
+  int64_t rows;     // packed at once
+  int64_t columns;  // of a strip
+  int64_t scratch;
+  int64_t (*panel_bytes)(int64_t rows, int64_t depth, int64_t digits);
+  // Packs `rows` rows from first, a multiple of `rows`, of [total, depth].
+  bool (*pack)(const Matrix& left, int64_t first, int64_t total, int64_t depth, int64_t digits,
+               uint8_t* panel);
+  bool (*encode)(const UnitStrip& strip, const EncodeStrip& out);
+  // out (+)= left right, fp32
+  bool (*product)(const UnitStrip& strip, float* out, int64_t out_stride, bool add);
 };
 
 struct Kernels {
@@ -103,8 +148,12 @@ struct Kernels {
   // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
   void (*gather_product)(const BitsProduct& product);
 
-  // At the same cost for any bits; null where torch's own product is as fast.
-  void (*bits_product)(const BitsProduct& product);
+  // At the same cost for any bits; null where torch's own product is as fast. False where `dense`
+  // is not finite: then what was written is of no use.
+  bool (*bits_product)(const BitsProduct& product);
+  int64_t product_columns;
+
+  const Units* units;  // or null
 };
 
 extern const Kernels kScalarKernels;

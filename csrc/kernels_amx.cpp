@@ -18,12 +18,13 @@
 #include "vector_avx512.h"
 // after the vectors it is written with
 #include "kernels_impl.h"
+// and what is written with both
+#include "amx_tiles.h"
+#include "amx_products.h"
 
 namespace bae_fast {
 namespace {
 
-constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kSide = 16;          // rows of a tile, columns of a tile of sums
 constexpr int64_t kBlockWords = 16;    // words of a block of k: 512 of k, 32 rows of it in 16 KiB
 constexpr int64_t kBlockTiles = kBlockWords / 2;
 constexpr int64_t kLeftRows = 512;     // rows of a tile of the covariance
@@ -31,39 +32,7 @@ constexpr int64_t kSumRows = 576;      // rows whose sums rest in memory: backwa
 constexpr int64_t kWidth = kMaxStrip;  // columns of a right panel
 constexpr int64_t kSumStride = kWidth + 16;  // not a power of two: lines in different sets
 
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Configures the tiles of this thread, and puts back what another library had configured.
-class Tiles {
- public:
-  Tiles() {
-    _tile_storeconfig(&before_);
-    alignas(64) const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() {
-    if (before_.palette != 0) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-
- private:
-  alignas(64) TileConfig before_;
-};
-
 // ---- panels -------------------------------------------------------------------------------------
-
-// Lines of a panel that are written next: a store that misses the inner cache costs ten cycles.
-inline void fetch_to_write(const uint8_t* out, int64_t step) {
-#pragma GCC unroll 8
-  for (int line = 0; line < 8; ++line) __builtin_prefetch(out + line * step, 1);
-}
 
 // 512 bits of one row to eight tiles.
 inline void expand_left(__m512i bits, uint8_t* out) {
@@ -102,10 +71,6 @@ inline void expand_signs(__m512i above, __m512i below, uint8_t* out) {
   }
 }
 
-inline __mmask16 first_words(int64_t count) {
-  return count >= 16 ? 0xFFFF : static_cast<__mmask16>(count <= 0 ? 0 : (1u << count) - 1);
-}
-
 constexpr int64_t kPanelStep = kBlockTiles * kTileBytes;  // bytes between 16 rows or columns
 constexpr int64_t kPanelBytes = kWidth / kSide * kPanelStep;
 
@@ -118,6 +83,7 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* left, const u
                                                     int64_t tiles, bool resume, int32_t* sums,
                                                     int64_t stride, Between between) {
   const int64_t bytes = stride * 4;
+  finish_stores();
   if (resume) {
     _tile_loadd(0, sums, bytes);
     _tile_loadd(1, sums + kSide, bytes);
@@ -356,114 +322,16 @@ void backward_strip_amx(const BackwardStrip<T>& s) {
 void backward_strip_amx_f32(const BackwardStrip<float>& s) { backward_strip_amx(s); }
 void backward_strip_amx_f64(const BackwardStrip<double>& s) { backward_strip_amx(s); }
 
-// ---- bits x dense -------------------------------------------------------------------------------
-
-// A float is the sum of three bf16 numbers, the digits of its 24 bits by truncation, exactly: a
-// product with bits takes three products of bf16 tiles. The small parts are summed first, blocks of
-// k from zero, so that the rounding is that of a blocked sum in fp32.
-//
-//     left   row m, bf16 k: bits as 0 or 1
-//     right  row k / 2, bf16 2 c + k % 2 of column c, one panel a part
-constexpr int64_t kDenseTiles = kProductDepth / 32;
-constexpr int64_t kDenseStep = kDenseTiles * kTileBytes;
-constexpr int64_t kPartBytes = kProductColumns / kSide * kDenseStep;
-constexpr int64_t kProductScratch = 2 * kDenseStep + 3 * kPartBytes;
-
-// Two rows of 16 columns to one row of a tile of each part: smallest, middle, largest.
-inline void expand_dense(__m512 even, __m512 odd, uint8_t* out) {
-  const __m512i top = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
-#pragma GCC unroll 3
-  for (int part = 2; part >= 0; --part) {
-    const __m512i e = _mm512_and_si512(_mm512_castps_si512(even), top);
-    const __m512i o = _mm512_and_si512(_mm512_castps_si512(odd), top);
-    _mm512_store_si512(out + part * kPartBytes, _mm512_or_si512(_mm512_srli_epi32(e, 16), o));
-    even = _mm512_sub_ps(even, _mm512_castsi512_ps(e));
-    odd = _mm512_sub_ps(odd, _mm512_castsi512_ps(o));
-  }
-}
-
-void bits_product_amx(const BitsProduct& p) {
-  alignas(64) float sums[32][32];
-  uint8_t* const left = p.scratch;
-  uint8_t* const right = left + 2 * kDenseStep;
-  const Tiles configured;
-  for (int64_t k0 = 0; k0 < p.depth; k0 += kProductDepth) {
-    const int64_t depth = p.depth - k0 < kProductDepth ? p.depth - k0 : kProductDepth;
-    const int64_t tiles = (depth + 31) / 32;
-    for (int64_t k = 0; k < tiles * 32; k += 2) {
-      for (int64_t c = 0; c < round_up(p.columns, 32); c += kSide) {
-        const __mmask16 used = first_words(p.columns - c);
-        const float* row = p.dense + (k0 + k) * p.dense_stride + c;
-        // rows lie on pages of their own, where nothing is fetched ahead
-        _mm_prefetch(reinterpret_cast<const char*>(row + 32 * p.dense_stride), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(row + 33 * p.dense_stride), _MM_HINT_T0);
-        const __mmask16 first = k < depth ? used : 0, second = k + 1 < depth ? used : 0;
-        expand_dense(_mm512_maskz_loadu_ps(first, first != 0 ? row : p.dense),
-                     _mm512_maskz_loadu_ps(second, second != 0 ? row + p.dense_stride : p.dense),
-                     right + c / kSide * kDenseStep + k / 32 * kTileBytes + k % 32 / 2 * 64);
-      }
-    }
-    for (int64_t m = 0; m < p.rows; m += 32) {
-      for (int64_t r = 0; r < 32; ++r) {
-        const uint32_t* bits =
-            p.bits + (m + r < p.rows ? m + r : p.rows - 1) * p.bits_stride + k0 / kWordBits;
-        for (int64_t t = 0; t < tiles; ++t) {
-          _mm512_store_si512(left + r / kSide * kDenseStep + t * kTileBytes + r % kSide * 64,
-                             _mm512_maskz_set1_epi16(bits[t], 0x3F80));
-        }
-      }
-      for (int64_t c = 0; c < p.columns; c += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int part = 0; part < 3; ++part) {
-          const uint8_t* from = right + part * kPartBytes + c / kSide * kDenseStep;
-          for (int64_t t = 0; t < tiles; ++t) {
-            _tile_loadd(4, left + t * kTileBytes, 64);
-            _tile_loadd(6, from + t * kTileBytes, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, from + kDenseStep + t * kTileBytes, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, left + kDenseStep + t * kTileBytes, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-            // the right side streams from the outer cache, the left one stays in the inner
-            for (int64_t line = 0; line < kTileBytes; line += 64) {
-              const char* next = reinterpret_cast<const char*>(from + (t + 2) * kTileBytes + line);
-              _mm_prefetch(next, _MM_HINT_T0);
-              _mm_prefetch(next + kDenseStep, _MM_HINT_T0);
-            }
-          }
-        }
-        _tile_stored(0, sums[0], 128);
-        _tile_stored(1, sums[0] + kSide, 128);
-        _tile_stored(2, sums[kSide], 128);
-        _tile_stored(3, sums[kSide] + kSide, 128);
-        for (int64_t r = 0; r < 32 && m + r < p.rows; ++r) {
-          for (int64_t half = 0; half < 32; half += kSide) {
-            const __mmask16 used = first_words(p.columns - c - half);
-            float* to = p.out + (m + r) * p.out_stride + c + half;
-            if (used == 0) continue;
-            const __mmask16 there = p.add || k0 > 0 ? used : 0;
-            const __m512 sum =
-                _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), _mm512_load_ps(sums[r] + half));
-            _mm512_mask_storeu_ps(to, used, sum);
-          }
-        }
-      }
-    }
-  }
-}
-
 constexpr Kernels make_amx_kernels() {
   Kernels k = make_kernels("amx");
   k.transpose = transpose_fast;
   k.strip = kWidth;
   k.covariance_scratch = kCovarianceScratch;
   k.backward_scratch = backward_scratch_amx;
-  k.product_scratch = kProductScratch;
-  k.bits_product = bits_product_amx;
+  k.product_scratch = kFixedScratch;
+  k.product_columns = kFixedColumns;
+  k.bits_product = fixed_product;
+  k.units = &kUnits;
   k.covariance_tile = covariance_tile_amx;
   k.backward_strip_f32 = backward_strip_amx_f32;
   k.backward_strip_f64 = backward_strip_amx_f64;

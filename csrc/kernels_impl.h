@@ -468,6 +468,8 @@ constexpr Kernels make_kernels(const char* name) {
           backward_strip_f32,
           backward_strip_f64,
           gather_product,
+          nullptr,
+          0,
           nullptr};
 }
 

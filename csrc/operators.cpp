@@ -16,8 +16,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -51,18 +57,48 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 
 int64_t row_stride(const Tensor& tensor) { return tensor.stride(0); }
 
-// Memory of one thread, on a cache line.
+// Memory on a cache line, not set to anything.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : memory_(bytes > 0 ? bytes + 63 : 0) {}
-  uint8_t* get() {
-    const auto at = reinterpret_cast<uintptr_t>(memory_.data());
-    return memory_.empty() ? nullptr : memory_.data() + (64 - at % 64) % 64;
+  explicit Scratch(int64_t bytes)
+      : memory_(bytes > 0 ? static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64)))
+                          : nullptr) {
+    STD_TORCH_CHECK(bytes <= 0 || memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
   }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+  uint8_t* get() const { return memory_; }
 
  private:
-  std::vector<uint8_t> memory_;
+  uint8_t* memory_;
 };
+
+// Asks the system for large pages under memory that was just allocated: the first touch of 64 MiB
+// costs as much as a product otherwise.
+void prefer_huge_pages(const Tensor& fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + fresh.numel() * fresh.element_size()) / kPage * kPage;
+  if (last >= first + 2 * kPage) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+  }
+#endif
+}
+
+// The width of strips, a multiple of kStrip up to `widest`, that leaves threads the least idle.
+int64_t strip_width(int64_t columns, int64_t widest) {
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t best = kStrip, least = INT64_MAX;
+  for (int64_t width = widest; width >= kStrip; width -= kStrip) {
+    const int64_t strips = (columns + width - 1) / width;
+    const int64_t time = (strips + threads - 1) / threads * std::min(width, columns);
+    if (time < least) best = width, least = time;
+  }
+  return best;
+}
 
 // Column-packed words with a stride for kernels: whole strips of columns, and an odd number (5
 // modulo 8) of cache lines, so that the words of one column do not share a set of the cache.
@@ -338,64 +374,99 @@ struct SignSource {
   }
 };
 
-template <typename T>
-void backward_chunk(const Tensor& g, const Tensor& words, int64_t start,
-                    const std::optional<Tensor>& shift, const std::optional<Tensor>& curvature,
-                    const SignSource* signs, const std::optional<Tensor>& digits, double scale,
-                    const std::optional<Tensor>& window, const std::optional<Tensor>& factor,
-                    const std::optional<Tensor>& keep, bool official, const Tensor& column_sum,
-                    void (*kernel)(const BackwardStrip<T>&)) {
-  const int64_t n = g.size(0), columns = g.size(1);
-  // wide strips read the rows less often, but every thread should have one
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t share = round_up((columns + threads - 1) / threads, kStrip);
-  const int64_t width = std::min(kernels().strip, share);
+// Everything of a backward but the gradient at the bits itself; tensors by column begin with the
+// first column at hand, `start` of the code.
+struct Backward {
+  const Tensor& words;
+  int64_t start;
+  const std::optional<Tensor>& shift;
+  const std::optional<Tensor>& curvature;
+  const SignSource* signs;  // or null
+  const std::optional<Tensor>& digits;
+  double scale;
+  const std::optional<Tensor>& window;
+  const std::optional<Tensor>& factor;
+  const std::optional<Tensor>& keep;
+  bool official;
+  const Tensor& column_sum;
+};
+
+// Runs the kernel on strips of `columns` columns. body(strip, at, run) of every thread's own body
+// sets strip.g for columns at .. and calls run().
+template <typename T, typename MakeBody>
+void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t widest,
+                    void (*kernel)(const BackwardStrip<T>&), MakeBody make_body) {
+  const int64_t width = strip_width(columns, widest);
   const int64_t strips = (columns + width - 1) / width;
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> memory;
-    Scratch scratch(signs == nullptr ? 0 : kernels().backward_scratch(signs->words()));
-    Scratch tile_scratch(signs == nullptr || signs->planes[0] != nullptr
+    Scratch scratch(b.signs == nullptr ? 0 : kernels().backward_scratch(b.signs->words()));
+    Scratch tile_scratch(b.signs == nullptr || b.signs->planes[0] != nullptr
                              ? 0
                              : kernels().covariance_scratch);
+    auto body = make_body();
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t at = index * width, column = start + at;
+      const int64_t at = index * width, column = b.start + at;
       BackwardStrip<T> s{};
-      s.g = mutable_data<T>(g) + at;
-      s.g_stride = row_stride(g);
       s.n = n;
       s.columns = std::min(columns - at, width);
-      s.shift = shift.has_value() ? data<T>(*shift) + at : nullptr;
-      s.curvature = curvature.has_value() ? data<T>(*curvature) + at : nullptr;
-      s.rows = data<uint32_t>(words);
-      s.rows_stride = s.bits_stride = row_stride(words);
+      s.shift = b.shift.has_value() ? data<T>(*b.shift) + at : nullptr;
+      s.curvature = b.curvature.has_value() ? data<T>(*b.curvature) + at : nullptr;
+      s.rows = data<uint32_t>(b.words);
+      s.rows_stride = s.bits_stride = row_stride(b.words);
       s.bits = s.rows + column / kWordBits;
-      if (signs != nullptr) {
-        const uint32_t* planes[2];
-        s.planes_stride = signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
-        s.above = planes[0];
-        s.below = planes[1];
-        s.scratch = scratch.get();
-        s.sign_words = signs->words();
-        s.digits = data<uint32_t>(*digits);
-        s.n_digits = digits->size(0);
-        s.n_rows = static_cast<double>(signs->n_rows);
-        s.scale = scale;
+      if (b.window.has_value()) {
+        s.window = data<uint32_t>(*b.window) + column / kWordBits;
+        s.window_stride = row_stride(*b.window);
       }
-      if (window.has_value()) {
-        s.window = data<uint32_t>(*window) + column / kWordBits;
-        s.window_stride = row_stride(*window);
+      if (b.factor.has_value()) {
+        s.factor = data<T>(*b.factor) + at;
+        s.factor_stride = row_stride(*b.factor);
       }
-      if (factor.has_value()) {
-        s.factor = data<T>(*factor) + at;
-        s.factor_stride = row_stride(*factor);
-      }
-      s.official = official;
-      s.keep = data_or_null<bool>(keep);
-      s.column_sum = mutable_data<double>(column_sum) + at;
-      kernel(s);
+      s.official = b.official;
+      s.keep = data_or_null<bool>(b.keep);
+      s.column_sum = mutable_data<double>(b.column_sum) + at;
+      body(s, at, [&] {
+        if (b.signs != nullptr) {
+          const uint32_t* planes[2];
+          s.planes_stride =
+              b.signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
+          s.above = planes[0];
+          s.below = planes[1];
+          s.scratch = scratch.get();
+          s.sign_words = b.signs->words();
+          s.digits = data<uint32_t>(*b.digits);
+          s.n_digits = b.digits->size(0);
+          s.n_rows = static_cast<double>(b.signs->n_rows);
+          s.scale = b.scale;
+        }
+        kernel(s);
+      });
     }
   });
 }
+
+// The statistics of a covariance: stored signs, or what makes them again.
+struct Statistics {
+  SignSource source{};
+  std::vector<int32_t> ones;
+
+  Statistics(const std::optional<Tensor>& signs, const std::optional<Tensor>& columns,
+             const Tensor& counts, int64_t n_rows) {
+    source.k = counts.numel();
+    source.n_rows = n_rows;
+    if (signs.has_value()) {
+      source.planes[0] = data<uint32_t>(*signs);
+      source.planes[1] = source.planes[0] + source.k * source.words();
+    } else if (columns.has_value()) {
+      source.columns = data<uint32_t>(*columns);
+      source.stride = row_stride(*columns);
+      source.rows_words = columns->size(0);
+      ones = padded_counts(counts, source.stride);
+      source.counts = &ones;
+    }
+  }
+};
 
 // g, the gradient at the bits from the reconstruction, becomes the gradient at pre; its column
 // sums are added up in float64.
@@ -405,30 +476,195 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
               std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
               std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
               Tensor column_sum) {
-  SignSource source{};
-  std::vector<int32_t> ones;
-  if (covariance) {
-    source.k = counts.numel();
-    source.n_rows = n_rows;
-    if (signs.has_value()) {
-      source.planes[0] = data<uint32_t>(*signs);
-      source.planes[1] = source.planes[0] + source.k * source.words();
-    } else {
-      source.columns = data<uint32_t>(*columns);
-      source.stride = row_stride(*columns);
-      source.rows_words = columns->size(0);
-      ones = padded_counts(counts, source.stride);
-      source.counts = &ones;
+  const Statistics statistics(signs, columns, counts, n_rows);
+  const Backward b{words,  start,  shift, curvature, covariance ? &statistics.source : nullptr,
+                   digits, scale,  window, factor,   keep, official, column_sum};
+  const auto in_place = [&](auto element) {
+    using T = decltype(element);
+    return [&] {
+      return [&](BackwardStrip<T>& s, int64_t at, auto run) {
+        s.g = mutable_data<T>(g) + at;
+        s.g_stride = row_stride(g);
+        run();
+      };
+    };
+  };
+  if (g.scalar_type() == ScalarType::Double) {
+    for_each_strip<double>(b, g.size(0), g.size(1), kernels().strip,
+                           kernels().backward_strip_f64, in_place(double{}));
+  } else {
+    for_each_strip<float>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f32,
+                          in_place(float{}));
+  }
+}
+
+// ---- matrix units -------------------------------------------------------------------------------
+
+bool has_units() { return kernels().units != nullptr; }
+
+// [rows, columns] of floats or bf16 numbers, or of bits.
+Matrix as_matrix(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  Matrix m{t.data_ptr(), t.stride(0), t.size(1) == 1 ? 1 : t.stride(1), Matrix::kBits};
+  if (dtype != ScalarType::Int) {
+    m.element = dtype == ScalarType::Float ? Matrix::kFloat : Matrix::kBfloat16;
+    if (t.size(0) == 1 && m.column != 1) m.row = 1;
+    STD_TORCH_CHECK(m.row == 1 || m.column == 1, "a matrix must be contiguous one way");
+  }
+  return m;
+}
+
+Matrix transposed(Matrix m) {
+  std::swap(m.row, m.column);
+  return m;
+}
+
+// The same matrix from element (row, column) on.
+Matrix from(Matrix m, int64_t row, int64_t column) {
+  const char* at = static_cast<const char*>(m.data);
+  if (m.element == Matrix::kBits) {
+    m.data = at + (row * m.row + column / kWordBits) * 4;
+  } else {
+    m.data = at + (row * m.row + column * m.column) * (m.element == Matrix::kFloat ? 4 : 2);
+  }
+  return m;
+}
+
+// The left side of products, packed by all threads.
+class LeftPanel {
+ public:
+  LeftPanel(const Matrix& m, int64_t rows, int64_t depth, int64_t digits)
+      : memory_(kernels().units->panel_bytes(rows, depth, digits)) {
+    const Units& units = *kernels().units;
+    const int64_t groups = (rows + units.rows - 1) / units.rows;
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        if (!units.pack(m, begin * units.rows, rows, depth, digits, memory_.get())) exact_ = false;
+      }
+    });
+  }
+  const uint8_t* get() const { return memory_.get(); }
+  bool exact() const { return exact_; }
+
+ private:
+  Scratch memory_;
+  std::atomic<bool> exact_{true};
+};
+
+// Rows and summed elements of a panel: tens of MiB.
+constexpr int64_t kPanelRows = 1024, kPanelDepth = 8192;
+
+// Bits and window of x W + b, as `threshold`, without ever holding x W. False, and nothing of use,
+// where the operands are too large for the digits.
+bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, double width,
+                 int64_t digits, Tensor words, Tensor window) {
+  const int64_t n = x.size(0), depth = x.size(1), columns = W.size(1);
+  const Matrix left = as_matrix(x), right = as_matrix(W);
+  const Units& units = *kernels().units;
+  const int64_t strip = strip_width(columns, units.columns);
+  const bool windowed = window.numel() > 0;
+  std::atomic<bool> exact{true};
+  for (int64_t top = 0; top < n && exact; top += kPanelRows) {
+    const int64_t rows = std::min(n - top, kPanelRows);
+    const LeftPanel panel(from(left, top, 0), rows, depth, digits);
+    if (!panel.exact()) return false;
+    torch::stable::parallel_for(0, (columns + strip - 1) / strip, 1,
+                                [&](int64_t begin, int64_t end) {
+      Scratch scratch(units.scratch);
+      for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
+        const UnitStrip s{panel.get(), from(right, 0, at),          rows,
+                          depth,       std::min(columns - at, strip), digits,
+                          scratch.get()};
+        EncodeStrip e{};
+        e.bias = data<float>(bias) + at;
+        e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
+        e.width = static_cast<float>(width);
+        e.words_stride = row_stride(words);
+        e.words = mutable_data<uint32_t>(words) + top * e.words_stride + at / kWordBits;
+        if (windowed) {
+          e.window_stride = row_stride(window);
+          e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
+        }
+        if (!units.encode(s, e)) exact = false;
+      }
+    });
+  }
+  return exact;
+}
+
+// out (+)= left right, sums in fp32; left may be packed bits. False as above.
+bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor out) {
+  const int64_t n = out.size(0), columns = out.size(1), depth = right.size(0);
+  const Matrix from_left = as_matrix(left), from_right = as_matrix(right);
+  const Units& units = *kernels().units;
+  const int64_t strip = strip_width(columns, units.columns), stride = row_stride(out);
+  std::atomic<bool> exact{true};
+  prefer_huge_pages(out);
+  for (int64_t top = 0; top < n; top += kPanelRows) {
+    for (int64_t k0 = 0; k0 < depth; k0 += kPanelDepth) {
+      const int64_t rows = std::min(n - top, kPanelRows), deep = std::min(depth - k0, kPanelDepth);
+      const LeftPanel panel(from(from_left, top, k0), rows, deep, digits);
+      if (!panel.exact() || !exact) return false;
+      torch::stable::parallel_for(0, (columns + strip - 1) / strip, 1,
+                                  [&](int64_t begin, int64_t end) {
+        Scratch scratch(units.scratch);
+        for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
+          const UnitStrip s{panel.get(), from(from_right, k0, at),     rows,
+                            deep,        std::min(columns - at, strip), digits,
+                            scratch.get()};
+          float* to = mutable_data<float>(out) + top * stride + at;
+          if (!units.product(s, to, stride, add || k0 > 0)) exact = false;
+        }
+      });
     }
   }
-  const SignSource* from = covariance ? &source : nullptr;
-  if (g.scalar_type() == ScalarType::Double) {
-    backward_chunk<double>(g, words, start, shift, curvature, from, digits, scale, window, factor,
-                           keep, official, column_sum, kernels().backward_strip_f64);
-  } else {
-    backward_chunk<float>(g, words, start, shift, curvature, from, digits, scale, window, factor,
-                          keep, official, column_sum, kernels().backward_strip_f32);
-  }
+  return exact;
+}
+
+// Backward of the encoder, strip by strip: the product G W_dec^T, all that `backward` does, and the
+// product x^T g. Nothing of [N, K] is ever whole in memory. False as above.
+bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_numbers,
+                   Tensor words, std::optional<Tensor> shift, std::optional<Tensor> curvature,
+                   bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,
+                   Tensor counts, int64_t n_rows, std::optional<Tensor> digits, double scale,
+                   std::optional<Tensor> window, std::optional<Tensor> keep, bool official,
+                   Tensor column_sum, Tensor grad_W) {
+  const int64_t n = x.size(0), d = x.size(1), d_out = grad_recon.size(1), k = W_dec.size(0);
+  const Statistics statistics(signs, columns, counts, n_rows);
+  const std::optional<Tensor> no_factor;
+  const Backward b{words,  0,     shift,  curvature, covariance ? &statistics.source : nullptr,
+                   digits, scale, window, no_factor, keep, official, column_sum};
+  const Units& units = *kernels().units;
+  const LeftPanel gradients(as_matrix(grad_recon), n, d_out, digits_of_numbers);
+  const bool weights = grad_W.numel() > 0;
+  const LeftPanel rows(transposed(as_matrix(x)), weights ? d : 0, n, digits_of_numbers);
+  if (!gradients.exact() || !rows.exact()) return false;
+  if (weights) prefer_huge_pages(grad_W);
+  const Matrix decoder = transposed(as_matrix(W_dec));
+  std::atomic<bool> exact{true};
+  for_each_strip<float>(
+      b, n, k, std::min(units.columns, kernels().strip), kernels().backward_strip_f32, [&] {
+        auto scratch = std::make_shared<Scratch>(units.scratch);
+        auto memory = std::make_shared<Scratch>(n * units.columns * 4);
+        return [&, scratch, memory](BackwardStrip<float>& s, int64_t at, auto run) {
+          s.g = reinterpret_cast<float*>(memory->get());
+          s.g_stride = units.columns;
+          const UnitStrip decode{gradients.get(), from(decoder, 0, at), n, d_out,
+                                 s.columns,       digits_of_numbers,    scratch->get()};
+          if (!units.product(decode, s.g, s.g_stride, false)) exact = false;
+          run();
+          if (!weights) return;
+          const Matrix g{s.g, s.g_stride, 1, Matrix::kFloat};
+          const UnitStrip encode{rows.get(), g,                 d,
+                                 n,          s.columns,         digits_of_numbers,
+                                 scratch->get()};
+          if (!units.product(encode, mutable_data<float>(grad_W) + at, row_stride(grad_W),
+                             false)) {
+            exact = false;
+          }
+        };
+      });
+  return exact;
 }
 
 // ---- bits x dense -------------------------------------------------------------------------------
@@ -436,19 +672,22 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
 // Whether there is a product faster than torch's at any density.
 bool has_bits_product() { return kernels().bits_product != nullptr; }
 
-// out (+)= bits dense, in fp32: by gathering rows, or by the kernel for any density.
-void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) {
+// out (+)= bits dense, in fp32: by gathering rows, or by the kernel for any density. False, and
+// nothing of use, where that kernel met a number that is not finite.
+bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) {
   const int64_t rows = out.size(0), columns = out.size(1), depth = dense.size(0);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t strips = (columns + kProductColumns - 1) / kProductColumns;
+  const int64_t width = strip_width(columns, gather ? kProductColumns : kernels().product_columns);
+  const int64_t strips = (columns + width - 1) / width;
   // rows are shared out too where there are few strips; enough of them to pay for the panels
   const int64_t parts = std::max<int64_t>(1, std::min((threads + strips - 1) / strips, rows / 64));
   const int64_t share = (rows + parts - 1) / parts;
-  const auto kernel = gather ? kernels().gather_product : kernels().bits_product;
+  std::atomic<bool> finite{true};
+  prefer_huge_pages(out);
   torch::stable::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(gather ? 0 : kernels().product_scratch);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index % parts * share, at = index / parts * kProductColumns;
+      const int64_t first = index % parts * share, at = index / parts * width;
       if (first >= rows) continue;
       BitsProduct p{};
       p.bits_stride = row_stride(bits);
@@ -459,12 +698,17 @@ void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
       p.out = mutable_data<float>(out) + first * p.out_stride + at;
       p.rows = std::min(rows - first, share);
       p.depth = depth;
-      p.columns = std::min(columns - at, kProductColumns);
+      p.columns = std::min(columns - at, width);
       p.add = add;
       p.scratch = scratch.get();
-      kernel(p);
+      if (gather) {
+        kernels().gather_product(p);
+      } else if (!kernels().bits_product(p)) {
+        finite = false;
+      }
     }
   });
+  return finite;
 }
 
 // ---- registration -------------------------------------------------------------------------------
@@ -472,6 +716,7 @@ void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CompositeExplicitAutograd, m) {
   m.impl("cpp_simd", TORCH_BOX(&simd));
   m.impl("cpp_has_bits_product", TORCH_BOX(&has_bits_product));
+  m.impl("cpp_has_units", TORCH_BOX(&has_units));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
@@ -482,6 +727,9 @@ STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
   m.impl("cpp_backward", TORCH_BOX(&backward));
   m.impl("cpp_rows_to_features", TORCH_BOX(&rows_to_features));
   m.impl("cpp_bits_product", TORCH_BOX(&bits_product));
+  m.impl("cpp_unit_encode", TORCH_BOX(&unit_encode));
+  m.impl("cpp_unit_product", TORCH_BOX(&unit_product));
+  m.impl("cpp_unit_backward", TORCH_BOX(&unit_backward));
 }
 
 PyModuleDef module = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
+from bae_fast.backends.cpp.units import one_way, unit_digits
 from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
 
 # Density below which adding rows is faster: than the matrix units, than torch's product
@@ -33,13 +34,22 @@ def _gathers(words: Tensor, n_columns: int) -> bool | None:
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
     words = dense_rows(words)
-    if n_bits == 1 and dtype == W_dec.dtype == torch.float32:
+    recon = _decode_bits(words, W_dec, b_dec, dtype) if n_bits == 1 else None
+    return decode_by_chunks(words, W_dec, b_dec, n_bits, dtype) if recon is None else recon
+
+
+def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """None where torch's product is the fastest, or serves numbers that are not finite."""
+    recon = b_dec.float().expand(words.shape[0], -1).clone()
+    if dtype == W_dec.dtype == torch.float32:
         gather = _gathers(words, W_dec.shape[0])
-        if gather is not None:
-            recon = b_dec.to(dtype).expand(words.shape[0], -1).clone()
-            op("bits_product")(words, dense_rows(W_dec), gather, True, recon)
-            return recon
-    return decode_by_chunks(words, W_dec, b_dec, n_bits, dtype)
+        if gather is None or not op("bits_product")(words, dense_rows(W_dec), gather, True, recon):
+            return None
+        return recon
+    if dtype == torch.bfloat16 and unit_digits(dtype):
+        op("unit_product")(words, one_way(W_dec), 1, True, recon)
+        return recon.to(dtype)
+    return None
 
 
 def decoder_backward(
@@ -47,11 +57,26 @@ def decoder_backward(
 ) -> tuple[Tensor, Tensor]:
     words = dense_rows(words)
     grad_b = grad_recon.sum(0, dtype=sum_dtype(grad_recon.dtype)).to(dtype)
-    if n_bits == 1 and dtype == grad_recon.dtype == torch.float32:
+    grad_W = _gradient_of_bits(words, grad_recon, n_columns, dtype) if n_bits == 1 else None
+    if grad_W is None:
+        grad_W = decoder_gradient_by_chunks(words, grad_recon, n_columns, n_bits, dtype)
+    return grad_W, grad_b
+
+
+def _gradient_of_bits(
+    words: Tensor, grad_recon: Tensor, n_columns: int, dtype: torch.dtype
+) -> Tensor | None:
+    """None as above."""
+    grad_W = torch.empty(n_columns, grad_recon.shape[1])
+    if dtype == grad_recon.dtype == torch.float32:
         gather = _gathers(words, n_columns)
-        if gather is not None:
-            grad_W = torch.empty(n_columns, grad_recon.shape[1])
-            features = op("rows_to_features")(words, n_columns)
-            op("bits_product")(features, dense_rows(grad_recon), gather, False, grad_W)
-            return grad_W, grad_b
-    return decoder_gradient_by_chunks(words, grad_recon, n_columns, n_bits, dtype), grad_b
+        if gather is None:
+            return None
+        features = op("rows_to_features")(words, n_columns)
+        product = op("bits_product")
+        return grad_W if product(features, dense_rows(grad_recon), gather, False, grad_W) else None
+    if grad_recon.dtype == torch.bfloat16 and unit_digits(torch.bfloat16):
+        features = op("rows_to_features")(words, n_columns)
+        op("unit_product")(features, one_way(grad_recon), 1, False, grad_W)
+        return grad_W.to(dtype)
+    return None

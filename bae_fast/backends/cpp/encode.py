@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.extension import op
+from bae_fast.backends.cpp.units import one_way, unit_digits
 from bae_fast.ops.products import Preactivation, column_chunks
 from bae_fast.packing import n_words
 
@@ -25,8 +26,13 @@ def encode(
     words = torch.empty(n, n_words(k), dtype=torch.int32)
     window = torch.empty_like(words if width is not None else words[:0, 0])
     keep = None if row_mask is None else row_mask.contiguous()
+    limit = 0.0 if width is None else width
+    digits = unit_digits(x.dtype)
+    done = digits > 0 and op("unit_encode")(
+        one_way(x), one_way(W_enc), b_enc.float().contiguous(), keep, limit, digits, words, window
+    )
     threshold = op("threshold")
-    for top in range(0, n, ROW_BLOCK):
+    for top in range(0, 0 if done else n, ROW_BLOCK):
         rows = slice(top, min(top + ROW_BLOCK, n))
         preactivation = Preactivation(x[rows])
         for start, stop in column_chunks(rows.stop - top, k, 1, x.device):
@@ -34,7 +40,7 @@ def encode(
             threshold(
                 pre,
                 None if keep is None else keep[rows],
-                0.0 if width is None else width,
+                limit,
                 start,
                 words[rows],
                 window[rows] if width is not None else window,

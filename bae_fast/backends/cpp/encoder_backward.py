@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
+from bae_fast.backends.cpp.units import one_way, unit_digits
 from bae_fast.ops.products import (
     Preactivation,
     accumulate,
@@ -81,6 +82,18 @@ def encoder_backward(
         else:
             signs = signs.contiguous()
 
+    rest = (counts, total, digits, scale, window if surrogate == "rectangle" else None)
+    unit = unit_digits(dtype)
+    if unit and n_bits == 1 and surrogate != "sigmoid" and not need_x and grad_recon is not None:
+        whole = torch.empty(W_enc.shape if need_W else 0, dtype=torch.float32)
+        if op("unit_backward")(
+            one_way(x), one_way(grad_recon), one_way(W_dec), unit, words, shift, curve,
+            grad_covariance is not None, signs, columns, *rest, keep, surrogate == "official",
+            column_sum, whole,
+        ):  # fmt: skip
+            grad_b = column_sum if need_b else column_sum[:0]
+            return grad_x.to(dtype), whole.to(W_enc.dtype), grad_b.to(b_enc.dtype)
+
     backward = op("backward")
     for start, stop in column_chunks(n, k, n_bits, x.device):
         features = slice(start // n_bits, stop // n_bits)
@@ -105,11 +118,7 @@ def encoder_backward(
             grad_covariance is not None,
             signs,
             columns,
-            counts,
-            total,
-            digits,
-            scale,
-            window if surrogate == "rectangle" else None,
+            *rest,
             factor,
             keep,
             surrogate == "official",

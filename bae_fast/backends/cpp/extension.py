@@ -35,8 +35,20 @@ _SCHEMAS = (
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
     # a product of bits and fp32 numbers at one cost for any density, faster than torch's
     "cpp_has_bits_product() -> bool",
-    # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`
-    "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> ()",
+    # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
+    # False, and nothing of use in out, where dense is not finite: only without `gather`
+    "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> bool",
+    # products of matrices on matrix units: 3 digits for fp32, 1 for bf16 operands, sums in fp32.
+    # False, and nothing of use written, where an operand of 3 digits is not below 2^127
+    "cpp_has_units() -> bool",
+    "cpp_unit_encode(Tensor x, Tensor W, Tensor bias, Tensor? keep, float width, int digits,"
+    " Tensor(a!) words, Tensor(b!) window) -> bool",
+    "cpp_unit_product(Tensor left, Tensor right, int digits, bool add, Tensor(a!) out) -> bool",
+    # cpp_backward of all columns and both dense products around it
+    "cpp_unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int digits_of_numbers,"
+    " Tensor words, Tensor? shift, Tensor? curvature, bool covariance, Tensor? signs,"
+    " Tensor? columns, Tensor counts, int n_rows, Tensor? digits, float scale, Tensor? window,"
+    " Tensor? keep, bool official, Tensor(a!) column_sum, Tensor(b!) grad_W) -> bool",
 )
 
 _library: torch.library.Library | None = None

@@ -1,0 +1,27 @@
+"""Dense products on the CPU's matrix units, where it has them (AMX).
+
+A float is three bf16 digits, and six products of digits are as exact as one product in fp32 and
+faster; numbers of bf16 are one digit. Operators that use them say where they could not, because an
+operand is not finite or nearly so: then torch's own product serves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.backends.cpp.extension import op
+
+_DIGITS = {torch.float32: 3, torch.bfloat16: 1}
+
+
+def unit_digits(dtype: torch.dtype) -> int:
+    """Digits of a number of the compute dtype; 0 where the units are missing or do not serve it."""
+    return _DIGITS.get(dtype, 0) if op("has_units")() else 0
+
+
+def one_way(matrix: Tensor) -> Tensor:
+    """A matrix whose rows or columns are contiguous, as the units read them."""
+    if matrix.stride(1) == 1 or matrix.stride(0) == 1:
+        return matrix
+    return matrix.contiguous()
