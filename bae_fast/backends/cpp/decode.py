@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
-from bae_fast.backends.cpp.units import one_way, unit_digits
+from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
 
 # Density below which adding rows is faster: than the matrix units, than torch's product
@@ -47,7 +47,7 @@ def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype
             return None
         return recon
     if dtype == torch.bfloat16 and unit_digits(dtype):
-        op("unit_product")(words, one_way(W_dec), 1, True, recon)
+        op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
         return recon.to(dtype)
     return None
 
@@ -77,6 +77,6 @@ def _gradient_of_bits(
         return grad_W if product(features, dense_rows(grad_recon), gather, False, grad_W) else None
     if grad_recon.dtype == torch.bfloat16 and unit_digits(torch.bfloat16):
         features = op("rows_to_features")(words, n_columns)
-        op("unit_product")(features, one_way(grad_recon), 1, False, grad_W)
+        op("unit_product")(features, operand(grad_recon, 1), 1, False, grad_W)
         return grad_W.to(dtype)
     return None

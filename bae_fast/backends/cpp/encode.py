@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.extension import op
-from bae_fast.backends.cpp.units import one_way, unit_digits
+from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import Preactivation, column_chunks
 from bae_fast.packing import n_words
 
@@ -29,7 +29,7 @@ def encode(
     limit = 0.0 if width is None else width
     digits = unit_digits(x.dtype)
     done = digits > 0 and op("unit_encode")(
-        one_way(x), one_way(W_enc), b_enc.float().contiguous(), keep, limit, digits, words, window
+        operand(x, digits), operand(W_enc, digits), b_enc.float().contiguous(), keep, limit, digits, words, window
     )
     threshold = op("threshold")
     for top in range(0, 0 if done else n, ROW_BLOCK):

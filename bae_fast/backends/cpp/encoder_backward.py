@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
-from bae_fast.backends.cpp.units import one_way, unit_digits
+from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import (
     Preactivation,
     accumulate,
@@ -87,7 +87,7 @@ def encoder_backward(
     if unit and n_bits == 1 and surrogate != "sigmoid" and not need_x and grad_recon is not None:
         whole = torch.empty(W_enc.shape if need_W else 0, dtype=torch.float32)
         if op("unit_backward")(
-            one_way(x), one_way(grad_recon), one_way(W_dec), unit, words, shift, curve,
+            operand(x, unit), operand(grad_recon, unit), operand(W_dec, unit), unit, words, shift, curve,
             grad_covariance is not None, signs, columns, *rest, keep, surrogate == "official",
             column_sum, whole,
         ):  # fmt: skip

@@ -20,8 +20,8 @@ def unit_digits(dtype: torch.dtype) -> int:
     return _DIGITS.get(dtype, 0) if op("has_units")() else 0
 
 
-def one_way(matrix: Tensor) -> Tensor:
-    """A matrix whose rows or columns are contiguous, as the units read them."""
-    if matrix.stride(1) == 1 or matrix.stride(0) == 1:
-        return matrix
-    return matrix.contiguous()
+def operand(matrix: Tensor, digits: int) -> Tensor:
+    """A matrix as the units read it: fp32, or bf16 too with one digit; rows or columns contiguous."""
+    if matrix.dtype != torch.float32 and (digits == 3 or matrix.dtype != torch.bfloat16):
+        matrix = matrix.to(torch.float32 if digits == 3 else torch.bfloat16)
+    return matrix if matrix.stride(1) == 1 or matrix.stride(0) == 1 else matrix.contiguous()
