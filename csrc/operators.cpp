@@ -301,7 +301,8 @@ struct SignSource {
     tile.words = rows_words;
     tile.counts = counts->data();
     tile.n_rows = n_rows;
-    tile.i0 = first, tile.i1 = first + round_up(used, kStrip);
+    // a strip may start in the middle of 64 columns: its last rows must not pass the padding
+    tile.i0 = first, tile.i1 = std::min(first + round_up(used, kStrip), round_up(k, kStrip));
     tile.j0 = 0, tile.j1 = round_up(k, kStrip);
     tile.above = memory.data();
     tile.below = memory.data() + kMaxStrip * stride_out;
