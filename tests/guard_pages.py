@@ -109,8 +109,9 @@ def private_operators(n, k, d, pad):
         pre = torch.randn(n, k - start).to(dtype)
         window = torch.zeros_like(words) if windowed else torch.empty(0, dtype=torch.int32)
         for keep in (None, torch.rand(n) < 0.7):
+            given = f"window {windowed}, keep {keep is not None}"
             check(
-                f"threshold {dtype}: {shape}, start {start}, window {windowed}, keep {keep is not None}",
+                f"threshold {dtype}: {shape}, start {start}, {given}",
                 op("threshold"), strided(pre, pad), keep, 0.5, start, words, window,
             )  # fmt: skip
 
@@ -180,9 +181,7 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
         )  # fmt: skip
     words, window = strided(words, pad), strided(window, pad)
     check(f"decode: {shape}", ops["decode"], words, W_dec, b_dec, n_bits, dtype)
-    check(
-        f"decoder_backward: {shape}", ops["decoder_backward"], words, grad, k, n_bits, dtype
-    )
+    check(f"decoder_backward: {shape}", ops["decoder_backward"], words, grad, k, n_bits, dtype)
     signs = None
     if n_rows > 1:
         _, signs = check(f"covariance: {shape}", ops["covariance"], words, counts, n_rows, True)

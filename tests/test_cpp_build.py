@@ -107,7 +107,7 @@ def link(objects, driver, *flags):
 def test_kernels_equal_plain_loops_and_touch_nothing_beside_their_buffers(shipped, driver, place):
     """Pages that fault: what every level reads and writes, AMX tiles included."""
     done = run(link(shipped, driver), place, *levels())
-    assert re.findall(r"(\w+): \d{4,} cases", done) == sorted_by_driver(levels())
+    assert set(re.findall(r"(\w+): \d{4,} cases", done)) == set(levels())
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_kernels_run_clean_under_sanitizers(sanitized, driver):
     the compiler leaves uninstrumented: for those the test with pages above counts.
     """
     done = run(link(sanitized, driver, *SANITIZE.split()), "heap", *levels(), **STOP)
-    assert re.findall(r"(\w+): \d{4,} cases", done) == sorted_by_driver(levels())
+    assert set(re.findall(r"(\w+): \d{4,} cases", done)) == set(levels())
 
 
 @pytest.mark.slow
@@ -149,10 +149,6 @@ def test_neon_kernels_equal_plain_loops_under_an_emulator(tmp_path):
     flags = (*setup.FLAGS, "-Werror", "-static", "-Icsrc")
     run(compiler, *flags, *sources, DRIVER, "-o", target)
     assert re.fullmatch(r"neon: \d{4,} cases\n", run(emulator, target, "back", "neon"))
-
-
-def sorted_by_driver(names):
-    return [n for n in ("scalar", "avx2", "avx512", "neon", "amx") if n in names]
 
 
 # -- instructions and symbols ------------------------------------------------------------------
@@ -204,8 +200,8 @@ def test_the_avx2_object_holds_no_avx512(shipped):
 @needs_x86
 def test_only_the_amx_object_holds_tiles(shipped):
     for name in setup.SOURCES:
-        tiles = any(re.search(r"%tmm|tileloadd|ldtilecfg", t) for _, t in instructions(shipped, name))
-        assert tiles == (name == "kernels_amx")
+        text = "\n".join(t for _, t in instructions(shipped, name))
+        assert bool(re.search(r"%tmm|ldtilecfg", text)) == (name == "kernels_amx")
 
 
 def symbols(path, *flags):
@@ -217,11 +213,11 @@ def symbols(path, *flags):
 @pytest.mark.parametrize("name", [n for n in setup.KERNELS if n != "dispatch"])
 def test_each_level_gives_the_linker_its_table_and_nothing_else(shipped, name):
     """Otherwise it could take a wide copy of a common function for every CPU."""
-    given = [s for kind, s in symbols(shipped / "csrc" / f"{name}.o") if kind.isupper() and kind != "U"]
-    given = [s for s in given if not s.startswith("DW.ref.")]
+    found = symbols(shipped / "csrc" / f"{name}.o")
+    given = [s for kind, s in found if kind not in "Uabdrt" and not s.startswith("DW.ref.")]
     level = name.removeprefix("kernels_")
-    assert [s for s in given if f"k{level.capitalize()}Kernels" not in s] == []
     assert len(given) == 1
+    assert f"k{level.capitalize()}Kernels" in given[0]
 
 
 def test_the_extension_exports_its_init_function_alone(shipped):

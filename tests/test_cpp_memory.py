@@ -44,13 +44,12 @@ def test_operators_touch_nothing_beside_their_tensors(name):
 
 
 def everything(n, k, d):
-    """Results of every compiled operator, and of the layer's outputs and gradients."""
+    """Results of every compiled operator."""
     op = extension.op
     g = torch.Generator().manual_seed(n)
     bits = torch.rand(n, k, generator=g) < torch.rand(k, generator=g)
     words, counts = pack_rows(bits), bits.sum(0)
-    x, weight = torch.randn(n, d, generator=g), torch.randn(k, d, generator=g)
-    grad = torch.randn(n, k, generator=g)
+    weight, grad = torch.randn(k, d, generator=g), torch.randn(n, k, generator=g)
     window, chosen = torch.zeros_like(words), torch.zeros_like(words)
     op("threshold")(grad, None, 0.5, 0, chosen, window)
     results = [

@@ -44,7 +44,11 @@ def wheel(source, **environment):
 
 @pytest.mark.parametrize(
     "environment",
-    [{"CC": "/bin/false", "CXX": "/bin/false"}, {"CXX": "/no/such/compiler"}, {"BAE_FAST_BUILD_EXT": "0"}],
+    [
+        {"CC": "/bin/false", "CXX": "/bin/false"},
+        {"CXX": "/no/such/compiler"},
+        {"BAE_FAST_BUILD_EXT": "0"},
+    ],
     ids=["the compiler fails", "there is no compiler", "not wanted"],
 )
 def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, environment):

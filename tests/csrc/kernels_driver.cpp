@@ -186,8 +186,8 @@ struct Bits {
   }
 };
 
-const int64_t kEdges[] = {1,   2,   15,  16,  17,  31,  32,  33,  47,  48, 49,
-                          63,  64,  65,  127, 128, 129, 255, 256, 257, 511, 512, 513};
+const int64_t kEdges[] = {1,  2,  15,  16,  17,  31,  32,  33,  47,  48,  49, 63,
+                          64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513};
 
 // ---- kernels ------------------------------------------------------------------------------------
 
@@ -331,9 +331,11 @@ struct Statistics {
 
 void covariance_tile(const Kernels& k, const Statistics& s, const Buffer<uint8_t>& scratch,
                      int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool planes, bool same_rows) {
-  begin("%s covariance_tile: N %lld, K %lld, rows %lld:%lld, columns %lld:%lld, signs %d, "
-        "same_rows %d", k.name, (long long)s.bits.rows, (long long)s.bits.columns, (long long)i0,
-        (long long)i1, (long long)j0, (long long)j1, planes, same_rows);
+  begin(
+      "%s covariance_tile: N %lld, K %lld, rows %lld:%lld, columns %lld:%lld, signs %d, "
+      "same_rows %d",
+      k.name, (long long)s.bits.rows, (long long)s.bits.columns, (long long)i0, (long long)i1,
+      (long long)j0, (long long)j1, planes, same_rows);
   const int64_t words = (j1 - j0) / 32, stride = words + i0 / 64 % 2;
   Buffer<uint32_t> above(planes ? extent(i1 - i0, stride, words) : 0);
   Buffer<uint32_t> below(above.size());
@@ -371,10 +373,10 @@ void covariance_tile(const Kernels& k, const Statistics& s, const Buffer<uint8_t
 
 void test_covariance(const Kernels& k) {
   const int64_t shapes[][2] = {
-      {2, 1},     {2, 65},    {3, 64},    {31, 63},   {32, 64},   {33, 65},   {64, 129},
-      {65, 5},    {511, 128}, {512, 65},  {513, 127}, {992, 70},  {993, 70},  {1024, 33},
-      {2047, 65}, {2048, 64}, {2049, 65}, {4095, 70}, {4097, 70}, {70, 257},  {70, 513},
-      {33, 577},  {32767, 66}, {32768, 66}, {32801, 130},
+      {2, 1},     {2, 65},     {3, 64},     {31, 63},    {32, 64},     {33, 65},  {64, 129},
+      {65, 5},    {511, 128},  {512, 65},   {513, 127},  {992, 70},    {993, 70}, {1024, 33},
+      {2047, 65}, {2048, 64},  {2049, 65},  {4095, 70},  {4097, 70},   {70, 257}, {70, 513},
+      {33, 577},  {2081, 513}, {32767, 66}, {32768, 66}, {32801, 130},
   };
   for (const auto& shape : shapes) {
     const Statistics s(shape[0], shape[1]);
@@ -404,15 +406,16 @@ struct Options {
 };
 
 template <typename T>
-void backward_strip(const Kernels& k, const char* dtype,
-                    void (*kernel)(const BackwardStrip<T>&), int64_t n, int64_t columns,
-                    int64_t before, int64_t after, int64_t n_digits, const Options& o) {
+void backward_strip(const Kernels& k, const char* dtype, void (*kernel)(const BackwardStrip<T>&),
+                    int64_t n, int64_t columns, int64_t before, int64_t after, int64_t n_digits,
+                    const Options& o) {
   const int64_t K = before + columns + after, words = n_words(K), pad = n % 3;
-  begin("%s backward_strip_%s: n %lld, columns %lld:%lld of %lld, digits %lld, covariance %d, "
-        "shift %d, curvature %d, window %d, factor %d, keep %d, official %d", k.name, dtype,
-        (long long)n, (long long)before, (long long)(before + columns), (long long)K,
-        (long long)n_digits, o.covariance, o.shift, o.curvature, o.window, o.factor, o.keep,
-        o.official);
+  begin(
+      "%s backward_strip_%s: n %lld, columns %lld:%lld of %lld, digits %lld, covariance %d, "
+      "shift %d, curvature %d, window %d, factor %d, keep %d, official %d",
+      k.name, dtype, (long long)n, (long long)before, (long long)(before + columns), (long long)K,
+      (long long)n_digits, o.covariance, o.shift, o.curvature, o.window, o.factor, o.keep,
+      o.official);
   const int64_t stride = columns + pad, row_words = words + pad, plane_words = words + pad;
   const int64_t first = before / 32, strip_words = words - first;
   const double scale = 0.25, n_rows = 50;
@@ -454,8 +457,7 @@ void backward_strip(const Kernels& k, const char* dtype,
   std::vector<double> want(n * columns), sum(columns), size(columns);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t j = 0; j < columns; ++j) {
-      const bool dropped =
-          (o.window && inside.at(r, j) == 0) || (o.keep && !keep[r]);
+      const bool dropped = (o.window && inside.at(r, j) == 0) || (o.keep && !keep[r]);
       T& x = g[r * stride + j];
       x = static_cast<T>(random_between(-8, 8));
       if (o.factor) factor[r * stride + j] = static_cast<T>(random_between(0, 4));
@@ -471,7 +473,8 @@ void backward_strip(const Kernels& k, const char* dtype,
           const int64_t sign = plus.at(j, i) - minus.at(j, i);
           product += bits.at(r, i) * sign;
           if (r > 0) continue;
-          for (int64_t b = 0; b < n_digits; ++b) counted += ones.at(b, i) * sign * (int64_t{1} << b);
+          for (int64_t b = 0; b < n_digits; ++b)
+            counted += ones.at(b, i) * sign * (int64_t{1} << b);
         }
         if (r == 0) sum[j] = static_cast<double>(counted);
         out += (n_rows * static_cast<double>(product) - sum[j]) * scale;
@@ -566,11 +569,11 @@ void test_backward(const Kernels& k) {
     }
     for (int64_t n : rows) {
       ++turn;
-      both(n, std::min<int64_t>(k.strip, 33 + turn % 40), 64, after[turn % n_after],
-           1 + turn % 6, o);
+      both(n, std::min<int64_t>(k.strip, 33 + turn % 40), 64, after[turn % n_after], 1 + turn % 6,
+           o);
     }
   }
-  both(700, 65 <= k.strip ? 65 : 33, 0, 40, 6, options[6]);  // beyond the rows kept at once
+  both(700, k.strip, 0, 40, 6, options[6]);  // more rows than are summed at once, whole strips
   for (int64_t columns : {1, 33, 64}) {
     backward_strip(k, "f64", k.backward_strip_f64, 65, columns, 64, 70, 6, everything);
   }
