@@ -59,7 +59,8 @@ def build(folder, compiler):
     if shutil.which(shlex.split(CXX)[0]) is None:
         pytest.skip(f"needs the C++ compiler {CXX}")
     folders = ("--build-temp", folder, "--build-lib", folder)
-    written = run(sys.executable, "setup.py", "build_ext", *folders, CXX=compiler)
+    command = (sys.executable, "setup.py", "build_ext", *folders)
+    written = run(*command, CXX=compiler, BAE_FAST_BUILD_EXT="1")
     assert (folder / "bae_fast" / "_C.abi3.so").exists(), written[-3000:]
     return folder
 
@@ -107,7 +108,7 @@ def link(objects, driver, *flags):
 def test_kernels_equal_plain_loops_and_touch_nothing_beside_their_buffers(shipped, driver, place):
     """Pages that fault: what every level reads and writes, AMX tiles included."""
     done = run(link(shipped, driver), place, *levels())
-    assert set(re.findall(r"(\w+): \d{4,} cases", done)) == set(levels())
+    assert set(re.findall(r"(\w+): \d{4,} cases", done)) >= {"scalar", *levels()}
 
 
 @pytest.mark.slow
@@ -118,11 +119,11 @@ def test_kernels_run_clean_under_sanitizers(sanitized, driver):
     the compiler leaves uninstrumented: for those the test with pages above counts.
     """
     done = run(link(sanitized, driver, *SANITIZE.split()), "heap", *levels(), **STOP)
-    assert set(re.findall(r"(\w+): \d{4,} cases", done)) == set(levels())
+    assert set(re.findall(r"(\w+): \d{4,} cases", done)) >= {"scalar", *levels()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("level", sorted({"scalar", *levels()[-1:]}))  # the simplest, the best
 def test_operators_run_clean_under_sanitizers(sanitized, tmp_path, level):
     """The operators' own allocations, results and scratch, which guard pages do not reach."""
     shutil.copytree(ROOT / "bae_fast", tmp_path / "bae_fast", ignore=shutil.ignore_patterns("*.so"))
