@@ -4,7 +4,8 @@
 
 ``back``: tensors end at the page behind them; ``front``: they start right after the one before
 them; ``heap``: torch allocates them, for a run under AddressSanitizer. Between the rows of a view
-lie random bytes. Each result must equal, bit for bit, that of the same operator on plain tensors.
+lies garbage. Each result must equal that of the same operator on plain tensors: bit for bit,
+but where torch sums products that are not integers, whose order goes with strides and alignment.
 The case is printed before it runs: after a fault, the last line names it. test_cpp_memory.py runs
 this file.
 """
@@ -47,7 +48,10 @@ def guarded(tensor, place):
         protect(memory, PAGE + inner)
         offset = PAGE if place == "front" else PAGE + inner - size
         flat = torch.frombuffer(memory, dtype=tensor.dtype, count=span, offset=offset)
-    flat.view(torch.uint8).random_(0, 256)
+    if tensor.dtype == torch.bfloat16:
+        flat.normal_()  # torch's own bf16 product reads past rows and takes their NaN times zero
+    else:
+        flat.view(torch.uint8).random_(0, 256)
     out = flat.as_strided(tensor.shape, tensor.stride())
     return out.copy_(tensor)
 
@@ -61,27 +65,34 @@ def strided(tensor, pad):
     return wide[:, : tensor.shape[1]]
 
 
-def same(got, expected):
-    if isinstance(got, torch.Tensor):
+# of the largest entry
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def same(got, expected, exact):
+    if isinstance(got, (tuple, list)):
+        return all(same(a, b, exact) for a, b in zip(got, expected, strict=True))
+    if not isinstance(got, torch.Tensor):
+        return got == expected
+    if exact or got.dtype not in ROUNDING or got.numel() == 0:
         # one element may have any stride, which view() refuses
         a, b = (t.new_empty(t.numel()).copy_(t.flatten()) for t in (got, expected))
         return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    if isinstance(got, (tuple, list)):
-        return all(map(same, got, expected))
-    return got == expected
+    a, b = got.double(), expected.double()
+    return bool((a - b).abs().max() <= ROUNDING[got.dtype] * b.abs().max())
 
 
-def check(name, operator, *args):
+def check(name, operator, *args, exact=True):
     """Run on guarded and on plain arguments; what is written in place counts as a result."""
     plain = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     expected = operator(*plain)
     for place in sys.argv[1:]:
         print(f"{name}, {place}", flush=True)
         placed = [guarded(a, place) if isinstance(a, torch.Tensor) else a for a in args]
-        assert same(operator(*placed), expected), "results differ"
+        assert same(operator(*placed), expected, exact), "results differ"
         for i, (a, b) in enumerate(zip(placed, plain, strict=True)):
             if isinstance(a, torch.Tensor):
-                assert same(a, b), f"argument {i} differs"
+                assert same(a, b, exact=True), f"argument {i} differs"
     return expected
 
 
@@ -165,10 +176,11 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
     k = -(-k // n_bits) * n_bits
     shape = f"N {n}, K {k}, d {d}, rows {pad} elements apart, {n_bits} bits, {dtype}"
     wide = torch.promote_types(dtype, torch.float32)
-    x, W_enc, b_enc = torch.randn(n, d), torch.randn(d, k), torch.randn(k)
-    W_dec, b_dec, grad = torch.randn(k // n_bits, d), torch.randn(d), torch.randn(n, d)
+    # small integers: products are exact in any order, but for multi-bit values, sigmoids and the
+    # covariance's scale
     x, W_enc, b_enc, W_dec, b_dec, grad = (
-        t.to(dtype) for t in (x, W_enc, b_enc, W_dec, b_dec, grad)
+        torch.randint(-3, 4, size).to(dtype)
+        for size in ((n, d), (d, k), (k,), (k // n_bits, d), (d,), (n, d))
     )
     x, W_enc, W_dec, grad = (strided(t, pad) for t in (x, W_enc, W_dec, grad))
     mask = torch.rand(n) < 0.7
@@ -180,8 +192,14 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
             ops["encode"], x, W_enc, b_enc, row_mask, width,
         )  # fmt: skip
     words, window = strided(words, pad), strided(window, pad)
-    check(f"decode: {shape}", ops["decode"], words, W_dec, b_dec, n_bits, dtype)
-    check(f"decoder_backward: {shape}", ops["decoder_backward"], words, grad, k, n_bits, dtype)
+    check(
+        f"decode: {shape}",
+        ops["decode"], words, W_dec, b_dec, n_bits, dtype, exact=n_bits == 1,
+    )  # fmt: skip
+    check(
+        f"decoder_backward: {shape}",
+        ops["decoder_backward"], words, grad, k, n_bits, dtype, exact=n_bits == 1,
+    )  # fmt: skip
     signs = None
     if n_rows > 1:
         _, signs = check(f"covariance: {shape}", ops["covariance"], words, counts, n_rows, True)
@@ -195,7 +213,7 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
             torch.ones((), dtype=wide) if covariance else None,
             signs if covariance and stored else None,
             words if covariance and not stored else None,
-            counts, n_rows, surrogate, 0.5, n_bits, [True, True, True],
+            counts, n_rows, surrogate, 0.5, n_bits, [True, True, True], exact=False,
         )  # fmt: skip
 
 
