@@ -25,6 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,10 @@
 """Builds the C++ backend where torch and a compiler are at hand; metadata is in pyproject.toml.
 
 torch is not a build requirement: an isolated build would fetch it. Without torch, without a
-compiler, or with ``BAE_FAST_BUILD_EXT=0`` the package installs without the backend and says so.
-Install with ``--no-build-isolation`` to build it.
+compiler, or with ``BAE_FAST_BUILD_EXT=0`` the package installs without the backend and says so;
+its wheel is then one for any machine. Install with ``--no-build-isolation`` to build it.
+
+Tests import this file for its flags.
 """
 
 import os
@@ -12,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -33,11 +36,24 @@ SIMD_FLAGS = {
     "kernels_avx512": AVX512_FLAGS,
     "kernels_amx": [*AVX512_FLAGS, "-mavx512bf16", "-mprfchw", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
-SOURCES = ["operators", "dispatch", "kernels_scalar"]
+KERNELS = ["dispatch", "kernels_scalar"]
 if MACHINE in ("x86_64", "amd64"):
-    SOURCES += ["kernels_avx2", "kernels_avx512", "kernels_amx"]
+    KERNELS += ["kernels_avx2", "kernels_avx512", "kernels_amx"]
 elif MACHINE in ("aarch64", "arm64"):
-    SOURCES += ["kernels_neon"]
+    KERNELS += ["kernels_neon"]
+SOURCES = ["operators", *KERNELS]
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-missing-field-initializers",
+    "-Wno-unused-parameter",  # torch's headers
+]
 
 # LibTorch 2.11: the oldest whose stable ABI the extension speaks
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -45,7 +61,7 @@ PYTHON_TARGET_VERSION = "0x030A0000"
 
 
 class BuildExtension(build_ext):
-    """Flags by file, and a warning instead of an error."""
+    """Flags by file."""
 
     def build_extension(self, ext):
         compile_one = self.compiler._compile
@@ -57,10 +73,21 @@ class BuildExtension(build_ext):
         self.compiler._compile = compile_with_flags
         try:
             super().build_extension(ext)
-        except Exception as error:
-            warnings.warn(f"bae_fast is installed without its C++ backend: {error}", stacklevel=1)
         finally:
             self.compiler._compile = compile_one
+
+
+class BuildWheel(bdist_wheel):
+    """A wheel without the extension is one for any Python and any machine."""
+
+    def run(self):
+        if not self.skip_build:
+            self.run_command("build")
+        outputs = self.get_finalized_command("build_ext").get_outputs()
+        if not all(map(os.path.exists, outputs)):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
 
 
 def extensions():
@@ -89,26 +116,20 @@ def extensions():
                 ("Py_LIMITED_API", PYTHON_TARGET_VERSION),
             ],
             extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-ffp-contract=off",
+                *FLAGS,
                 # messages of failed checks name files
                 f"-ffile-prefix-map={ROOT}=.",
                 f"-ffile-prefix-map={folder}=torch",
-                "-Wall",
-                "-Wextra",
-                "-Wno-missing-field-initializers",
-                "-Wno-unused-parameter",  # torch's headers
             ],
+            optional=True,  # a failure is a warning
             py_limited_api=True,
         )
     ]
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension, "bdist_wheel": BuildWheel},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -354,7 +354,8 @@ struct SignSource {
     tile.words = rows_words;
     tile.counts = counts->data();
     tile.n_rows = n_rows;
-    tile.i0 = first, tile.i1 = first + round_up(used, kStrip);
+    // a strip may start in the middle of 64 columns: its last rows must not pass the padding
+    tile.i0 = first, tile.i1 = std::min(first + round_up(used, kStrip), round_up(k, kStrip));
     tile.planes_stride = stride_out;
     tile.scratch = scratch;
     for (tile.j0 = 0; tile.j0 < k; tile.j0 = tile.j1) {

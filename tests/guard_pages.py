@@ -1,0 +1,241 @@
+"""Every operator of impl="cpp" with each tensor against a page that faults.
+
+    BAE_FAST_SIMD=<level> python guard_pages.py [back] [front] [heap]
+
+``back``: tensors end at the page behind them; ``front``: they start right after the one before
+them; ``heap``: torch allocates them, for a run under AddressSanitizer. Between the rows of a view
+lies garbage. Each result must equal that of the same operator on plain tensors: bit for bit,
+but where torch sums products that are not integers, whose order goes with strides and alignment.
+The case is printed before it runs: after a fault, the last line names it. test_cpp_memory.py runs
+this file.
+"""
+
+import ctypes
+import itertools
+import mmap
+import sys
+
+import torch
+
+from bae_fast.backends.cpp import extension
+from bae_fast.ops import registry
+from bae_fast.packing import pack_rows
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def protect(memory, offset):
+    """Make the page at an offset fault at every touch."""
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + offset
+    if LIBC.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), PROT_NONE) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def guarded(tensor, place):
+    """The same values and strides in memory that holds nothing else."""
+    if tensor.numel() == 0:
+        return tensor
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if place == "heap":
+        flat = torch.empty(span, dtype=tensor.dtype)
+    else:
+        size = span * tensor.element_size()
+        inner = -(-size // PAGE) * PAGE
+        memory = mmap.mmap(-1, inner + 2 * PAGE)  # lives as long as the tensor
+        protect(memory, 0)
+        protect(memory, PAGE + inner)
+        offset = PAGE if place == "front" else PAGE + inner - size
+        flat = torch.frombuffer(memory, dtype=tensor.dtype, count=span, offset=offset)
+    if tensor.dtype == torch.bfloat16:
+        flat.normal_()  # torch's own bf16 product reads past rows and takes their NaN times zero
+    else:
+        flat.view(torch.uint8).random_(0, 256)
+    out = flat.as_strided(tensor.shape, tensor.stride())
+    return out.copy_(tensor)
+
+
+def strided(tensor, pad):
+    """A view whose rows are ``pad`` elements further apart."""
+    if pad == 0:
+        return tensor
+    wide = torch.zeros(tensor.shape[0], tensor.shape[1] + pad, dtype=tensor.dtype)
+    wide[:, : tensor.shape[1]] = tensor
+    return wide[:, : tensor.shape[1]]
+
+
+# of the largest entry
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def same(got, expected, exact):
+    if isinstance(got, (tuple, list)):
+        return all(same(a, b, exact) for a, b in zip(got, expected, strict=True))
+    if not isinstance(got, torch.Tensor):
+        return got == expected
+    if exact or got.dtype not in ROUNDING or got.numel() == 0:
+        # one element may have any stride, which view() refuses
+        a, b = (t.new_empty(t.numel()).copy_(t.flatten()) for t in (got, expected))
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    a, b = got.double(), expected.double()
+    return bool((a - b).abs().max() <= ROUNDING[got.dtype] * b.abs().max())
+
+
+def check(name, operator, *args, exact=True):
+    """Run on guarded and on plain arguments; what is written in place counts as a result."""
+    plain = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    expected = operator(*plain)
+    for place in sys.argv[1:]:
+        print(f"{name}, {place}", flush=True)
+        placed = [guarded(a, place) if isinstance(a, torch.Tensor) else a for a in args]
+        assert same(operator(*placed), expected, exact), "results differ"
+        for i, (a, b) in enumerate(zip(placed, plain, strict=True)):
+            if isinstance(a, torch.Tensor):
+                assert same(a, b, exact=True), f"argument {i} differs"
+    return expected
+
+
+def code(n, k, pad):
+    bits = torch.rand(n, k) < torch.rand(k)
+    bits[:, 3::7] = False
+    bits[:, 5::7] = True
+    return bits, strided(pack_rows(bits), pad)
+
+
+def private_operators(n, k, d, pad):
+    """Those of csrc/operators.cpp, as the Python bodies call them."""
+    op = extension.op
+    bits, words = code(n, k, pad)
+    shape = f"N {n}, K {k}, d {d}, rows {pad} words apart"
+    counts = bits.sum(0)
+    columns = check(f"rows_to_columns: {shape}", op("rows_to_columns"), words, k)
+    check(f"column_counts: {shape}", op("column_counts"), words, k)
+    check(f"rows_to_features: {shape}", op("rows_to_features"), words, k)
+
+    start = k // 64 * 32
+    for dtype, windowed in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16), (False, True)
+    ):
+        pre = torch.randn(n, k - start).to(dtype)
+        window = torch.zeros_like(words) if windowed else torch.empty(0, dtype=torch.int32)
+        for keep in (None, torch.rand(n) < 0.7):
+            given = f"window {windowed}, keep {keep is not None}"
+            check(
+                f"threshold {dtype}: {shape}, start {start}, {given}",
+                op("threshold"), strided(pre, pad), keep, 0.5, start, words, window,
+            )  # fmt: skip
+
+    signs = torch.zeros(0)
+    if n > 1:
+        for keep_signs in (False, True):
+            _, signs = check(
+                f"covariance: {shape}, signs {keep_signs}",
+                op("covariance"), words, counts, n, keep_signs,
+            )  # fmt: skip
+    places = torch.arange(n.bit_length())
+    digits = pack_rows((counts >> places[:, None]) & 1)
+    for dtype, source, keep in itertools.product(
+        (torch.float32, torch.float64), ("none", "stored", "computed"), (False, True)
+    ):
+        if source != "none" and n < 2:
+            continue
+        used = k - start
+        check(
+            f"backward {dtype}: {shape}, start {start}, signs {source}, keep {keep}",
+            op("backward"),
+            torch.randn(n, used, dtype=dtype), words, start,
+            torch.randn(used, dtype=dtype) if keep else None,
+            torch.randn(used, dtype=dtype) if keep else None,
+            source != "none", signs if source == "stored" else None,
+            columns if source == "computed" else None, counts, n,
+            digits if source != "none" else None, 0.25,
+            words if keep else None,
+            None if keep else torch.rand(n, used, dtype=dtype),
+            torch.rand(n) < 0.7 if keep else None, keep, torch.zeros(used, dtype=torch.float64),
+        )  # fmt: skip
+
+    gathers = (True, False) if op("has_bits_product")() else (True,)
+    features = op("rows_to_features")(words, k)
+    for gather, add in itertools.product(gathers, (False, True)):
+        dense, out = torch.randn(k, d), torch.randn(n, d)
+        check(
+            f"bits_product: {shape}, gather {gather}, add {add}",
+            op("bits_product"), words, strided(dense, pad), gather, add, strided(out, pad),
+        )  # fmt: skip
+        dense, out = torch.randn(n, d), torch.randn(k, d)
+        check(
+            f"bits_product of features: {shape}, gather {gather}, add {add}",
+            op("bits_product"), features, strided(dense, pad), gather, add, out,
+        )  # fmt: skip
+
+
+def raw_operators(n, k, d, pad, n_bits, dtype):
+    """The overloads bae_fast::<name>.cpp; k columns are k / n_bits features."""
+    ops = registry.BACKENDS["cpp"].ops
+    k = -(-k // n_bits) * n_bits
+    shape = f"N {n}, K {k}, d {d}, rows {pad} elements apart, {n_bits} bits, {dtype}"
+    wide = torch.promote_types(dtype, torch.float32)
+    # small integers: products are exact in any order, but for multi-bit values, sigmoids and the
+    # covariance's scale
+    x, W_enc, b_enc, W_dec, b_dec, grad = (
+        torch.randint(-3, 4, size).to(dtype)
+        for size in ((n, d), (d, k), (k,), (k // n_bits, d), (d,), (n, d))
+    )
+    x, W_enc, W_dec, grad = (strided(t, pad) for t in (x, W_enc, W_dec, grad))
+    mask = torch.rand(n) < 0.7
+    mask[0] = True
+    empty = torch.empty(0, dtype=torch.int32)
+    for row_mask, width in ((None, None), (mask, 0.5)):
+        words, window, counts, n_rows = check(
+            f"encode: {shape}, mask {row_mask is not None}, width {width}",
+            ops["encode"], x, W_enc, b_enc, row_mask, width,
+        )  # fmt: skip
+    words, window = strided(words, pad), strided(window, pad)
+    check(
+        f"decode: {shape}",
+        ops["decode"], words, W_dec, b_dec, n_bits, dtype, exact=n_bits == 1,
+    )  # fmt: skip
+    check(
+        f"decoder_backward: {shape}",
+        ops["decoder_backward"], words, grad, k, n_bits, dtype, exact=n_bits == 1,
+    )  # fmt: skip
+    signs = None
+    if n_rows > 1:
+        _, signs = check(f"covariance: {shape}", ops["covariance"], words, counts, n_rows, True)
+    for surrogate, stored in (("rectangle", True), ("sigmoid", False), ("official", True)):
+        covariance = signs is not None
+        check(
+            f"encoder_backward: {shape}, {surrogate}, covariance {covariance}, stored {stored}",
+            ops["encoder_backward"], x, W_enc, b_enc, W_dec, words,
+            window if surrogate == "rectangle" else empty, mask, grad,
+            torch.randn(k, dtype=wide), torch.randn(k, dtype=wide),
+            torch.ones((), dtype=wide) if covariance else None,
+            signs if covariance and stored else None,
+            words if covariance and not stored else None,
+            counts, n_rows, surrogate, 0.5, n_bits, [True, True, True], exact=False,
+        )  # fmt: skip
+
+
+SHAPES = [
+    # N, K, d
+    (1, 1, 1), (1, 33, 5), (2, 1, 17), (2, 65, 1), (3, 31, 33), (5, 97, 16), (15, 63, 31),
+    (17, 100, 47), (31, 127, 49), (32, 32, 32), (33, 129, 63), (63, 1, 65), (65, 257, 15),
+    (64, 64, 64), (129, 513, 129), (70, 577, 3), (257, 33, 130), (1, 1100, 7), (1030, 70, 9),
+]  # fmt: skip
+
+
+def main():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for i, (n, k, d) in enumerate(SHAPES):
+        for pad in (0, 3):
+            private_operators(n, k, d, pad)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            raw_operators(n, k, d, i % 2 * 3, 1, dtype)
+        raw_operators(n, k, d, 0, 2 + i % 2, torch.float32)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

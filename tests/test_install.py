@@ -1,0 +1,104 @@
+"""Wheels: with the extension for this machine, without it for any; what is missing is said."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a wheel is built from, so that the build writes nothing into the tree."""
+    copy = tmp_path / "source"
+    for name in ("bae_fast", "csrc", "kernels"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def wheel(source, **environment):
+    """Build as an installer does, with the packages at hand; returns the one wheel."""
+    target = source.parent / "wheels"
+    target.mkdir()
+    program = f"import setuptools.build_meta as b; print(b.build_wheel({str(target)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=source,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = target.glob("*.whl")
+    return found, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"CC": "/bin/false", "CXX": "/bin/false"}, {"BAE_FAST_BUILD_EXT": "0"}],
+    ids=["the compiler fails", "not wanted"],
+)
+def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, environment):
+    found, said = wheel(source, **environment)
+    assert found.name.endswith("-py3-none-any.whl")
+    if "CXX" in environment:
+        assert "bae_fast._C" in said
+        assert "failed" in said
+    installed = source.parent / "installed"
+    with zipfile.ZipFile(found) as archive:
+        names = archive.namelist()
+        assert [n for n in names if n.endswith(".so")] == []
+        info = next(n for n in names if n.endswith(".dist-info/WHEEL"))
+        text = archive.read(info).decode()
+        assert "Root-Is-Purelib: true" in text
+        assert "Tag: py3-none-any" in text
+        archive.extractall(installed)
+    program = (
+        "import torch, bae_fast as bf\n"
+        f"assert bf.__file__.startswith({str(installed)!r})\n"
+        "bae = bf.BinaryAutoencoder(6, 40, preset='paper')\n"
+        "x = torch.randn(20, 6)\n"
+        "out = bae(x)\n"
+        "(bae.mse(out, x) + out.entropy + out.covariance).backward()\n"
+        "assert all(p.grad.isfinite().all() and p.grad.any() for p in bae.parameters())\n"
+        "print(bf.info()['backends']['cpp'])\n"
+        "try: bf.warmup('cpp')\n"
+        "except bf.BackendUnavailableError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=source.parent,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "not compiled: install with a C++ compiler" in first
+    assert "not compiled" in second
+
+
+def test_a_wheel_with_the_extension_is_for_this_machine(source):
+    # stands for a compiler: the tag is under test, and a real build takes ten seconds
+    compiler = source.parent / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done; exit 0\n'
+    )
+    compiler.chmod(0o755)
+    found, _ = wheel(source, CC=str(compiler), CXX=str(compiler))
+    assert "-cp310-abi3-" in found.name
+    assert not found.name.endswith("-any.whl")
+    with zipfile.ZipFile(found) as archive:
+        assert "bae_fast/_C.abi3.so" in archive.namelist()
+        info = next(n for n in archive.namelist() if n.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: false" in archive.read(info).decode()
