@@ -18,6 +18,7 @@
 #include "vector_avx512.h"
 // after the vectors it is written with
 #include "kernels_impl.h"
+#include "kernels_sparse.h"
 
 namespace bae_fast {
 namespace {
@@ -451,7 +452,7 @@ void bits_product_amx(const BitsProduct& p) {
 }
 
 constexpr Kernels make_amx_kernels() {
-  Kernels k = make_kernels("amx");
+  Kernels k = with_sparse(make_kernels("amx"));
   k.transpose = transpose_fast;
   k.strip = kWidth;
   k.covariance_scratch = kCovarianceScratch;
