@@ -12,6 +12,9 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -421,6 +424,17 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
 constexpr int64_t kEntries = int64_t{1} << 21;  // listed at once, one tile of columns at least
 constexpr int64_t kSignBlock = 256;             // words of a row: 512 KiB of a block of rows
 
+// A hint, for memory about to be written whole: where it is new, a page fault every 4 KiB takes as
+// long as the sums of a sparse window.
+void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kLargePage = int64_t{1} << 21;
+  const int64_t begin = round_up(reinterpret_cast<intptr_t>(memory), kLargePage);
+  const int64_t end = (reinterpret_cast<intptr_t>(memory) + bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 template <typename T>
 const SparseKernels<T>& sparse_kernels() {
   if constexpr (std::is_same_v<T, float>) {
@@ -469,6 +483,7 @@ class SparseBackward {
     columns_ = mutable_data<uint32_t>(columns);
     stride_ = row_stride(columns);
     if (keep != nullptr) drop_rows();
+    if (grad_W != nullptr) prefer_large_pages(grad_W, d * k * sizeof(T));
     for (first_ = 0; first_ < k; first_ = last_) {
       count_span();
       const int64_t tiles = (last_ - first_ + kStrip - 1) / kStrip;
