@@ -115,6 +115,43 @@ struct Units {
   bool (*product)(const UnitStrip& strip, float* out, int64_t out_stride, bool add);
 };
 
+// Lists of rows of a panel: that of output j is index[begin[j step] .. begin[j step + 1]).
+template <typename T>
+struct SparseLists {
+  const int64_t* begin;
+  int64_t step;
+  int64_t count;          // outputs
+  const uint16_t* index;  // rows of the panel
+  const T* panel;         // zero past the width, up to a whole register
+  int64_t panel_stride;
+  int64_t width;  // columns, at most kPanelBytes of them
+};
+
+template <typename T>
+struct SparseKernels {
+  // value[k] += panel row index[k] . row j of the weight, k in list j.
+  void (*dots)(const SparseLists<T>& lists, const T* weight, int64_t weight_stride, T* value);
+
+  // Row j of out += sum over k in list j of value[k] times panel row index[k].
+  void (*sums)(const SparseLists<T>& lists, const T* value, T* out, int64_t out_stride);
+
+  // out [columns, rows] = in [rows, columns], transposed.
+  void (*transpose)(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+                    int64_t out_stride);
+};
+
+// out[k] += popcount(row & above) - popcount(row & below) for row index[k], or row k without index.
+struct SignCounts {
+  const uint32_t* rows;  // row-packed
+  int64_t rows_stride;
+  const uint16_t* index;  // or null
+  int64_t count;
+  const uint32_t* above;
+  const uint32_t* below;
+  int64_t words;
+  int32_t* out;
+};
+
 struct Kernels {
   const char* name;
   int64_t strip;  // columns of a strip: a multiple of 64, at most 256
@@ -154,6 +191,11 @@ struct Kernels {
   int64_t product_columns;
 
   const Units* units;  // or null
+
+  // kernels_sparse.h
+  SparseKernels<float> sparse_f32;
+  SparseKernels<double> sparse_f64;
+  void (*sign_counts)(const SignCounts& signs);
 };
 
 extern const Kernels kScalarKernels;

@@ -18,8 +18,8 @@
 #include "vector_avx512.h"
 // after the vectors it is written with
 #include "kernels_impl.h"
+#include "kernels_sparse.h"
 // and what is written with both
-#include "amx_tiles.h"
 #include "amx_products.h"
 
 namespace bae_fast {
@@ -323,7 +323,7 @@ void backward_strip_amx_f32(const BackwardStrip<float>& s) { backward_strip_amx(
 void backward_strip_amx_f64(const BackwardStrip<double>& s) { backward_strip_amx(s); }
 
 constexpr Kernels make_amx_kernels() {
-  Kernels k = make_kernels("amx");
+  Kernels k = with_sparse(make_kernels("amx"));
   k.transpose = transpose_fast;
   k.strip = kWidth;
   k.covariance_scratch = kCovarianceScratch;

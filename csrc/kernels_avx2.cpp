@@ -88,8 +88,9 @@ struct Vector {
 }  // namespace bae_fast
 
 #include "kernels_impl.h"
+#include "kernels_sparse.h"
 
 namespace bae_fast {
-const Kernels kAvx2Kernels = make_kernels("avx2");
+const Kernels kAvx2Kernels = with_sparse(make_kernels("avx2"));
 }  // namespace bae_fast
 #endif

@@ -6,12 +6,13 @@
 #include "vector_avx512.h"
 // after the vectors it is written with
 #include "kernels_impl.h"
+#include "kernels_sparse.h"
 
 namespace bae_fast {
 namespace {
 
 constexpr Kernels make_avx512_kernels() {
-  Kernels k = make_kernels("avx512");
+  Kernels k = with_sparse(make_kernels("avx512"));
   k.transpose = transpose_fast;
   return k;
 }

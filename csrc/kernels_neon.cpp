@@ -99,8 +99,9 @@ struct Vector {
 }  // namespace bae_fast
 
 #include "kernels_impl.h"
+#include "kernels_sparse.h"
 
 namespace bae_fast {
-const Kernels kNeonKernels = make_kernels("neon");
+const Kernels kNeonKernels = with_sparse(make_kernels("neon"));
 }  // namespace bae_fast
 #endif

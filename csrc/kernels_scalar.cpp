@@ -99,7 +99,8 @@ struct Vector {
 }  // namespace bae_fast
 
 #include "kernels_impl.h"
+#include "kernels_sparse.h"
 
 namespace bae_fast {
-const Kernels kScalarKernels = make_kernels("scalar");
+const Kernels kScalarKernels = with_sparse(make_kernels("scalar"));
 }  // namespace bae_fast

@@ -22,6 +22,11 @@ constexpr int64_t kMaxStrip = 256;
 constexpr int64_t kProductColumns = 128;
 constexpr int64_t kProductDepth = 512;
 
+// A panel of listed rows: as many rows as one list may name, and bytes of each. 256 KiB: it stays
+// in the outer cache of a core beside what streams through.
+constexpr int64_t kPanelRows = 512;
+constexpr int64_t kPanelBytes = 512;
+
 constexpr int64_t n_words(int64_t n_bits) { return (n_bits + kWordBits - 1) / kWordBits; }
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
+from bae_fast.backends.cpp.sparse_backward import is_sparse, sparse_backward
 from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import (
     Preactivation,
@@ -81,6 +82,13 @@ def encoder_backward(
             columns = op("rows_to_columns")(dense_rows(stats_words), k)
         else:
             signs = signs.contiguous()
+
+    if is_sparse(x, W_enc, W_dec, window, surrogate, n_bits):
+        sparse_backward(
+            window, keep, words, grad_recon, W_dec, shift, curve, grad_covariance is not None,
+            signs, columns, counts, total, digits, scale, x, W_enc, grad_x, grad_W, column_sum,
+        )  # fmt: skip
+        return grad_x, grad_W, (column_sum if need_b else column_sum[:0]).to(b_enc.dtype)
 
     rest = (counts, total, digits, scale, window if surrogate == "rectangle" else None)
     unit = unit_digits(dtype)

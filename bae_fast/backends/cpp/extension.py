@@ -32,6 +32,12 @@ _SCHEMAS = (
     " bool covariance, Tensor? signs, Tensor? columns, Tensor counts, int n_rows, Tensor? digits,"
     " float scale, Tensor? window, Tensor? factor, Tensor? keep, bool official,"
     " Tensor(b!) column_sum) -> ()",
+    # the same for the entries inside the window, with the products on both sides of it; an empty
+    # grad_x or grad_W is not asked for, grad_x is added to
+    "cpp_sparse_backward(Tensor window, Tensor? keep, Tensor words, Tensor? grad_recon,"
+    " Tensor W_dec, Tensor? shift, Tensor? curvature, bool covariance, Tensor? signs,"
+    " Tensor? columns, Tensor counts, int n_rows, Tensor? digits, float scale, Tensor x,"
+    " Tensor W_enc, Tensor(a!) grad_x, Tensor(b!) grad_W, Tensor(c!) column_sum) -> ()",
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
     # a product of bits and fp32 numbers at one cost for any density, faster than torch's
     "cpp_has_bits_product() -> bool",

@@ -1,0 +1,79 @@
+"""Backward of the encoder where only the entries inside the rectangle's window carry gradient.
+
+    g_nj = G_n . W_dec_j + h_j + v_j (1 - 2 b_nj) + c 2/(N-1) ((B S)_nj - (n^T S)_j / N)
+    db_enc_j = sum_n g_nj,   dW_enc_j = sum_n x_n g_nj,   dx_n = sum_j g_nj W_enc_j
+
+over listed entries (n, j), in C++ (``csrc/kernels_sparse.h``). Its cost goes with their number; a
+dense product's does not, and it does more a second: the density decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.backends.cpp import extension
+from bae_fast.backends.cpp.covariance import dense_rows
+from bae_fast.backends.cpp.extension import op
+
+# Density of the window below which its entries are listed. Both ways are as fast at 0.17, 0.26 and
+# 0.38 (scalar, avx2, avx512; N=512, d=2048, fp32); less, as other CPUs have smaller caches. Not
+# measured on neon.
+SPARSE_BELOW = {"scalar": 0.12, "avx2": 0.2, "avx512": 0.3, "neon": 0.1, "amx": 0.3}
+
+
+def is_sparse(
+    x: Tensor, W_enc: Tensor, W_dec: Tensor, window: Tensor, surrogate: str, n_bits: int
+) -> bool:
+    """Whether listing the window's entries is the faster way, and there is such a way."""
+    if surrogate != "rectangle" or n_bits > 1:
+        return False
+    if x.dtype not in (torch.float32, torch.float64) or {W_enc.dtype, W_dec.dtype} != {x.dtype}:
+        return False
+    inside = int(op("column_counts")(window, W_enc.shape[1]).sum())
+    return inside < SPARSE_BELOW[extension.simd()] * x.shape[0] * W_enc.shape[1]
+
+
+def sparse_backward(
+    window: Tensor,
+    keep: Tensor | None,
+    words: Tensor,
+    grad_recon: Tensor | None,
+    W_dec: Tensor,
+    shift: Tensor | None,
+    curvature: Tensor | None,
+    covariance: bool,
+    signs: Tensor | None,
+    columns: Tensor | None,
+    counts: Tensor,
+    n_rows: int,
+    digits: Tensor | None,
+    scale: float,
+    x: Tensor,
+    W_enc: Tensor,
+    grad_x: Tensor,
+    grad_W: Tensor,
+    column_sum: Tensor,
+) -> None:
+    """Fill grad_W and column_sum (float64, db_enc) and add to grad_x; empty is not asked for."""
+    op("sparse_backward")(
+        window,
+        keep,
+        words,
+        None if grad_recon is None else dense_rows(grad_recon),
+        dense_rows(W_dec),
+        shift,
+        curvature,
+        covariance,
+        signs,
+        columns,
+        counts,
+        n_rows,
+        digits,
+        scale,
+        dense_rows(x),
+        dense_rows(W_enc) if grad_x.numel() else W_enc,
+        grad_x,
+        grad_W,
+        column_sum,
+    )

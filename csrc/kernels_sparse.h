@@ -1,0 +1,294 @@
+// Kernels of the encoder's backward on listed entries, once for every instruction set; included
+// after kernels_impl.h, whose `Vector` counts bits here too.
+//
+// A list names rows of a panel: a block of a dense matrix, copied so that its rows lie one after
+// the other and stay in the outer cache of a core, zero up to whole registers. With i_0, i_1, ..
+// the list of output j,
+//
+//     dots    value_k += panel_(i_k) . weight_j       a gradient at the bits, of one entry
+//     sums    out_j   += sum_k value_k panel_(i_k)    a column of dW_enc or a row of dx
+//
+// Both read a row of the panel once an entry and keep all else in registers: eight sums of
+// products, or one output. They wait for the outer cache.
+
+namespace bae_fast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+constexpr int kDots = 8;             // entries taken at once
+constexpr int kOutputRegisters = 8;  // of an output, kept over its list
+constexpr int64_t kAhead = 8;        // rows of the weight
+
+template <typename T, int64_t kBytes>
+struct Numbers {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <typename T>
+using Register = typename Numbers<T, kRegisterBytes>::type;
+
+template <typename V, typename T>
+inline V load_numbers(const T* from) {
+  V out;
+  __builtin_memcpy(&out, from, sizeof(out));
+  return out;
+}
+
+// sum + a b; one rounding where the level has the instruction.
+#if defined(__AVX512F__)
+inline Register<float> multiply_add(Register<float> a, Register<float> b, Register<float> sum) {
+  return reinterpret_cast<Register<float>>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                      reinterpret_cast<__m512>(sum)));
+}
+inline Register<double> multiply_add(Register<double> a, Register<double> b,
+                                     Register<double> sum) {
+  return reinterpret_cast<Register<double>>(
+      _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b),
+                      reinterpret_cast<__m512d>(sum)));
+}
+#else
+template <typename V>
+inline V multiply_add(V a, V b, V sum) {
+  return sum + a * b;
+}
+#endif
+
+template <typename T, int64_t kBytes>
+inline T sum_halves(typename Numbers<T, kBytes>::type v) {
+  if constexpr (kBytes == static_cast<int64_t>(sizeof(T))) {
+    return v[0];
+  } else {
+    typename Numbers<T, kBytes / 2>::type half[2];
+    __builtin_memcpy(half, &v, sizeof(v));
+    return sum_halves<T, kBytes / 2>(half[0] + half[1]);
+  }
+}
+
+// value[k] += panel rows index[k] . weight for `used` entries, at most kCount; the last is taken
+// again for those past it.
+template <int kCount, typename T>
+inline void dots_of(const SparseLists<T>& s, const uint16_t* index, int64_t used,
+                    const T* weight, int64_t padded, T* value) {
+  using V = Register<T>;
+  constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
+  const T* row[kCount];
+  V sum[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) {
+    row[k] = s.panel + index[k < used ? k : used - 1] * s.panel_stride;
+    sum[k] = V{};
+  }
+  for (int64_t c = 0; c < padded; c += kNumbers) {
+    const V w = load_numbers<V>(weight + c);
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) sum[k] = multiply_add(load_numbers<V>(row[k] + c), w, sum[k]);
+  }
+  T total[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) total[k] = sum_halves<T, kRegisterBytes>(sum[k]);
+  for (int64_t k = 0; k < used; ++k) value[k] += total[k];
+}
+
+template <typename T>
+inline void sparse_dots(const SparseLists<T>& s, const T* weight, int64_t weight_stride,
+                        T* value) {
+  constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t padded = round_up(s.width, kNumbers);
+  alignas(64) T tail[kPanelBytes / sizeof(T)];
+  for (int64_t j = 0; j < s.count; ++j) {
+    const T* w = weight + j * weight_stride;
+    if (j + kAhead < s.count) {  // rows are far apart: the hardware does not see them come
+      const T* next = w + kAhead * weight_stride;
+      for (int64_t c = 0; c < s.width; c += kLine) __builtin_prefetch(next + c, 0, 2);
+    }
+    if (padded != s.width) {
+      for (int64_t c = 0; c < padded; ++c) tail[c] = c < s.width ? w[c] : 0;
+      w = tail;
+    }
+    int64_t k = s.begin[j * s.step];
+    const int64_t end = s.begin[j * s.step + 1];
+    for (; end - k > kDots / 2; k += kDots) {
+      const int64_t used = end - k < kDots ? end - k : kDots;
+      dots_of<kDots>(s, s.index + k, used, w, padded, value + k);
+    }
+    if (k < end) dots_of<kDots / 2>(s, s.index + k, end - k, w, padded, value + k);
+  }
+}
+
+// out[0 .. registers) += sum of the listed rows by their values, from column c.
+template <int kCount, typename T>
+inline void sums_of(const SparseLists<T>& s, int64_t c, int64_t begin, int64_t end, const T* value,
+                    T* out, int64_t used) {
+  using V = Register<T>;
+  constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
+  alignas(64) T edge[kCount * kNumbers] = {};
+  const bool whole = used >= kCount * kNumbers;
+  if (!whole) __builtin_memcpy(edge, out, used * sizeof(T));
+  T* const at = whole ? out : edge;
+  V sum[kCount];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) sum[r] = V{};
+  for (int64_t k = begin; k < end; ++k) {
+    const T* row = s.panel + s.index[k] * s.panel_stride + c;
+    const V factor = value[k] - V{};
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      sum[r] = multiply_add(load_numbers<V>(row + r * kNumbers), factor, sum[r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+    sum[r] += load_numbers<V>(at + r * kNumbers);
+    __builtin_memcpy(at + r * kNumbers, &sum[r], sizeof(V));
+  }
+  if (!whole) __builtin_memcpy(out, edge, used * sizeof(T));
+}
+
+template <typename T>
+inline void sparse_sums(const SparseLists<T>& s, const T* value, T* out, int64_t out_stride) {
+  constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
+  for (int64_t j = 0; j < s.count; ++j) {
+    const int64_t begin = s.begin[j * s.step], end = s.begin[j * s.step + 1];
+    if (begin == end) continue;
+    T* to = out + j * out_stride;
+    int64_t c = 0;
+    for (; c + kOutputRegisters * kNumbers <= s.width; c += kOutputRegisters * kNumbers) {
+      sums_of<kOutputRegisters>(s, c, begin, end, value, to + c, s.width - c);
+    }
+    for (; c + 4 * kNumbers <= s.width; c += 4 * kNumbers) {
+      sums_of<4>(s, c, begin, end, value, to + c, s.width - c);
+    }
+    for (; c < s.width; c += kNumbers) {
+      sums_of<1>(s, c, begin, end, value, to + c, s.width - c);
+    }
+  }
+}
+
+// out [columns, rows] = in [rows, columns], transposed: a square of one cache line a side at most.
+template <typename T>
+inline void transpose_square(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+                             int64_t out_stride) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(uint32_t)) {
+    if (rows == 16 && columns == 16) {
+      __m512i a[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+      transpose_16(a);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * out_stride, a[i]);
+      return;
+    }
+  }
+#endif
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) out[j * out_stride + i] = in[i * in_stride + j];
+  }
+}
+
+// The side whose rows are farther apart is in memory and is walked along them, the other is in a
+// cache.
+template <typename T>
+inline void transpose_numbers(const T* in, int64_t in_stride, int64_t rows, int64_t columns,
+                              T* out, int64_t out_stride) {
+  constexpr int64_t kSide = 64 / sizeof(T);
+  const bool along_in = in_stride > out_stride;
+  const int64_t outer = along_in ? rows : columns, inner = along_in ? columns : rows;
+  for (int64_t a = 0; a < outer; a += kSide) {
+    for (int64_t b = 0; b < inner; b += kSide) {
+      const int64_t r = along_in ? a : b, c = along_in ? b : a;
+      transpose_square(in + r * in_stride + c, in_stride, rows - r < kSide ? rows - r : kSide,
+                       columns - c < kSide ? columns - c : kSide, out + c * out_stride + r,
+                       out_stride);
+    }
+  }
+}
+
+// out[k] += popcount(row_k & above) - popcount(row_k & below): (B S)_nj of listed rows n.
+void sign_counts(const SignCounts& s) {
+  constexpr int kRows = 4;
+  const int64_t whole = s.words / kLanes;  // registers
+  for (int64_t k = 0; k < s.count; k += kRows) {
+    const int64_t used = s.count - k < kRows ? s.count - k : kRows;
+    const uint32_t* row[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = k + (r < used ? r : used - 1);
+      row[r] = s.rows + (s.index != nullptr ? s.index[at] : at) * s.rows_stride;
+    }
+    Counts counts[kRows];
+    for (int r = 0; r < kRows; ++r) counts[r] = Vector::no_counts();
+    for (int64_t v0 = 0; v0 < whole; v0 += Vector::kFlush) {
+      const int64_t v1 = whole - v0 < Vector::kFlush ? whole : v0 + Vector::kFlush;
+      typename Vector::Partial above[kRows], below[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) above[r] = below[r] = Vector::zero();
+      for (int64_t v = v0; v < v1; ++v) {
+        const int64_t w = v * kLanes;
+        const typename Vector::Words p = Vector::load(s.above + w), m = Vector::load(s.below + w);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const typename Vector::Words bits = Vector::load(row[r] + w);
+          above[r] = Vector::add_count(above[r], bits, p);
+          below[r] = Vector::add_count(below[r], bits, m);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        counts[r] = Vector::add(counts[r], Vector::widen(above[r]));
+        counts[r] = Vector::subtract(counts[r], Vector::widen(below[r]));
+      }
+    }
+    for (int64_t r = 0; r < used; ++r) {
+      int32_t lanes[kLanes], total = 0;
+      __builtin_memcpy(lanes, &counts[r], sizeof(lanes));
+      for (int32_t lane : lanes) total += lane;
+      for (int64_t w = whole * kLanes; w < s.words; ++w) {
+        total += static_cast<int32_t>(popcount(row[r][w] & s.above[w]));
+        total -= static_cast<int32_t>(popcount(row[r][w] & s.below[w]));
+      }
+      s.out[k + r] += total;
+    }
+  }
+}
+
+void sparse_dots_f32(const SparseLists<float>& s, const float* weight, int64_t stride,
+                     float* value) {
+  sparse_dots(s, weight, stride, value);
+}
+void sparse_dots_f64(const SparseLists<double>& s, const double* weight, int64_t stride,
+                     double* value) {
+  sparse_dots(s, weight, stride, value);
+}
+void sparse_sums_f32(const SparseLists<float>& s, const float* value, float* out,
+                     int64_t stride) {
+  sparse_sums(s, value, out, stride);
+}
+void sparse_sums_f64(const SparseLists<double>& s, const double* value, double* out,
+                     int64_t stride) {
+  sparse_sums(s, value, out, stride);
+}
+void transpose_f32(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
+                   int64_t out_stride) {
+  transpose_numbers(in, in_stride, rows, columns, out, out_stride);
+}
+void transpose_f64(const double* in, int64_t in_stride, int64_t rows, int64_t columns, double* out,
+                   int64_t out_stride) {
+  transpose_numbers(in, in_stride, rows, columns, out, out_stride);
+}
+
+constexpr Kernels with_sparse(Kernels k) {
+  k.sparse_f32 = {sparse_dots_f32, sparse_sums_f32, transpose_f32};
+  k.sparse_f64 = {sparse_dots_f64, sparse_sums_f64, transpose_f64};
+  k.sign_counts = sign_counts;
+  return k;
+}
+
+}  // namespace
+}  // namespace bae_fast
