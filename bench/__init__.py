@@ -1,6 +1,18 @@
 """Measurements, and the README's tables made from them.
 
-``python -m bench`` runs every suite, writes ``bench/results/<suite>.json`` with the environment it
-ran in, and regenerates the tables between the markers in README.md. ``python -m bench memory``
-runs one suite; ``python -m bench --tables`` only regenerates the tables from committed results.
+``python -m bench`` (``make bench``) runs the suites that measure speed and memory, writes
+``bench/results/<suite>.json`` with the environment it ran in, and regenerates the tables between
+the markers in README.md. ``python -m bench step --only rectangle-512`` tries a few cases and writes
+nothing; ``--tables`` only regenerates the tables from committed results; ``recipe`` and
+``ablation``, which train, run by name.
+
+| file | what |
+|---|---|
+| ``eager.py`` | the paper's program in plain PyTorch, as it is, under autocast, compiled |
+| ``exact.py`` | float64 and integers that every side is checked against before it is timed |
+| ``inputs.py``, ``timing.py`` | random inputs; checks, turns, medians, peaks, the roofline |
+| ``ceilings.py``, ``ceiling.cpp`` | what the machine can do at best |
+| ``step.py``, ``operators.py``, ``levels.py``, ``memory.py`` | the suites |
+| ``test_*.py`` | the same comparisons under pytest: tiny and untimed, or with |
+| | ``pytest bench --benchmark-enable`` at full size by pytest-benchmark, a side at a time |
 """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,23 @@ import torch
 
 import bae_fast
 from bae_fast.files import read_json, write_json, write_text
-from bench import ablation, memory, recipe, step
+from bench import ablation, levels, memory, operators, recipe, step, tables
+from bench.inputs import simd
+from bench.timing import SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 
-SUITES = {"memory": memory, "step": step, "recipe": recipe, "ablation": ablation}
+MEASURED: dict[str, Any] = {
+    "step": step,
+    "memory": memory,
+    "operators": operators,
+    "levels": levels,
+}
+# these train for an hour and more: only by name
+TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
+SUITES = MEASURED | TRAINED
 
 
 def cpu_name() -> str:
@@ -43,46 +55,63 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": cpu_name(),
         "capabilities": [name for name in wanted if capabilities.get(name)],
+        "simd": simd(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
 
 
-def splice(text: str, name: str, table: str) -> str:
-    """Replace what stands between the markers of one suite.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"README.md must hold {begin} and {end}")
-    before, rest = text.split(begin, 1)
-    return before + begin + "\n" + table.strip() + "\n" + end + rest.split(end, 1)[1]
+def refusals(result: dict[str, Any]) -> list[str]:
+    """What was refused in a result, one line each."""
+    return [
+        f"{tables.line(row | {'sides': {}})}{name}: {side['refused']}"
+        for row in result["rows"]
+        for name, side in row.get("sides", {}).items()
+        if "refused" in side
+    ]
 
 
-def regenerate() -> None:
-    """Write every committed result's table into README.md."""
-    text = README.read_text(encoding="utf-8")
+def regenerated(text: str) -> str:
+    """The README's text with the table of every committed result."""
     for name, suite in SUITES.items():
         path = RESULTS / f"{name}.json"
         if path.is_file():
-            text = splice(text, name, suite.table(read_json(path)))
-    write_text(README, text)
+            text = tables.splice(text, name, suite.table(read_json(path)))
+    return text
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 1 where a side was wrong and got no figure."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suites", nargs="*", choices=[[], *SUITES], help="default: all")
+    parser.add_argument(
+        "suites", nargs="*", help=f"of {', '.join(SUITES)}; default: {', '.join(MEASURED)}"
+    )
     parser.add_argument("--tables", action="store_true", help="only regenerate the README's tables")
-    arguments = parser.parse_args()
-    if not arguments.tables:
-        for name in arguments.suites or SUITES:
-            print(f"== {name}", flush=True)
-            result = {"environment": environment(), "rows": SUITES[name].run()}
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only cases whose name holds it; prints, writes nothing"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of timing a comparison (default: 4)"
+    )
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"suites must be of {', '.join(SUITES)}; got {unknown[0]!r}")
+    refused = []
+    for name in () if options.tables else options.suites or MEASURED:
+        print(f"== {name}", flush=True)
+        more = {"only": options.only or "", "seconds": options.seconds} if name in MEASURED else {}
+        result = {"environment": environment(), **SUITES[name].run(**more)}
+        refused += refusals(result)
+        if options.only is None:
             write_json(RESULTS / f"{name}.json", result)
             print(SUITES[name].table(result), flush=True)
-    regenerate()
+    if options.only is None:
+        write_text(README, regenerated(README.read_text(encoding="utf-8")))
+    for line in refused:
+        print(f"refused: {line}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -148,7 +148,7 @@ def train_topk(
     }
 
 
-def run() -> list[dict[str, Any]]:
+def run() -> dict[str, Any]:
     """Every run, one after the other."""
     splits = rows()
     results = []
@@ -160,7 +160,7 @@ def run() -> list[dict[str, Any]]:
         for seed in SEEDS:
             results.append(train_topk(k, steps, seed, *splits[split]) | {"split": split})
             print(results[-1], flush=True)
-    return results
+    return {"rows": results}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,134 +1,233 @@
-"""Seconds of one forward and backward: packed against the dense program, all in one process.
+"""A whole training step with its optimizer, in turns in one process.
 
-Random data of stated shape; sides alternate and medians are compared. Before anything is timed,
-the packed sides' bits and integer covariance are checked against the dense ones: a wrong side
-gets no figure.
+    zero_grad, forward, loss = mse + 1e-7 H + 1e-7 D, backward, Adam
+
+The dense program uses torch.optim.Adam as it comes, as its user writes it; ours
+Adam(fused=True), as :class:`bae_fast.training.Trainer` does. bf16: products under bfloat16
+autocast with rows of hidden states in bfloat16, again as the Trainer does. The learning rate is
+so small that the density stays while the step is repeated; nothing depends on it otherwise.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bae_fast import binary_autoencoder
 from bae_fast.ops import registry
-from bench.eager import eager_loss
+from bae_fast.packing import n_words, unpack_rows
+from bench import ceilings, eager, exact, tables
+from bench.exact import Closeness
+from bench.inputs import SHAPES, TINY, WIDTH, half_side, implementations, tensors
+from bench.timing import SECONDS, Comparison, Side, compare
 
-# (N, d, F): F/d of 4 and 16
-SHAPES = [(512, 576, 2304), (512, 512, 8192)]
-REPEATS = 7
+ENTROPY_WEIGHT = COVARIANCE_WEIGHT = 1e-7
+LEARNING_RATE = 1e-9
 
+# features whose gradients are checked; the loss counts all
+CHECKED = 512
 
-def tensors(n: int, d: int, f: int) -> list[torch.Tensor]:
-    """x and parameters with about half of the bits on, as the paper's program starts."""
-    torch.manual_seed(0)
-    shapes = [(d, f), (f,), (f, d), (d,)]
-    parameters = [(torch.randn(s) * s[0] ** -0.5).requires_grad_() for s in shapes]
-    return [torch.randn(n, d), *parameters]
-
-
-def implementations() -> list[str]:
-    """The packed implementations that can run on a CPU here, the default first."""
-    request = registry.Request("cpu", torch.float32)
-    return [n for n in registry.AUTO_ORDER["cpu"] if not registry.reasons_against(n, request)]
+# relative error allowed to the compiled program, whose bits cannot be had: a single one that it
+# rounds to the other side moves the gradients by several 1e-4
+COMPILED = 1e-2
 
 
-def packed(impl: str, covariance: bool) -> Callable[..., None]:
-    """One step of a packed implementation."""
+class Objective(NamedTuple):
+    """What a step minimises, and at which density."""
 
-    def run(x: torch.Tensor, *parameters: torch.Tensor) -> None:
-        out = binary_autoencoder(
-            x, *parameters, surrogate="identity", covariance=covariance, impl=impl
-        )
-        loss = (x - out.recon).square().mean() + 1e-7 * out.entropy
-        (loss if out.covariance is None else loss + 1e-7 * out.covariance).backward()
+    surrogate: str
+    covariance: bool
+    density: float
 
-    return run
-
-
-def dense(covariance: bool) -> Callable[..., None]:
-    """One step of the dense program."""
-
-    def run(x: torch.Tensor, *parameters: torch.Tensor) -> None:
-        eager_loss(x, *parameters, covariance_weight=1e-7 if covariance else None).backward()
-
-    return run
+    @property
+    def width(self) -> float | None:
+        """Of the surrogate, where it has one."""
+        return WIDTH if self.surrogate == "rectangle" else None
 
 
-def check(impl: str, x: torch.Tensor, *parameters: torch.Tensor) -> None:
-    """Raise AssertionError where the packed side is wrong; sampled columns, exact integers."""
-    with torch.no_grad():
-        out = binary_autoencoder(x, *parameters, covariance=True, impl=impl)
-        bits = out.code.to_dense()
-        pre = x.double() @ parameters[0].double() + parameters[1].double()
-        unsure = pre.abs() < 1e-4
-        assert torch.equal(bits | unsure, (pre > 0) | unsure)
-        b = bits[:, :512].double()
-        n, counts = len(b), b.sum(0)
-        v = n * b.T @ b - torch.outer(counts, counts)
-        numerator = int(v.abs().sum() - v.diagonal().abs().sum())
-        sample = type(out.code).from_dense(bits[:, :512]).statistics(covariance=True, impl=impl)
-        assert int(sample.numerator) == numerator  # type: ignore[arg-type]
+OBJECTIVES = {
+    "paper": Objective("identity", True, 0.5),
+    "rectangle": Objective("rectangle", True, 0.03),
+    "no covariance": Objective("rectangle", False, 0.03),
+}
+
+# beyond this many features the dense side is not run: F x F floats several times over
+MOST_DENSE = 16384
+
+CASES = [
+    *(("paper", *shape) for shape in SHAPES),
+    *(("rectangle", *shape) for shape in SHAPES),
+    ("no covariance", 512, 576, 2304),
+    ("no covariance", 512, 2048, 8192),
+    ("paper", 512, 1024, 32768),
+]
+TINY_CASES = [(name, *shape) for name in OBJECTIVES for shape in TINY]
 
 
-def run() -> list[dict[str, Any]]:
-    """Medians of every shape, with and without the covariance."""
+def sides_of(f: int) -> list[str]:
+    """Names for F features."""
+    if f > MOST_DENSE:
+        return [implementations()[0], *half_side()]
+    return [*eager.PROGRAMS, *implementations(), *half_side()]
+
+
+def parameters_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of W_enc, b_enc, W_dec, b_dec that ask for a gradient."""
+    return [tensor.clone().requires_grad_() for tensor in tensors[1:]]
+
+
+def dense_step(
+    name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
+) -> Callable[[], Tensor]:
+    """One step of the dense program; returns the loss."""
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    loss_of = eager.program(
+        name,
+        functools.partial(
+            eager.eager_loss,
+            width=objective.width,
+            entropy_weight=ENTROPY_WEIGHT,
+            covariance_weight=COVARIANCE_WEIGHT if objective.covariance else None,
+        ),
+    )
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(x, *parameters)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def packed_step(
+    name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
+) -> Callable[[], Tensor]:
+    """One step of an implementation, "cpp" or "cpp bf16"; returns the loss."""
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    half = exact.is_half(name)
+    rows = x.bfloat16() if half else x
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with eager.autocast(half):
+            out = binary_autoencoder(
+                rows, *parameters,
+                surrogate=objective.surrogate, surrogate_width=objective.width,
+                covariance=objective.covariance, impl=name.split()[0],
+            )  # fmt: skip
+            loss = (rows - out.recon).square().mean(dtype=torch.float32)
+        loss = loss + ENTROPY_WEIGHT * out.entropy
+        if out.covariance is not None:
+            loss = loss + COVARIANCE_WEIGHT * out.covariance
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def step_of(
+    name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
+) -> Callable[[], Tensor]:
+    """One step of any side."""
+    make = dense_step if name in eager.PROGRAMS else packed_step
+    return make(name, objective, x, parameters)
+
+
+def own_bits(
+    name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Bits and window ``[N, F]`` as a side itself rounds them."""
+    W_enc, b_enc = (p.detach() for p in parameters[:2])
+    width = objective.width
+    if name in eager.PROGRAMS:
+        with eager.autocast(name == "autocast"):
+            pre = x @ W_enc + b_enc
+        return pre > 0, None if width is None else pre.abs() < width
+    rows = x.bfloat16() if exact.is_half(name) else x
+    encode = registry.BACKENDS[name.split()[0]].ops["encode"]
+    words, window, *_ = encode(rows, W_enc, b_enc, None, width)
+    f = W_enc.shape[1]
+    return unpack_rows(words, f), None if width is None else unpack_rows(window, f)
+
+
+def build(name: str, n: int, d: int, f: int) -> Comparison:
+    """The comparison of one objective at one shape."""
+    objective = OBJECTIVES[name]
+    given = tensors(n, d, f, objective.density)
+    x = given[0]
+    # the same start for every side, parameters of its own
+    parameters = {side: parameters_of(given) for side in sides_of(f)}
+    features = torch.randperm(f, generator=torch.Generator().manual_seed(0))[:CHECKED]
+    right_bits, close = exact.Bits(*given[:3]), Closeness(compile=COMPILED)
+    known: list[tuple[Tensor, Tensor | None, exact.Gradients]] = []
+
+    def truth(bits: Tensor, window: Tensor | None) -> exact.Gradients:
+        for b, w, gradients in known:
+            if torch.equal(b, bits) and (window is None or w is None or torch.equal(w, window)):
+                return gradients
+        gradients = exact.training_gradients(
+            x, given[1:], bits, window, features,
+            entropy_weight=ENTROPY_WEIGHT,
+            covariance_weight=COVARIANCE_WEIGHT if objective.covariance else None,
+        )  # fmt: skip
+        known.append((bits, window, gradients))
+        return gradients
+
+    def check(side: str, loss: Tensor) -> None:
+        bits, window = own_bits(side, objective, x, given[1:])
+        dtype = torch.bfloat16 if exact.is_half(side) else torch.float32
+        right_bits.check(bits, dtype, side == "autocast")
+        right = truth(bits, window)
+        W_enc, b_enc, W_dec, b_dec = (p.grad for p in parameters[side])
+        close.check(side, "loss", loss, right.loss)
+        close.check(side, "gradient of W_enc", W_enc[:, features], right.W_enc, right.W_enc_slack)
+        close.check(side, "gradient of b_enc", b_enc[features], right.b_enc, right.b_enc_slack)
+        close.check(side, "gradient of W_dec", W_dec[features], right.W_dec)
+        close.check(side, "gradient of b_dec", b_dec, right.b_dec)
+
+    work = {
+        "flops": 10.0 * n * d * f,
+        "bytes": 4.0 * n * n_words(f),
+        "optimizer_bytes": 28.0 * sum(p.numel() for p in given[1:]),
+    }
+    if objective.covariance:
+        work["bit_macs"] = n * f * (f - 1) / 2 + float(n * f * f)
+    case = {"objective": name, "n": n, "d": d, "f": f} | objective._asdict()
+    sides = {s: Side(step_of(s, objective, x, parameters[s])) for s in sides_of(f)}
+    return Comparison(case, sides, check, work)
+
+
+def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
+    """Every case; ``only`` those whose name holds that text."""
+    ceiling = ceilings.measure()
     rows = []
-    for n, d, f in SHAPES:
-        inputs = tensors(n, d, f)
-        for impl in implementations():
-            check(impl, *inputs)
-        for covariance in (False, True):
-            sides = {impl: packed(impl, covariance) for impl in implementations()}
-            sides["dense"] = dense(covariance)
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for turn in range(REPEATS + 1):
-                for name, side in sides.items():
-                    start = time.perf_counter()
-                    side(*inputs)
-                    if turn:  # the first warms up
-                        seconds[name].append(time.perf_counter() - start)
-                    for parameter in inputs[1:]:
-                        parameter.grad = None
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            rows.append(
-                {"n": n, "d": d, "f": f, "covariance": covariance, "dtype": "float32"}
-                | {f"{name}_seconds": round(value, 4) for name, value in medians.items()}
-                | {
-                    f"{name}_speedup": round(medians["dense"] / value, 2)
-                    for name, value in medians.items()
-                    if name != "dense"
-                }
-            )
-    return rows
+    for case in CASES:
+        if only in tables.name(case):
+            rows.append(compare(build(*case), ceiling, seconds))
+            print(tables.line(rows[-1]), flush=True)
+    return {"ceilings": ceiling, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
-    environment = result["environment"]
-    names = [k.removesuffix("_speedup") for k in result["rows"][0] if k.endswith("_speedup")]
-    lines = [
-        "| N, d, F | covariance | dense eager | "
-        + " | ".join(f"`{name}` (ratio)" for name in names)
-        + " |",
-        "|---|---|---" + "|---" * len(names) + "|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['n']}, {row['d']}, {row['f']} | {'yes' if row['covariance'] else 'no'} "
-            f"| {row['dense_seconds'] * 1e3:.0f} ms | "
-            + " | ".join(
-                f"{row[f'{name}_seconds'] * 1e3:.0f} ms ({row[f'{name}_speedup']:.1f})"
-                for name in names
-            )
-            + " |"
-        )
-    return "\n".join(lines) + (
-        f"\n\nfloat32, forward and backward without optimizer, half of the bits on, medians of "
-        f"{REPEATS}, both sides alternating in one process; {environment['cpu']}, "
-        f"{environment['threads']} threads, torch {environment['torch']}."
+    return tables.comparison(
+        result["rows"],
+        {"objective": lambda row: row["objective"], "N, d, F": tables.shape},
+    ) + (
+        "\n\nTimes, and how many times faster than eager float32; medians, all sides in turns in "
+        "one process, checked against float64 first. paper: identity surrogate, half of the bits "
+        "on, covariance; rectangle: 3 % of the bits on, covariance; no covariance: the same "
+        "without. eager, autocast (bfloat16) and compile end in Adam as it comes, ours in "
+        "Adam(fused=True). Of the floor: the products at torch's GEMM rate, the counts at the "
+        "instruction ceiling and Adam at the speed of a copy, against the first of ours. "
+        + tables.ceilings(result)
+        + " "
+        + tables.machine(result)
     )

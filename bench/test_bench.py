@@ -1,31 +1,284 @@
-"""The bench code runs: correctness checks of every suite, and pytest-benchmark on one small step.
+"""The suites refuse what is wrong, time what they say, and the README shows their results."""
 
-``pytest bench --benchmark-enable`` times; without it each function runs once, untimed.
-"""
+import functools
+import time
 
 import pytest
 import torch
 
-from bench import step
-from bench.__main__ import splice
+from bae_fast import reference
+from bae_fast.ops import registry
+from bench import ceilings, eager, exact, inputs, levels, memory, operators, step, tables, timing
+from bench.__main__ import README, RESULTS, SUITES, environment, main, regenerated
+from bench.inputs import TINY
+
+DEFAULT = inputs.implementations()[0]
+needs_linux = pytest.mark.skipif(
+    not memory.Path("/proc/self/status").exists(), reason="reads /proc/self/status"
+)
 
 
-@pytest.mark.parametrize("impl", step.implementations())
-def test_the_timed_side_is_checked_before_it_is_timed(impl):
-    step.check(impl, *step.tensors(64, 24, 600))
+# -- what is checked against -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("covariance", [False, True])
-@pytest.mark.parametrize("side", [*step.implementations(), "dense"])
-def test_step(benchmark, side, covariance):
-    inputs = step.tensors(128, 64, 512)
-    run = step.dense(covariance) if side == "dense" else step.packed(side, covariance)
-    benchmark(run, *inputs)
-    assert all(torch.isfinite(p.grad).all() for p in inputs[1:])
+@pytest.mark.parametrize("name", step.OBJECTIVES)
+def test_the_formulas_at_full_size_equal_autograd_through_the_reference(name):
+    objective = step.OBJECTIVES[name]
+    x, *parameters = (t.double() for t in inputs.tensors(*TINY[0], objective.density))
+    parameters = [p.requires_grad_() for p in parameters]
+    out = reference.binary_autoencoder(
+        x, *parameters, surrogate=objective.surrogate, width=inputs.WIDTH,
+        covariance=objective.covariance,
+    )  # fmt: skip
+    loss = reference.loss(out, x, 1e-3, 1e-3)
+    loss.backward()
+    pre = (x @ parameters[0] + parameters[1]).detach()
+    features = torch.randperm(TINY[0][2])[:100]
+    found = exact.training_gradients(
+        x, parameters, pre > 0, None if objective.width is None else pre.abs() < objective.width,
+        features, entropy_weight=1e-3,
+        covariance_weight=1e-3 if objective.covariance else None,
+    )  # fmt: skip
+    W_enc, b_enc, W_dec, b_dec = (p.grad for p in parameters)
+    right = (loss, W_enc[:, features], b_enc[features], W_dec[features], b_dec)
+    for got, expected in zip(found[:5], right, strict=True):
+        assert exact.relative_error(got, expected.detach()) < 1e-12
+
+
+def test_the_covariance_by_blocks_equals_the_reference(monkeypatch):
+    monkeypatch.setattr(exact, "BLOCK", 100)
+    bits = (torch.rand(40, 331) < 0.3).float()
+    dense = bits.double().requires_grad_()
+    n = torch.tensor(40.0, dtype=torch.float64)
+    value = reference.absolute_covariance(dense.t() @ dense, dense.sum(0), n)
+    assert exact.covariance_numerator(bits) == round(value.item() * 40 * 39)
+    left = torch.randn(40, 5, dtype=torch.float64)
+    found, slack = exact.covariance_gradient(bits, left)
+    expected = left.t() @ torch.autograd.grad(value, dense)[0]
+    assert exact.relative_error(found, expected) < 1e-12
+    assert bool((slack > 0).any())  # N = 40 has ties
+
+
+# -- refusal -----------------------------------------------------------------------------------
+
+
+def spoiled(result, index, change):
+    if not isinstance(result, tuple):
+        return change(result)
+    return tuple(change(part) if i == index else part for i, part in enumerate(result))
+
+
+def flip_a_bit(words):
+    words = words.clone()
+    words[0, 0] ^= 1
+    return words
+
+
+def scale_a_column(numbers):
+    numbers = numbers.clone()
+    numbers[..., 0] *= 1.01
+    return numbers
+
+
+# operator of the suite -> operator of the backend, which result, what is done to it
+FAULTS = {
+    "encode": ("encode", 0, flip_a_bit),
+    "decode": ("decode", 0, scale_a_column),
+    "decoder_backward": ("decoder_backward", 0, scale_a_column),
+    "covariance": ("covariance", 0, lambda numerator: numerator + 2),
+    "covariance_backward": ("encoder_backward", 1, scale_a_column),
+    "encoder_backward": ("encoder_backward", 1, scale_a_column),
+}
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    def install(operator):
+        name, index, change = FAULTS[operator]
+        right = registry.BACKENDS[DEFAULT].ops[name]
+        monkeypatch.setitem(
+            registry.BACKENDS[DEFAULT].ops,
+            name,
+            lambda *args: spoiled(right(*args), index, change),
+        )
+
+    return install
+
+
+def row_of(comparison, *names):
+    """The row of some of the sides."""
+    sides = {name: comparison.sides[name] for name in names}
+    return timing.compare(comparison._replace(sides=sides), seconds=0)
+
+
+@pytest.mark.parametrize("operator", FAULTS)
+def test_a_wrong_operator_gets_no_figure(operator, faulty):
+    faulty(operator)
+    row = row_of(operators.build(operator, *TINY[0], 0.5), "eager", DEFAULT)
+    assert row["sides"][DEFAULT].keys() == {"refused"}
+    assert row["sides"]["eager"]["seconds"] > 0
+    assert "refused" in tables.line(row)
+
+
+@pytest.mark.parametrize("operator", ["decode", "decoder_backward", "encoder_backward"])
+def test_a_wrong_operator_spoils_the_step(operator, faulty):
+    faulty(operator)
+    row = row_of(step.build("paper", *TINY[0]), "eager", DEFAULT)
+    assert row["sides"][DEFAULT].keys() == {"refused"}
+
+
+def test_a_wrong_dense_program_gets_no_figure_either(monkeypatch):
+    right = eager.absolute_covariance
+    monkeypatch.setattr(eager, "absolute_covariance", lambda bits: 1.01 * right(bits))
+    row = row_of(operators.build("covariance", *TINY[0], 0.5), "eager", DEFAULT)
+    assert row["sides"]["eager"].keys() == {"refused"}
+    assert "ratio" not in row["sides"][DEFAULT]
+
+
+def test_an_operator_that_raises_is_refused_with_the_reason(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setitem(registry.BACKENDS[DEFAULT].ops, "decode", broken)
+    row = row_of(operators.build("decode", *TINY[0], 0.5), DEFAULT)
+    assert row["sides"][DEFAULT] == {"refused": "RuntimeError: no such luck"}
+
+
+def test_a_program_that_does_not_compile_is_said_and_refuses_nothing(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(eager, "COMPILER", broken)
+    row = row_of(operators.build("decode", *TINY[0], 0.5), "compile", DEFAULT)
+    assert "no C++ compiler" in row["sides"]["compile"]["unavailable"]
+    assert "does not compile" in tables.line(row)
+    assert row["sides"][DEFAULT]["seconds"] > 0
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """The whole of ``python -m bench operators`` in a second, writing elsewhere."""
+    monkeypatch.setattr("bench.__main__.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.__main__.README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- bench:operators --><!-- /bench:operators -->\n")
+    monkeypatch.setattr(operators, "SHAPES", TINY)
+    monkeypatch.setattr(operators, "SHOWN", TINY[0])
+    monkeypatch.setattr(operators, "OPERATORS", {"covariance": operators.covariance})
+    for name, value in {"GEMM_SIDE": 64, "COPY_BYTES": 2**16, "TRY_SECONDS": 0.0}.items():
+        monkeypatch.setattr(ceilings, name, value)
+    monkeypatch.setattr(ceilings, "PROBE_SECONDS", 0.001)
+    return tmp_path
+
+
+def test_a_suite_ends_with_a_status_and_its_table(quick, faulty, capsys):
+    run = functools.partial(main, ["operators", "--seconds", "0"])
+    assert run() == 0
+    lines = (quick / "README.md").read_text().splitlines()
+    assert sum(line.startswith("|") for line in lines) == 2 + len(inputs.DENSITIES)
+    assert (quick / "operators.json").is_file()
+    faulty("covariance")
+    assert run() == 1
+    assert "| refused |" in (quick / "README.md").read_text()
+    assert "the numerator is" in capsys.readouterr().err
+
+
+def test_the_table_of_steps_has_a_line_a_case_and_a_cell_a_side(quick, monkeypatch):
+    monkeypatch.setattr(step, "CASES", step.TINY_CASES[:1])
+    result = {"environment": environment(), **step.run(seconds=0)}
+    header, _, line = [t for t in step.table(result).splitlines() if t.startswith("|")]
+    assert all(name in header for name in step.sides_of(TINY[0][-1]))
+    assert header.count("|") == line.count("|")
+    assert line.startswith("| paper | 66, 24, 331 |")
+    assert line.count("ms") == len(step.sides_of(TINY[0][-1]))
+    assert "%" in line or inputs.simd() not in result["ceilings"]["bit_macs"]  # of the floor
+    assert result["rows"][0]["sides"]["eager"]["flops_per_second"] > 0
+
+
+def test_a_partial_run_writes_nothing(quick):
+    before = (quick / "README.md").read_text()
+    assert main(["operators", "--only", "covariance-66", "--seconds", "0"]) == 0
+    assert [path.name for path in quick.iterdir()] == ["README.md"]
+    assert (quick / "README.md").read_text() == before
+
+
+def test_an_unknown_suite_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["speed"])
+    assert "got 'speed'" in capsys.readouterr().err
+
+
+# -- measuring ---------------------------------------------------------------------------------
+
+
+def test_sides_take_turns_and_preparing_is_not_timed():
+    calls = []
+
+    def side(name):
+        return timing.Side(calls.append, lambda: (time.sleep(0.02), (name,))[1])
+
+    times = timing.interleaved({"a": side("a"), "b": side("b")}, seconds=0)
+    assert "".join(calls) == "baabba"
+    assert len(times["a"]) == len(times["b"]) == timing.LEAST
+    assert max(times["a"] + times["b"]) < 0.02
+
+
+@needs_linux
+def test_the_peak_is_what_a_call_makes_and_drops():
+    size = 2**26
+    assert timing.peak_bytes(lambda: torch.ones(size // 4)) > 0.9 * size
+    assert timing.peak_bytes(lambda: None) < size // 4
+
+
+@needs_linux
+def test_memory_of_both_sides_is_measured_in_processes_of_their_own():
+    found = memory.compare(64, 16, 2048, impl="torch", objective="paper")
+    assert found["dense"]["peak_bytes"] > memory.DENSE_SQUARES * 2048**2 * 3
+    assert 0 < found["ratio"] < 1
+    assert "1 /" in memory.table({"rows": [found]})
+
+
+@needs_linux
+def test_memory_that_would_not_fit_is_said_to_be_arithmetic(monkeypatch):
+    right = memory.available_bytes
+    assert right() > 0
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(
+        memory, "in_fresh_process", lambda side, case: {"side": side, "peak_bytes": 2**20}
+    )
+    found = memory.compare(64, 16, 1024, impl="torch", objective="paper")
+    assert found["dense"] == {
+        "side": "dense", "peak_bytes": 16 * 1024**2, "arithmetic": True,
+    }  # fmt: skip
+    assert "arithmetic" in memory.table({"rows": [found]})
+
+
+@pytest.mark.skipif(DEFAULT != "cpp", reason="the compiled kernels are not there")
+def test_a_level_is_measured_in_its_own_process_or_missing_with_the_reason():
+    scalar = levels.run(only="scalar", seconds=0, shape=TINY[0])
+    assert [row["level"] for row in scalar["rows"]] == ["scalar", "scalar"]
+    assert all("seconds" in row["sides"]["cpp"] for row in scalar["rows"])
+    assert "`scalar`" in levels.table(scalar)
+
+
+def test_the_probe_knows_the_level_in_use(quick):
+    found = ceilings.measure()
+    assert found["gemm_float32"] > 0
+    assert found["copy"] > 0
+    if ceilings._probe() is not None and inputs.simd() in ("scalar", "avx2", "avx512", "amx"):
+        assert found["bit_macs"][inputs.simd()] > 0
+
+
+# -- the README --------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_committed_results():
+    text = README.read_text(encoding="utf-8")
+    assert regenerated(text) == text
+    assert {path.stem for path in RESULTS.glob("*.json")} <= SUITES.keys()
 
 
 def test_tables_replace_what_stands_between_their_markers():
     text = "a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb\n"
-    assert splice(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb\n"
+    assert tables.splice(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb\n"
     with pytest.raises(ValueError, match=r"README\.md must hold"):
-        splice(text, "y", "new")
+        tables.splice(text, "y", "new")

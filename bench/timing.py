@@ -1,0 +1,214 @@
+"""Comparisons: sides that are checked, then timed in turns in one process.
+
+A :class:`Comparison` is a case and its sides. ``python -m bench`` runs it with :func:`compare`,
+pytest-benchmark one side after the other; both check the very call that is timed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from bench.exact import WrongResultError, is_half
+from bench.inputs import simd
+
+SECONDS = 4.0  # of one comparison, all sides
+LEAST, MOST = 3, 25  # rounds
+COMPILE_SECONDS = 120
+
+
+class Side(NamedTuple):
+    """One program: ``run(*prepare())`` is one call, of which only ``run`` is timed."""
+
+    run: Callable[..., Any]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
+
+
+class Comparison(NamedTuple):
+    """What is timed on one input.
+
+    Attributes:
+        case: what names the row: operator, sizes, density, ...
+        sides: by name; the first is the one that ratios are taken to.
+        check: raises :class:`bench.exact.WrongResultError` for the name and the result of a side.
+        work: what a call needs at least: "flops" (of the dense products), "bit_macs", "bytes",
+            "optimizer_bytes".
+    """
+
+    case: dict[str, Any]
+    sides: dict[str, Side]
+    check: Callable[[str, Any], None]
+    work: dict[str, float]
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in self.case.values())
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (highest so far) of this process, in bytes; Linux only.
+
+    Not getrusage: its high-water mark survives exec, so a fresh process would inherit its
+    parent's.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def settled_bytes() -> int:
+    """Resident memory once what was freed has gone back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes("VmRSS")
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """How far a call drives resident memory above where it stood; what it returns is dropped."""
+    baseline = settled_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    run()
+    return max(resident_bytes("VmHWM") - baseline, 0)
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block after some seconds; main thread only."""
+
+    def late(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def interleaved(sides: dict[str, Side], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call, the sides taking turns, in every other round backwards."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(MOST):
+            if turn >= LEAST and time.perf_counter() - start > seconds:
+                break
+            for name in order if turn % 2 else reversed(order):
+                arguments = sides[name].prepare()
+                begin = time.perf_counter()
+                result = sides[name].run(*arguments)
+                times[name].append(time.perf_counter() - begin)
+                del arguments, result
+    finally:
+        gc.enable()
+    return times
+
+
+def verify(comparison: Comparison, name: str) -> None:
+    """Call one side once and check what it gave.
+
+    Raises:
+        WrongResultError: the result is wrong, or there is none.
+    """
+    side, context = comparison.sides[name], contextlib.ExitStack()
+    if name == "compile":
+        # too many shapes in one process must not end in a silent fall back to eager
+        context.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
+        context.enter_context(limited(COMPILE_SECONDS))
+    try:
+        with context:
+            result = side.run(*side.prepare())
+    except Exception as error:
+        raise WrongResultError(f"{type(error).__name__}: {error}") from error
+    comparison.check(name, result)
+
+
+def compare(
+    comparison: Comparison, ceilings: dict[str, Any] | None = None, seconds: float = SECONDS
+) -> dict[str, Any]:
+    """A row of results: every side checked, then timed in turns.
+
+    A side that is wrong gets ``refused`` with the reason and no figure; a program that could not
+    be compiled gets ``unavailable``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in comparison.sides:
+        found[name] = {}
+        try:
+            verify(comparison, name)
+        except WrongResultError as error:
+            # the compiler's own failures are its own; a result that is wrong is refused
+            compiler = name == "compile" and error.__cause__ is not None
+            key = "unavailable" if compiler else "refused"
+            # a compiler's first line only names it
+            found[name][key] = " ".join(str(error).split("\n")[:2])
+            print(f"{comparison}: {name}: {key}: {found[name][key]}", flush=True)
+    sides = {name: side for name, side in comparison.sides.items() if not found[name]}
+    for name, side in sides.items():
+        arguments = side.prepare()
+        if sys.platform == "linux":
+            found[name]["peak_bytes"] = peak_bytes(lambda s=side, a=arguments: s.run(*a))
+        else:
+            side.run(*arguments)
+        del arguments
+    for name, times in interleaved(sides, seconds).items():
+        found[name] |= {"seconds": statistics.median(times), "rounds": len(times)}
+        if ceilings is not None:
+            found[name] |= shares(comparison.work, found[name]["seconds"], name, ceilings)
+    first = next(iter(comparison.sides))
+    if "seconds" in found[first]:
+        for name in sides:
+            found[name]["ratio"] = found[first]["seconds"] / found[name]["seconds"]
+    return comparison.case | {"work": comparison.work, "sides": found}
+
+
+# -- roofline ----------------------------------------------------------------------------------
+
+
+def shares(
+    work: dict[str, float], seconds: float, side: str, ceilings: dict[str, Any]
+) -> dict[str, Any]:
+    """Rates of a side, their shares of the ceilings, and the least seconds these allow.
+
+    What has no ceiling here (no compiler, a level the probe lacks) is left out. The parts of a
+    call follow one another, so the floor adds the time of products, counts and the optimizer;
+    moving the other bytes can overlap with them: the larger of the two counts.
+    """
+    rates = {
+        "flops": ceilings.get("gemm_bfloat16" if is_half(side) else "gemm_float32"),
+        "bit_macs": ceilings["bit_macs"].get(simd()),
+        "bytes": ceilings.get("copy"),
+        "optimizer_bytes": ceilings.get("copy"),
+    }
+    floors = {name: amount / rate for name, amount in work.items() if (rate := rates[name])}
+    found: dict[str, Any] = {}
+    for name, floor in floors.items():
+        found |= {f"{name}_per_second": work[name] / seconds, f"{name}_share": floor / seconds}
+    if floors.keys() == work.keys():  # else one was not measured
+        memory = floors.pop("bytes")
+        found["floor_seconds"] = max(sum(floors.values()), memory)
+        found["floor_share"] = found["floor_seconds"] / seconds
+    return found
