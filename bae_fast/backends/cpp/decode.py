@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
-from bae_fast.backends.cpp.extension import op
+from bae_fast.backends.cpp.extension import empty_gradient, op
 from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
 
@@ -67,7 +67,7 @@ def _gradient_of_bits(
     words: Tensor, grad_recon: Tensor, n_columns: int, dtype: torch.dtype
 ) -> Tensor | None:
     """None as above."""
-    grad_W = torch.empty(n_columns, grad_recon.shape[1])
+    grad_W = empty_gradient(n_columns, grad_recon.shape[1], torch.float32)
     if dtype == grad_recon.dtype == torch.float32:
         gather = _gathers(words, n_columns)
         if gather is None:

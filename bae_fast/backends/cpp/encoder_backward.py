@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
-from bae_fast.backends.cpp.extension import op
+from bae_fast.backends.cpp.extension import empty_gradient, op
 from bae_fast.backends.cpp.sparse_backward import is_sparse, sparse_backward
 from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import (
@@ -62,9 +62,7 @@ def encoder_backward(
     wide = sum_dtype(dtype)
     need_x, need_W, need_b = needs
     grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
-    grad_W = torch.empty_like(
-        W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format
-    )
+    grad_W = empty_gradient(*W_enc.shape, W_enc.dtype) if need_W else W_enc.new_empty(0)
     column_sum = torch.empty(k, dtype=torch.float64)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
     words, window = dense_rows(words), dense_rows(window)
@@ -93,7 +91,9 @@ def encoder_backward(
     rest = (counts, total, digits, scale, window if surrogate == "rectangle" else None)
     unit = unit_digits(dtype)
     if unit and n_bits == 1 and surrogate != "sigmoid" and not need_x and grad_recon is not None:
-        whole = torch.empty(W_enc.shape if need_W else 0, dtype=torch.float32)
+        whole = grad_W
+        if need_W and grad_W.dtype != torch.float32:
+            whole = torch.empty(W_enc.shape, dtype=torch.float32)
         if op("unit_backward")(
             operand(x, unit), operand(grad_recon, unit), operand(W_dec, unit), unit, words, shift, curve,
             grad_covariance is not None, signs, columns, *rest, keep, surrogate == "official",

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ENV_SIMD = "BAE_FAST_SIMD"
 
@@ -21,6 +22,8 @@ LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 _SCHEMAS = (
     # use a level (-1: the best there is, -3: the one in use) and return it; -2: the CPU lacks it
     "cpp_simd(int level) -> int",
+    # fp32 [rows, columns], uninitialised, from memory that an earlier gradient gave back
+    "cpp_new_gradient(int rows, int columns) -> Tensor",
     "cpp_rows_to_columns(Tensor words, int n_columns) -> Tensor",
     "cpp_column_counts(Tensor words, int n_columns) -> Tensor",
     # [pre > 0] into words, [|pre| < width] into window unless that is empty, from column `start`
@@ -57,6 +60,9 @@ _SCHEMAS = (
     " Tensor? keep, bool official, Tensor(a!) column_sum, Tensor(b!) grad_W) -> bool",
 )
 
+# bytes from which the memory of gradients is kept
+_LARGE = 2**22
+
 _library: torch.library.Library | None = None
 
 
@@ -71,6 +77,14 @@ def _define() -> None:
 def op(name: str) -> Any:
     """The compiled operator ``bae_fast::cpp_<name>``."""
     return getattr(torch.ops.bae_fast, f"cpp_{name}").default
+
+
+def empty_gradient(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised gradient of a weight; large ones in fp32 reuse the memory of the last step."""
+    if dtype != torch.float32 or 4 * rows * columns < _LARGE:
+        return torch.empty(rows, columns, dtype=dtype)
+    gradient: Tensor = op("new_gradient")(rows, columns)
+    return gradient
 
 
 def load() -> str | None:
