@@ -41,7 +41,16 @@ if MACHINE in ("x86_64", "amd64"):
     KERNELS += ["kernels_avx2", "kernels_avx512", "kernels_amx"]
 elif MACHINE in ("aarch64", "arm64"):
     KERNELS += ["kernels_neon"]
-SOURCES = ["operators", *KERNELS]
+SOURCES = [
+    "operators",
+    "layouts",
+    "covariance",
+    "products",
+    "backward",
+    "sparse_backward",
+    "gradients",
+    *KERNELS,
+]
 
 FLAGS = [
     "-std=c++17",

@@ -1,0 +1,162 @@
+// Backward of the encoder. A strip is 64 to 256 columns and all rows; where no sign planes were
+// stored, those of the strip are computed again. Scratch is per thread and at most a few strips.
+#include <memory>
+
+#include "operators.h"
+#include "signs.h"
+#include "units.h"
+
+namespace bae_fast {
+namespace {
+
+// Everything of a backward but the gradient at the bits itself; tensors by column begin with the
+// first column at hand, `start` of the code.
+struct Backward {
+  const Tensor& words;
+  int64_t start;
+  const std::optional<Tensor>& shift;
+  const std::optional<Tensor>& curvature;
+  const SignSource* signs;  // or null
+  const std::optional<Tensor>& digits;
+  double scale;
+  const std::optional<Tensor>& window;
+  const std::optional<Tensor>& factor;
+  const std::optional<Tensor>& keep;
+  bool official;
+  const Tensor& column_sum;
+};
+
+// Runs the kernel on strips of `columns` columns. body(strip, at, run) of every thread's own body
+// sets strip.g for columns at .. and calls run().
+template <typename T, typename MakeBody>
+void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t widest,
+                    void (*kernel)(const BackwardStrip<T>&), MakeBody make_body) {
+  const int64_t width = strip_width(columns, widest);
+  const int64_t strips = (columns + width - 1) / width;
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> memory;
+    Scratch scratch(b.signs == nullptr ? 0 : kernels().backward_scratch(b.signs->words()));
+    Scratch tile_scratch(b.signs == nullptr || b.signs->planes[0] != nullptr
+                             ? 0
+                             : kernels().covariance_scratch);
+    auto body = make_body();
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t at = index * width, column = b.start + at;
+      BackwardStrip<T> s{};
+      s.n = n;
+      s.columns = std::min(columns - at, width);
+      s.shift = b.shift.has_value() ? data<T>(*b.shift) + at : nullptr;
+      s.curvature = b.curvature.has_value() ? data<T>(*b.curvature) + at : nullptr;
+      s.rows = data<uint32_t>(b.words);
+      s.rows_stride = s.bits_stride = row_stride(b.words);
+      s.bits = s.rows + column / kWordBits;
+      if (b.window.has_value()) {
+        s.window = data<uint32_t>(*b.window) + column / kWordBits;
+        s.window_stride = row_stride(*b.window);
+      }
+      if (b.factor.has_value()) {
+        s.factor = data<T>(*b.factor) + at;
+        s.factor_stride = row_stride(*b.factor);
+      }
+      s.official = b.official;
+      s.keep = data_or_null<bool>(b.keep);
+      s.column_sum = mutable_data<double>(b.column_sum) + at;
+      body(s, at, [&] {
+        if (b.signs != nullptr) {
+          const uint32_t* planes[2];
+          s.planes_stride =
+              b.signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
+          s.above = planes[0];
+          s.below = planes[1];
+          s.scratch = scratch.get();
+          s.sign_words = b.signs->words();
+          s.digits = data<uint32_t>(*b.digits);
+          s.n_digits = b.digits->size(0);
+          s.n_rows = static_cast<double>(b.signs->n_rows);
+          s.scale = b.scale;
+        }
+        kernel(s);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+// g, the gradient at the bits from the reconstruction, becomes the gradient at pre; its column
+// sums are added up in float64.
+void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift,
+              std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
+              std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
+              std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
+              std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
+              Tensor column_sum) {
+  const Statistics statistics(signs, columns, counts, n_rows);
+  const Backward b{words,  start,  shift, curvature, covariance ? &statistics.source : nullptr,
+                   digits, scale,  window, factor,   keep, official, column_sum};
+  const auto in_place = [&](auto element) {
+    using T = decltype(element);
+    return [&] {
+      return [&](BackwardStrip<T>& s, int64_t at, auto run) {
+        s.g = mutable_data<T>(g) + at;
+        s.g_stride = row_stride(g);
+        run();
+      };
+    };
+  };
+  if (g.scalar_type() == ScalarType::Double) {
+    for_each_strip<double>(b, g.size(0), g.size(1), kernels().strip,
+                           kernels().backward_strip_f64, in_place(double{}));
+  } else {
+    for_each_strip<float>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f32,
+                          in_place(float{}));
+  }
+}
+
+// Backward of the encoder, strip by strip: the product G W_dec^T, all that `backward` does, and the
+// product x^T g. Nothing of [N, K] is ever whole in memory. False as above.
+bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_numbers,
+                   Tensor words, std::optional<Tensor> shift, std::optional<Tensor> curvature,
+                   bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,
+                   Tensor counts, int64_t n_rows, std::optional<Tensor> digits, double scale,
+                   std::optional<Tensor> window, std::optional<Tensor> keep, bool official,
+                   Tensor column_sum, Tensor grad_W) {
+  const int64_t n = x.size(0), d = x.size(1), d_out = grad_recon.size(1), k = W_dec.size(0);
+  const Statistics statistics(signs, columns, counts, n_rows);
+  const std::optional<Tensor> no_factor;
+  const Backward b{words,  0,     shift,  curvature, covariance ? &statistics.source : nullptr,
+                   digits, scale, window, no_factor, keep, official, column_sum};
+  const Units& units = *kernels().units;
+  const LeftPanel gradients(as_matrix(grad_recon), n, d_out, digits_of_numbers);
+  const bool weights = grad_W.numel() > 0;
+  const LeftPanel rows(transposed(as_matrix(x)), weights ? d : 0, n, digits_of_numbers);
+  if (!gradients.exact() || !rows.exact()) return false;
+  if (weights) prefer_large_pages(grad_W);
+  const Matrix decoder = transposed(as_matrix(W_dec));
+  std::atomic<bool> exact{true};
+  for_each_strip<float>(
+      b, n, k, std::min(units.columns, kernels().strip), kernels().backward_strip_f32, [&] {
+        auto scratch = std::make_shared<Scratch>(units.scratch);
+        auto memory = std::make_shared<Scratch>(n * units.columns * 4);
+        return [&, scratch, memory](BackwardStrip<float>& s, int64_t at, auto run) {
+          s.g = reinterpret_cast<float*>(memory->get());
+          s.g_stride = units.columns;
+          const UnitStrip decode{gradients.get(), from(decoder, 0, at), n, d_out,
+                                 s.columns,       digits_of_numbers,    scratch->get()};
+          if (!units.product(decode, s.g, s.g_stride, false)) exact = false;
+          run();
+          if (!weights) return;
+          const Matrix g{s.g, s.g_stride, 1, Matrix::kFloat};
+          const UnitStrip encode{rows.get(), g,                 d,
+                                 n,          s.columns,         digits_of_numbers,
+                                 scratch->get()};
+          if (!units.product(encode, mutable_data<float>(grad_W) + at, row_stride(grad_W),
+                             false)) {
+            exact = false;
+          }
+        };
+      });
+  return exact;
+}
+
+}  // namespace bae_fast

@@ -1,0 +1,112 @@
+// Sum of |V| and its signs, V_ij = N n_ij - n_i n_j.
+//
+// The upper triangle is taken by square tiles of kTile features; each thread takes the next tile
+// that nobody has. Sums of |V| are integers: their order does not matter. The signs of a tile are
+// written twice, as they are and transposed.
+#include <utility>
+
+#include "operators.h"
+#include "signs.h"
+
+namespace bae_fast {
+namespace {
+
+constexpr int64_t kTileWords = kTile / kWordBits;
+
+// Copies rows of a tile's signs, almost always whole cache lines, to a plane whose rows are far
+// apart: without the prefetch every line is waited for.
+void copy_signs(const uint32_t* from, int64_t rows, int64_t words, uint32_t* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, from += kTileWords, to += stride) {
+    __builtin_prefetch(to + 16 * stride, 1);
+    if (words == kTileWords) {
+      __builtin_memcpy(to, from, kTileWords * sizeof(uint32_t));
+    } else {
+      std::copy_n(from, words, to);
+    }
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows,
+                                      bool keep_signs) {
+  const int64_t k = counts.numel(), w = n_words(k);
+  Tensor columns = rows_to_columns(words, k);
+  Tensor numerator = torch::stable::new_zeros(counts, {});
+  Tensor signs = keep_signs ? torch::stable::new_empty(words, {2, k, w})
+                            : torch::stable::new_empty(words, {0});
+  const int64_t stride = row_stride(columns);
+  const std::vector<int32_t> ones = padded_counts(counts, stride);
+  uint32_t* const planes[2] = {
+      keep_signs ? mutable_data<uint32_t>(signs) : nullptr,
+      keep_signs ? mutable_data<uint32_t>(signs) + k * w : nullptr,
+  };
+
+  std::vector<std::pair<int64_t, int64_t>> tiles;
+  for (int64_t i = 0; i < k; i += kTile) {
+    for (int64_t j = i; j < k; j += kTile) tiles.emplace_back(i, j);
+  }
+  std::atomic<int64_t> total{0}, next{0};
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> signs_of_tile(keep_signs ? 3 * kTile * kTileWords : 0);
+    uint32_t* const parts[2] = {signs_of_tile.data(), signs_of_tile.data() + kTile * kTileWords};
+    uint32_t* const mirror = signs_of_tile.data() + 2 * kTile * kTileWords;
+    Scratch scratch(kernels().covariance_scratch);
+    int64_t i_before = -1;
+    for (; begin < end; ++begin) {
+      for (int64_t t = next++; t < static_cast<int64_t>(tiles.size()); t = next++) {
+        const auto [i0, j0] = tiles[t];
+        const int64_t i1 = std::min(i0 + kTile, round_up(k, kStrip));
+        const int64_t j1 = std::min(j0 + kTile, round_up(k, kStrip));
+        CovarianceTile tile{};
+        tile.columns = data<uint32_t>(columns);
+        tile.stride = stride;
+        tile.words = columns.size(0);
+        tile.counts = ones.data();
+        tile.n_rows = n_rows;
+        tile.i0 = i0, tile.i1 = i1, tile.j0 = j0, tile.j1 = j1;
+        tile.above = keep_signs ? parts[0] : nullptr;
+        tile.below = keep_signs ? parts[1] : nullptr;
+        tile.planes_stride = kTileWords;
+        tile.scratch = scratch.get();
+        tile.same_rows = i0 == i_before;
+        tile.upper = i0 == j0;
+        i_before = i0;
+        int64_t sum = kernels().covariance_tile(tile);
+        if (i0 == j0) {  // V_ii = n_i (N - n_i) does not count
+          for (int64_t i = i0; i < i1; ++i) {
+            sum -= int64_t{ones[i]} * (n_rows - ones[i]);
+            const int64_t at = (i - i0) * kTileWords + (i - i0) / kWordBits;
+            if (keep_signs) parts[0][at] &= ~(1u << (i - i0) % kWordBits);
+          }
+        }
+        total += i0 == j0 ? sum : 2 * sum;
+        if (!keep_signs) continue;
+        const int64_t rows = std::min(i1, k) - i0, across = std::min(j1, k) - j0;
+        for (int p = 0; p < 2; ++p) {
+          for (int64_t r = 0; i0 == j0 && r + kStrip < rows; r += kStrip) {
+            const int64_t after = r + kStrip;  // the blocks right of the diagonal one, mirrored
+            for (int64_t half = r; half < after; half += kWordBits) {
+              kernels().transpose(parts[p] + half * kTileWords + after / kWordBits, kTileWords,
+                                  kWordBits, across - after,
+                                  parts[p] + after * kTileWords + half / kWordBits, kTileWords);
+            }
+          }
+          copy_signs(parts[p], rows, n_words(across), planes[p] + i0 * w + j0 / kWordBits, w);
+          if (i0 == j0) continue;
+          for (int64_t r = 0; r < rows; r += kWordBits) {
+            kernels().transpose(parts[p] + r * kTileWords, kTileWords,
+                                std::min(rows - r, kWordBits), across, mirror + r / kWordBits,
+                                kTileWords);
+          }
+          copy_signs(mirror, across, n_words(rows), planes[p] + j0 * w + i0 / kWordBits, w);
+        }
+      }
+    }
+  });
+  *mutable_data<int64_t>(numerator) = total;
+  return {numerator, signs};
+}
+
+}  // namespace bae_fast

@@ -1,0 +1,82 @@
+// Transposes and counts of packed bits.
+#include "operators.h"
+
+namespace bae_fast {
+namespace {
+
+// Column-packed words with a stride for kernels: whole strips of columns, and an odd number (5
+// modulo 8) of cache lines, so that the words of one column do not share a set of the cache.
+int64_t padded_stride(int64_t columns) {
+  int64_t stride = round_up(columns, kStrip);
+  while (stride / 16 % 8 != 5) stride += 16;
+  return stride;
+}
+
+void transpose_rows(const uint32_t* words, int64_t stride, int64_t n, int64_t columns,
+                    uint32_t* out, int64_t out_stride) {
+  torch::stable::parallel_for(0, n_words(n), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t first = m * kWordBits;
+      uint32_t* to = out + m * out_stride;
+      kernels().transpose(words + first * stride, stride, std::min(n - first, kWordBits), columns,
+                          to, 1);
+      std::fill(to + columns, to + out_stride, 0);
+    }
+  });
+}
+
+}  // namespace
+
+// Row-packed [N, W] to column-packed [ceil(N/32), stride >= K], zero past column K.
+Tensor rows_to_columns(Tensor words, int64_t n_columns) {
+  const int64_t n = words.size(0), stride = padded_stride(n_columns);
+  Tensor out = torch::stable::new_empty(words, {n_words(n), stride});
+  transpose_rows(data<uint32_t>(words), row_stride(words), n, n_columns,
+                 mutable_data<uint32_t>(out), stride);
+  return out;
+}
+
+// Row-packed [N, W] to feature-packed without alignment, [K, ceil(N/32)].
+Tensor rows_to_features(Tensor words, int64_t n_columns) {
+  const int64_t n = words.size(0), m = n_words(n), stride = row_stride(words);
+  Tensor out = torch::stable::new_empty(words, {n_columns, m});
+  const uint32_t* in = data<uint32_t>(words);
+  uint32_t* to = mutable_data<uint32_t>(out);
+  constexpr int64_t kSpan = 512;
+  torch::stable::parallel_for(0, (n_columns + kSpan - 1) / kSpan, 1,
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns); first += kSpan) {
+      for (int64_t w = 0; w < m; ++w) {
+        kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
+                            std::min(n - w * kWordBits, kWordBits),
+                            std::min(n_columns - first, kSpan), to + first * m + w, m);
+      }
+    }
+  });
+  return out;
+}
+
+// Ones in each column of row-packed words.
+Tensor column_counts(Tensor words, int64_t n_columns) {
+  const int64_t n = words.size(0), stride = row_stride(words);
+  Tensor counts =
+      torch::stable::new_zeros(words, {n_columns}, std::make_optional(ScalarType::Long));
+  const uint32_t* in = data<uint32_t>(words);
+  int64_t* out = mutable_data<int64_t>(counts);
+  constexpr int64_t kSpan = 512;
+  const int64_t spans = (n_columns + kSpan - 1) / kSpan;
+  torch::stable::parallel_for(0, spans, 1, [&](int64_t begin, int64_t end) {
+    uint32_t columns[kSpan];
+    for (int64_t span = begin; span < end; ++span) {
+      const int64_t first = span * kSpan, used = std::min(n_columns - first, kSpan);
+      for (int64_t row = 0; row < n; row += kWordBits) {
+        kernels().transpose(in + row * stride + first / kWordBits, stride,
+                            std::min(n - row, kWordBits), used, columns, 1);
+        kernels().column_counts(columns, kSpan, 1, used, out + first);
+      }
+    }
+  });
+  return counts;
+}
+
+}  // namespace bae_fast

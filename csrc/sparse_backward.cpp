@@ -1,0 +1,374 @@
+// Backward of the encoder where only listed entries carry gradient: those inside the window.
+#include <type_traits>
+
+#include "operators.h"
+#include "signs.h"
+
+namespace bae_fast {
+namespace {
+
+constexpr int64_t kEntries = int64_t{1} << 21;  // listed at once, one tile of columns at least
+constexpr int64_t kSignBlock = 256;             // words of a row: 512 KiB of a block of rows
+
+template <typename T>
+const SparseKernels<T>& sparse_kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return kernels().sparse_f32;
+  } else {
+    return kernels().sparse_f64;
+  }
+}
+
+// The rectangle's backward on the entries inside its window. A span of columns at a time: its
+// entries are listed by column and, within, by blocks of kPanelRows rows; their gradient is
+//
+//     g_nj = G_n . W_dec_j + h_j + v_j (1 - 2 b_nj) + scale (N (B S)_nj - (n^T S)_j)
+//
+// Threads share the columns for g, db_enc and dW_enc, then the columns of x for dx, for which the
+// entries are listed again, by row and within kPanelRows columns of W_enc.
+template <typename T>
+class SparseBackward {
+ public:
+  int64_t n, k;
+  Tensor window;              // row-packed [n, words]
+  const bool* keep;           // rows that count, or null
+  const uint32_t* rows;       // row-packed bits
+  int64_t rows_stride;
+  const T* grad_recon = nullptr;  // [n, d_out], or null
+  int64_t grad_recon_stride, d_out;
+  const T* W_dec;  // [k, d_out]
+  int64_t W_dec_stride;
+  const T* shift;      // per column, or null
+  const T* curvature;  // per column, or null
+  const SignSource* signs;
+  const uint32_t* digits;
+  int64_t n_digits;
+  double scale;
+  const T* x;  // [n, d]
+  int64_t x_stride, d;
+  const T* W_enc;  // [d, k]
+  int64_t W_enc_stride;
+  T* grad_x;  // [n, d], added to; or null
+  T* grad_W;  // [d, k], or null
+  double* column_sum;
+
+  void run() {
+    blocks_ = (n + kPanelRows - 1) / kPanelRows;
+    Tensor columns = rows_to_columns(window, k);
+    columns_ = mutable_data<uint32_t>(columns);
+    stride_ = row_stride(columns);
+    if (keep != nullptr) drop_rows();
+    if (grad_W != nullptr) prefer_large_pages(grad_W, d * k * sizeof(T));
+    for (first_ = 0; first_ < k; first_ = last_) {
+      count_span();
+      const int64_t tiles = (last_ - first_ + kStrip - 1) / kStrip;
+      torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+        const int64_t to = std::min(end * kStrip, last_ - first_);
+        Worker worker;
+        list_columns(begin * kStrip, to);
+        if (grad_recon != nullptr) dots(worker, begin * kStrip, to);
+        finish(begin * kStrip, to);
+        if (grad_W != nullptr) weight_gradient(worker, begin * kStrip, to);
+      });
+      if (grad_x != nullptr && begin_.back() > 0) input_gradient();
+    }
+  }
+
+ private:
+  static constexpr int64_t kWidth = kPanelBytes / sizeof(T);
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  // transposed by lines: their distance must not be a power of two
+  static constexpr int64_t kPitch = kWidth + kLine;
+
+  // A thread's panel, and which block of which matrix it holds.
+  struct Worker {
+    Scratch panel{kPanelRows * kPanelBytes}, output{kPanelRows * kPitch * sizeof(T)};
+    const T* held = nullptr;
+    int64_t block = -1, column = -1;
+  };
+
+  int64_t blocks_;  // of rows
+  uint32_t* columns_;
+  int64_t stride_;
+  int64_t first_, last_;         // the span
+  std::vector<int64_t> begin_;   // of column j and block r: begin_[j blocks + r]
+  std::vector<uint16_t> index_;  // row within its block
+  std::vector<T> value_;
+
+  int64_t begin_of(int64_t j) const { return begin_[j * blocks_]; }
+
+  void drop_rows() {
+    for (int64_t m = 0; m < n_words(n); ++m) {
+      uint32_t kept = 0;
+      for (int64_t row = m * kWordBits; row < std::min((m + 1) * kWordBits, n); ++row) {
+        kept |= static_cast<uint32_t>(keep[row]) << row % kWordBits;
+      }
+      for (int64_t j = 0; j < k; ++j) columns_[m * stride_ + j] &= kept;
+    }
+  }
+
+  // Tiles of columns from first_ while their entries fit; where each list begins.
+  void count_span() {
+    constexpr int64_t kWords = kPanelRows / kWordBits;
+    begin_.assign(1, 0);
+    for (last_ = first_; last_ < k; last_ = std::min(last_ + kStrip, k)) {
+      const int64_t used = std::min(k - last_, kStrip), at = begin_.size();
+      begin_.resize(at + used * blocks_, 0);
+      for (int64_t r = 0; r < blocks_; ++r) {
+        int64_t counts[kStrip] = {};
+        kernels().column_counts(columns_ + r * kWords * stride_ + last_, stride_,
+                                std::min(n_words(n) - r * kWords, kWords), used, counts);
+        for (int64_t j = 0; j < used; ++j) begin_[at + j * blocks_ + r] = counts[j];
+      }
+      for (int64_t b = at; b < static_cast<int64_t>(begin_.size()); ++b) begin_[b] += begin_[b - 1];
+      if (last_ > first_ && begin_.back() > kEntries) {
+        begin_.resize(at);
+        break;
+      }
+    }
+    index_.resize(begin_.back());
+    value_.assign(begin_.back(), 0);
+  }
+
+  void list_columns(int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; ++j) {
+      uint16_t* out = index_.data() + begin_of(j);
+      for (int64_t m = 0; m < n_words(n); ++m) {
+        const int64_t row = m * kWordBits % kPanelRows;
+        for (uint32_t rest = columns_[m * stride_ + first_ + j]; rest != 0; rest &= rest - 1) {
+          *out++ = static_cast<uint16_t>(row + __builtin_ctz(rest));
+        }
+      }
+    }
+  }
+
+  // Columns from .. from + count of the span against one block of rows of a dense matrix, of which
+  // the panel takes columns c .. c + kWidth.
+  SparseLists<T> lists(Worker& w, int64_t from, int64_t count, const T* dense, int64_t stride,
+                       int64_t width, int64_t block, int64_t c) const {
+    T* const panel = reinterpret_cast<T*>(w.panel.get());
+    const int64_t used = std::min(width - c, kWidth);
+    if (w.held != dense || w.block != block || w.column != c) {
+      w.held = dense, w.block = block, w.column = c;
+      const int64_t top = block * kPanelRows, bottom = std::min(n, top + kPanelRows);
+      for (int64_t row = top; row < bottom; ++row) {
+        T* to = panel + (row - top) * kWidth;
+        std::copy_n(dense + row * stride + c, used, to);
+        std::fill(to + used, to + round_up(used, kLine), T{0});
+      }
+    }
+    return {begin_.data() + from * blocks_ + block, blocks_, count, index_.data(), panel, kWidth,
+            used};
+  }
+
+  // With several blocks of rows a panel serves so many columns that its copy does not count.
+  int64_t group(int64_t from, int64_t to) const {
+    return blocks_ == 1 ? to - from : std::min(to - from, kPanelRows);
+  }
+
+  void dots(Worker& w, int64_t from, int64_t to) {
+    for (int64_t j = from, step = group(from, to); j < to; j += step) {
+      const int64_t count = std::min(to - j, step);
+      for (int64_t c = 0; c < d_out; c += kWidth) {
+        for (int64_t r = 0; r < blocks_; ++r) {
+          sparse_kernels<T>().dots(lists(w, j, count, grad_recon, grad_recon_stride, d_out, r, c),
+                                   W_dec + (first_ + j) * W_dec_stride + c, W_dec_stride,
+                                   value_.data());
+        }
+      }
+    }
+  }
+
+  // What has no depth, and the sums of db_enc.
+  void finish(int64_t from, int64_t to) {
+    std::vector<uint32_t> planes_memory;
+    std::vector<int32_t> products, digit_products;
+    const bool computed = signs != nullptr && signs->planes[0] == nullptr;
+    Scratch scratch(computed ? kernels().covariance_scratch : 0);
+    for (int64_t j0 = from; j0 < to; j0 += kernels().strip) {
+      const int64_t j1 = std::min(to, j0 + kernels().strip);
+      if (signs != nullptr) {
+        products.assign(begin_of(j1) - begin_of(j0), 0);
+        digit_products.assign((j1 - j0) * n_digits, 0);
+        if (!products.empty()) {
+          const uint32_t* planes[2];
+          const int64_t planes_stride =
+              signs->strip(first_ + j0, j1 - j0, planes_memory, scratch.get(), planes);
+          count_signs(j0, j1, planes, planes_stride, products.data(), digit_products.data());
+        }
+      }
+      for (int64_t j = j0; j < j1; ++j) {
+        const int64_t column = first_ + j;
+        double counts_signs = 0, sum = 0;  // n^T S, an integer
+        for (int64_t b = 0; signs != nullptr && b < n_digits; ++b) {
+          counts_signs +=
+              static_cast<double>(int64_t{1} << b) * digit_products[(j - j0) * n_digits + b];
+        }
+        for (int64_t r = 0; r < blocks_; ++r) {
+          for (int64_t e = begin_[j * blocks_ + r]; e < begin_[j * blocks_ + r + 1]; ++e) {
+            T g = value_[e];
+            if (shift != nullptr) g += shift[column];
+            if (curvature != nullptr) {
+              const uint32_t* row = rows + (r * kPanelRows + index_[e]) * rows_stride;
+              const bool bit = (row[column / kWordBits] >> column % kWordBits & 1) != 0;
+              g += bit ? -curvature[column] : curvature[column];
+            }
+            if (signs != nullptr) {
+              // both terms are integers below 2^53: the difference is exact
+              const double product = products[e - begin_of(j0)];
+              g += static_cast<T>((static_cast<double>(signs->n_rows) * product - counts_signs) *
+                                  scale);
+            }
+            value_[e] = g;
+            sum += g;
+          }
+        }
+        column_sum[column] = sum;
+      }
+    }
+  }
+
+  // B S of the entries of columns j0 .. j1, and the signs' products with the digits of the counts.
+  void count_signs(int64_t j0, int64_t j1, const uint32_t* const* planes, int64_t planes_stride,
+                   int32_t* products, int32_t* digit_products) const {
+    for (int64_t w = 0; w < signs->words(); w += kSignBlock) {
+      SignCounts s{};
+      s.words = std::min(signs->words() - w, kSignBlock);
+      for (int64_t j = j0; j < j1; ++j) {
+        if (begin_of(j) == begin_of(j + 1)) continue;
+        s.above = planes[0] + (j - j0) * planes_stride + w;
+        s.below = planes[1] + (j - j0) * planes_stride + w;
+        s.rows_stride = rows_stride;
+        for (int64_t r = 0; r < blocks_; ++r) {
+          const int64_t at = begin_[j * blocks_ + r];
+          s.rows = rows + r * kPanelRows * rows_stride + w;
+          s.index = index_.data() + at;
+          s.count = begin_[j * blocks_ + r + 1] - at;
+          s.out = products + at - begin_of(j0);
+          kernels().sign_counts(s);
+        }
+        s.rows = digits + w;
+        s.rows_stride = signs->words();
+        s.index = nullptr;
+        s.count = n_digits;
+        s.out = digit_products + (j - j0) * n_digits;
+        kernels().sign_counts(s);
+      }
+    }
+  }
+
+  // Columns of dW_enc are made as rows, a few together, and transposed: whole lines are written.
+  void weight_gradient(Worker& w, int64_t from, int64_t to) {
+    T* const out = reinterpret_cast<T*>(w.output.get());
+    for (int64_t j0 = from, step = group(from, to); j0 < to; j0 += step) {
+      const int64_t j1 = std::min(to, j0 + step), few = std::min(step, kPanelRows);
+      for (int64_t c = 0; c < d; c += kWidth) {
+        for (int64_t j = j0; j < j1; j += few) {
+          const int64_t count = std::min(j1 - j, few);
+          std::fill_n(out, count * kPitch, T{0});
+          for (int64_t r = 0; r < blocks_; ++r) {
+            sparse_kernels<T>().sums(lists(w, j, count, x, x_stride, d, r, c), value_.data(), out,
+                                     kPitch);
+          }
+          sparse_kernels<T>().transpose(out, kPitch, count, std::min(d - c, kWidth),
+                                        grad_W + c * k + first_ + j, k);
+        }
+      }
+    }
+  }
+
+  void input_gradient() {
+    const int64_t columns = last_ - first_, groups = (columns + kPanelRows - 1) / kPanelRows;
+    std::vector<int64_t> row_begin(groups * (n + 1));
+    std::vector<uint16_t> column(begin_.back());
+    std::vector<T> value(begin_.back());
+    const uint32_t* const words = data<uint32_t>(window) + first_ / kWordBits;
+    const int64_t words_stride = row_stride(window);
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+      for (int64_t g = from; g < to; ++g) {
+        const int64_t j0 = g * kPanelRows, count = std::min(columns - j0, kPanelRows);
+        int64_t next[kPanelRows], at = begin_of(j0);
+        for (int64_t j = 0; j < count; ++j) next[j] = begin_of(j0 + j);
+        for (int64_t row = 0; row < n; ++row) {
+          row_begin[g * (n + 1) + row] = at;
+          if (keep != nullptr && !keep[row]) continue;
+          for (int64_t m = 0; m < n_words(count); ++m) {
+            uint32_t rest = words[row * words_stride + j0 / kWordBits + m];
+            for (; rest != 0; rest &= rest - 1) {
+              const int64_t j = m * kWordBits + __builtin_ctz(rest);
+              column[at] = static_cast<uint16_t>(j);
+              value[at++] = value_[next[j]++];
+            }
+          }
+        }
+        row_begin[g * (n + 1) + n] = at;
+      }
+    });
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t width = std::min(kWidth, round_up((d + threads - 1) / threads, kLine));
+    torch::stable::parallel_for(0, (d + width - 1) / width, 1, [&](int64_t from, int64_t to) {
+      Scratch scratch(kPanelRows * kPitch * sizeof(T));
+      T* const panel = reinterpret_cast<T*>(scratch.get());
+      for (int64_t c = from * width; c < std::min(to * width, d); c += width) {
+        const int64_t used = std::min(d - c, width);
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t j0 = g * kPanelRows, count = std::min(columns - j0, kPanelRows);
+          sparse_kernels<T>().transpose(W_enc + c * W_enc_stride + first_ + j0, W_enc_stride, used,
+                                        count, panel, kPitch);
+          sparse_kernels<T>().sums({row_begin.data() + g * (n + 1), 1, n, column.data(), panel,
+                                    kPitch, used},
+                                   value.data(), grad_x + c, d);
+        }
+      }
+    });
+  }
+};
+
+template <typename T>
+const T* matrix(const Tensor& tensor, int64_t* stride) {
+  *stride = row_stride(tensor);
+  return data<T>(tensor);
+}
+
+}  // namespace
+
+// Gradients of x, W_enc and b_enc (in float64) for the entries inside the window; an empty grad_x
+// or grad_W is not asked for.
+void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
+                     std::optional<Tensor> grad_recon, Tensor W_dec, std::optional<Tensor> shift,
+                     std::optional<Tensor> curvature, bool covariance,
+                     std::optional<Tensor> signs, std::optional<Tensor> columns, Tensor counts,
+                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x,
+                     Tensor W_enc, Tensor grad_x, Tensor grad_W, Tensor column_sum) {
+  const Statistics statistics(signs, columns, counts, n_rows);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    SparseBackward<T> b{};
+    b.n = x.size(0), b.k = column_sum.numel(), b.d = x.size(1);
+    b.window = window;
+    b.keep = data_or_null<bool>(keep);
+    b.rows = matrix<uint32_t>(words, &b.rows_stride);
+    if (grad_recon.has_value()) {
+      b.grad_recon = matrix<T>(*grad_recon, &b.grad_recon_stride);
+      b.d_out = grad_recon->size(1);
+      b.W_dec = matrix<T>(W_dec, &b.W_dec_stride);
+    }
+    b.shift = data_or_null<T>(shift);
+    b.curvature = data_or_null<T>(curvature);
+    if (covariance) {
+      b.signs = &statistics.source;
+      b.digits = data<uint32_t>(*digits);
+      b.n_digits = digits->size(0);
+      b.scale = scale;
+    }
+    b.x = matrix<T>(x, &b.x_stride);
+    b.W_enc = matrix<T>(W_enc, &b.W_enc_stride);
+    b.grad_x = grad_x.numel() > 0 ? mutable_data<T>(grad_x) : nullptr;
+    b.grad_W = grad_W.numel() > 0 ? mutable_data<T>(grad_W) : nullptr;
+    b.column_sum = mutable_data<double>(column_sum);
+    b.run();
+  };
+  x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+}  // namespace bae_fast

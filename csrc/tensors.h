@@ -1,0 +1,87 @@
+// What the operators share: views of tensors, memory, the sharing out of columns.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+#include "layout.h"
+
+namespace bae_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+inline int64_t row_stride(const Tensor& tensor) { return tensor.stride(0); }
+
+// Memory on a cache line, not set to anything.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : memory_(bytes > 0 ? static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64)))
+                          : nullptr) {
+    STD_TORCH_CHECK(bytes <= 0 || memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+  uint8_t* get() const { return memory_; }
+
+ private:
+  uint8_t* memory_;
+};
+
+// A hint, for new memory about to be written whole: a page fault every 4 KiB of 64 MiB takes as long
+// as a product.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kLargePage = int64_t{1} << 21;
+  const int64_t begin = round_up(reinterpret_cast<intptr_t>(memory), kLargePage);
+  const int64_t end = (reinterpret_cast<intptr_t>(memory) + bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+inline void prefer_large_pages(const Tensor& fresh) {
+  prefer_large_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size());
+}
+
+// The width of strips, a multiple of kStrip up to `widest`, that leaves threads the least idle.
+inline int64_t strip_width(int64_t columns, int64_t widest) {
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t best = kStrip, least = INT64_MAX;
+  for (int64_t width = widest; width >= kStrip; width -= kStrip) {
+    const int64_t strips = (columns + width - 1) / width;
+    const int64_t time = (strips + threads - 1) / threads * std::min(width, columns);
+    if (time < least) best = width, least = time;
+  }
+  return best;
+}
+
+}  // namespace bae_fast
