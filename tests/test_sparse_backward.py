@@ -260,14 +260,13 @@ def test_the_density_of_the_window_decides():
     n, k = x.shape[0], W_enc.shape[1]
     limit = sparse_backward.SPARSE_BELOW[extension.simd()]
 
-    def decided(density, surrogate="rectangle", n_bits=1, dtype=torch.float32):
+    def decided(density, n_bits=1, dtype=torch.float32):
         window = pack_rows(torch.arange(n * k).view(n, k) < density * n * k)
         tensors = (t.to(dtype) for t in (x, W_enc, W_dec))
-        return sparse_backward.is_sparse(*tensors, window, surrogate, n_bits)
+        return sparse_backward.is_sparse(*tensors, window, n_bits)
 
     assert decided(limit * 0.99)
     assert not decided(limit * 1.01)
-    assert not decided(0.0, surrogate="identity")
     assert not decided(0.0, n_bits=2)
     assert not decided(0.0, dtype=torch.bfloat16)
 

@@ -1,8 +1,8 @@
 """Encode: B = [x W_enc + b_enc > 0] and the rectangle's window [|pre| < w], packed.
 
-The product of one chunk of columns stays in the cache and is read once: C++ compares it and
-writes one bit an element of each. The counts are made from the packed bits, a thirty-second of
-that traffic.
+On matrix units the product, the comparison and the packing are one pass in C++. Else the product of
+one chunk of columns is torch's and stays in the cache: C++ reads it once and writes one bit an
+element of each. The counts are made from the packed bits, a thirty-second of that traffic.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def encode(
     limit = 0.0 if width is None else width
     digits = unit_digits(x.dtype)
     done = digits > 0 and op("unit_encode")(
-        operand(x, digits), operand(W_enc, digits), b_enc.float().contiguous(), keep, limit, digits, words, window
-    )
+        operand(x, digits), operand(W_enc, digits), b_enc.float().contiguous(), keep, limit,
+        digits, words, window,
+    )  # fmt: skip
     threshold = op("threshold")
     for top in range(0, 0 if done else n, ROW_BLOCK):
         rows = slice(top, min(top + ROW_BLOCK, n))

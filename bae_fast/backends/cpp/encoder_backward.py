@@ -7,12 +7,15 @@ curvature per column, S the signs of the covariance, N and n the counted rows an
     gpre = surrogate(g), zero in rows that do not count
     db_enc = 1^T gpre,   dW_enc = x^T gpre,   dx += gpre W_enc^T
 
-The dense products are torch's. All between them is one pass in C++ over the chunk, which also
-makes B S by popcounts and the sums of db_enc. n^T S comes from the same kernel: the binary digits
-of n are further rows of bits.
+Three ways. Where the rectangle's window is sparse, its entries alone (``sparse_backward``). On
+matrix units, both dense products and all between them strip by strip in C++. Else torch's products,
+and one pass in C++ over the chunk between them. B S is made of bits each time, and so is n^T S: the
+binary digits of n are further rows of bits.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +40,38 @@ def _digits(counts: Tensor, n_rows: int) -> Tensor:
     return pack_rows((counts >> places[:, None]) & 1)
 
 
+class _Terms(NamedTuple):
+    """What is added to the product at the bits, and what masks it."""
+
+    words: Tensor
+    shift: Tensor | None
+    curvature: Tensor | None
+    # whether there is a covariance, signs, column-packed statistics, counts, N, digits, scale
+    statistics: tuple[Any, ...]
+    window: Tensor | None
+    keep: Tensor | None
+
+
+def _statistics(
+    grad_covariance: Tensor | None,
+    signs: Tensor | None,
+    stats_words: Tensor | None,
+    counts: Tensor,
+    n_rows: int,
+) -> tuple[Any, ...]:
+    counts = counts.contiguous()
+    if grad_covariance is None:
+        return False, None, None, counts, n_rows, None, 0.0
+    columns = None
+    if signs is None:
+        assert stats_words is not None
+        columns = op("rows_to_columns")(dense_rows(stats_words), len(counts))
+    else:
+        signs = signs.contiguous()
+    scale = float(grad_covariance) * 2 / (n_rows * (n_rows - 1))
+    return True, signs, columns, counts, n_rows, _digits(counts, n_rows), scale
+
+
 def encoder_backward(
     x: Tensor,
     W_enc: Tensor,
@@ -58,52 +93,86 @@ def encoder_backward(
     n_bits: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
-    wide = sum_dtype(dtype)
+    wide = sum_dtype(x.dtype)
     need_x, need_W, need_b = needs
     grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
-    grad_W = empty_gradient(*W_enc.shape, W_enc.dtype) if need_W else W_enc.new_empty(0)
-    column_sum = torch.empty(k, dtype=torch.float64)
-    preactivation = Preactivation(x) if surrogate == "sigmoid" else None
-    words, window = dense_rows(words), dense_rows(window)
-    keep = None if row_mask is None else row_mask.contiguous()
-    shift = None if grad_columns is None else grad_columns.to(wide).contiguous()
-    curve = None if curvature is None else curvature.to(wide).contiguous()
-
-    counts, columns, digits = stats_counts.contiguous(), None, None
-    total, scale = int(stats_n_rows), 0.0
-    if grad_covariance is not None:
-        scale = float(grad_covariance) * 2 / (total * (total - 1))
-        digits = _digits(counts, total)
-        if signs is None:
-            assert stats_words is not None
-            columns = op("rows_to_columns")(dense_rows(stats_words), k)
-        else:
-            signs = signs.contiguous()
-
-    if is_sparse(x, W_enc, W_dec, window, surrogate, n_bits):
+    grad_W = W_enc.new_empty(0)
+    if need_W:
+        grad_W = empty_gradient(W_enc.shape[0], W_enc.shape[1], W_enc.dtype)
+    column_sum = torch.empty(W_enc.shape[1], dtype=torch.float64)
+    terms = _Terms(
+        words=dense_rows(words),
+        shift=None if grad_columns is None else grad_columns.to(wide).contiguous(),
+        curvature=None if curvature is None else curvature.to(wide).contiguous(),
+        statistics=_statistics(
+            grad_covariance, signs, stats_words, stats_counts, int(stats_n_rows)
+        ),
+        window=dense_rows(window) if surrogate == "rectangle" else None,
+        keep=None if row_mask is None else row_mask.contiguous(),
+    )
+    if terms.window is not None and is_sparse(x, W_enc, W_dec, terms.window, n_bits):
         sparse_backward(
-            window, keep, words, grad_recon, W_dec, shift, curve, grad_covariance is not None,
-            signs, columns, counts, total, digits, scale, x, W_enc, grad_x, grad_W, column_sum,
+            terms.window, terms.keep, terms.words, grad_recon, W_dec, terms.shift,
+            terms.curvature, terms.statistics, x, W_enc, grad_x, grad_W, column_sum,
         )  # fmt: skip
-        return grad_x, grad_W, (column_sum if need_b else column_sum[:0]).to(b_enc.dtype)
+    elif (
+        need_x
+        or n_bits > 1
+        or surrogate == "sigmoid"
+        or grad_recon is None
+        or not _unit_backward(
+            terms, x, W_dec, grad_recon, surrogate == "official", grad_W, column_sum
+        )
+    ):
+        _dense_backward(
+            terms, x, W_enc, b_enc, W_dec, grad_recon, surrogate, width, n_bits,
+            grad_x, grad_W, column_sum,
+        )  # fmt: skip
+    grad_b = (column_sum if need_b else column_sum[:0]).to(b_enc.dtype)
+    return grad_x.to(x.dtype), grad_W, grad_b
 
-    rest = (counts, total, digits, scale, window if surrogate == "rectangle" else None)
-    unit = unit_digits(dtype)
-    if unit and n_bits == 1 and surrogate != "sigmoid" and not need_x and grad_recon is not None:
-        whole = grad_W
-        if need_W and grad_W.dtype != torch.float32:
-            whole = torch.empty(W_enc.shape, dtype=torch.float32)
-        if op("unit_backward")(
-            operand(x, unit), operand(grad_recon, unit), operand(W_dec, unit), unit, words, shift, curve,
-            grad_covariance is not None, signs, columns, *rest, keep, surrogate == "official",
-            column_sum, whole,
-        ):  # fmt: skip
-            grad_b = column_sum if need_b else column_sum[:0]
-            return grad_x.to(dtype), whole.to(W_enc.dtype), grad_b.to(b_enc.dtype)
 
-    backward = op("backward")
-    for start, stop in column_chunks(n, k, n_bits, x.device):
+def _unit_backward(
+    terms: _Terms,
+    x: Tensor,
+    W_dec: Tensor,
+    grad_recon: Tensor,
+    official: bool,
+    grad_W: Tensor,
+    column_sum: Tensor,
+) -> bool:
+    """Whether the matrix units filled grad_W and column_sum."""
+    digits = unit_digits(x.dtype)
+    if not digits:
+        return False
+    out = grad_W if grad_W.dtype == torch.float32 else torch.empty(grad_W.shape)
+    left, gradient, weight = (operand(m, digits) for m in (x, grad_recon, W_dec))
+    done: bool = op("unit_backward")(
+        left, gradient, weight, digits, terms.words, terms.shift, terms.curvature,
+        *terms.statistics, terms.window, terms.keep, official, column_sum, out,
+    )  # fmt: skip
+    if done and out is not grad_W:
+        grad_W.copy_(out)
+    return done
+
+
+def _dense_backward(
+    terms: _Terms,
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    grad_recon: Tensor | None,
+    surrogate: str,
+    width: float,
+    n_bits: int,
+    grad_x: Tensor,
+    grad_W: Tensor,
+    column_sum: Tensor,
+) -> None:
+    n, dtype, wide = x.shape[0], x.dtype, sum_dtype(x.dtype)
+    preactivation = Preactivation(x) if surrogate == "sigmoid" else None
+    for start, stop in column_chunks(n, W_enc.shape[1], n_bits, x.device):
         features = slice(start // n_bits, stop // n_bits)
         if grad_recon is None:
             g = torch.zeros(n, stop - start, dtype=wide)
@@ -117,26 +186,23 @@ def encoder_backward(
             s = torch.sigmoid(pre.to(wide) / width)
             factor = (4 * s * (1 - s)).contiguous()
         g = g.contiguous()
-        backward(
+        op("backward")(
             g,
-            words,
+            terms.words,
             start,
-            None if shift is None else shift[start:stop],
-            None if curve is None else curve[start:stop],
-            grad_covariance is not None,
-            signs,
-            columns,
-            *rest,
+            None if terms.shift is None else terms.shift[start:stop],
+            None if terms.curvature is None else terms.curvature[start:stop],
+            *terms.statistics,
+            terms.window,
             factor,
-            keep,
+            terms.keep,
             surrogate == "official",
             column_sum[start:stop],
         )
         g = g.to(dtype)
-        if need_W and grad_W.dtype == dtype:
+        if grad_W.numel() and grad_W.dtype == dtype:
             torch.mm(x.t(), g, out=grad_W[:, start:stop])  # no copy: 4 d K bytes of traffic less
-        elif need_W:
+        elif grad_W.numel():
             grad_W[:, start:stop] = product(x.t(), g)
-        if need_x:
+        if grad_x.numel():
             accumulate(grad_x, g, W_enc[:, start:stop].to(dtype).t())
-    return grad_x.to(dtype), grad_W, (column_sum if need_b else column_sum[:0]).to(b_enc.dtype)

@@ -80,7 +80,7 @@ def op(name: str) -> Any:
 
 
 def empty_gradient(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised gradient of a weight; large ones in fp32 reuse the memory of the last step."""
+    """An uninitialised gradient of a weight; large ones in fp32 reuse memory of the last step."""
     if dtype != torch.float32 or 4 * rows * columns < _LARGE:
         return torch.empty(rows, columns, dtype=dtype)
     gradient: Tensor = op("new_gradient")(rows, columns)

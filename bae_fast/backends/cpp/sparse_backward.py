@@ -9,6 +9,8 @@ dense product's does not, and it does more a second: the density decides.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,17 +18,15 @@ from bae_fast.backends.cpp import extension
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
 
-# Density of the window below which its entries are listed. Both ways are as fast at 0.17, 0.26 and
-# 0.38 (scalar, avx2, avx512; N=512, d=2048, fp32); less, as other CPUs have smaller caches. Not
+# Density of the window below which its entries are listed. Both ways are as fast at 0.17, 0.26,
+# 0.38 and 0.23 (scalar, avx2, avx512, amx; N=512, d=2048, fp32); less, for smaller caches. Not
 # measured on neon.
-SPARSE_BELOW = {"scalar": 0.12, "avx2": 0.2, "avx512": 0.3, "neon": 0.1, "amx": 0.3}
+SPARSE_BELOW = {"scalar": 0.12, "avx2": 0.2, "avx512": 0.3, "neon": 0.1, "amx": 0.2}
 
 
-def is_sparse(
-    x: Tensor, W_enc: Tensor, W_dec: Tensor, window: Tensor, surrogate: str, n_bits: int
-) -> bool:
+def is_sparse(x: Tensor, W_enc: Tensor, W_dec: Tensor, window: Tensor, n_bits: int) -> bool:
     """Whether listing the window's entries is the faster way, and there is such a way."""
-    if surrogate != "rectangle" or n_bits > 1:
+    if n_bits > 1:
         return False
     if x.dtype not in (torch.float32, torch.float64) or {W_enc.dtype, W_dec.dtype} != {x.dtype}:
         return False
@@ -42,20 +42,17 @@ def sparse_backward(
     W_dec: Tensor,
     shift: Tensor | None,
     curvature: Tensor | None,
-    covariance: bool,
-    signs: Tensor | None,
-    columns: Tensor | None,
-    counts: Tensor,
-    n_rows: int,
-    digits: Tensor | None,
-    scale: float,
+    statistics: tuple[Any, ...],
     x: Tensor,
     W_enc: Tensor,
     grad_x: Tensor,
     grad_W: Tensor,
     column_sum: Tensor,
 ) -> None:
-    """Fill grad_W and column_sum (float64, db_enc) and add to grad_x; empty is not asked for."""
+    """Fill grad_W and column_sum (float64, db_enc) and add to grad_x; empty is not asked for.
+
+    ``statistics`` as in ``encoder_backward._Terms``.
+    """
     op("sparse_backward")(
         window,
         keep,
@@ -64,13 +61,7 @@ def sparse_backward(
         dense_rows(W_dec),
         shift,
         curvature,
-        covariance,
-        signs,
-        columns,
-        counts,
-        n_rows,
-        digits,
-        scale,
+        *statistics,
         dense_rows(x),
         dense_rows(W_enc) if grad_x.numel() else W_enc,
         grad_x,

@@ -21,7 +21,7 @@ def unit_digits(dtype: torch.dtype) -> int:
 
 
 def operand(matrix: Tensor, digits: int) -> Tensor:
-    """A matrix as the units read it: fp32, or bf16 too with one digit; rows or columns contiguous."""
+    """A matrix as the units read it: fp32, with one digit also bf16; contiguous one way."""
     if matrix.dtype != torch.float32 and (digits == 3 or matrix.dtype != torch.bfloat16):
         matrix = matrix.to(torch.float32 if digits == 3 else torch.bfloat16)
     return matrix if matrix.stride(1) == 1 or matrix.stride(0) == 1 else matrix.contiguous()
