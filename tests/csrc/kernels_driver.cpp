@@ -330,12 +330,13 @@ struct Statistics {
 };
 
 void covariance_tile(const Kernels& k, const Statistics& s, const Buffer<uint8_t>& scratch,
-                     int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool planes, bool same_rows) {
+                     int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool planes, bool same_rows,
+                     bool upper = false) {
   begin(
       "%s covariance_tile: N %lld, K %lld, rows %lld:%lld, columns %lld:%lld, signs %d, "
-      "same_rows %d",
+      "same_rows %d, upper %d",
       k.name, (long long)s.bits.rows, (long long)s.bits.columns, (long long)i0, (long long)i1,
-      (long long)j0, (long long)j1, planes, same_rows);
+      (long long)j0, (long long)j1, planes, same_rows, upper);
   const int64_t words = (j1 - j0) / 32, stride = words + i0 / 64 % 2;
   Buffer<uint32_t> above(planes ? extent(i1 - i0, stride, words) : 0);
   Buffer<uint32_t> below(above.size());
@@ -352,12 +353,15 @@ void covariance_tile(const Kernels& k, const Statistics& s, const Buffer<uint8_t
   t.planes_stride = stride;
   t.scratch = scratch.size() > 0 ? scratch.get() : nullptr;
   t.same_rows = same_rows;
+  t.upper = upper;
   const int64_t got = k.covariance_tile(t);
   int64_t want = 0;
   for (int64_t i = i0; i < i1; ++i) {
     for (int64_t j = j0; j < j1; ++j) {
       const int64_t v = s.v[i * s.stride + j], at = (i - i0) * stride + (j - j0) / 32;
-      want += v < 0 ? -v : v;
+      const int64_t below_diagonal = i / kStrip - j / kStrip;
+      if (upper && below_diagonal > 0) continue;
+      want += (upper && below_diagonal < 0 ? 2 : 1) * (v < 0 ? -v : v);
       if (!planes) continue;
       equal("[V > 0]", i, j, above[at] >> (j - j0) % 32 & 1, v > 0);
       equal("[V < 0]", i, j, below[at] >> (j - j0) % 32 & 1, v < 0);
@@ -386,15 +390,17 @@ void test_covariance(const Kernels& k) {
       for (int64_t i = 0; i < s.stride; i += 512) {
         for (int64_t j = i; j < s.stride; j += 512) {
           covariance_tile(k, s, scratch, i, std::min(i + 512, s.stride), j,
-                          std::min(j + 512, s.stride), planes, j > i);
+                          std::min(j + 512, s.stride), planes, j > i, i == j);
         }
       }
       // strips of rows by all columns, as the backward does
       for (int64_t rows = kStrip; rows <= k.strip && rows < s.stride; rows *= 2) {
         const int64_t last = (s.stride - 1) / rows * rows;
         for (int64_t i = last; i < s.stride && i <= last + 32; i += 32) {
-          covariance_tile(k, s, scratch, i, std::min(i + rows, s.stride), 0, s.stride, planes,
-                          false);
+          for (int64_t j = 0; j < s.stride; j += 512) {
+            covariance_tile(k, s, scratch, i, std::min(i + rows, s.stride), j,
+                            std::min(j + 512, s.stride), planes, j > 0);
+          }
         }
       }
     }
@@ -579,7 +585,8 @@ void test_backward(const Kernels& k) {
   }
 }
 
-void product(const Kernels& k, const char* name, void (*kernel)(const BitsProduct&), int64_t rows,
+template <typename Result>
+void product(const Kernels& k, const char* name, Result (*kernel)(const BitsProduct&), int64_t rows,
              int64_t depth, int64_t columns, bool add, bool one_hot) {
   begin("%s %s: rows %lld, depth %lld, columns %lld, add %d, one_hot %d", k.name, name,
         (long long)rows, (long long)depth, (long long)columns, add, one_hot);
@@ -594,9 +601,10 @@ void product(const Kernels& k, const char* name, void (*kernel)(const BitsProduc
   Buffer<float> out(extent(rows, columns + pad, columns));
   bits.pack_rows(packed, words + pad);
   for (int64_t i = 0; i < dense.size(); ++i) {
-    // sums below 2^24; all 24 bits of a float where one term is alone
+    // sums below 2^24; all 24 bits of a float where one term is alone, and the whole range of sizes
+    // over which a product of common exponents is exact
     dense[i] = one_hot ? static_cast<float>(random_between(-(1 << 24) + 1, (1 << 24) - 1)) *
-                             std::ldexp(1.0f, static_cast<int>(random_between(-30, 30)))
+                             std::ldexp(1.0f, static_cast<int>(random_between(-3, 3)))
                        : static_cast<float>(random_between(-8191, 8191));
   }
   for (int64_t i = 0; i < out.size(); ++i) {
@@ -635,7 +643,8 @@ void product(const Kernels& k, const char* name, void (*kernel)(const BitsProduc
   }
 }
 
-void test_product(const Kernels& k, const char* name, void (*kernel)(const BitsProduct&)) {
+template <typename Result>
+void test_product(const Kernels& k, const char* name, Result (*kernel)(const BitsProduct&)) {
   const int64_t columns[] = {1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 96, 97, 127, 128};
   int64_t turn = 0;
   for (int64_t rows : {1, 2, 31, 32, 33, 65}) {
@@ -649,6 +658,135 @@ void test_product(const Kernels& k, const char* name, void (*kernel)(const BitsP
   }
 }
 
+// ---- matrix units -------------------------------------------------------------------------------
+
+// [rows, columns] of integers as the units read them, either way contiguous.
+struct Numbers {
+  int64_t rows, columns, stride;
+  bool row_major;
+  Matrix::Element element;
+  Buffer<float> wide;
+  Buffer<uint16_t> half;
+
+  Numbers(int64_t rows, int64_t columns, bool row_major, Matrix::Element element, int64_t largest)
+      : rows(rows),
+        columns(columns),
+        stride((row_major ? columns : rows) + rows % 3),
+        row_major(row_major),
+        element(element),
+        wide(element == Matrix::kFloat ? length() : 0),
+        half(element == Matrix::kFloat ? 0 : length()) {
+    for (int64_t i = 0; i < length(); ++i) {
+      const float value = static_cast<float>(random_between(-largest, largest));
+      if (element == Matrix::kFloat) {
+        wide[i] = value;
+      } else {
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof(bits));
+        half[i] = static_cast<uint16_t>(bits >> 16);
+      }
+    }
+  }
+  int64_t length() const {
+    return row_major ? extent(rows, stride, columns) : extent(columns, stride, rows);
+  }
+  double at(int64_t r, int64_t c) const {
+    const int64_t i = row_major ? r * stride + c : c * stride + r;
+    if (element == Matrix::kFloat) return wide[i];
+    const uint32_t bits = static_cast<uint32_t>(half[i]) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  Matrix matrix() const {
+    const void* data = element == Matrix::kFloat ? static_cast<const void*>(wide.get())
+                                                 : static_cast<const void*>(half.get());
+    return {data, row_major ? stride : 1, row_major ? 1 : stride, element};
+  }
+};
+
+void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns, int64_t digits,
+                  bool left_major, bool right_major, Matrix::Element element, bool of_bits) {
+  begin(
+      "%s units: rows %lld, depth %lld, columns %lld, digits %lld, left %s, right %s, %s",
+      k.name, (long long)rows, (long long)depth, (long long)columns, (long long)digits,
+      of_bits ? "bits" : left_major ? "by rows" : "by columns",
+      right_major ? "by rows" : "by columns", element == Matrix::kFloat ? "f32" : "bf16");
+  const Units& units = *k.units;
+  // 1 digit: integers of 8 bits. 3: of 12 and 11, so that every sum is exact in fp32
+  const Numbers left(rows, depth, left_major, element, digits == 3 ? 2047 : 100);
+  const Numbers right(depth, columns, right_major, element, digits == 3 ? 15 : 100);
+  Bits bits(rows, depth);
+  Buffer<uint32_t> packed(extent(rows, n_words(depth) + 1, n_words(depth)));
+  bits.pack_rows(packed, n_words(depth) + 1);
+  const Matrix from =
+      of_bits ? Matrix{packed.get(), n_words(depth) + 1, 1, Matrix::kBits} : left.matrix();
+  const Buffer<uint8_t> panel(units.panel_bytes(rows, depth, digits), 64);
+  for (int64_t r = 0; r < rows; r += units.rows) {
+    if (!units.pack(from, r, rows, depth, digits, panel.get())) wrong("size of left", r, 0, 0, 1);
+  }
+  const Buffer<uint8_t> scratch(units.scratch, 64);
+  const UnitStrip s{panel.get(), right.matrix(), rows, depth, columns, digits, scratch.get()};
+  const auto want = [&](int64_t r, int64_t c) {
+    double sum = 0;
+    for (int64_t d = 0; d < depth; ++d) {
+      sum += (of_bits ? bits.at(r, d) : left.at(r, d)) * right.at(d, c);
+    }
+    return sum;
+  };
+  const int64_t stride = columns + 3;
+  for (bool add : {false, true}) {
+    Buffer<float> out(extent(rows, stride, columns));
+    for (int64_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(random_between(-9, 9));
+    const std::vector<float> before = out.copy();
+    if (!units.product(s, out.get(), stride, add)) wrong("size of right", 0, 0, 0, 1);
+    for (int64_t i = 0; i < out.size(); ++i) {
+      const int64_t r = i / stride, c = i % stride;
+      equal("sum", r, c, out[i],
+            c < columns ? want(r, c) + (add ? before[i] : 0) : static_cast<double>(before[i]));
+    }
+  }
+  if (of_bits) return;
+  const int64_t words = n_words(columns);
+  for (bool windowed : {false, true}) {
+    Buffer<float> bias(columns);
+    Buffer<bool> keep(rows);
+    Buffer<uint32_t> out(extent(rows, words + 1, words)), window(windowed ? out.size() : 0);
+    for (int64_t c = 0; c < columns; ++c) bias[c] = static_cast<float>(random_between(-40, 40));
+    for (int64_t r = 0; r < rows; ++r) keep[r] = random_between(0, 3) > 0;
+    const EncodeStrip e{bias.get(), keep.get(), 700, out.get(), words + 1,
+                        windowed ? window.get() : nullptr, words + 1};
+    if (!units.encode(s, e)) wrong("size of right", 0, 0, 0, 1);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < words * 32; ++c) {
+        const bool counts = c < columns && keep[r];
+        const double pre = counts ? want(r, c) + bias[c] : 0;
+        const int64_t at = r * (words + 1) + c / 32;
+        equal("bit", r, c, out[at] >> c % 32 & 1, counts && pre > 0);
+        if (windowed) equal("window", r, c, window[at] >> c % 32 & 1, counts && std::fabs(pre) < 700);
+      }
+    }
+  }
+}
+
+void test_units(const Kernels& k) {
+  const int64_t columns[] = {1, 15, 16, 17, 31, 32, 33, 64, 65, 255, 256};
+  int64_t turn = 0;
+  for (int64_t rows : {1, 31, 32, 33, 65, 130}) {
+    for (int64_t depth : {1, 16, 17, 31, 32, 33, 95, 96, 97, 127, 128, 129, 385, 500}) {
+      for (int64_t digits : {1, 3}) {
+        ++turn;
+        const Matrix::Element element =
+            digits == 3 || turn % 3 == 0 ? Matrix::kFloat : Matrix::kBfloat16;
+        unit_product(k, rows, depth, columns[turn % 11], digits, turn % 2 == 0, turn / 2 % 2 == 0,
+                     element, digits == 1 && turn % 5 == 0);
+      }
+    }
+  }
+  unit_product(k, 1030, 130, 40, 3, true, true, Matrix::kFloat, false);  // rows in two parts
+  unit_product(k, 1030, 400, 40, 1, false, false, Matrix::kBfloat16, false);
+}
+
 void test_level(const Kernels& k) {
   cases = 0;
   test_transpose(k);
@@ -660,6 +798,7 @@ void test_level(const Kernels& k) {
   test_backward(k);
   test_product(k, "gather_product", k.gather_product);
   if (k.bits_product != nullptr) test_product(k, "bits_product", k.bits_product);
+  if (k.units != nullptr) test_units(k);
   printf("%s: %lld cases\n", k.name, static_cast<long long>(cases));
 }
 
