@@ -1,5 +1,5 @@
 // What an instruction set provides: one table of functions on raw pointers, filled by each
-// kernels_<level>.cpp from the same text (kernels_impl.h). Strides are in elements.
+// kernels_<level>.cpp from the same texts (kernels_shared.h). Strides are in elements.
 //
 // Only types are defined here: a file compiled with AVX flags must emit no function that the
 // linker could choose for the others too.
@@ -22,6 +22,7 @@ struct CovarianceTile {
   int64_t planes_stride;
   uint8_t* scratch;  // covariance_scratch bytes, cache line aligned
   bool same_rows;    // i0, i1 and scratch are those of the call before
+  bool upper;        // j > i alone counts: planes are unspecified elsewhere
 };
 
 template <typename T>
@@ -63,9 +64,9 @@ struct BitsProduct {
   float* out;
   int64_t out_stride;
   int64_t rows, depth;
-  int64_t columns;   // at most 128
+  int64_t columns;   // for bits_product at most product_columns
   bool add;          // to what out holds
-  uint8_t* scratch;  // product_scratch bytes, cache line aligned
+  uint8_t* scratch;  // gather_scratch or product_scratch bytes, cache line aligned
 };
 
 struct Kernels {
@@ -73,6 +74,8 @@ struct Kernels {
   int64_t strip;  // columns of a strip: a multiple of 64, at most 256
   int64_t covariance_scratch;
   int64_t (*backward_scratch)(int64_t sign_words);
+  int64_t gather_scratch;
+  int64_t product_columns;  // of bits_product; a multiple of 128, or INT64_MAX
   int64_t product_scratch;
 
   // Transposes bits: rows [rows <= 32, in_stride] of `columns` bits into one word per column,
@@ -101,7 +104,7 @@ struct Kernels {
   // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
   void (*gather_product)(const BitsProduct& product);
 
-  // At the same cost for any bits; null where torch's own product is as fast.
+  // At the same cost for any bits.
   void (*bits_product)(const BitsProduct& product);
 };
 

@@ -412,22 +412,24 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
 
 // ---- bits x dense -------------------------------------------------------------------------------
 
-// Whether there is a product faster than torch's at any density.
-bool has_bits_product() { return kernels().bits_product != nullptr; }
-
 // out (+)= bits dense, in fp32: by gathering rows, or by the kernel for any density.
 void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) {
   const int64_t rows = out.size(0), columns = out.size(1), depth = dense.size(0);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t strips = (columns + kProductColumns - 1) / kProductColumns;
+  // wide strips list the ones less often, but every thread should have one
+  const int64_t share_of_columns =
+      round_up((columns + threads - 1) / threads, kProductColumns);
+  const int64_t width =
+      std::min(gather ? INT64_MAX : kernels().product_columns, share_of_columns);
+  const int64_t strips = (columns + width - 1) / width;
   // rows are shared out too where there are few strips; enough of them to pay for the panels
   const int64_t parts = std::max<int64_t>(1, std::min((threads + strips - 1) / strips, rows / 64));
   const int64_t share = (rows + parts - 1) / parts;
   const auto kernel = gather ? kernels().gather_product : kernels().bits_product;
   torch::stable::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(gather ? 0 : kernels().product_scratch);
+    Scratch scratch(gather ? kernels().gather_scratch : kernels().product_scratch);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index % parts * share, at = index / parts * kProductColumns;
+      const int64_t first = index % parts * share, at = index / parts * width;
       if (first >= rows) continue;
       BitsProduct p{};
       p.bits_stride = row_stride(bits);
@@ -438,7 +440,7 @@ void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
       p.out = mutable_data<float>(out) + first * p.out_stride + at;
       p.rows = std::min(rows - first, share);
       p.depth = depth;
-      p.columns = std::min(columns - at, kProductColumns);
+      p.columns = std::min(columns - at, width);
       p.add = add;
       p.scratch = scratch.get();
       kernel(p);
@@ -450,7 +452,6 @@ void bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CompositeExplicitAutograd, m) {
   m.impl("cpp_simd", TORCH_BOX(&simd));
-  m.impl("cpp_has_bits_product", TORCH_BOX(&has_bits_product));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {

@@ -33,8 +33,6 @@ _SCHEMAS = (
     " float scale, Tensor? window, Tensor? factor, Tensor? keep, bool official,"
     " Tensor(b!) column_sum) -> ()",
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
-    # a product of bits and fp32 numbers at one cost for any density, faster than torch's
-    "cpp_has_bits_product() -> bool",
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`
     "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> ()",
 )
