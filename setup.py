@@ -27,6 +27,7 @@ AVX512_FLAGS = [
     "-mavx512bw",
     "-mavx512dq",
     "-mavx512vl",
+    "-mavx512vbmi",
     "-mavx512vpopcntdq",
     "-mprefer-vector-width=512",
     "-Wno-maybe-uninitialized",  # gcc's own headers

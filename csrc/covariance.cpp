@@ -26,6 +26,23 @@ void copy_signs(const uint32_t* from, int64_t rows, int64_t words, uint32_t* to,
   }
 }
 
+// Completes one plane of a tile on the diagonal, of which j > i is there: a symmetric matrix with
+// nothing on its diagonal.
+void mirror_tile(uint32_t* plane, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kWordBits) {
+    const int64_t here = std::min(rows - i, kWordBits), after = i + kWordBits;
+    uint32_t* const block = plane + i * kTileWords + i / kWordBits;
+    uint32_t turned[kWordBits];
+    for (int64_t r = 0; r < here; ++r) block[r * kTileWords] &= ~0u << r << 1;
+    kernels().transpose(block, kTileWords, here, here, turned, 1);
+    for (int64_t r = 0; r < here; ++r) block[r * kTileWords] |= turned[r];
+    if (after < rows) {
+      kernels().transpose(block + 1, kTileWords, kWordBits, rows - after,
+                          plane + after * kTileWords + i / kWordBits, kTileWords);
+    }
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows,
@@ -73,26 +90,12 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
         tile.same_rows = i0 == i_before;
         tile.upper = i0 == j0;
         i_before = i0;
-        int64_t sum = kernels().covariance_tile(tile);
-        if (i0 == j0) {  // V_ii = n_i (N - n_i) does not count
-          for (int64_t i = i0; i < i1; ++i) {
-            sum -= int64_t{ones[i]} * (n_rows - ones[i]);
-            const int64_t at = (i - i0) * kTileWords + (i - i0) / kWordBits;
-            if (keep_signs) parts[0][at] &= ~(1u << (i - i0) % kWordBits);
-          }
-        }
-        total += i0 == j0 ? sum : 2 * sum;
+        const int64_t sum = kernels().covariance_tile(tile);
+        total += 2 * sum;
         if (!keep_signs) continue;
         const int64_t rows = std::min(i1, k) - i0, across = std::min(j1, k) - j0;
         for (int p = 0; p < 2; ++p) {
-          for (int64_t r = 0; i0 == j0 && r + kStrip < rows; r += kStrip) {
-            const int64_t after = r + kStrip;  // the blocks right of the diagonal one, mirrored
-            for (int64_t half = r; half < after; half += kWordBits) {
-              kernels().transpose(parts[p] + half * kTileWords + after / kWordBits, kTileWords,
-                                  kWordBits, across - after,
-                                  parts[p] + after * kTileWords + half / kWordBits, kTileWords);
-            }
-          }
+          if (i0 == j0) mirror_tile(parts[p], rows);
           copy_signs(parts[p], rows, n_words(across), planes[p] + i0 * w + j0 / kWordBits, w);
           if (i0 == j0) continue;
           for (int64_t r = 0; r < rows; r += kWordBits) {

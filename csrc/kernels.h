@@ -22,8 +22,7 @@ struct CovarianceTile {
   int64_t planes_stride;
   uint8_t* scratch;  // covariance_scratch bytes, cache line aligned
   bool same_rows;    // i0, i1 and scratch are those of the call before
-  bool upper;        // i0 == j0: blocks of 64 x 64 below the diagonal are left out of the planes,
-                     // and those above it count twice
+  bool upper;        // i0 == j0: j > i alone counts, planes are unspecified elsewhere
 };
 
 template <typename T>
@@ -65,9 +64,9 @@ struct BitsProduct {
   float* out;
   int64_t out_stride;
   int64_t rows, depth;
-  int64_t columns;   // at most kProductColumns for gathering, product_columns for the other
+  int64_t columns;   // for bits_product at most product_columns
   bool add;          // to what out holds
-  uint8_t* scratch;  // product_scratch bytes, cache line aligned
+  uint8_t* scratch;  // gather_scratch or product_scratch bytes, cache line aligned
 };
 
 // Elements (i, k) of a matrix at data[i * row + k * column]; one of the strides is 1.
@@ -157,6 +156,8 @@ struct Kernels {
   int64_t strip;  // columns of a strip: a multiple of 64, at most 256
   int64_t covariance_scratch;
   int64_t (*backward_scratch)(int64_t sign_words);
+  int64_t gather_scratch;
+  int64_t product_columns;  // of bits_product; a multiple of 64
   int64_t product_scratch;
 
   // Transposes bits: rows [rows <= 32, in_stride] of `columns` bits into one word per column,
@@ -185,10 +186,9 @@ struct Kernels {
   // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
   void (*gather_product)(const BitsProduct& product);
 
-  // At the same cost for any bits; null where torch's own product is as fast. False where `dense`
-  // is not finite: then what was written is of no use.
+  // At the same cost for any bits. False where `dense` is not finite and the kernel needs it to be:
+  // then what was written is of no use.
   bool (*bits_product)(const BitsProduct& product);
-  int64_t product_columns;
 
   const Units* units;  // or null
 

@@ -185,7 +185,7 @@ int64_t covariance_tile_amx(const CovarianceTile& t) {
   int32_t* const resting = reinterpret_cast<int32_t*>(right + 2 * kPanelStep);
   alignas(64) int32_t local[2][32 * 32];
   const bool one_block = t.words <= kBlockWords, narrow = t.n_rows < 1 << 15;
-  int64_t total = 0;
+  int64_t total = 0, twice = 0;
   __m512i lanes = _mm512_setzero_si512(), diagonal = _mm512_setzero_si512();
   Block pending;  // counted, not finished: that is done between the products of the next block
   int turn = 0;
@@ -232,7 +232,7 @@ int64_t covariance_tile_amx(const CovarianceTile& t) {
         if (!last) continue;
         const bool once = t.upper && i + kStrip >= diagonal_end;
         if (!narrow) {
-          total += (t.upper && !once ? 2 : 1) * finish_wide(t, block);
+          (once ? twice : total) += finish_wide(t, block);
         } else if (once) {
           finish_rows(t, block, 0, 32, diagonal);
         } else {
@@ -243,8 +243,12 @@ int64_t covariance_tile_amx(const CovarianceTile& t) {
     }
   }
   if (pending.sums != nullptr) finish_rows(t, pending, 0, 32, lanes);
-  return total + _mm512_reduce_add_epi64(diagonal) +
-         (t.upper ? 2 : 1) * _mm512_reduce_add_epi64(lanes);
+  total += _mm512_reduce_add_epi64(lanes);
+  if (!t.upper) return total;
+  // blocks on the diagonal hold each pair twice, and V_ii = n_i (N - n_i)
+  twice += _mm512_reduce_add_epi64(diagonal);
+  for (int64_t i = t.i0; i < t.i1; ++i) twice -= t.counts[i] * (t.n_rows - t.counts[i]);
+  return total + twice / 2;
 }
 
 // ---- backward of the encoder --------------------------------------------------------------------
@@ -257,11 +261,12 @@ int64_t backward_scratch_amx(int64_t) {
 template <typename T>
 void backward_strip_amx(const BackwardStrip<T>& s) {
   alignas(64) double counts_signs[kWidth] = {};  // n^T S, an integer
+  alignas(64) int32_t narrow_counts_signs[kWidth];
   ColumnSums<T> sums;
   uint8_t* const left = s.scratch;
   uint8_t* const right = left + 2 * kPanelStep;
   int32_t* const products = reinterpret_cast<int32_t*>(right + kPanelBytes);
-  const bool covariance = s.above != nullptr;
+  const bool covariance = s.above != nullptr, narrow = counts_signs_fit(s);
   const int64_t digits = covariance ? s.n_digits : 0, rows = digits + s.n;
   const int64_t columns = round_up(s.columns, 32);
   for (int64_t n0 = 0; n0 < rows; n0 += kSumRows) {
@@ -305,13 +310,20 @@ void backward_strip_amx(const BackwardStrip<T>& s) {
       const int32_t* product = products + (n - n0) * kSumStride;
       if (n < digits) {
         const double weight = static_cast<double>(int64_t{1} << n);
-        for (int64_t j = 0; j < columns; ++j) counts_signs[j] += weight * product[j];
+        for (int64_t j = 0; j < columns; ++j) {
+          counts_signs[j] += weight * product[j];
+          narrow_counts_signs[j] = narrow ? static_cast<int32_t>(counts_signs[j]) : 0;
+        }
       } else {
         for (int64_t j = 0; j < s.columns; j += 64 / static_cast<int64_t>(sizeof(T))) {
           // rows lie on pages of their own, where nothing is fetched ahead
           __builtin_prefetch(s.g + (n - digits + 2) * s.g_stride + j, 1);
         }
-        backward_row(s, n - digits, product, counts_signs);
+        if (narrow) {
+          backward_row(s, n - digits, product, narrow_counts_signs);
+        } else {
+          backward_row(s, n - digits, product, counts_signs);
+        }
         sums.add(s.g + (n - digits) * s.g_stride, s.columns);
       }
     }
@@ -323,13 +335,12 @@ void backward_strip_amx_f32(const BackwardStrip<float>& s) { backward_strip_amx(
 void backward_strip_amx_f64(const BackwardStrip<double>& s) { backward_strip_amx(s); }
 
 constexpr Kernels make_amx_kernels() {
-  Kernels k = with_sparse(make_kernels("amx"));
+  Kernels k = with_sparse(make_kernels("amx", kFixedColumns));
   k.transpose = transpose_fast;
   k.strip = kWidth;
   k.covariance_scratch = kCovarianceScratch;
   k.backward_scratch = backward_scratch_amx;
   k.product_scratch = kFixedScratch;
-  k.product_columns = kFixedColumns;
   k.bits_product = fixed_product;
   k.units = &kUnits;
   k.covariance_tile = covariance_tile_amx;

@@ -11,7 +11,7 @@ namespace {
 
 // Eight columns as two registers.
 struct Vector {
-  static constexpr int kLanes = 8, kRowsBlock = 4, kRegisters = 2;
+  static constexpr int kLanes = 8, kRowsBlock = 4, kRegisters = 2, kLines = 4, kFloats = 4;
   static constexpr int64_t kFlush = 31;
   struct Words {
     uint32x4_t low, high;
@@ -102,6 +102,6 @@ struct Vector {
 #include "kernels_sparse.h"
 
 namespace bae_fast {
-const Kernels kNeonKernels = with_sparse(make_kernels("neon"));
+const Kernels kNeonKernels = with_sparse(make_kernels("neon", INT64_MAX));
 }  // namespace bae_fast
 #endif

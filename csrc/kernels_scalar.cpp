@@ -6,7 +6,7 @@ namespace bae_fast {
 namespace {
 
 struct Vector {
-  static constexpr int kLanes = 8, kRowsBlock = 2, kRegisters = 1;
+  static constexpr int kLanes = 8, kRowsBlock = 2, kRegisters = 1, kLines = 2, kFloats = 4;
   static constexpr int64_t kFlush = INT64_MAX / 2;
   struct Words {
     uint32_t lane[kLanes];
@@ -102,5 +102,5 @@ struct Vector {
 #include "kernels_sparse.h"
 
 namespace bae_fast {
-const Kernels kScalarKernels = with_sparse(make_kernels("scalar"));
+const Kernels kScalarKernels = with_sparse(make_kernels("scalar", INT64_MAX));
 }  // namespace bae_fast

@@ -213,7 +213,8 @@ inline void transpose_numbers(const T* in, int64_t in_stride, int64_t rows, int6
 
 // out[k] += popcount(row_k & above) - popcount(row_k & below): (B S)_nj of listed rows n.
 void sign_counts(const SignCounts& s) {
-  constexpr int kRows = 4;
+  using Counts = typename Vector::Counts;
+  constexpr int kRows = 4, kLanes = Vector::kLanes;
   const int64_t whole = s.words / kLanes;  // registers
   for (int64_t k = 0; k < s.count; k += kRows) {
     const int64_t used = s.count - k < kRows ? s.count - k : kRows;

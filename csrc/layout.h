@@ -18,10 +18,6 @@ constexpr int64_t kFeatureAlignWords = 8;
 constexpr int64_t kStrip = 64;
 constexpr int64_t kMaxStrip = 256;
 
-// Columns and summed rows of a product of bits and dense numbers that kernels take at once.
-constexpr int64_t kProductColumns = 128;
-constexpr int64_t kProductDepth = 512;
-
 // A panel of listed rows: as many rows as one list may name, and bytes of each. 256 KiB: it stays
 // in the outer cache of a core beside what streams through.
 constexpr int64_t kPanelRows = 512;

@@ -20,7 +20,6 @@ int64_t simd(int64_t level) {
 
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CompositeExplicitAutograd, m) {
   m.impl("cpp_simd", TORCH_BOX(&simd));
-  m.impl("cpp_has_bits_product", TORCH_BOX(&has_bits_product));
   m.impl("cpp_has_units", TORCH_BOX(&has_units));
   m.impl("cpp_new_gradient", TORCH_BOX(&new_gradient));
 }

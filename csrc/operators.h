@@ -25,7 +25,6 @@ bool has_units();
 bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, double width,
                  int64_t digits, Tensor words, Tensor window);
 bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor out);
-bool has_bits_product();
 bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out);
 
 // backward.cpp

@@ -117,15 +117,12 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
 
 // ---- bits x dense -------------------------------------------------------------------------------
 
-// Whether there is a product faster than torch's at any density.
-bool has_bits_product() { return kernels().bits_product != nullptr; }
-
 // out (+)= bits dense, in fp32: by gathering rows, or by the kernel for any density. False, and
 // nothing of use, where that kernel met a number that is not finite.
 bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) {
   const int64_t rows = out.size(0), columns = out.size(1), depth = dense.size(0);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t width = strip_width(columns, gather ? kProductColumns : kernels().product_columns);
+  const int64_t width = strip_width(columns, gather ? INT64_MAX : kernels().product_columns);
   const int64_t strips = (columns + width - 1) / width;
   // rows are shared out too where there are few strips; enough of them to pay for the panels
   const int64_t parts = std::max<int64_t>(1, std::min((threads + strips - 1) / strips, rows / 64));
@@ -133,7 +130,7 @@ bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
   std::atomic<bool> finite{true};
   prefer_large_pages(out);
   torch::stable::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(gather ? 0 : kernels().product_scratch);
+    Scratch scratch(gather ? kernels().gather_scratch : kernels().product_scratch);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % parts * share, at = index / parts * width;
       if (first >= rows) continue;

@@ -76,7 +76,7 @@ inline void prefer_large_pages(const Tensor& fresh) {
 inline int64_t strip_width(int64_t columns, int64_t widest) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t best = kStrip, least = INT64_MAX;
-  for (int64_t width = widest; width >= kStrip; width -= kStrip) {
+  for (int64_t width = std::min(widest, round_up(columns, kStrip)); width > 0; width -= kStrip) {
     const int64_t strips = (columns + width - 1) / width;
     const int64_t time = (strips + threads - 1) / threads * std::min(width, columns);
     if (time < least) best = width, least = time;

@@ -9,7 +9,7 @@ namespace bae_fast {
 namespace {
 
 struct Vector {
-  static constexpr int kLanes = 16, kRowsBlock = 4, kRegisters = 4;
+  static constexpr int kLanes = 16, kRowsBlock = 4, kRegisters = 4, kLines = 8, kFloats = 16;
   static constexpr int64_t kFlush = INT64_MAX / 2;
   using Words = __m512i;
   using Counts = __m512i;

@@ -155,7 +155,7 @@ def private_operators(n, k, d, pad):
             torch.rand(n) < 0.7 if keep else None, keep, torch.zeros(used, dtype=torch.float64),
         )  # fmt: skip
 
-    gathers = (True, False) if op("has_bits_product")() else (True,)
+    gathers = (True, False)
     features = op("rows_to_features")(words, k)
     for gather, add in itertools.product(gathers, (False, True)):
         dense, out = torch.randn(k, d), torch.randn(n, d)

@@ -104,15 +104,10 @@ def test_the_covariance_of_more_rows_than_16_bits_hold(level):
     np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("stored", [True, False])
-def test_the_product_with_the_signs_is_exact_on_every_level(level, threads, shape, stored):
+def check_sign_product(bits, words, stored):
     """The covariance's gradient at the bits, read off the gradient of b_enc row by row."""
-    n, k = shape
-    bits, words = codes(n, k)
+    n, k = bits.shape
     counts, v = exact_covariance(bits)
-    if n < 2:
-        return
     s, b = np.sign(v), bits.numpy().astype(np.int64)
     expected = (n * (b @ s) - counts @ s).astype(np.float64) * 2 / (n * (n - 1))
     total, ones = torch.tensor(n), torch.from_numpy(counts)
@@ -129,6 +124,37 @@ def test_the_product_with_the_signs_is_exact_on_every_level(level, threads, shap
     scale = np.abs(expected).max()
     assert np.abs(grad_W.numpy() - expected).max() <= 1e-14 * scale
     assert np.abs(grad_b.numpy() - expected.sum(0)).max() <= 1e-12 * max(scale, 1) * n
+
+
+# more rows and columns than a block of the products keeps
+BLOCKS = [(577, 97), (3, 1600)]
+
+
+@pytest.mark.parametrize("shape", SHAPES + BLOCKS, ids=str)
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_product_with_the_signs_is_exact_on_every_level(level, threads, shape, stored):
+    if shape[0] > 1:
+        check_sign_product(*codes(*shape), stored)
+
+
+@pytest.mark.parametrize("kind", ["twins", "opposites", "ties", "constant"])
+def test_sums_of_signs_at_their_extremes_are_exact(level, kind):
+    """Sums as large as can be, nearly all pairs tied, nothing that varies."""
+    n, k = (4, 1700) if kind == "ties" else (70, 1700)
+    column = torch.arange(n) % 2 == 0
+    bits = column[:, None].repeat(1, k)
+    if kind == "opposites":
+        bits[:, k // 2 :] = ~bits[:, k // 2 :]
+    elif kind == "ties":
+        bits = torch.rand(n, k) < 0.5
+    elif kind == "constant":
+        bits = (torch.arange(k) % 3 == 0)[None].repeat(n, 1)
+        bits[0, 0] = False
+    counts, v = exact_covariance(bits)
+    words = pack_rows(bits)
+    numerator, _ = CPP.ops["covariance"](words, torch.from_numpy(counts), torch.tensor(n), True)
+    assert int(numerator) == int(np.abs(v).sum())
+    check_sign_product(bits, words, True)
 
 
 @pytest.mark.parametrize("shape", [(n, 97) for n in EDGES] + [(3, k) for k in EDGES], ids=str)
@@ -150,17 +176,25 @@ def test_bits_window_and_counts_on_every_level(level, threads, shape, dtype):
     assert packing.tail_is_zero(window, k)
 
 
-@pytest.mark.parametrize("density", [0.02, 0.5])
+PRODUCTS = [(n, 97, 33) for n in EDGES] + [(33, k, 129) for k in EDGES]
+PRODUCTS += [(3, 600, c) for c in EDGES]
+# beyond the blocks of depth, of rows and of listed ones
+PRODUCT_BLOCKS = [(5, 2700, 200), (600, 700, 40), (3000, 512, 5), (8200, 40, 5)]
+
+
 @pytest.mark.parametrize(
-    "shape",
-    [(n, 97, 33) for n in EDGES] + [(33, k, 129) for k in EDGES] + [(3, 600, c) for c in EDGES],
+    ("shape", "density"),
+    [(shape, density) for shape in PRODUCTS for density in (0.02, 0.5)]
+    + [(shape, density) for shape in PRODUCT_BLOCKS for density in (0.0, 0.09, 0.5, 1.0)],
     ids=str,
 )
 def test_products_of_bits_err_less_than_twice_a_dense_product(level, threads, shape, density):
     n, k, d_out = shape
     bits = torch.rand(n, k) < density
     words, dense = pack_rows(bits), bits.float()
-    W, b, g = torch.randn(k, d_out), torch.randn(d_out), torch.randn(n, d_out)
+    # views whose rows are neither next to each other nor on a cache line
+    W, g = (torch.randn(rows, d_out + 5)[:, 3 : 3 + d_out] for rows in (k, n))
+    b = torch.randn(d_out)
     recon = CPP.ops["decode"](words, W, b, 1, torch.float32)
     grad_W, _ = CPP.ops["decoder_backward"](words, g, k, 1, torch.float32)
     for got, left, right, plus in ((recon, dense, W, b), (grad_W, dense.T, g, 0)):

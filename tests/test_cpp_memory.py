@@ -60,7 +60,7 @@ def everything(n, k, d):
         chosen,
         window,
     ]
-    for gather in (True, False) if op("has_bits_product")() else (True,):
+    for gather in (True, False):
         results.append(torch.ones(n, d))
         op("bits_product")(words, weight, gather, True, results[-1])
     columns, signs = results[0], results[4]

@@ -359,9 +359,8 @@ void covariance_tile(const Kernels& k, const Statistics& s, const Buffer<uint8_t
   for (int64_t i = i0; i < i1; ++i) {
     for (int64_t j = j0; j < j1; ++j) {
       const int64_t v = s.v[i * s.stride + j], at = (i - i0) * stride + (j - j0) / 32;
-      const int64_t below_diagonal = i / kStrip - j / kStrip;
-      if (upper && below_diagonal > 0) continue;
-      want += (upper && below_diagonal < 0 ? 2 : 1) * (v < 0 ? -v : v);
+      if (upper && j <= i) continue;
+      want += v < 0 ? -v : v;
       if (!planes) continue;
       equal("[V > 0]", i, j, above[at] >> (j - j0) % 32 & 1, v > 0);
       equal("[V < 0]", i, j, below[at] >> (j - j0) % 32 & 1, v < 0);

@@ -4,10 +4,11 @@
 
 V is the value of the code, ``[N, F]``: the bit itself for one-bit codes, else
 sum_i b_i 2^i / (2^k - 1). Both are one product, rows of bits times rows of numbers. In fp32 with
-one-bit codes there are three ways, chosen by the measured density: adding the rows where bits are
-one; matrix units, where the CPU has them, on a float's three bf16 digits, which is as exact as
-fp32 and costs the same at any density; and torch's product of unpacked bits, one chunk of
-features at a time, which also serves all other dtypes and codes.
+one-bit codes there are two ways, chosen by the measured density: adding the rows where bits are
+one; and one cost at any density, by tables of the sums of five rows, or by matrix units on integers
+of 32 bits, where the CPU has them: both as exact as fp32. In bf16 matrix units multiply bits as
+numbers. All other dtypes and codes take torch's product of unpacked bits, one chunk of features at
+a time.
 """
 
 from __future__ import annotations
@@ -16,20 +17,19 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
-from bae_fast.backends.cpp.extension import empty_gradient, op
+from bae_fast.backends.cpp.extension import empty_gradient, op, simd
 from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
 
-# Density below which adding rows is faster: than the matrix units, than torch's product
-GATHER_BELOW = {True: 0.05, False: 0.2}
+# Density below which adding rows is faster, measured by level
+GATHER_BELOW = {"scalar": 0.1, "avx2": 0.1, "avx512": 0.1, "neon": 0.1, "amx": 0.05}
 
 
-def _gathers(words: Tensor, n_columns: int) -> bool | None:
-    """Whether to add rows; None where torch's product is the fastest."""
-    units = op("has_bits_product")()
-    ones = int(op("column_counts")(words, n_columns).sum())
-    gather = ones < GATHER_BELOW[units] * words.shape[0] * n_columns
-    return gather if gather or units else None
+def _bits_product(bits: Tensor, dense: Tensor, ones: int, add: bool, out: Tensor) -> bool:
+    """out (+)= bits dense; False where that needs finite numbers and met others."""
+    gather = ones < GATHER_BELOW[simd()] * out.shape[0] * dense.shape[0]
+    done: bool = op("bits_product")(bits, dense_rows(dense), gather, add, out)
+    return done
 
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
@@ -42,10 +42,8 @@ def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype
     """None where torch's product is the fastest, or serves numbers that are not finite."""
     recon = b_dec.float().expand(words.shape[0], -1).clone()
     if dtype == W_dec.dtype == torch.float32:
-        gather = _gathers(words, W_dec.shape[0])
-        if gather is None or not op("bits_product")(words, dense_rows(W_dec), gather, True, recon):
-            return None
-        return recon
+        ones = int(op("column_counts")(words, W_dec.shape[0]).sum())
+        return recon if _bits_product(words, W_dec, ones, True, recon) else None
     if dtype == torch.bfloat16 and unit_digits(dtype):
         op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
         return recon.to(dtype)
@@ -69,12 +67,9 @@ def _gradient_of_bits(
     """None as above."""
     grad_W = empty_gradient(n_columns, grad_recon.shape[1], torch.float32)
     if dtype == grad_recon.dtype == torch.float32:
-        gather = _gathers(words, n_columns)
-        if gather is None:
-            return None
+        ones = int(op("column_counts")(words, n_columns).sum())
         features = op("rows_to_features")(words, n_columns)
-        product = op("bits_product")
-        return grad_W if product(features, dense_rows(grad_recon), gather, False, grad_W) else None
+        return grad_W if _bits_product(features, grad_recon, ones, False, grad_W) else None
     if grad_recon.dtype == torch.bfloat16 and unit_digits(torch.bfloat16):
         features = op("rows_to_features")(words, n_columns)
         op("unit_product")(features, operand(grad_recon, 1), 1, False, grad_W)

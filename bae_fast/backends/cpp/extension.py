@@ -42,10 +42,8 @@ _SCHEMAS = (
     " Tensor? columns, Tensor counts, int n_rows, Tensor? digits, float scale, Tensor x,"
     " Tensor W_enc, Tensor(a!) grad_x, Tensor(b!) grad_W, Tensor(c!) column_sum) -> ()",
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
-    # a product of bits and fp32 numbers at one cost for any density, faster than torch's
-    "cpp_has_bits_product() -> bool",
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
-    # False, and nothing of use in out, where dense is not finite: only without `gather`
+    # False, and nothing of use in out, where dense is not finite: only without `gather`, with AMX
     "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> bool",
     # products of matrices on matrix units: 3 digits for fp32, 1 for bf16 operands, sums in fp32.
     # False, and nothing of use written, where an operand of 3 digits is not below 2^127
