@@ -279,20 +279,26 @@ inline void copy_block(const BitsProduct& p, int64_t k0, int64_t depth, int64_t 
   }
 }
 
-// out[0 .. 16 kLines) (+)= sum of the listed rows of the block.
+// out[0 .. 16 kLines) (+)= sum of the listed rows of the block, from zero: a blocked sum.
 template <int kLines>
 inline void add_rows(const float* block, const uint16_t* list, int64_t count, float* out,
                      bool add) {
   Line sum[kLines];
 #pragma GCC unroll 8
-  for (int l = 0; l < kLines; ++l) sum[l] = add ? load_line(out + l * kLineColumns) : Line{};
+  for (int l = 0; l < kLines; ++l) sum[l] = Line{};
   for (int64_t k = 0; k < count; ++k) {
     const float* row = block + list[k] * kGatherColumns;
 #pragma GCC unroll 8
     for (int l = 0; l < kLines; ++l) sum[l] += load_line(row + l * kLineColumns);
   }
 #pragma GCC unroll 8
-  for (int l = 0; l < kLines; ++l) store_line(out + l * kLineColumns, sum[l]);
+  for (int l = 0; l < kLines; ++l) {
+    if (add) {
+      add_line(out + l * kLineColumns, sum[l]);
+    } else {
+      store_line(out + l * kLineColumns, sum[l]);
+    }
+  }
 }
 
 void gather_product(const BitsProduct& p) {
