@@ -42,13 +42,13 @@ EVERY = [(chip, dtype) for chip in INSTRUCTION for dtype in ("bfloat16", "float1
 MORE = [build for build in EVERY if build not in BUILDS]
 
 
-def build(chip, dtype, folder):
+def worker(chip, what, folder):
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
     }
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "tests/triton_compile_worker.py", chip, dtype],
+        [sys.executable, "tests/triton_compile_worker.py", chip, what],
         capture_output=True,
         text=True,
         env=environment,
@@ -86,7 +86,7 @@ def check(chip, dtype, rows):
 
 @pytest.mark.parametrize(("chip", "dtype"), BUILDS)
 def test_every_kernel_compiles_to_matrix_instructions_without_spills(chip, dtype, tmp_path):
-    check(chip, dtype, build(chip, dtype, tmp_path))
+    check(chip, dtype, worker(chip, dtype, tmp_path))
 
 
 @pytest.mark.skipif(
@@ -95,7 +95,12 @@ def test_every_kernel_compiles_to_matrix_instructions_without_spills(chip, dtype
 )
 @pytest.mark.parametrize(("chip", "dtype"), MORE)
 def test_the_other_builds(chip, dtype, tmp_path):
-    check(chip, dtype, build(chip, dtype, tmp_path))
+    check(chip, dtype, worker(chip, dtype, tmp_path))
+
+
+def test_warmup_starts_every_kernel_that_a_step_starts(tmp_path):
+    """For d and K in multiples of 16: a CUDA graph may then be captured."""
+    assert worker("sm_90", "uncovered", tmp_path) == []
 
 
 def test_the_checks_can_fail():

@@ -138,7 +138,8 @@ def test_a_warm_step_is_captured_and_replays_on_new_inputs(dtype, planes_mb, mon
     for leaf in leaves:
         leaf.grad = None
     step()
-    assert all(torch.equal(a, leaf.grad) for a, leaf in zip(replayed, leaves, strict=True))
+    for gradient, leaf in zip(replayed, leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
 
 
 def test_a_cold_kernel_under_capture_says_to_warm_up():
@@ -167,7 +168,8 @@ def test_peak_memory_is_packed_bits_and_one_chunk(covariance, monkeypatch):
     chunks = 5 * 16 * 2**20  # product, covariance, gradient, and their temporaries
     digits = 64 * f * 10 if covariance else 0
     assert used <= parameters_twice + packed + planes + chunks + digits + 2**24
-    assert used < n * f * 2  # one dense bf16 matrix of bits
+    # less than the dense program's largest matrix alone: C in fp32, or the bits in bf16
+    assert used < (f * f * 4 if covariance else n * f * 2)
 
 
 def test_two_runs_give_the_same_bits_and_gradients():

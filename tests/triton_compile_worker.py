@@ -1,13 +1,15 @@
 """Compile every kernel as impl="triton" starts it, for one chip and without a GPU; print JSON.
 
-The backend's bodies run on CPU tensors with a recorder in place of the start of a kernel, so what
+The backend's warm-up runs on CPU tensors with a recorder in place of the start of a kernel, so what
 is compiled is what would be started: the same arguments, dtypes, alignments and tile sizes. One
 row a compiled kernel: registers, spills and stack from the assembler, shared memory, and which
 matrix instructions its PTX and SASS hold.
 
     python tests/triton_compile_worker.py sm_90 bfloat16
+    python tests/triton_compile_worker.py sm_90 uncovered     what steps start and warm-up does not
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,10 +27,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bae_fast.backends.triton import covariance, decode, encode, encoder_backward
+from bae_fast.backends.triton import covariance, decode, encode, encoder_backward, warmup
 from bae_fast.kernels import launch
-from bae_fast.kernels.bits import column_packed
-from bae_fast.kernels.covariance import INT32_ROWS
+from bae_fast.surrogates import SURROGATES
 
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 CAPABILITIES = {"sm_80": 80, "sm_86": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
@@ -77,30 +78,37 @@ class Recorder:
         self.variants[key] = (kernel, signature, dict(constants), attrs, options)
 
 
-def record(dtype):
-    """Start everything that a step of ``dtype`` starts."""
-    n, d, k = 64, 64, 1024
-    x, G = torch.zeros(n, d, dtype=dtype), torch.zeros(n, d, dtype=dtype)
-    W_enc, b_enc = torch.zeros(d, k, dtype=dtype), torch.zeros(k, dtype=dtype)
-    W_dec, b_dec = torch.zeros(k, d, dtype=dtype), torch.zeros(d, dtype=dtype)
-    for width in (None, 0.25):
-        words, window, counts, n_rows = encode.encode(x, W_enc, b_enc, None, width)
-    decode.decode(words, W_dec, b_dec, 1, dtype)
-    decode.decoder_backward(words, G, k, 1, dtype)
-    column_packed(words, k)
-    for keep in (True, False):
-        _, signs = covariance.covariance(words, counts, n_rows, keep)
-    many = torch.zeros(INT32_ROWS, k // 32, dtype=torch.int32)
-    covariance.covariance(many, counts, n_rows, True)
-    signs = torch.zeros(2, k, k // 32, dtype=torch.int32)
-    common = (x, W_enc, b_enc, W_dec, words, window, None)
-    last = (counts, n_rows, "rectangle", 0.25)
-    for planes, rows in ((signs, None), (None, words), (None, many)):
-        for gradient in (G, None):
-            encoder_backward.encoder_backward(
-                *common, gradient, None, None, torch.zeros(()), planes, rows, *last, 1,
-                [True, True, True],
-            )  # fmt: skip
+def step(dtype, kind, n, d, k, surrogate, n_bits, masked, d_out):
+    """Everything that a step of these sizes starts, with rows of ``dtype``, weights of ``kind``."""
+    x, G = torch.zeros(n, d, dtype=dtype), torch.zeros(n, d_out, dtype=dtype)
+    W_enc, b_enc = torch.zeros(d, k, dtype=kind), torch.zeros(k, dtype=kind)
+    W_dec, b_dec = torch.zeros(k // n_bits, d_out, dtype=kind), torch.zeros(d_out, dtype=kind)
+    keep = torch.ones(n, dtype=torch.bool) if masked else None
+    width = 0.25 if surrogate == "rectangle" else None
+    words, window, counts, n_rows = encode.encode(x, W_enc, b_enc, keep, width)
+    decode.decode(words, W_dec, b_dec, n_bits, dtype)
+    decode.decoder_backward(words, G, k, n_bits, kind)
+    _, signs = covariance.covariance(words, counts, n_rows, masked)
+    columns, scale = torch.zeros(k, dtype=torch.float64), torch.zeros(())
+    for planes, spread in ((signs if masked else None, scale), (None, None)):
+        encoder_backward.encoder_backward(
+            x, W_enc, b_enc, W_dec, words, window, keep, G, columns, columns, spread, planes,
+            words, counts, n_rows, surrogate, 0.25, n_bits, [True, True, True],
+        )  # fmt: skip
+
+
+def uncovered(recorder):
+    """Kernels that steps of many kinds start and that the whole warm-up did not."""
+    warmup.warmup(torch.device("cpu"))
+    warm = set(recorder.variants)
+    recorder.variants.clear()
+    for (dtype, kind), surrogate, masked in itertools.product(
+        warmup._DTYPES, SURROGATES, (False, True)
+    ):
+        for n, d, k, n_bits in ((17, 48, 512, 1), (4000, 64, 2304, 1), (300, 80, 1600, 2)):
+            step(dtype, kind, n, d, k, surrogate, n_bits, masked, d + 16)
+    assert recorder.variants
+    return sorted(set(recorder.variants) - warm)
 
 
 def compiled(kernel, signature, constants, attrs, options, capability):
@@ -143,13 +151,16 @@ def compiled(kernel, signature, constants, attrs, options, capability):
     }
 
 
-def main(chip, dtype):
+def main(chip, what):
     torch.set_num_threads(1)
     launch.start = recorder = Recorder()
     launch.family = launch._chip = lambda device: chip
-    for entry in (0, 1):
-        with launch.table_entry(entry):
-            record(getattr(torch, dtype))
+    if what == "uncovered":
+        print(json.dumps(uncovered(recorder)))
+        return
+    # one dtype, and rows of a multiple of 16 words: the others differ by conversions
+    warmup._DTYPES, warmup._COLUMNS = ((getattr(torch, what),) * 2,), (1024,)
+    warmup.warmup(torch.device("cpu"))
     rows = [compiled(*v, CAPABILITIES[chip]) for v in recorder.variants.values()]
     print(json.dumps(rows))
 

@@ -450,7 +450,7 @@ def test_tuned_sizes_are_kept_on_disk_and_a_broken_file_is_nothing(tmp_path, mon
     best = configs.CANDIDATES["encode"][-1]
     assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == best
     (file,) = tmp_path.rglob("*.json")
-    assert json.loads(file.read_text()) == [[list(sizes), list(best)]]
+    assert json.loads(file.read_text()) == {"tiles": [[list(sizes), list(best)]]}
     launch._tuned.cache_clear()  # as a later process
     assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == best
     assert launch.configuration("encode", cpu, torch.float16, sizes) != best

@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bae_fast.files import read_json, write_json
 from bae_fast.kernels.configs import CANDIDATES, DEFAULTS, Config
 
 ENV_AUTOTUNE = "BAE_FAST_AUTOTUNE"
@@ -100,21 +99,12 @@ def _file(chip: str, name: str, dtype: torch.dtype) -> Path:
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _write(path: Path, entries: dict[Sizes, Config]) -> None:
-    """Beside its place, then renamed: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[list(sizes), list(config)] for sizes, config in sorted(entries.items())]
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(rows, file)
-    os.replace(file.name, path)
-
-
 def _read(path: Path) -> dict[Sizes, Config]:
     """What was kept; nothing where the file is missing or is not one of ours."""
     try:
-        rows = json.loads(path.read_text())
+        rows = read_json(path)["tiles"]
         return {tuple(map(int, sizes)): Config(*map(int, config)) for sizes, config in rows}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 
@@ -140,7 +130,7 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     """Least of 10 timings on the device; infinite where the configuration does not fit it."""
     try:
         call()
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+    except triton.runtime.errors.TritonError:
         return math.inf
     best = math.inf
     for _ in range(10):
@@ -161,7 +151,8 @@ def _tune(
     candidates = dict.fromkeys([default(name, family(device), sizes[0]), *CANDIDATES.get(name, ())])
     fastest = min(candidates, key=lambda config: _milliseconds(lambda: run(config)))
     path = _file(chip, name, dtype)
-    _write(path, {**_read(path), sizes: fastest})
+    kept = {**_read(path), sizes: fastest}
+    write_json(path, {"tiles": [[list(s), list(config)] for s, config in sorted(kept.items())]})
     _tuned(chip, name, dtype)[sizes] = fastest
 
 

@@ -21,7 +21,7 @@ from bae_fast.kernels.bits import grouped, half_order, operand, unpack_half
 from bae_fast.packing import n_words
 
 
-@triton.jit(do_not_specialize=["n", "n_inner", "has_bias"])
+@triton.jit(do_not_specialize=["n", "n_inner", "stride_bits", "has_bias"])
 def bits_product_kernel(
     bits_ptr,
     dense_ptr,

@@ -84,6 +84,7 @@ def encoder_backward(
     n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
     wide = sum_dtype(dtype)
     need_x, need_W, need_b = needs
+    words, window = words.contiguous(), window.contiguous()  # one row stride for both
     grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
     grad_W = torch.empty_like(
         W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format
@@ -118,7 +119,8 @@ def encoder_backward(
         elif n_bits == 1 and dtype in HALF:
             g, sums = product_gradient(grad_recon, W_dec[features].to(dtype), *rest)
         else:
-            g, sums = gradient(product(grad_recon, W_dec[features].to(dtype).t()), *rest)
+            dense = product(grad_recon, W_dec[features].to(dtype).t()).to(wide)
+            g, sums = gradient(dense, *rest)
 
         if need_b:
             grad_b[span] = sums

@@ -12,7 +12,7 @@ from bae_fast.backends.triton.decode import decode, decoder_backward
 from bae_fast.backends.triton.encode import encode
 from bae_fast.backends.triton.encoder_backward import encoder_backward
 from bae_fast.kernels.covariance import INT32_ROWS
-from bae_fast.kernels.launch import table_entry
+from bae_fast.kernels.launch import INTERPRETED, table_entry
 from bae_fast.ops.products import raw
 
 # x and parameters: alike, or parameters in fp32 under autocast
@@ -30,7 +30,9 @@ _ROWS, _WIDTH = 64, 64
 
 
 def warmup(device: torch.device) -> None:
-    """Run on ``device`` what any step with sizes d and K in multiples of 16 runs."""
+    """Run on ``device`` what any step with d and K in multiples of 16 runs."""
+    if INTERPRETED:
+        return  # nothing is compiled
     for entry, (dtype, kind), k in itertools.product(_ENTRIES, _DTYPES, _COLUMNS):
         with table_entry(entry):
             _step(torch.zeros(_ROWS, _WIDTH, dtype=dtype, device=device), kind, k)
