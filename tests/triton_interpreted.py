@@ -295,21 +295,23 @@ def test_the_product_with_the_signs_is_exact_stored_and_recomputed(shape):
         np.testing.assert_array_equal(torch.cat(parts, 1).numpy(), expected)
 
 
-def test_more_rows_than_int32_can_square(monkeypatch):
-    """Beyond 46,340 rows N n_ij leaves int32."""
+def test_more_rows_than_int32_can_hold(monkeypatch):
+    """V itself leaves int32 beyond 92,681 rows, products on the way to it beyond 46,340."""
     table = {"covariance": {4096: configs.Config(128, 128, 256, 4, 1)}}
     monkeypatch.setitem(
         configs.DEFAULTS, "interpreter", {**configs.DEFAULTS["interpreter"], **table}
     )
-    dense = torch.rand(50_000, 9) < torch.linspace(0.01, 0.99, 9)
+    dense = torch.rand(100_000, 9) < torch.linspace(0.01, 0.99, 9)
+    dense[::2, 7], dense[1::2, 7] = True, False
     dense[:, 8] = dense[:, 7]
     counts, v = exact_covariance(dense)
-    assert (len(dense) * counts).max() > 2**31
-    assert len(dense) >= covariance.INT32_ROWS
-    numerator, _ = OPS["covariance"](
-        pack_rows(dense), torch.from_numpy(counts), torch.tensor(50_000), False
+    assert np.abs(v).max() > 2**31
+    numerator, signs = OPS["covariance"](
+        pack_rows(dense), torch.from_numpy(counts), torch.tensor(100_000), True
     )
     assert int(numerator) == int(np.abs(v).sum())
+    above, below = unpack_rows(signs, 9, torch.int8)
+    np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
 
 
 @pytest.mark.parametrize("shape", [*EDGES, (300, 300)], ids=str)
