@@ -42,6 +42,12 @@ EVERY = [(chip, dtype) for chip in INSTRUCTION for dtype in ("bfloat16", "float1
 MORE = [build for build in EVERY if build not in BUILDS]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Triton's cache: empty at first, so that everything is compiled, but once."""
+    return tmp_path_factory.mktemp("triton")
+
+
 def worker(chip, what, folder):
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
@@ -85,8 +91,8 @@ def check(chip, dtype, rows):
 
 
 @pytest.mark.parametrize(("chip", "dtype"), BUILDS)
-def test_every_kernel_compiles_to_matrix_instructions_without_spills(chip, dtype, tmp_path):
-    check(chip, dtype, worker(chip, dtype, tmp_path))
+def test_every_kernel_compiles_to_matrix_instructions_without_spills(chip, dtype, cache):
+    check(chip, dtype, worker(chip, dtype, cache))
 
 
 @pytest.mark.skipif(
@@ -94,13 +100,13 @@ def test_every_kernel_compiles_to_matrix_instructions_without_spills(chip, dtype
     reason="BAE_FAST_TEST_ALL_BUILDS=1 compiles the other chips and dtypes too, some minutes",
 )
 @pytest.mark.parametrize(("chip", "dtype"), MORE)
-def test_the_other_builds(chip, dtype, tmp_path):
-    check(chip, dtype, worker(chip, dtype, tmp_path))
+def test_the_other_builds(chip, dtype, cache):
+    check(chip, dtype, worker(chip, dtype, cache))
 
 
-def test_warmup_starts_every_kernel_that_a_step_starts(tmp_path):
+def test_warmup_starts_every_kernel_that_a_step_starts(cache):
     """For d and K in multiples of 16: a CUDA graph may then be captured."""
-    assert worker("sm_90", "uncovered", tmp_path) == []
+    assert worker("sm_90", "uncovered", cache) == []
 
 
 def test_the_checks_can_fail():
