@@ -52,6 +52,17 @@ def test_the_kernels_in_the_interpreter():
     assert "skipped" not in done.stdout
 
 
+@needs_triton
+@pytest.mark.slow
+def test_its_operators_pass_opcheck_in_the_interpreter():
+    done = process(
+        "-m", "pytest", "tests/test_compile.py", "-k", "triton", "-o", "addopts=",
+        "-p", "no:cacheprovider", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d{2,} passed", done.stdout)
+
+
 def test_it_says_why_it_cannot_serve_a_cpu():
     if importlib.util.find_spec("triton") is None:
         assert "triton is not installed" in TRITON.unavailable

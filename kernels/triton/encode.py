@@ -150,7 +150,7 @@ def encode(
     x, W_enc = launch.dense_rows(x), launch.dense_rows(W_enc)
     (n, d), k = x.shape, W_enc.shape[1]
     words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
-    window = torch.empty_like(words) if width is not None else words[:0, 0]
+    window = torch.empty_like(words) if width is not None else words.new_empty(0)
     counts = torch.zeros(k, dtype=torch.int64, device=x.device)
     launch.start(
         encode_kernel,

@@ -34,7 +34,7 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k = x.shape[0], W_enc.shape[1]
     words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
-    window = torch.empty_like(words) if width is not None else words[:0, 0]
+    window = torch.empty_like(words) if width is not None else words.new_empty(0)
     counts = torch.zeros(k, dtype=torch.int64, device=x.device)
     for top in range(0, n, ROW_BLOCK):
         rows = slice(top, min(top + ROW_BLOCK, n))
