@@ -282,7 +282,11 @@ def test_float64_stays_float64_under_autocast():
 # -- the raw operators -------------------------------------------------------------------------
 
 
-BACKENDS = [name for name, backend in registry.BACKENDS.items() if backend.unavailable is None]
+BACKENDS = [
+    name
+    for name in registry.BACKENDS
+    if not registry.reasons_against(name, registry.Request("cpu", torch.float32))
+]
 
 
 def operator_arguments(name: str, n_bits: int = 1) -> list[tuple]:

@@ -1,0 +1,54 @@
+"""Encode: one kernel in half precision; in fp32 torch's product by chunks and one pass over it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.kernels import encode as kernels
+from bae_fast.ops.products import HALF, Preactivation, column_chunks
+from bae_fast.packing import WORD_BITS, n_words
+
+ROW_BLOCK = 8192
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, row_mask: Tensor | None, width: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = x.shape[0]
+    if x.dtype in HALF:
+        # under autocast a half-precision copy of W_enc, as autocast itself makes
+        words, window, counts = kernels.encode(x, W_enc.to(x.dtype), b_enc, row_mask, width)
+    else:
+        words, window, counts = _by_chunks(x, W_enc, b_enc, row_mask, width)
+    if row_mask is None:
+        return words, window, counts, torch.full((), n, dtype=torch.int64, device=x.device)
+    n_rows = row_mask.sum()
+    if x.device.type == "cpu" and n_rows == 0:  # reading it back would synchronise a GPU
+        raise ValueError(f"mask must keep at least one row; got none of {n}")
+    return words, window, counts, n_rows
+
+
+def _by_chunks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, row_mask: Tensor | None, width: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = x.shape[0], W_enc.shape[1]
+    words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
+    window = torch.empty_like(words) if width is not None else words.new_empty(0)
+    counts = torch.zeros(k, dtype=torch.int64, device=x.device)
+    for top in range(0, n, ROW_BLOCK):
+        rows = slice(top, min(top + ROW_BLOCK, n))
+        preactivation = Preactivation(x[rows])
+        keep = None if row_mask is None else row_mask[rows]
+        for start, stop in column_chunks(rows.stop - top, k, 1, x.device):
+            pre = preactivation(W_enc[:, start:stop], b_enc[start:stop])
+            kernels.threshold(
+                pre,
+                keep,
+                width,
+                start // WORD_BITS,
+                words[rows],
+                words[rows] if width is None else window[rows],
+                counts[start:stop],
+            )
+    return words, window, counts

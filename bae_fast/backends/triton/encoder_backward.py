@@ -1,0 +1,133 @@
+"""Backward of the encoder: from the gradients at recon and at the statistics to x, W_enc, b_enc.
+
+For one chunk of columns, with G the gradient of recon, h the entropy's gradient and v the
+curvature per column, S the signs of the covariance, N and n the counted rows and ones:
+
+    g    = value^T(G W_dec^T) + h + v (1 - 2 B) + c 2/(N-1) (B S - 1 (n^T S)/N)   at the bits
+    gpre = surrogate(g), zero in rows that do not count
+    db_enc = 1^T gpre,   dW_enc = x^T gpre,   dx += gpre W_enc^T
+
+The kernel makes gpre; the products behind it are plain ones and stay with torch. The covariance's
+part is a matrix of its own, made by another kernel: one more write and read of the chunk beside a
+product whose inner size is the number of features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.kernels.bits import feature_packed
+from bae_fast.kernels.covariance import count_digits, sign_product, sign_slab
+from bae_fast.kernels.gradient import gradient, product_gradient
+from bae_fast.ops.products import (
+    HALF,
+    Preactivation,
+    accumulate,
+    column_chunks,
+    product,
+    sum_dtype,
+)
+
+
+class _Signs:
+    """c 2/(N-1) (B S - 1 (n^T S)/N) for one chunk of columns at a time."""
+
+    def __init__(
+        self,
+        words: Tensor,
+        grad_covariance: Tensor,
+        signs: Tensor | None,
+        stats_words: Tensor | None,
+        counts: Tensor,
+        n_rows: Tensor,
+    ) -> None:
+        self.words, self.signs, self.n_rows = words, signs, n_rows
+        self.counts = counts.contiguous()
+        total = n_rows.double()
+        self.scale = (grad_covariance.double() * 2 / (total * (total - 1))).float()
+        self.digits = count_digits(self.counts)
+        if signs is None:
+            assert stats_words is not None
+            self.features = feature_packed(stats_words, counts.shape[0])
+            self.n_bound = stats_words.shape[0]
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        if self.signs is not None:
+            signs = self.signs[:, start:stop]
+        else:
+            signs = sign_slab(self.features, self.counts, self.n_rows, start, stop, self.n_bound)
+        return sign_product(self.words, signs, self.digits, self.n_rows, self.scale)
+
+
+def encoder_backward(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    words: Tensor,
+    window: Tensor,
+    row_mask: Tensor | None,
+    grad_recon: Tensor | None,
+    grad_columns: Tensor | None,
+    curvature: Tensor | None,
+    grad_covariance: Tensor | None,
+    signs: Tensor | None,
+    stats_words: Tensor | None,
+    stats_counts: Tensor,
+    stats_n_rows: Tensor,
+    surrogate: str,
+    width: float,
+    n_bits: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
+    wide = sum_dtype(dtype)
+    need_x, need_W, need_b = needs
+    words, window = words.contiguous(), window.contiguous()  # one row stride for both
+    grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
+    grad_W = torch.empty_like(
+        W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format
+    )
+    grad_b = torch.empty_like(b_enc if need_b else b_enc[:0])
+    preactivation = Preactivation(x) if surrogate == "sigmoid" else None
+    columns = torch.zeros(k, device=x.device) if grad_columns is None else grad_columns.float()
+    curve = None if curvature is None else curvature.float()
+    spread = None
+    if grad_covariance is not None:
+        spread = _Signs(words, grad_covariance, signs, stats_words, stats_counts, stats_n_rows)
+
+    for start, stop in column_chunks(n, k, n_bits, x.device):
+        span, features = slice(start, stop), slice(start // n_bits, stop // n_bits)
+        rest = (
+            dtype,
+            (start, stop),
+            n_bits,
+            words,
+            window,
+            row_mask,
+            columns[span],
+            None if curve is None else curve[span],
+            None if spread is None else spread(start, stop),
+            None if preactivation is None else preactivation(W_enc[:, span], b_enc[span]).to(wide),
+            surrogate,
+            width,
+        )
+        if grad_recon is None:
+            nothing = x.new_zeros(1, features.stop - features.start, dtype=wide)
+            g, sums = gradient(nothing.expand(n, -1), *rest)
+        elif n_bits == 1 and dtype in HALF:
+            g, sums = product_gradient(grad_recon, W_dec[features].to(dtype), *rest)
+        else:
+            dense = product(grad_recon, W_dec[features].to(dtype).t()).to(wide)
+            g, sums = gradient(dense, *rest)
+
+        if need_b:
+            grad_b[span] = sums
+        if need_W and grad_W.dtype == dtype == torch.float32:
+            torch.mm(x.t(), g, out=grad_W[:, span])  # no copy: 4 d K bytes of traffic less
+        elif need_W:
+            grad_W[:, span] = product(x.t(), g)
+        if need_x:
+            accumulate(grad_x, g, W_enc[:, span].to(dtype).t())
+    return grad_x.to(dtype), grad_W, grad_b

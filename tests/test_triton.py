@@ -1,0 +1,116 @@
+"""impl="triton" without a GPU: when it says it cannot run, and its tests in the interpreter.
+
+``triton_interpreted.py`` holds the tests of the kernels; they run in a process of their own with
+TRITON_INTERPRET=1. ``test_triton_compile.py`` compiles every kernel for real chips.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.ops import registry
+
+HERE = Path(__file__).resolve().parent
+TRITON = registry.BACKENDS["triton"]
+needs_triton = pytest.mark.skipif(
+    TRITON.unavailable is not None, reason=f"impl='triton' cannot run: {TRITON.unavailable}"
+)
+
+
+def process(*command, **variables):
+    """Run python in a process that sees the repository and no choice of backend."""
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
+    }
+    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=HERE.parent,
+        check=False,
+    )
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_in_the_interpreter():
+    done = process(
+        "-m", "pytest", "tests/triton_interpreted.py", "-x", "-o", "addopts=",
+        "-p", "no:cacheprovider", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d{2,} passed", done.stdout)
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+def test_its_operators_pass_opcheck_in_the_interpreter():
+    done = process(
+        "-m", "pytest", "tests/test_compile.py", "-k", "triton", "-o", "addopts=",
+        "-p", "no:cacheprovider", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d{2,} passed", done.stdout)
+
+
+def test_it_says_why_it_cannot_serve_a_cpu():
+    if importlib.util.find_spec("triton") is None:
+        assert "triton is not installed" in TRITON.unavailable
+    x, W, b = torch.zeros(2, 3), torch.zeros(3, 4), torch.zeros(4)
+    with pytest.raises(bf.BackendUnavailableError, match=r"impl='triton' cannot serve .*cpu"):
+        bf.encode(x, W, b, impl="triton")
+    assert bf.info()["backends"]["triton"] != "available" or torch.cuda.is_available()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (registry.Request("cpu", torch.float32), "runs on CUDA devices"),
+        (registry.Request("cuda", torch.float64), "float32, bfloat16 and float16; got"),
+        (registry.Request("cuda", torch.float32), "torch sees no CUDA device"),
+    ],
+)
+def test_every_reason_against_a_request_is_said(request_, reason):
+    if "CUDA device" in reason and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert any(reason in text for text in registry.reasons_against("triton", request_))
+
+
+@needs_triton
+def test_triton_is_imported_by_the_first_call_and_not_before():
+    program = (
+        "import sys, torch, bae_fast as bf\n"
+        "bf.info()\n"
+        "assert 'triton' not in sys.modules\n"
+        "code = bf.encode(torch.ones(2, 3), torch.ones(3, 4), torch.zeros(4), impl='triton')\n"
+        "assert 'triton' in sys.modules\n"
+        "print(code.to_dense().all().item())\n"
+    )
+    done = process("-c", program, TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+@needs_triton
+def test_without_the_package_the_reason_is_its_absence():
+    program = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'triton': raise ImportError('blocked')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import bae_fast as bf\n"
+        "print(bf.info()['backends']['triton'])\n"
+    )
+    done = process("-c", program)
+    assert "the package triton is not installed" in done.stdout, done.stderr

@@ -1,0 +1,187 @@
+"""impl="triton" on a CUDA device: what no interpreter shows. Not run on a device so far.
+
+Exactness against the reference at sizes of several tiles, no synchronisation, CUDA graphs, peak
+memory.
+"""
+
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.packing import unpack_rows
+from bae_fast.surrogates import SURROGATES
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = {"identity": None, "official": None, "sigmoid": 3.0, "rectangle": 2.5}
+SHAPES = [(1, 16, 33, 8), (97, 67, 129, 70), (512, 256, 1000, 256), (1000, 512, 4096, 512)]
+NAMES = ["recon", "entropy", "covariance", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    reason = bf.info()["backends"]["triton"]
+    if reason != "available":
+        pytest.skip(f"impl='triton' cannot run: {reason}")
+
+
+def problem(n, d, f, d_out, dtype, seed=0):
+    """Encoder inputs in small integers: pre-activations are exact in every dtype, 0 included."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(bound, *shape):
+        return torch.randint(-bound, bound + 1, shape, generator=g).to("cuda", dtype)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g).to("cuda", dtype)
+
+    W_enc, b_enc = integers(1, d, f), integers(3, f)
+    b_enc[:: max(f // 5, 1)] = -2000
+    b_enc[1 :: max(f // 5, 2)] = 2000
+    x = integers(1, n, d)
+    return x, [W_enc, b_enc, normal(f, d_out) * f**-0.5, normal(d_out)], normal(n, d_out)
+
+
+def run(impl, x, parameters, direction, covariance=True, **options):
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    out = bf.binary_autoencoder(*leaves, impl=impl, covariance=covariance, **options)
+    loss = (out.recon * direction).sum() * 0.25 + out.entropy * 3
+    if covariance:
+        loss = loss + out.covariance * 1e-3
+    loss.backward()
+    values = [out.recon, out.entropy, out.covariance, *(leaf.grad for leaf in leaves)]
+    return dict(zip(NAMES, values, strict=True)), out.code
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_as_good_as_the_dense_program(dtype, surrogate, shape):
+    x, parameters, direction = problem(*shape, dtype)
+    mask = None if len(x) < 4 else torch.arange(len(x), device="cuda") % 3 != 1
+    options = {
+        "surrogate": surrogate, "surrogate_width": WIDTHS[surrogate], "mask": mask,
+        "covariance": len(x) > 1,
+    }  # fmt: skip
+    wide = [p.double() for p in parameters]
+    exact, code = run("reference", x.double(), wide, direction.double(), **options)
+    eager, _ = run("reference", x, parameters, direction, **options)
+    got, packed = run("triton", x, parameters, direction, **options)
+    assert packed.equal(code)
+    assert torch.equal(packed.counts(), code.counts())
+    for name in NAMES:
+        if exact[name] is None:
+            continue
+        scale = exact[name].abs().max()
+        if name == "b_enc":  # sums of what W_enc's gradient sums: may cancel
+            scale = torch.maximum(scale, exact["W_enc"].abs().max())
+        allowed = 2 * (eager[name].double() - exact[name]).abs().max()
+        allowed += 4 * torch.finfo(got[name].dtype).eps * scale
+        assert (got[name].double() - exact[name]).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("n", [2, 64, 1000, 50_000])
+def test_the_covariance_and_its_signs_equal_integers(n):
+    dense = torch.rand(n, 300, device="cuda") < torch.rand(300, device="cuda")
+    dense[:, 5] = dense[:, 6]
+    b = dense.double()
+    counts = b.sum(0)
+    v = n * b.t() @ b - torch.outer(counts, counts)  # below 2^53: exact
+    v.fill_diagonal_(0)
+    code = bf.BinaryCode.from_dense(dense)
+    stats = code.statistics(covariance=True, impl="triton")
+    assert int(stats.numerator) == int(v.abs().sum())
+    above, below = unpack_rows(stats.signs, 300, torch.int8)
+    assert torch.equal((above - below).double(), v.sign())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_synchronises(dtype):
+    x, parameters, direction = problem(512, 256, 1024, 256, dtype)
+    run("triton", x, parameters, direction)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run("triton", x, parameters, direction)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("planes_mb", ["0", "256"])
+def test_a_warm_step_is_captured_and_replays_on_new_inputs(dtype, planes_mb, monkeypatch):
+    monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", planes_mb)
+    bf.warmup("triton", device="cuda")
+    x, parameters, direction = problem(512, 256, 1024, 256, dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+
+    def step():
+        out = bf.binary_autoencoder(*leaves, impl="triton", covariance=True)
+        ((out.recon * direction).sum() + out.entropy + out.covariance).backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # cuBLAS's workspaces, and the gradients' memory
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    for leaf in leaves:
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    other = problem(512, 256, 1024, 256, dtype, seed=1)[0]
+    with torch.no_grad():
+        leaves[0].copy_(other)
+    graph.replay()
+    replayed = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    step()
+    for gradient, leaf in zip(replayed, leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+def test_a_cold_kernel_under_capture_says_to_warm_up():
+    """Odd sizes, which nothing has compiled before."""
+    x, parameters, _ = problem(33, 13, 77, 7, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=r"bae_fast\.warmup\('triton'"), torch.cuda.graph(graph):
+        bf.encode(x, *parameters[:2], impl="triton")
+
+
+@pytest.mark.parametrize("covariance", [False, True])
+def test_peak_memory_is_packed_bits_and_one_chunk(covariance, monkeypatch):
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "16")
+    n, d, f = 4096, 256, 32768
+    x, parameters, direction = problem(n, d, f, d, torch.bfloat16)
+    options = {"surrogate": "rectangle", "surrogate_width": 2.5, "covariance": covariance}
+    run("triton", x, parameters, direction, **options)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run("triton", x, parameters, direction, **options)
+    used = torch.cuda.max_memory_allocated() - before
+    parameters_twice = 2 * 2 * 2 * d * f + 4 * 2 * n * d  # clones and gradients, bf16; x, recon
+    packed = 3 * n * f // 8  # words, window, feature-packed
+    planes = f * f // 4 if covariance else 0
+    chunks = 5 * 16 * 2**20  # product, covariance, gradient, and their temporaries
+    digits = 64 * f * 10 if covariance else 0
+    assert used <= parameters_twice + packed + planes + chunks + digits + 2**24
+    # less than the dense program's largest matrix alone: C in fp32, or the bits in bf16
+    assert used < (f * f * 4 if covariance else n * f * 2)
+
+
+def test_two_runs_give_the_same_bits_and_gradients():
+    x, parameters, direction = problem(1000, 256, 2048, 256, torch.bfloat16)
+    first, code = run("triton", x, parameters, direction)
+    second, again = run("triton", x, parameters, direction)
+    assert code.equal(again)
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_auto_chooses_it_on_a_device():
+    from bae_fast.ops import registry
+
+    assert registry.choose("auto", "cuda", torch.bfloat16, 64, 1) in ("cuda", "triton")
+    assert registry.choose("auto", "cuda", torch.float64, 64, 1) == "torch"

@@ -1,0 +1,169 @@
+"""Compile every kernel as impl="triton" starts it, for one chip and without a GPU; print JSON.
+
+The backend's warm-up runs on CPU tensors with a recorder in place of the start of a kernel, so what
+is compiled is what would be started: the same arguments, dtypes, alignments and tile sizes. One
+row a compiled kernel: registers, spills and stack from the assembler, shared memory, and which
+matrix instructions its PTX and SASS hold.
+
+    python tests/triton_compile_worker.py sm_90 bfloat16
+    python tests/triton_compile_worker.py sm_90 uncovered     what steps start and warm-up does not
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bae_fast.backends.triton import covariance, decode, encode, encoder_backward, warmup
+from bae_fast.kernels import launch
+from bae_fast.surrogates import SURROGATES
+
+BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
+CAPABILITIES = {"sm_80": 80, "sm_86": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+class Recorder:
+    """Stands in for :func:`bae_fast.kernels.launch.start`; keeps each variant once."""
+
+    def __init__(self):
+        self.variants = {}
+
+    def __call__(self, kernel, grid, *args, **constants):
+        options = {
+            f"num_{name}": constants.pop(f"num_{name}")
+            for name in ("warps", "stages")
+            if f"num_{name}" in constants
+        }
+        signature, attrs = {}, {}
+        names = [p for p in kernel.params if not p.is_constexpr]
+        assert len(names) == len(args), kernel
+        for p, value in zip(names, args, strict=True):
+            if isinstance(value, torch.Tensor):
+                signature[p.name] = TYPES[value.dtype]
+                attrs[p.num,] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[p.name] = "fp32"
+            elif value == 1 and not p.do_not_specialize:
+                signature[p.name] = "constexpr"
+                constants[p.name] = 1
+            else:
+                signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0 and not p.do_not_specialize:
+                    attrs[p.num,] = [["tt.divisibility", 16]]
+        for p in kernel.params:
+            if p.is_constexpr:
+                signature[p.name] = "constexpr"
+        key = (kernel.fn.__name__, repr((signature, constants, attrs, options)))
+        self.variants[key] = (kernel, signature, dict(constants), attrs, options)
+
+
+def step(dtype, kind, n, d, k, surrogate, n_bits, masked, d_out):
+    """Everything that a step of these sizes starts, with rows of ``dtype``, weights of ``kind``."""
+    x, G = torch.zeros(n, d, dtype=dtype), torch.zeros(n, d_out, dtype=dtype)
+    W_enc, b_enc = torch.zeros(d, k, dtype=kind), torch.zeros(k, dtype=kind)
+    W_dec, b_dec = torch.zeros(k // n_bits, d_out, dtype=kind), torch.zeros(d_out, dtype=kind)
+    keep = torch.ones(n, dtype=torch.bool) if masked else None
+    width = 0.25 if surrogate == "rectangle" else None
+    words, window, counts, n_rows = encode.encode(x, W_enc, b_enc, keep, width)
+    decode.decode(words, W_dec, b_dec, n_bits, dtype)
+    decode.decoder_backward(words, G, k, n_bits, kind)
+    _, signs = covariance.covariance(words, counts, n_rows, masked)
+    columns, scale = torch.zeros(k, dtype=torch.float64), torch.zeros(())
+    for planes, spread in ((signs if masked else None, scale), (None, None)):
+        encoder_backward.encoder_backward(
+            x, W_enc, b_enc, W_dec, words, window, keep, G, columns, columns, spread, planes,
+            words, counts, n_rows, surrogate, 0.25, n_bits, [True, True, True],
+        )  # fmt: skip
+
+
+def uncovered(recorder):
+    """Kernels that steps of many kinds start and that the whole warm-up did not."""
+    warmup.warmup(torch.device("cpu"))
+    warm = set(recorder.variants)
+    recorder.variants.clear()
+    for (dtype, kind), surrogate, masked in itertools.product(
+        warmup._DTYPES, SURROGATES, (False, True)
+    ):
+        for n, d, k, n_bits in ((17, 48, 512, 1), (4000, 64, 2304, 1), (300, 80, 1600, 2)):
+            step(dtype, kind, n, d, k, surrogate, n_bits, masked, d + 16)
+    assert recorder.variants
+    return sorted(set(recorder.variants) - warm)
+
+
+def compiled(kernel, signature, constants, attrs, options, capability):
+    """What one variant becomes."""
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(result.asm["cubin"])
+        usage = subprocess.run(
+            [BINARIES / "cuobjdump", "-res-usage", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        sass = subprocess.run(
+            [BINARIES / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    ptx = result.asm["ptx"]
+    return {
+        "kernel": kernel.fn.__name__,
+        "constants": {k: str(v) for k, v in constants.items()},
+        "dtypes": sorted({t for t in signature.values() if t.startswith("*")}),
+        **options,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": result.metadata.shared,
+        "ptx_local": len(re.findall(r"\b(?:ld|st)\.local\b", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "imma": len(re.findall(r"\b(?:IMMA|IGMMA)\b", sass)),
+        "float_atomics": len(re.findall(r"(?:atom|red)\.[a-z0-9.]*add[a-z0-9.]*\.f\d\d", ptx)),
+        "cp_async": len(re.findall(r"cp\.async", ptx)),
+        "wide_stores": len(re.findall(r"st\.shared\.v[24]|stmatrix", ptx)),
+        "byte_stores": len(re.findall(r"st\.shared\.b8", ptx)),
+    }
+
+
+def main(chip, what):
+    torch.set_num_threads(1)
+    launch.start = recorder = Recorder()
+    launch.family = launch._chip = lambda device: chip
+    if what == "uncovered":
+        print(json.dumps(uncovered(recorder)))
+        return
+    # one dtype, and rows of a multiple of 16 words: the others differ by conversions
+    warmup._DTYPES, warmup._COLUMNS = ((getattr(torch, what),) * 2,), (1024,)
+    warmup.warmup(torch.device("cpu"))
+    rows = [compiled(*v, CAPABILITIES[chip]) for v in recorder.variants.values()]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,521 @@
+"""impl="triton" in Triton's interpreter, on CPU tensors; run by ``test_triton.py``.
+
+In a process of its own, for TRITON_INTERPRET has to be set before triton is imported. Inputs of
+the encoder are small integers, so that every dtype's pre-activations are exact, zero included, and
+bits, windows and counts can be asked to be equal; everything else is compared in float64.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+import bae_fast as bf
+from bae_fast import packing
+from bae_fast.backends.triton import encoder_backward, interpreted
+from bae_fast.kernels import bits, configs, covariance, encode, launch, products
+from bae_fast.ops import registry
+from bae_fast.packing import pack_rows, unpack_rows
+from bae_fast.surrogates import SURROGATES
+
+OPS = registry.BACKENDS["triton"].ops
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ["recon", "entropy", "covariance", "x", "W_enc", "b_enc", "W_dec", "b_dec"]
+WIDTHS = {"identity": None, "official": None, "sigmoid": 3.0, "rectangle": 2.5}
+
+
+def test_the_interpreter_is_on():
+    assert interpreted()
+    assert launch.INTERPRETED
+    assert bf.info()["backends"]["triton"] == "available"
+
+
+def problem(n, d, f, k, d_out, dtype=torch.float32, seed=0):
+    """Encoder inputs in small integers, decoder and direction in any numbers of ``dtype``."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(bound, *shape):
+        return torch.randint(-bound, bound + 1, shape, generator=g).to(dtype)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    W_enc, b_enc = integers(2, d, k * f), integers(4, k * f)
+    b_enc[:: max(f * k // 5, 1)] = -100  # constant columns: never on, always on
+    b_enc[1 :: max(f * k // 5, 2)] = 100
+    if f * k > 4:  # twins: ties V = 0 with constant columns, extremes with each other
+        W_enc[:, 2], b_enc[2] = W_enc[:, 3], b_enc[3]
+    return integers(2, n, d), [W_enc, b_enc, normal(f, d_out), normal(d_out)], normal(n, d_out)
+
+
+def run(impl, x, parameters, direction, terms=("recon", "entropy", "covariance"), **options):
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    out = bf.binary_autoencoder(*leaves, impl=impl, covariance="covariance" in terms, **options)
+    loss = 0
+    if "recon" in terms:
+        loss = loss + (out.recon * direction).sum() * 0.25
+    if "entropy" in terms:
+        loss = loss + out.entropy * 3
+    if "covariance" in terms:
+        loss = loss + out.covariance * 2
+    if out.variance is not None:
+        loss = loss + out.variance * 0.7
+    loss.backward()
+    values = [out.recon, out.entropy, out.covariance, *(leaf.grad for leaf in leaves)]
+    return {
+        name: None if v is None else v.detach() for name, v in zip(NAMES, values, strict=True)
+    }, out.code
+
+
+def assert_as_good_as_eager(x, parameters, direction, terms, impl="triton", **options):
+    """Bits equal float64's; errors at most twice those of the dense program in the same dtype."""
+    wide = [p.double() for p in parameters]
+    exact, code = run("reference", x.double(), wide, direction.double(), terms, **options)
+    eager, _ = run("reference", x, parameters, direction, terms, **options)
+    got, packed = run(impl, x, parameters, direction, terms, **options)
+    assert packed.equal(code)
+    assert torch.equal(packed.counts(), code.counts())
+    for name in NAMES:
+        assert (got[name] is None) == (exact[name] is None), name
+        if exact[name] is None:
+            continue
+        assert got[name].dtype == eager[name].dtype, name
+        scale = exact[name].abs().max()
+        if name == "b_enc":  # sums of what W_enc's gradient sums: may cancel
+            scale = torch.maximum(scale, exact["W_enc"].abs().max())
+        allowed = 2 * (eager[name].double() - exact[name]).abs().max()
+        allowed += 4 * torch.finfo(got[name].dtype).eps * scale
+        assert (got[name].double() - exact[name]).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("terms", [NAMES[:3], NAMES[:2]], ids=["covariance", "plain"])
+def test_every_surrogate_term_mask_and_dtype(dtype, surrogate, masked, terms):
+    x, parameters, direction = problem(34, 9, 70, 1, 5, dtype)
+    mask = torch.arange(34) % 3 != 1 if masked else None
+    options = {"surrogate": surrogate, "surrogate_width": WIDTHS[surrogate], "mask": mask}
+    assert_as_good_as_eager(x, parameters, direction, terms, **options)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (1, 7, 33, 1, 3), (2, 3, 31, 1, 3), (97, 67, 129, 1, 70)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_that_fill_no_tile(shape, dtype):
+    x, parameters, direction = problem(*shape, dtype)
+    terms = NAMES[:3] if shape[0] > 1 else NAMES[:2]
+    assert_as_good_as_eager(x, parameters, direction, terms, surrogate="identity")
+
+
+@pytest.mark.parametrize("used", [["recon"], ["entropy"], ["covariance"]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_each_term_alone(used, dtype):
+    x, parameters, direction = problem(33, 6, 40, 1, 5, dtype)
+    assert_as_good_as_eager(
+        x, parameters, direction, used, surrogate="rectangle", surrogate_width=2.5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_bits", [2, 3])
+def test_multi_bit_codes_and_the_multilinear_term(dtype, n_bits):
+    x, parameters, direction = problem(40, 6, 22, n_bits, 5, dtype)
+    options = {"n_bits": n_bits, "multilinear": True, "surrogate": "identity"}
+    mask = torch.arange(40) % 3 != 1
+    assert_as_good_as_eager(x, parameters, direction, NAMES[:3], mask=mask, **options)
+
+
+def test_several_chunks_with_stored_or_recomputed_signs(monkeypatch):
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "0")  # 256 columns at a time
+    x, parameters, direction = problem(33, 5, 300, 1, 4, torch.bfloat16)
+    options = {"surrogate": "rectangle", "surrogate_width": 2.5}
+    stored, _ = run("triton", x, parameters, direction, **options)
+    monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", "0")
+    recomputed, _ = run("triton", x, parameters, direction, **options)
+    assert all(torch.equal(stored[name], recomputed[name]) for name in NAMES)
+    assert_as_good_as_eager(x, parameters, direction, NAMES[:3], **options)
+
+
+def test_autocast_adds_the_fp32_bias_before_rounding():
+    """bf16 rows and fp32 parameters; a bias that bf16 would round decides the bits."""
+    x, W = torch.ones(4, 8), torch.ones(8, 64)
+    b = -8.0 + torch.linspace(-1, 1, 64) * 1e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        code = bf.encode(x, W, b, impl="triton")
+    assert torch.equal(code.to_dense()[0], b > -8.0)
+    x, parameters, direction = problem(34, 9, 40, 1, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = run("triton", x, parameters, direction, surrogate="identity")
+        expected, _ = run("torch", x, parameters, direction, surrogate="identity")
+    for name in NAMES:
+        assert got[name].dtype == expected[name].dtype, name
+        error = (got[name].double() - expected[name].double()).abs().max()
+        assert error <= 2e-2 * expected[name].double().abs().max(), name
+
+
+def test_statistics_of_more_rows_and_of_past_rows():
+    x, parameters, direction = problem(60, 5, 40, 1, 5)
+    part = slice(10, 45)
+    stats = bf.encode(x, *parameters[:2], impl="triton").statistics(covariance=True, impl="triton")
+    past = bf.encode(x[:10], *parameters[:2]).statistics()
+    for extra in ({"stats": stats}, {"past": past}):
+        got, _ = run("triton", x[part], parameters, direction[part], **extra)
+        expected, _ = run("torch", x[part], parameters, direction[part], **extra)
+        assert got["entropy"] == expected["entropy"]
+        assert got["covariance"] == expected["covariance"]
+        for name in NAMES:
+            error = (got[name] - expected[name]).abs().max()
+            assert error <= 1e-5 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_and_offset_inputs_equal_contiguous_ones(dtype):
+    x, parameters, direction = problem(34, 10, 70, 1, 6, dtype)
+    expected, code = run("triton", x, parameters, direction)
+    base = torch.full((69, 23), torch.nan, dtype=dtype)
+    base[1::2, 3:23:2] = x
+    views = [base[1::2, 3:23:2], *(p.mT.contiguous().mT if p.dim() == 2 else p for p in parameters)]
+    got, again = run("triton", views[0], views[1:], direction.mT.contiguous().mT)
+    assert again.equal(code)
+    for name in NAMES:  # torch's own sums and products may take another order
+        error = (got[name].double() - expected[name].double()).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * expected[name].double().abs().max(), name
+
+
+def test_rows_of_x_may_be_far_apart_and_words_padded():
+    """A row stride larger than the row, read in place: nothing beside the rows is touched."""
+    x, (W, b, W_dec, b_dec), _ = problem(34, 10, 70, 1, 6, torch.bfloat16)
+    wide = torch.full((34, 40), torch.nan, dtype=x.dtype)
+    wide[:, 5:15] = x
+    words, _, counts, _ = OPS["encode"](wide[:, 5:15], W, b, None, None)
+    assert torch.equal(words, OPS["encode"](x, W, b, None, None)[0])
+    padded = torch.full((34, 8), -1, dtype=torch.int32)
+    padded[:, 2:5] = words
+    recon = OPS["decode"](padded[:, 2:5], W_dec, b_dec, 1, x.dtype)
+    assert torch.equal(recon, OPS["decode"](words, W_dec, b_dec, 1, x.dtype))
+    n_rows = torch.tensor(34)
+    for a, e in zip(
+        OPS["covariance"](padded[:, 2:5], counts, n_rows, True),
+        OPS["covariance"](words, counts, n_rows, True),
+        strict=True,
+    ):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_or_huge_bias_and_nan_rows_decide_their_bits(dtype):
+    x, W = torch.ones(3, 3, dtype=dtype), torch.zeros(3, 4, dtype=dtype)
+    x[2, 0] = torch.nan
+    huge = torch.finfo(dtype).max
+    bias = torch.tensor([float("inf"), float("-inf"), huge, -huge], dtype=dtype)
+    dense = bf.encode(x, W, bias, impl="triton").to_dense()
+    assert dense[:2].tolist() == [[True, False] * 2] * 2
+    assert not dense[2].any()
+
+
+def test_what_it_refuses_is_said():
+    x, parameters, _ = problem(4, 3, 8, 1, 3)
+    with pytest.raises(bf.BackendUnavailableError, match="float64"):
+        bf.binary_autoencoder(x.double(), *(p.double() for p in parameters), impl="triton")
+    with pytest.raises(ValueError, match="mask must keep at least one row"):
+        bf.encode(x, *parameters[:2], mask=torch.zeros(4, dtype=torch.bool), impl="triton")
+    assert registry.choose("auto", "cpu", torch.float32, 8, 1) in ("cpp", "torch")
+
+
+# -- the kernels alone ---------------------------------------------------------------------------
+
+
+def codes(n, k, seed=0):
+    """Bits with constant columns, twins and rare columns, in words whose rows are padded."""
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.rand(n, k, generator=g) < torch.rand(k, generator=g)
+    dense[:, :: max(k // 5, 1)] = False
+    dense[:, 1 :: max(k // 5, 2)] = True
+    if k > 4:
+        dense[:, 2] = dense[:, 3]
+    padded = torch.full((n, packing.n_words(k) + 3), -1, dtype=torch.int32)
+    words = padded[:, 1 : 1 + packing.n_words(k)]
+    words.copy_(pack_rows(dense))
+    return dense, words
+
+
+def exact_covariance(dense):
+    b = dense.numpy().astype(np.int64)
+    counts = b.sum(0)
+    v = len(b) * (b.T @ b) - np.outer(counts, counts)
+    np.fill_diagonal(v, 0)
+    return counts, v
+
+
+EDGES = [(2, 97), (31, 33), (64, 1), (70, 31), (33, 127), (64, 129), (257, 257), (520, 65)]
+
+
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
+def test_the_covariance_and_its_signs_equal_numpy(shape, wide, monkeypatch):
+    if wide:
+        monkeypatch.setattr(covariance, "INT32_ROWS", 1)
+    dense, words = codes(*shape)
+    counts, v = exact_covariance(dense)
+    total, ones = torch.tensor(shape[0]), torch.from_numpy(counts)
+    numerator, signs = OPS["covariance"](words, ones, total, True)
+    assert int(numerator) == int(np.abs(v).sum())
+    above, below = unpack_rows(signs, shape[1], torch.int8)
+    np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+    assert all(packing.tail_is_zero(plane, shape[1]) for plane in signs)
+    alone, nothing = OPS["covariance"](words, ones, total, False)
+    assert int(alone) == int(numerator)
+    assert nothing.numel() == 0
+
+
+def test_ties_are_common_in_what_is_tested():
+    _, v = exact_covariance(codes(64, 129)[0])
+    assert (v == 0).sum() > 129
+
+
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_the_product_with_the_signs_is_exact_stored_and_recomputed(shape):
+    n, k = shape
+    dense, words = codes(n, k)
+    counts, v = exact_covariance(dense)
+    s, b = np.sign(v), dense.numpy().astype(np.int64)
+    expected = n * (b @ s) - counts @ s
+    assert np.abs(expected).max() < 2**24  # exact in fp32
+    ones, total = torch.from_numpy(counts), torch.tensor(n)
+    _, signs = OPS["covariance"](words, ones, total, True)
+    middle = max(k // 2 // 32 * 32, min(k, 32))
+    for planes, rows in ((signs, None), (None, words)):
+        spread = encoder_backward._Signs(words, total * 0.5, planes, rows, ones, total)
+        spread.scale = torch.tensor(1.0)
+        parts = [spread(0, middle), *([spread(middle, k)] if middle < k else [])]
+        np.testing.assert_array_equal(torch.cat(parts, 1).numpy(), expected)
+
+
+def test_more_rows_than_int32_can_hold(monkeypatch):
+    """V itself leaves int32 beyond 92,681 rows, products on the way to it beyond 46,340."""
+    table = {"covariance": {4096: configs.Config(128, 128, 256, 4, 1)}}
+    monkeypatch.setitem(
+        configs.DEFAULTS, "interpreter", {**configs.DEFAULTS["interpreter"], **table}
+    )
+    dense = torch.rand(100_000, 9) < torch.linspace(0.01, 0.99, 9)
+    dense[::2, 7], dense[1::2, 7] = True, False
+    dense[:, 8] = dense[:, 7]
+    counts, v = exact_covariance(dense)
+    assert np.abs(v).max() > 2**31
+    numerator, signs = OPS["covariance"](
+        pack_rows(dense), torch.from_numpy(counts), torch.tensor(100_000), True
+    )
+    assert int(numerator) == int(np.abs(v).sum())
+    above, below = unpack_rows(signs, 9, torch.int8)
+    np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+
+
+@pytest.mark.parametrize("shape", [*EDGES, (300, 300)], ids=str)
+def test_transposed_words_equal_the_layouts_definition(shape):
+    _, words = codes(*shape)
+    columns = packing.rows_to_columns(words, shape[1])
+    assert torch.equal(bits.column_packed(words, shape[1]), columns)
+    assert torch.equal(bits.feature_packed(words, shape[1]), packing.columns_to_features(columns))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 70), (40, 200, 3), (65, 31, 129)], ids=str)
+def test_bits_times_integers_are_exact(dtype, shape):
+    """Every bit of a word meets its own row of numbers: distinct integers, exact sums."""
+    n, k, d = shape
+    dense, words = codes(n, k)
+    g = torch.Generator().manual_seed(1)
+    numbers = torch.randint(-100, 101, (k, d), generator=g)
+    expected = dense.long() @ numbers
+    got = products.bits_product(words, numbers.to(dtype), None, torch.float32)
+    assert torch.equal(got.long(), expected)
+    features = bits.feature_packed(words, k)
+    rows = torch.randint(-100, 101, (n, d), generator=g)
+    got = products.bits_product(features, rows.to(dtype), None, torch.float32)
+    assert torch.equal(got.long(), dense.t().long() @ rows)
+
+
+def test_the_tiles_of_a_triangle_are_each_there_once():
+    """The order of tiles in the kernel, for odd and even numbers of tiles."""
+    for side in range(1, 9):
+        seen = []
+        for program in range(covariance._tiles(side * 128, 128)):
+            i, j = program // (side + 1), program // (side + 1) + program % (side + 1)
+            if j >= side:
+                i, j = side - 1 - i, j - 1 - i
+            seen.append((i, j))
+        expected = [(i, j) for i in range(side) for j in range(i, side)]
+        assert sorted(seen) == expected
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_the_tile_sizes_of_real_chips(chip, monkeypatch):
+    monkeypatch.setitem(configs.DEFAULTS, "interpreter", configs.DEFAULTS[chip])
+    x, parameters, direction = problem(140, 70, 300, 1, 40, torch.bfloat16)
+    for entry in (0, 1):
+        with launch.table_entry(entry):
+            assert_as_good_as_eager(
+                x, parameters, direction, NAMES[:3], surrogate="rectangle", surrogate_width=2.5
+            )
+
+
+def test_results_are_written_whole():
+    """Fresh memory is filled with NaN and large integers: none of it may show."""
+    x, parameters, direction = problem(40, 9, 70, 1, 5, torch.bfloat16)
+    mask = torch.arange(40) % 3 != 1
+    expected, code = run("triton", x, parameters, direction, mask=mask)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(1).isnan().all()
+        got, again = run("triton", x, parameters, direction, mask=mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert again.equal(code)
+    assert all(torch.equal(got[name], expected[name]) for name in NAMES)
+
+
+# -- offsets beyond 2^31 -------------------------------------------------------------------------
+
+
+def far(rows, columns, dtype):
+    """Rows 2^30 elements apart: the third begins past 2^31. Memory that is not touched is free."""
+    stride = 2**30
+    base = torch.empty((rows - 1) * stride + columns, dtype=dtype)
+    return base.as_strided((rows, columns), (stride, 1))
+
+
+def test_offsets_past_2_to_the_31_reach_their_rows():
+    k, d = 70, 5
+    x, (W, b, *_), _ = problem(3, d, k, 1, d, torch.bfloat16)
+    distant = far(3, d, torch.bfloat16)
+    distant.copy_(x)
+    assert distant.stride(0) * 2 >= 2**31
+    words, _, counts = encode.encode(distant, W, b, None, None)
+    near = encode.encode(x, W, b, None, None)
+    assert torch.equal(words, near[0])
+    assert torch.equal(counts, near[2])
+    distant_words = far(3, 3, torch.int32)
+    distant_words.copy_(words)
+    dense = torch.randint(-9, 10, (k, d)).bfloat16()
+    expected = unpack_rows(words, k).long() @ dense.long()
+    got = products.bits_product(distant_words, dense, None, torch.float32)
+    assert torch.equal(got.long(), expected)
+    assert torch.equal(bits.feature_packed(distant_words, k), bits.feature_packed(words, k))
+    features = bits.feature_packed(words, 3)
+    distant_features = far(3, features.shape[1], torch.int32)
+    distant_features.copy_(features)
+    for a, e in zip(
+        covariance.covariance(distant_features, counts[:3], torch.tensor(3), True, 3),
+        covariance.covariance(features, counts[:3], torch.tensor(3), True, 3),
+        strict=True,
+    ):
+        assert torch.equal(a, e)
+
+
+# -- tile sizes and tuning -----------------------------------------------------------------------
+
+
+def test_defaults_cover_every_kernel_of_every_chip():
+    kernels = set(configs.DEFAULTS["sm_90"])
+    assert kernels >= set(configs.CANDIDATES)
+    for chip, table in configs.DEFAULTS.items():
+        assert set(table) == kernels, chip
+        for name, entries in table.items():
+            if name == "covariance":
+                assert all(c.m == c.n >= 128 and 256 % c.k == 0 for c in entries.values())
+            elif name not in ("threshold", "surrogate", "transpose"):
+                assert all(c.m % 32 == c.n % 64 == c.k % 32 == 0 for c in entries.values())
+
+
+def test_the_default_is_that_of_the_nearest_number_of_rows():
+    assert launch.default("encode", "sm_90", 1) == configs.DEFAULTS["sm_90"]["encode"][64]
+    assert launch.default("encode", "sm_90", 500) == configs.DEFAULTS["sm_90"]["encode"][64]
+    assert launch.default("encode", "sm_90", 10**6) == configs.DEFAULTS["sm_90"]["encode"][4096]
+
+
+def test_tuned_sizes_are_kept_on_disk_and_a_broken_file_is_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seconds = {config: i for i, config in enumerate(reversed(configs.CANDIDATES["encode"]))}
+    monkeypatch.setattr(launch, "_milliseconds", lambda call: call())
+    launch._tuned.cache_clear()
+    sizes, cpu = (7, 8, 8, 9), torch.device("cpu")
+
+    def measured(config):
+        return seconds.get(config, 10**6)
+
+    launch._tune("encode", cpu, torch.bfloat16, sizes, measured)
+    best = configs.CANDIDATES["encode"][-1]
+    assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == best
+    (file,) = tmp_path.rglob("*.json")
+    assert json.loads(file.read_text()) == {"tiles": [[list(sizes), list(best)]]}
+    launch._tuned.cache_clear()  # as a later process
+    assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == best
+    assert launch.configuration("encode", cpu, torch.float16, sizes) != best
+    file.write_text("[[1, 2")
+    launch._tuned.cache_clear()
+    assert launch.configuration("encode", cpu, torch.bfloat16, sizes) != best
+    launch._tuned.cache_clear()
+
+
+# -- CUDA graphs, as far as they can be shown without a GPU --------------------------------------
+
+
+class FakeKernel:
+    """Compiles as triton does: asks the hook, then starts."""
+
+    def __init__(self):
+        self.compiled, self.started = False, 0
+
+    def __getitem__(self, grid):
+        def go(*args, **constants):
+            if not self.compiled:
+                hook = triton.knobs.runtime.jit_cache_hook
+                if hook is not None:
+                    hook(key="", repr="", fn=None, compile={}, is_manual_warmup=False)
+                self.compiled = True
+            self.started += 1
+
+        return go
+
+
+def test_a_first_call_under_capture_says_to_warm_up(monkeypatch):
+    class OnDevice:
+        is_cuda, device = True, None
+
+    class Guard:
+        def __init__(self, device):
+            pass
+
+        __enter__ = __exit__ = lambda self, *args: None
+
+    capturing = [True]
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    kernel = FakeKernel()
+    with pytest.raises(RuntimeError, match=r"bae_fast\.warmup\('triton'"):
+        launch.start(kernel, (1,), OnDevice())
+    assert triton.knobs.runtime.jit_cache_hook is None
+    assert kernel.started == 0
+    capturing[0] = False
+    launch.start(kernel, (1,), OnDevice())
+    capturing[0] = True
+    launch.start(kernel, (1,), OnDevice())
+    assert kernel.started == 2
+
+
+@pytest.mark.parametrize("terms", [NAMES[:2], NAMES[1:3]], ids=str)
+def test_two_runs_give_the_same_bits_and_gradients(terms):
+    x, parameters, direction = problem(34, 9, 70, 1, 5, torch.bfloat16)
+    first, code = run("triton", x, parameters, direction, terms)
+    second, again = run("triton", x, parameters, direction, terms)
+    assert code.equal(again)
+    for name in NAMES:
+        assert (first[name] is None and second[name] is None) or torch.equal(
+            first[name], second[name]
+        )
