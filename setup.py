@@ -35,7 +35,14 @@ AVX512_FLAGS = [
 SIMD_FLAGS = {
     "kernels_avx2": ["-mavx2"],
     "kernels_avx512": AVX512_FLAGS,
-    "kernels_amx": [*AVX512_FLAGS, "-mavx512bf16", "-mprfchw", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "kernels_amx": [
+        *AVX512_FLAGS,
+        "-mavx512bf16",
+        "-mprfchw",
+        "-mamx-tile",
+        "-mamx-int8",
+        "-mamx-bf16",
+    ],
 }
 KERNELS = ["dispatch", "kernels_scalar"]
 if MACHINE in ("x86_64", "amd64"):

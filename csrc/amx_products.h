@@ -1,16 +1,16 @@
 // Products of dense matrices, and of bits and floats, on AMX.
 //
-// Dense. A float is the sum of three bf16 numbers, exactly: its nearest one, the nearest one to what
-// is left, and the rest. A product of floats is then the sum of six products of bf16 numbers; the
-// other three are below 2^-26 of it and left out, which is less than one rounding of fp32. With one
-// digit the operands are rounded to bf16, as torch does. Sums are in fp32.
+// Dense. A float is the sum of three bf16 numbers, exactly: its nearest one, the nearest one to
+// what is left, and the rest. A product of floats is then the sum of six products of bf16 numbers;
+// the other three are below 2^-26 of it and left out, which is less than one rounding of fp32. With
+// one digit the operands are rounded to bf16, as torch does. Sums are in fp32.
 //
 //     left   row m, bf16 2 p + h:   (m, k = p + 16 h)
 //     right  row p, bf16 2 c + h:   (k = p + 16 h, column c)
 //     sum    [16, 16] fp32, 32 of k an instruction
 //
-// Panels hold tiles one after the other, 1 KiB each, [16 rows or columns][k / 32][digit]. 32 rows of
-// a block of k stay in the inner cache while the right panel streams; sums rest in memory.
+// Panels hold tiles one after the other, 1 KiB each, [16 rows or columns][k / 32][digit]. 32 rows
+// of a block of k stay in the inner cache while the right panel streams; sums rest in memory.
 //
 // Bits x floats. The floats of one column and one block of k become integers of 32 bits with one
 // common power of two, and their four bytes are multiplied by the bits as bytes: integer sums,
@@ -41,10 +41,10 @@ static_assert(group_bytes(3) <= group_bytes(1));
 template <int kDigits>
 inline void split(__m512 low, __m512 high, __m512i (&out)[kDigits], __m512i& peak) {
   if constexpr (kDigits == 1) {
-    const __m512i pairs = _mm512_set_epi32(
-        0x001F000F, 0x001E000E, 0x001D000D, 0x001C000C, 0x001B000B, 0x001A000A, 0x00190009,
-        0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004, 0x00130003, 0x00120002,
-        0x00110001, 0x00100000);
+    const __m512i pairs =
+        _mm512_set_epi32(0x001F000F, 0x001E000E, 0x001D000D, 0x001C000C, 0x001B000B, 0x001A000A,
+                         0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
+                         0x00130003, 0x00120002, 0x00110001, 0x00100000);
     out[0] = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   } else {
     const __m512i top = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
@@ -53,10 +53,8 @@ inline void split(__m512 low, __m512 high, __m512i (&out)[kDigits], __m512i& pea
     peak = _mm512_max_epu32(peak, _mm512_and_si512(_mm512_castps_si512(high), sign));
 #pragma GCC unroll 3
     for (int digit = 0; digit < kDigits; ++digit) {
-      const __m512i l =
-          _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(low), half), top);
-      const __m512i h =
-          _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(high), half), top);
+      const __m512i l = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(low), half), top);
+      const __m512i h = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(high), half), top);
       out[digit] = _mm512_or_si512(_mm512_srli_epi32(l, 16), h);
       low = _mm512_sub_ps(low, _mm512_castsi512_ps(l));
       high = _mm512_sub_ps(high, _mm512_castsi512_ps(h));
@@ -107,17 +105,16 @@ inline void load_across(const Matrix& m, int64_t stride, int64_t k, int64_t c, i
   const __mmask16 low = k < depth ? used : 0, high = k + 16 < depth ? used : 0;
   if (m.element == Matrix::kFloat) {
     const float* at = static_cast<const float*>(m.data) + k * stride + c;
-    split(_mm512_maskz_loadu_ps(low, at), _mm512_maskz_loadu_ps(high, at + 16 * stride), out,
-          peak);
+    split(_mm512_maskz_loadu_ps(low, at), _mm512_maskz_loadu_ps(high, at + 16 * stride), out, peak);
   } else {
     const uint16_t* at = static_cast<const uint16_t*>(m.data) + k * stride + c;
-    out[0] = pair(_mm256_maskz_loadu_epi16(low, at),
-                  _mm256_maskz_loadu_epi16(high, at + 16 * stride));
+    out[0] =
+        pair(_mm256_maskz_loadu_epi16(low, at), _mm256_maskz_loadu_epi16(high, at + 16 * stride));
   }
 }
 
-// Tiles of k0 .. k0 + 32 tiles for 16 rows from `first`; transposed by words where the rows, and not
-// k, are contiguous. `total` rows there are.
+// Tiles of k0 .. k0 + 32 tiles for 16 rows from `first`; transposed by words where the rows, and
+// not k, are contiguous. `total` rows there are.
 template <int kDigits>
 inline void pack_rows(const Matrix& m, int64_t first, int64_t total, int64_t k0, int64_t tiles,
                       int64_t depth, uint8_t* out, __m512i& peak) {
@@ -147,8 +144,8 @@ inline void pack_rows(const Matrix& m, int64_t first, int64_t total, int64_t k0,
 
 // The same for the right side, all columns of a strip: rows of a tile are pairs of k.
 template <int kDigits>
-inline void pack_columns(const Matrix& m, int64_t columns, int64_t k0, int64_t tiles,
-                         int64_t depth, uint8_t* out, __m512i& peak) {
+inline void pack_columns(const Matrix& m, int64_t columns, int64_t k0, int64_t tiles, int64_t depth,
+                         uint8_t* out, __m512i& peak) {
   constexpr int64_t kGroup = group_bytes(kDigits);
   const int64_t padded = round_up(columns, kUnitSide);
   for (int64_t t = 0; t < tiles; ++t) {
@@ -173,8 +170,7 @@ inline void pack_columns(const Matrix& m, int64_t columns, int64_t k0, int64_t t
       for (int digit = 0; digit < kDigits; ++digit) {
         transpose_16(tile[digit]);
         for (int64_t r = 0; r < kSide; ++r) {
-          _mm512_store_si512(to + c / kSide * kGroup + digit * kTileBytes + r * 64,
-                             tile[digit][r]);
+          _mm512_store_si512(to + c / kSide * kGroup + digit * kTileBytes + r * 64, tile[digit][r]);
         }
       }
     }
@@ -269,8 +265,8 @@ inline const float* block_row(const float* sums, int64_t r) {
   return sums + r / kSide * 512 + r % kSide * 16;
 }
 
-// Fetches the right side's next block of k while the products of this one run: its lines lie on many
-// pages, and nothing else would ask for them in time.
+// Fetches the right side's next block of k while the products of this one run: its lines lie on
+// many pages, and nothing else would ask for them in time.
 class FetchAhead {
  public:
   FetchAhead(const Matrix& m, int64_t columns, int64_t k0, int64_t k1, int64_t steps) {
@@ -311,8 +307,7 @@ bool for_each_block(const UnitStrip& s, Finish finish) {
   int64_t k_pending = 0;
   __m512i peak = _mm512_setzero_si512();
   for (int64_t g0 = 0; g0 < groups; g0 += kUnitRows / kUnitSide) {
-    const int64_t g1 =
-        groups - g0 < kUnitRows / kUnitSide ? groups : g0 + kUnitRows / kUnitSide;
+    const int64_t g1 = groups - g0 < kUnitRows / kUnitSide ? groups : g0 + kUnitRows / kUnitSide;
     for (int64_t k0 = 0; k0 < s.depth; k0 += kBlock) {
       const int64_t tiles = ((s.depth - k0 < kBlock ? s.depth - k0 : kBlock) + 31) / 32;
       const int64_t share = (64 + tiles - 1) / tiles, k1 = k0 + kBlock;
@@ -322,17 +317,19 @@ bool for_each_block(const UnitStrip& s, Finish finish) {
       for (int64_t g = g0; g < g1; ++g) {
         const uint8_t* const left = s.left + (k0 / kBlock * groups + g) * 2 * kGroup;
         for (int64_t c = 0; c < across; ++c) {
-          multiply_digits<kDigits>(left, right + c * 2 * kGroup, tiles, local[turn],
-                                   [&](int64_t t) {
-            // the next rows, from wherever the panels of all threads are kept
-            const int64_t piece = 2 * kGroup / (across * tiles);
-            const uint8_t* at = left + 2 * kGroup + (c * tiles + t) * piece;
-            for (int64_t line = 0; line < piece; line += 64) _mm_prefetch(at + line, _MM_HINT_T1);
-            next.step();
-            if (pending == nullptr) return;
-            const int64_t l0 = t * share < 64 ? t * share : 64;
-            rest(local[turn ^ 1], pending, k_pending == 0, l0, l0 + share < 64 ? l0 + share : 64);
-          });
+          multiply_digits<kDigits>(
+              left, right + c * 2 * kGroup, tiles, local[turn], [&](int64_t t) {
+                // the next rows, from wherever the panels of all threads are kept
+                const int64_t piece = 2 * kGroup / (across * tiles);
+                const uint8_t* at = left + 2 * kGroup + (c * tiles + t) * piece;
+                for (int64_t line = 0; line < piece; line += 64)
+                  _mm_prefetch(at + line, _MM_HINT_T1);
+                next.step();
+                if (pending == nullptr) return;
+                const int64_t l0 = t * share < 64 ? t * share : 64;
+                rest(local[turn ^ 1], pending, k_pending == 0, l0,
+                     l0 + share < 64 ? l0 + share : 64);
+              });
           pending = resting + ((g - g0) * across + c) * 1024;
           k_pending = k0;
           turn ^= 1;
@@ -369,10 +366,8 @@ bool encode_strip(const UnitStrip& s, const EncodeStrip& e) {
           _mm512_mask_cmp_ps_mask(in_0, v0, zero, _CMP_GT_OQ);
       e.words[(row + r) * e.words_stride + column / kWordBits] = word;
       if (e.window == nullptr) continue;
-      const __mmask16 near_0 =
-          _mm512_mask_cmp_ps_mask(in_0, _mm512_abs_ps(v0), limit, _CMP_LT_OQ);
-      const __mmask16 near_1 =
-          _mm512_mask_cmp_ps_mask(in_1, _mm512_abs_ps(v1), limit, _CMP_LT_OQ);
+      const __mmask16 near_0 = _mm512_mask_cmp_ps_mask(in_0, _mm512_abs_ps(v0), limit, _CMP_LT_OQ);
+      const __mmask16 near_1 = _mm512_mask_cmp_ps_mask(in_1, _mm512_abs_ps(v1), limit, _CMP_LT_OQ);
       e.window[(row + r) * e.window_stride + column / kWordBits] =
           static_cast<uint32_t>(near_1) << 16 | near_0;
     }
@@ -404,8 +399,8 @@ bool unit_product(const UnitStrip& s, float* out, int64_t stride, bool add) {
                        : product_strip<1>(s, out, stride, add);
 }
 
-constexpr Units kUnits = {kUnitSide,   kUnitColumns, kUnitScratch, panel_bytes,
-                          pack, unit_encode,  unit_product};
+constexpr Units kUnits = {kUnitSide, kUnitColumns, kUnitScratch, panel_bytes,
+                          pack,      unit_encode,  unit_product};
 
 // ---- bits x floats ------------------------------------------------------------------------------
 
@@ -415,8 +410,8 @@ constexpr int64_t kFixedDepth = 512;
 constexpr int64_t kFixedTiles = kFixedDepth / 64;
 constexpr int64_t kFixedStep = kFixedTiles * kTileBytes;
 constexpr int kBytes = 4;
-constexpr int64_t kFixedScratch = kFixedRows / kSide * kFixedStep + kBytes * kFixedStep +
-                                  2 * kFixedDepth * 4 * kSide * 4;
+constexpr int64_t kFixedScratch =
+    kFixedRows / kSide * kFixedStep + kBytes * kFixedStep + 2 * kFixedDepth * 4 * kSide * 4;
 
 // 512 bits of one row to eight tiles: byte k of a row of a tile.
 inline void expand_bits(const uint32_t* words, __mmask16 used, uint8_t* out) {
@@ -428,8 +423,9 @@ inline void expand_bits(const uint32_t* words, __mmask16 used, uint8_t* out) {
   }
 }
 
-// Rows k .. of 64 columns of a block, copied side by side while other products run: the lines of one
-// column lie on pages of their own and in few sets of the caches. Keeps the largest size by column.
+// Rows k .. of 64 columns of a block, copied side by side while other products run: the lines of
+// one column lie on pages of their own and in few sets of the caches. Keeps the largest size by
+// column.
 class Stage {
  public:
   Stage(const BitsProduct& p, int64_t k0, int64_t depth, int64_t c, float* to)
@@ -503,27 +499,27 @@ inline __m512 pack_fixed(const float* staged, __m512i peak, int64_t depth, int64
 }
 
 // Adds the sums of the four bytes, rows r0 .. r1 of 16, to rows of out.
-inline void add_fixed(const int32_t (*sums)[kSide * kSide], int64_t r0, int64_t r1,
-                      __m512 exponent, __mmask16 used, bool add, float* out, int64_t stride) {
+inline void add_fixed(const int32_t (*sums)[kSide * kSide], int64_t r0, int64_t r1, __m512 exponent,
+                      __mmask16 used, bool add, float* out, int64_t stride) {
   out += r0 * stride;
   for (int64_t r = r0; r < r1; ++r, out += stride) {
     // both below 2^26
-    const __m512i low = _mm512_add_epi32(_mm512_load_si512(sums[0] + r * kSide),
-                                         _mm512_slli_epi32(
-                                             _mm512_load_si512(sums[1] + r * kSide), 8));
-    const __m512i high = _mm512_add_epi32(_mm512_load_si512(sums[2] + r * kSide),
-                                          _mm512_slli_epi32(
-                                              _mm512_load_si512(sums[3] + r * kSide), 8));
-    const __m512 sum = _mm512_add_ps(
-        _mm512_mul_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536)), _mm512_cvtepi32_ps(low));
+    const __m512i low =
+        _mm512_add_epi32(_mm512_load_si512(sums[0] + r * kSide),
+                         _mm512_slli_epi32(_mm512_load_si512(sums[1] + r * kSide), 8));
+    const __m512i high =
+        _mm512_add_epi32(_mm512_load_si512(sums[2] + r * kSide),
+                         _mm512_slli_epi32(_mm512_load_si512(sums[3] + r * kSide), 8));
+    const __m512 sum = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536)),
+                                     _mm512_cvtepi32_ps(low));
     __m512 v = _mm512_scalef_ps(sum, exponent);
     if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(used, out));
     _mm512_mask_storeu_ps(out, used, v);
   }
 }
 
-// Blocks of 1024 rows by 512 of k; in one, 64 columns are staged while the 64 before are multiplied,
-// 16 of them at a time, whose bytes stay in the inner cache while the bits stream.
+// Blocks of 1024 rows by 512 of k; in one, 64 columns are staged while the 64 before are
+// multiplied, 16 of them at a time, whose bytes stay in the inner cache while the bits stream.
 bool fixed_product(const BitsProduct& p) {
   alignas(64) int32_t sums[2][kBytes][kSide * kSide];
   const Tiles configured;
@@ -558,8 +554,7 @@ bool fixed_product(const BitsProduct& p) {
         const int64_t steps = 4 * groups * tiles, share = (depth + steps - 1) / steps;
         for (int64_t i = 0; i < 4 && c0 + i * kSide < p.columns; ++i) {
           const int64_t c = c0 + i * kSide;
-          const __m512 exponent =
-              pack_fixed(staged[0] + i * kSide, sizes[i], depth, tiles, right);
+          const __m512 exponent = pack_fixed(staged[0] + i * kSide, sizes[i], depth, tiles, right);
           const __mmask16 used = first_words(p.columns - c);
           const bool add = p.add || k0 > 0;
           const int64_t lines = (kSide + tiles - 1) / tiles;

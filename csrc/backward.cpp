@@ -36,9 +36,8 @@ void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t wides
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> memory;
     Scratch scratch(b.signs == nullptr ? 0 : kernels().backward_scratch(b.signs->words()));
-    Scratch tile_scratch(b.signs == nullptr || b.signs->planes[0] != nullptr
-                             ? 0
-                             : kernels().covariance_scratch);
+    Scratch tile_scratch(
+        b.signs == nullptr || b.signs->planes[0] != nullptr ? 0 : kernels().covariance_scratch);
     auto body = make_body();
     for (int64_t index = begin; index < end; ++index) {
       const int64_t at = index * width, column = b.start + at;
@@ -64,8 +63,7 @@ void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t wides
       body(s, at, [&] {
         if (b.signs != nullptr) {
           const uint32_t* planes[2];
-          s.planes_stride =
-              b.signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
+          s.planes_stride = b.signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
           s.above = planes[0];
           s.below = planes[1];
           s.scratch = scratch.get();
@@ -92,8 +90,10 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
               std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
               Tensor column_sum) {
   const Statistics statistics(signs, columns, counts, n_rows);
-  const Backward b{words,  start,  shift, curvature, covariance ? &statistics.source : nullptr,
-                   digits, scale,  window, factor,   keep, official, column_sum};
+  const Backward b{
+      words,    start,     shift,  curvature, covariance ? &statistics.source : nullptr,
+      digits,   scale,     window, factor,    keep,
+      official, column_sum};
   const auto in_place = [&](auto element) {
     using T = decltype(element);
     return [&] {
@@ -105,8 +105,8 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
     };
   };
   if (g.scalar_type() == ScalarType::Double) {
-    for_each_strip<double>(b, g.size(0), g.size(1), kernels().strip,
-                           kernels().backward_strip_f64, in_place(double{}));
+    for_each_strip<double>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f64,
+                           in_place(double{}));
   } else {
     for_each_strip<float>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f32,
                           in_place(float{}));
@@ -124,8 +124,10 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
   const int64_t n = x.size(0), d = x.size(1), d_out = grad_recon.size(1), k = W_dec.size(0);
   const Statistics statistics(signs, columns, counts, n_rows);
   const std::optional<Tensor> no_factor;
-  const Backward b{words,  0,     shift,  curvature, covariance ? &statistics.source : nullptr,
-                   digits, scale, window, no_factor, keep, official, column_sum};
+  const Backward b{
+      words,    0,         shift,  curvature, covariance ? &statistics.source : nullptr,
+      digits,   scale,     window, no_factor, keep,
+      official, column_sum};
   const Units& units = *kernels().units;
   const LeftPanel gradients(as_matrix(grad_recon), n, d_out, digits_of_numbers);
   const bool weights = grad_W.numel() > 0;
@@ -141,17 +143,14 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
         return [&, scratch, memory](BackwardStrip<float>& s, int64_t at, auto run) {
           s.g = reinterpret_cast<float*>(memory->get());
           s.g_stride = units.columns;
-          const UnitStrip decode{gradients.get(), from(decoder, 0, at), n, d_out,
-                                 s.columns,       digits_of_numbers,    scratch->get()};
+          const UnitStrip decode{gradients.get(),   from(decoder, 0, at), n, d_out, s.columns,
+                                 digits_of_numbers, scratch->get()};
           if (!units.product(decode, s.g, s.g_stride, false)) exact = false;
           run();
           if (!weights) return;
           const Matrix g{s.g, s.g_stride, 1, Matrix::kFloat};
-          const UnitStrip encode{rows.get(), g,                 d,
-                                 n,          s.columns,         digits_of_numbers,
-                                 scratch->get()};
-          if (!units.product(encode, mutable_data<float>(grad_W) + at, row_stride(grad_W),
-                             false)) {
+          const UnitStrip encode{rows.get(), g, d, n, s.columns, digits_of_numbers, scratch->get()};
+          if (!units.product(encode, mutable_data<float>(grad_W) + at, row_stride(grad_W), false)) {
             exact = false;
           }
         };

@@ -12,13 +12,13 @@ namespace bae_fast {
 struct CovarianceTile {
   const uint32_t* columns;  // column-packed [words, stride], zero columns up to a multiple of 64
   int64_t stride;
-  int64_t words;            // ceil(N / 32)
-  const int32_t* counts;    // ones per column, zero-padded as the columns are
-  int64_t n_rows;           // N
-  int64_t i0, i1;           // rows of the tile: features, multiples of 4 apart
-  int64_t j0, j1;           // columns of the tile: features, multiples of 64 apart
-  uint32_t* above;          // [V > 0], row-packed [i1 - i0, planes_stride], or null
-  uint32_t* below;          // [V < 0]
+  int64_t words;          // ceil(N / 32)
+  const int32_t* counts;  // ones per column, zero-padded as the columns are
+  int64_t n_rows;         // N
+  int64_t i0, i1;         // rows of the tile: features, multiples of 4 apart
+  int64_t j0, j1;         // columns of the tile: features, multiples of 64 apart
+  uint32_t* above;        // [V > 0], row-packed [i1 - i0, planes_stride], or null
+  uint32_t* below;        // [V < 0]
   int64_t planes_stride;
   uint8_t* scratch;  // covariance_scratch bytes, cache line aligned
   bool same_rows;    // i0, i1 and scratch are those of the call before
@@ -30,15 +30,15 @@ struct BackwardStrip {
   T* g;  // [n, g_stride], gradient at the bits on entry, at pre on return
   int64_t g_stride;
   int64_t n;
-  int64_t columns;        // at most 256
-  const T* shift;         // per column, or null
-  const T* curvature;     // per column, or null
-  const uint32_t* bits;   // row-packed, first word of the strip
+  int64_t columns;       // at most 256
+  const T* shift;        // per column, or null
+  const T* curvature;    // per column, or null
+  const uint32_t* bits;  // row-packed, first word of the strip
   int64_t bits_stride;
   const uint32_t* above;  // sign planes [V > 0] of the strip, row-packed [columns, ...]; or null
   const uint32_t* below;  // [V < 0]
   int64_t planes_stride;
-  int64_t sign_words;  // ceil(K / 32)
+  int64_t sign_words;    // ceil(K / 32)
   const uint32_t* rows;  // row-packed, all columns: the rows at hand
   int64_t rows_stride;
   const uint32_t* digits;  // bit b of the counts, row-packed [n_digits, sign_words]
@@ -83,9 +83,9 @@ struct UnitStrip {
   const uint8_t* left;  // panels of Units::pack
   Matrix right;         // (k, column)
   int64_t rows, depth;
-  int64_t columns;      // at most Units::columns
-  int64_t digits;       // 3: as exact as fp32; 1: operands rounded to bf16
-  uint8_t* scratch;     // Units::scratch bytes, cache line aligned
+  int64_t columns;   // at most Units::columns
+  int64_t digits;    // 3: as exact as fp32; 1: operands rounded to bf16
+  uint8_t* scratch;  // Units::scratch bytes, cache line aligned
 };
 
 // Bits and window of x W + b.

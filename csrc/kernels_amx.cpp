@@ -25,11 +25,11 @@
 namespace bae_fast {
 namespace {
 
-constexpr int64_t kBlockWords = 16;    // words of a block of k: 512 of k, 32 rows of it in 16 KiB
+constexpr int64_t kBlockWords = 16;  // words of a block of k: 512 of k, 32 rows of it in 16 KiB
 constexpr int64_t kBlockTiles = kBlockWords / 2;
-constexpr int64_t kLeftRows = 512;     // rows of a tile of the covariance
-constexpr int64_t kSumRows = 576;      // rows whose sums rest in memory: backward
-constexpr int64_t kWidth = kMaxStrip;  // columns of a right panel
+constexpr int64_t kLeftRows = 512;           // rows of a tile of the covariance
+constexpr int64_t kSumRows = 576;            // rows whose sums rest in memory: backward
+constexpr int64_t kWidth = kMaxStrip;        // columns of a right panel
 constexpr int64_t kSumStride = kWidth + 16;  // not a power of two: lines in different sets
 
 // ---- panels -------------------------------------------------------------------------------------
@@ -46,9 +46,9 @@ inline void expand_left(__m512i bits, uint8_t* out) {
 
 // The four bits `nibble` of each word as four bytes of 0 or 1.
 inline __m512i nibble_bytes(__m512i words, int nibble) {
-  const __m512i spread = _mm512_set_epi32(
-      0x0C0C0C0C, 0x08080808, 0x04040404, 0, 0x0C0C0C0C, 0x08080808, 0x04040404, 0, 0x0C0C0C0C,
-      0x08080808, 0x04040404, 0, 0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+  const __m512i spread = _mm512_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0, 0x0C0C0C0C,
+                                          0x08080808, 0x04040404, 0, 0x0C0C0C0C, 0x08080808,
+                                          0x04040404, 0, 0x0C0C0C0C, 0x08080808, 0x04040404, 0);
   const __m512i from = _mm512_add_epi8(spread, _mm512_set1_epi8(static_cast<char>(nibble / 2)));
   const __m512i pick = _mm512_set1_epi32(nibble % 2 == 0 ? 0x08040201 : 0x80402010);
   return _mm512_min_epu8(_mm512_and_si512(_mm512_shuffle_epi8(words, from), pick),
@@ -66,8 +66,8 @@ inline void expand_right(__m512i words, uint8_t* out) {
 inline void expand_signs(__m512i above, __m512i below, uint8_t* out) {
 #pragma GCC unroll 8
   for (int nibble = 0; nibble < 8; ++nibble) {
-    _mm512_store_si512(out + nibble * 64, _mm512_sub_epi8(nibble_bytes(above, nibble),
-                                                          nibble_bytes(below, nibble)));
+    _mm512_store_si512(out + nibble * 64,
+                       _mm512_sub_epi8(nibble_bytes(above, nibble), nibble_bytes(below, nibble)));
   }
 }
 
@@ -112,7 +112,6 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* left, const u
   _tile_stored(3, sums + kSide * stride + kSide, bytes);
 }
 
-
 // ---- covariance ---------------------------------------------------------------------------------
 
 constexpr int64_t kCovarianceScratch =
@@ -134,8 +133,8 @@ inline __attribute__((always_inline)) void finish_rows(const CovarianceTile& t, 
   while (r0 < r1) {
     __m512i sum = _mm512_setzero_si512();
     for (const int64_t end = r1 - r0 < 8 ? r1 : r0 + 8; r0 < end; ++r0) {
-      const uint32_t factors = static_cast<uint32_t>(-t.counts[b.i + r0]) << 16 |
-                               static_cast<uint32_t>(t.n_rows);
+      const uint32_t factors =
+          static_cast<uint32_t>(-t.counts[b.i + r0]) << 16 | static_cast<uint32_t>(t.n_rows);
       const __m512i factor = _mm512_set1_epi32(static_cast<int>(factors));
       const int32_t* row = b.sums + r0 * 32;
       const __m512i v0 =
@@ -150,8 +149,8 @@ inline __attribute__((always_inline)) void finish_rows(const CovarianceTile& t, 
         t.below[at] = _mm512_kunpackw(_mm512_movepi32_mask(v1), _mm512_movepi32_mask(v0));
       }
     }
-    total = _mm512_add_epi64(total, _mm512_add_epi64(_mm512_and_si512(sum, low),
-                                                     _mm512_srli_epi64(sum, 32)));
+    total = _mm512_add_epi64(
+        total, _mm512_add_epi64(_mm512_and_si512(sum, low), _mm512_srli_epi64(sum, 32)));
   }
 }
 
@@ -197,8 +196,8 @@ int64_t covariance_tile_amx(const CovarianceTile& t) {
     for (int64_t i = t.i0; i < t.i1 && !(one_block && t.same_rows); i += kSide) {
       __m512i a[16];
       for (int64_t r = 0; r < 16; ++r) {
-        a[r] = r < words ? Vector::load(t.columns + (w0 + r) * t.stride + i)
-                         : _mm512_setzero_si512();
+        a[r] =
+            r < words ? Vector::load(t.columns + (w0 + r) * t.stride + i) : _mm512_setzero_si512();
       }
       transpose_16(a);
       for (int64_t r = 0; r < 16; ++r) {
@@ -218,9 +217,9 @@ int64_t covariance_tile_amx(const CovarianceTile& t) {
       }
       const int64_t diagonal_end = j / kStrip * kStrip + kStrip;
       for (int64_t i = t.i0; i < (t.upper ? diagonal_end : t.i1); i += 32) {
-        const Block block{one_block ? local[turn]
-                                    : resting + ((i - t.i0) * (kLeftRows / 32) + (j - t.j0)) * 32,
-                          i, j};
+        const Block block{
+            one_block ? local[turn] : resting + ((i - t.i0) * (kLeftRows / 32) + (j - t.j0)) * 32,
+            i, j};
         multiply(left + (i - t.i0) / kSide * kPanelStep, right, tiles, w0 > 0,
                  const_cast<int32_t*>(block.sums), 32, [&](int64_t k) {
                    if (pending.sums == nullptr) return;

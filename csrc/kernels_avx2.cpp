@@ -139,8 +139,7 @@ struct Lookup {
     for (int b = 0; b < 4; ++b) {
       const __m256i mixed = b % 2 == 0 ? _mm256_unpacklo_epi64(first[b / 2], last[b / 2])
                                        : _mm256_unpackhi_epi64(first[b / 2], last[b / 2]);
-      const __m256i byte =
-          _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(mixed, lanes), pairs);
+      const __m256i byte = _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(mixed, lanes), pairs);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * step_bytes),
                           _mm256_and_si256(byte, low));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (4 + b) * step_bytes),
@@ -215,8 +214,8 @@ inline void fill_counts(const int32_t* counts, __m256i (&out)[2]) {
   const __m256i low = _mm256_set1_epi32(0xFFFF);
   __m256i n[4];
   for (int q = 0; q < 4; ++q) {
-    n[q] = _mm256_and_si256(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts + 8 * q)), low);
+    n[q] =
+        _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts + 8 * q)), low);
   }
   for (int odd = 0; odd < 2; ++odd) {
     out[odd] = _mm256_permute4x64_epi64(_mm256_packus_epi32(n[odd], n[2 + odd]), 0xD8);
@@ -241,10 +240,9 @@ inline __m256i finish_narrow(const CovarianceTile& t, const Lookup::Wide (&n_ij)
     for (int q = 0; q < 4; ++q) sum = _mm256_add_epi32(sum, _mm256_abs_epi32(v[q]));
   } else if (before < 31) {
     for (int q = 0; q < 4; ++q) {
-      const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19),
-                                            _mm256_set1_epi32(4 * q));
-      const __m256i counts =
-          _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(static_cast<int>(before)));
+      const __m256i lane =
+          _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19), _mm256_set1_epi32(4 * q));
+      const __m256i counts = _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(static_cast<int>(before)));
       sum = _mm256_add_epi32(sum, _mm256_and_si256(_mm256_abs_epi32(v[q]), counts));
     }
   }
@@ -289,8 +287,7 @@ int64_t covariance_tile(const CovarianceTile& t) {
   for (int64_t j0 = t.j0; j0 < t.j1; j0 += kSpan) {
     const int64_t j1 = t.j1 - j0 < kSpan ? t.j1 : j0 + kSpan;
     for (int64_t w0 = 0; w0 < t.words; w0 += Lookup::kChunkWords) {
-      const int64_t words =
-          t.words - w0 < Lookup::kChunkWords ? t.words - w0 : Lookup::kChunkWords;
+      const int64_t words = t.words - w0 < Lookup::kChunkWords ? t.words - w0 : Lookup::kChunkWords;
       const bool last = w0 + words == t.words;
       if (!one_chunk || (!t.same_rows && j0 == t.j0)) {
         for (int64_t w = 0; w < words; ++w) {
@@ -341,8 +338,7 @@ int64_t covariance_tile(const CovarianceTile& t) {
               }
             }
             const __m256i low = _mm256_and_si256(sizes, _mm256_set1_epi64x(0xFFFFFFFF));
-            total =
-                _mm256_add_epi64(total, _mm256_add_epi64(low, _mm256_srli_epi64(sizes, 32)));
+            total = _mm256_add_epi64(total, _mm256_add_epi64(low, _mm256_srli_epi64(sizes, 32)));
           }
         }
       }

@@ -81,16 +81,15 @@ struct Lookup {
     const __m512i first = _mm512_load_si512(order);  // bytes 0, then 1, of 32 words
     for (int pair = 0; pair < 2; ++pair) {
       const __m512i pick = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(2 * pair)));
-      const __m512i x = _mm512_permutex2var_epi8(_mm512_loadu_si512(words), pick,
-                                                 _mm512_loadu_si512(words + 16));
+      const __m512i x =
+          _mm512_permutex2var_epi8(_mm512_loadu_si512(words), pick, _mm512_loadu_si512(words + 16));
       const __m512i y = _mm512_permutex2var_epi8(_mm512_loadu_si512(words + 32), pick,
                                                  _mm512_loadu_si512(words + 48));
       byte[2 * pair] = _mm512_shuffle_i64x2(x, y, 0x44);
       byte[2 * pair + 1] = _mm512_shuffle_i64x2(x, y, 0xEE);
     }
   }
-  static void fill_lanes(const uint32_t* words, int64_t stride, uint8_t* out,
-                         int64_t step_bytes) {
+  static void fill_lanes(const uint32_t* words, int64_t stride, uint8_t* out, int64_t step_bytes) {
     const __m512i two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(15);
     __m512i a[4], b[4], c[4];
     split(words, a);
@@ -143,8 +142,8 @@ struct Lookup {
     const auto number = [](__m512i d0, __m512i d1, __m512i d2) {  // 8 (d0 + 3 d1 + 9 d2)
       const __m512i three = _mm512_add_epi8(_mm512_add_epi8(d2, d2), d2);
       const __m512i sum = _mm512_add_epi8(d1, three);
-      return _mm512_slli_epi32(
-          _mm512_add_epi8(d0, _mm512_add_epi8(_mm512_add_epi8(sum, sum), sum)), 3);
+      return _mm512_slli_epi32(_mm512_add_epi8(d0, _mm512_add_epi8(_mm512_add_epi8(sum, sum), sum)),
+                               3);
     };
     __m512i low[4], high[4];
 #pragma GCC unroll 4

@@ -91,8 +91,8 @@ int64_t covariance_tile(const CovarianceTile& t) {
       for (int r = 0; r < kRowsBlock; ++r) {
         a[r] = t.columns + i + r;
         for (int c = 0; c < kRegisters; ++c) {
-          counts[r][c] = narrow ? Vector::shifted_counts(t.counts + j + c * kLanes)
-                                : Vector::no_counts();
+          counts[r][c] =
+              narrow ? Vector::shifted_counts(t.counts + j + c * kLanes) : Vector::no_counts();
         }
       }
       count_pairs<false>(a, t.stride, t.columns + j, t.stride, t.words, counts);
@@ -102,8 +102,8 @@ int64_t covariance_tile(const CovarianceTile& t) {
         for (int r = 0; r < kRowsBlock; ++r) {
 #pragma GCC unroll 8
           for (int c = 0; c < kRegisters; ++c) {
-            const Counts v = Vector::dot_pairs(counts[r][c], static_cast<int32_t>(t.n_rows),
-                                               t.counts[i + r]);
+            const Counts v =
+                Vector::dot_pairs(counts[r][c], static_cast<int32_t>(t.n_rows), t.counts[i + r]);
             const int64_t from = i + r + 1 - (j + c * kLanes);  // first lane that counts
             if (!diagonal || from <= 0) {
               sum = Vector::add_absolute(sum, v);

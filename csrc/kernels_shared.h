@@ -22,8 +22,8 @@ inline void swap_squares(uint32_t (*a)[16], uint32_t low) {
   }
 }
 
-void transpose(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns,
-               uint32_t* out, int64_t out_stride) {
+void transpose(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns, uint32_t* out,
+               int64_t out_stride) {
   alignas(64) uint32_t a[32][16];
   const int64_t words = n_words(columns);
   for (int64_t w = 0; w < words; w += 16) {
@@ -258,8 +258,8 @@ inline void finish_lines(const BitsProduct& p, int64_t row, int64_t first, const
 // many rows of bits are listed once and serve all columns.
 
 constexpr int64_t kGatherDepth = 512, kGatherColumns = 128;
-constexpr int64_t kListed = 1 << 17;       // ones listed at once
-constexpr int64_t kListedRows = 1 << 13;   // and their rows
+constexpr int64_t kListed = 1 << 17;      // ones listed at once
+constexpr int64_t kListedRows = 1 << 13;  // and their rows
 constexpr int64_t kGatherScratch =
     kGatherDepth * kGatherColumns * 4 + kListed * 2 + (kListedRows + 1) * 4;
 
@@ -357,10 +357,10 @@ void gather_product(const BitsProduct& p) {
 
 constexpr int64_t kGroupBits = 5, kGroups = 8, kPassBits = kGroupBits * kGroups;
 constexpr int64_t kGroupSums = int64_t{1} << kGroupBits;
-constexpr int64_t kTableLines = 2;      // lines of columns
-constexpr int64_t kTablePasses = 64;    // passes whose indices are made at once
-constexpr int64_t kTableRows = 512;     // rows whose sums rest in memory
-constexpr int64_t kSumColumns = 128;    // and their columns: written out by several lines a page
+constexpr int64_t kTableLines = 2;    // lines of columns
+constexpr int64_t kTablePasses = 64;  // passes whose indices are made at once
+constexpr int64_t kTableRows = 512;   // rows whose sums rest in memory
+constexpr int64_t kSumColumns = 128;  // and their columns: written out by several lines a page
 constexpr int64_t kTableColumns = kTableLines * kLineColumns;
 constexpr int64_t kLineFloats = kGroups * kGroupSums * kLineColumns;  // of one line's tables
 constexpr int64_t kTableScratch = kTableLines * kLineFloats * 4 +
@@ -502,9 +502,8 @@ bool table_product(const BitsProduct& p) {
         if (c + kTableColumns < first + kSumColumns && c + kTableColumns < p.columns) continue;
         for (int64_t m = 0; m < rows; ++m) {
           for (int64_t at = first; at <= c; at += kTableColumns) {
-            finish_lines(p, m0 + m, at,
-                         sums + (at - first) * kTableRows + m * kTableColumns, kTableLines,
-                         p.add || k0 > 0);
+            finish_lines(p, m0 + m, at, sums + (at - first) * kTableRows + m * kTableColumns,
+                         kTableLines, p.add || k0 > 0);
           }
         }
       }

@@ -42,15 +42,12 @@ inline V load_numbers(const T* from) {
 // sum + a b; one rounding where the level has the instruction.
 #if defined(__AVX512F__)
 inline Register<float> multiply_add(Register<float> a, Register<float> b, Register<float> sum) {
-  return reinterpret_cast<Register<float>>(
-      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
-                      reinterpret_cast<__m512>(sum)));
+  return reinterpret_cast<Register<float>>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
 }
-inline Register<double> multiply_add(Register<double> a, Register<double> b,
-                                     Register<double> sum) {
-  return reinterpret_cast<Register<double>>(
-      _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b),
-                      reinterpret_cast<__m512d>(sum)));
+inline Register<double> multiply_add(Register<double> a, Register<double> b, Register<double> sum) {
+  return reinterpret_cast<Register<double>>(_mm512_fmadd_pd(
+      reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(sum)));
 }
 #else
 template <typename V>
@@ -73,8 +70,8 @@ inline T sum_halves(typename Numbers<T, kBytes>::type v) {
 // value[k] += panel rows index[k] . weight for `used` entries, at most kCount; the last is taken
 // again for those past it.
 template <int kCount, typename T>
-inline void dots_of(const SparseLists<T>& s, const uint16_t* index, int64_t used,
-                    const T* weight, int64_t padded, T* value) {
+inline void dots_of(const SparseLists<T>& s, const uint16_t* index, int64_t used, const T* weight,
+                    int64_t padded, T* value) {
   using V = Register<T>;
   constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
   const T* row[kCount];
@@ -96,8 +93,7 @@ inline void dots_of(const SparseLists<T>& s, const uint16_t* index, int64_t used
 }
 
 template <typename T>
-inline void sparse_dots(const SparseLists<T>& s, const T* weight, int64_t weight_stride,
-                        T* value) {
+inline void sparse_dots(const SparseLists<T>& s, const T* weight, int64_t weight_stride, T* value) {
   constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t padded = round_up(s.width, kNumbers);
@@ -196,8 +192,8 @@ inline void transpose_square(const T* in, int64_t in_stride, int64_t rows, int64
 // The side whose rows are farther apart is in memory and is walked along them, the other is in a
 // cache.
 template <typename T>
-inline void transpose_numbers(const T* in, int64_t in_stride, int64_t rows, int64_t columns,
-                              T* out, int64_t out_stride) {
+inline void transpose_numbers(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+                              int64_t out_stride) {
   constexpr int64_t kSide = 64 / sizeof(T);
   const bool along_in = in_stride > out_stride;
   const int64_t outer = along_in ? rows : columns, inner = along_in ? columns : rows;
@@ -267,8 +263,7 @@ void sparse_dots_f64(const SparseLists<double>& s, const double* weight, int64_t
                      double* value) {
   sparse_dots(s, weight, stride, value);
 }
-void sparse_sums_f32(const SparseLists<float>& s, const float* value, float* out,
-                     int64_t stride) {
+void sparse_sums_f32(const SparseLists<float>& s, const float* value, float* out, int64_t stride) {
   sparse_sums(s, value, out, stride);
 }
 void sparse_sums_f64(const SparseLists<double>& s, const double* value, double* out,

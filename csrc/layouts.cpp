@@ -43,16 +43,17 @@ Tensor rows_to_features(Tensor words, int64_t n_columns) {
   const uint32_t* in = data<uint32_t>(words);
   uint32_t* to = mutable_data<uint32_t>(out);
   constexpr int64_t kSpan = 512;
-  torch::stable::parallel_for(0, (n_columns + kSpan - 1) / kSpan, 1,
-                              [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns); first += kSpan) {
-      for (int64_t w = 0; w < m; ++w) {
-        kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
-                            std::min(n - w * kWordBits, kWordBits),
-                            std::min(n_columns - first, kSpan), to + first * m + w, m);
-      }
-    }
-  });
+  torch::stable::parallel_for(
+      0, (n_columns + kSpan - 1) / kSpan, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns);
+             first += kSpan) {
+          for (int64_t w = 0; w < m; ++w) {
+            kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
+                                std::min(n - w * kWordBits, kWordBits),
+                                std::min(n_columns - first, kSpan), to + first * m + w, m);
+          }
+        }
+      });
   return out;
 }
 

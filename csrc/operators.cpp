@@ -1,9 +1,9 @@
 // The extension: registers the operators on LibTorch's stable ABI. Schemas are defined in Python
 // (bae_fast/backends/cpp/extension.py).
 #define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include "operators.h"
+
+#include <Python.h>
 
 namespace bae_fast {
 namespace {

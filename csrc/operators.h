@@ -1,6 +1,6 @@
-// The operators that the extension registers, by file. Each is private to the backend and trusts its
-// caller for shapes and dtypes: contiguous rows, words of 32 bits. Schemas, with what an argument is
-// for, are in bae_fast/backends/cpp/extension.py.
+// The operators that the extension registers, by file. Each is private to the backend and trusts
+// its caller for shapes and dtypes: contiguous rows, words of 32 bits. Schemas, with what an
+// argument is for, are in bae_fast/backends/cpp/extension.py.
 #pragma once
 
 #include <tuple>
@@ -15,8 +15,7 @@ Tensor rows_to_features(Tensor words, int64_t n_columns);
 Tensor column_counts(Tensor words, int64_t n_columns);
 
 // covariance.cpp
-std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows,
-                                      bool keep_signs);
+std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows, bool keep_signs);
 
 // products.cpp
 void threshold(Tensor pre, std::optional<Tensor> keep, double width, int64_t start, Tensor words,
@@ -44,10 +43,10 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
 // sparse_backward.cpp
 void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
                      std::optional<Tensor> grad_recon, Tensor W_dec, std::optional<Tensor> shift,
-                     std::optional<Tensor> curvature, bool covariance,
-                     std::optional<Tensor> signs, std::optional<Tensor> columns, Tensor counts,
-                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x,
-                     Tensor W_enc, Tensor grad_x, Tensor grad_W, Tensor column_sum);
+                     std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
+                     std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
+                     std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
+                     Tensor grad_x, Tensor grad_W, Tensor column_sum);
 
 // gradients.cpp
 Tensor new_gradient(int64_t rows, int64_t columns);

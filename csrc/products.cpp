@@ -20,8 +20,7 @@ void threshold(Tensor pre, std::optional<Tensor> keep, double width, int64_t sta
   const bool* kept = data_or_null<bool>(keep);
   const bool windowed = window.numel() > 0;
   uint32_t* const bits = mutable_data<uint32_t>(words) + start / kWordBits;
-  uint32_t* const inside =
-      windowed ? mutable_data<uint32_t>(window) + start / kWordBits : nullptr;
+  uint32_t* const inside = windowed ? mutable_data<uint32_t>(window) + start / kWordBits : nullptr;
   const int64_t bits_stride = row_stride(words);
   const int64_t inside_stride = windowed ? row_stride(window) : 0;
   const float narrow = static_cast<float>(width);
@@ -62,26 +61,26 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
     const int64_t rows = std::min(n - top, kRowsAtOnce);
     const LeftPanel panel(from(left, top, 0), rows, depth, digits);
     if (!panel.exact()) return false;
-    torch::stable::parallel_for(0, (columns + strip - 1) / strip, 1,
-                                [&](int64_t begin, int64_t end) {
-      Scratch scratch(units.scratch);
-      for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
-        const UnitStrip s{panel.get(), from(right, 0, at),          rows,
-                          depth,       std::min(columns - at, strip), digits,
-                          scratch.get()};
-        EncodeStrip e{};
-        e.bias = data<float>(bias) + at;
-        e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
-        e.width = static_cast<float>(width);
-        e.words_stride = row_stride(words);
-        e.words = mutable_data<uint32_t>(words) + top * e.words_stride + at / kWordBits;
-        if (windowed) {
-          e.window_stride = row_stride(window);
-          e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
-        }
-        if (!units.encode(s, e)) exact = false;
-      }
-    });
+    torch::stable::parallel_for(
+        0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
+          Scratch scratch(units.scratch);
+          for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
+            const UnitStrip s{
+                panel.get(), from(right, 0, at), rows, depth, std::min(columns - at, strip),
+                digits,      scratch.get()};
+            EncodeStrip e{};
+            e.bias = data<float>(bias) + at;
+            e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
+            e.width = static_cast<float>(width);
+            e.words_stride = row_stride(words);
+            e.words = mutable_data<uint32_t>(words) + top * e.words_stride + at / kWordBits;
+            if (windowed) {
+              e.window_stride = row_stride(window);
+              e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
+            }
+            if (!units.encode(s, e)) exact = false;
+          }
+        });
   }
   return exact;
 }
@@ -96,20 +95,21 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
   prefer_large_pages(out);
   for (int64_t top = 0; top < n; top += kRowsAtOnce) {
     for (int64_t k0 = 0; k0 < depth; k0 += kDepthAtOnce) {
-      const int64_t rows = std::min(n - top, kRowsAtOnce), deep = std::min(depth - k0, kDepthAtOnce);
+      const int64_t rows = std::min(n - top, kRowsAtOnce),
+                    deep = std::min(depth - k0, kDepthAtOnce);
       const LeftPanel panel(from(from_left, top, k0), rows, deep, digits);
       if (!panel.exact() || !exact) return false;
-      torch::stable::parallel_for(0, (columns + strip - 1) / strip, 1,
-                                  [&](int64_t begin, int64_t end) {
-        Scratch scratch(units.scratch);
-        for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
-          const UnitStrip s{panel.get(), from(from_right, k0, at),     rows,
-                            deep,        std::min(columns - at, strip), digits,
-                            scratch.get()};
-          float* to = mutable_data<float>(out) + top * stride + at;
-          if (!units.product(s, to, stride, add || k0 > 0)) exact = false;
-        }
-      });
+      torch::stable::parallel_for(
+          0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
+            Scratch scratch(units.scratch);
+            for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
+              const UnitStrip s{panel.get(),  from(from_right, k0, at),      rows,
+                                deep,         std::min(columns - at, strip), digits,
+                                scratch.get()};
+              float* to = mutable_data<float>(out) + top * stride + at;
+              if (!units.product(s, to, stride, add || k0 > 0)) exact = false;
+            }
+          });
     }
   }
   return exact;

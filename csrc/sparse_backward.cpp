@@ -30,9 +30,9 @@ template <typename T>
 class SparseBackward {
  public:
   int64_t n, k;
-  Tensor window;              // row-packed [n, words]
-  const bool* keep;           // rows that count, or null
-  const uint32_t* rows;       // row-packed bits
+  Tensor window;         // row-packed [n, words]
+  const bool* keep;      // rows that count, or null
+  const uint32_t* rows;  // row-packed bits
   int64_t rows_stride;
   const T* grad_recon = nullptr;  // [n, d_out], or null
   int64_t grad_recon_stride, d_out;
@@ -157,8 +157,8 @@ class SparseBackward {
         std::fill(to + used, to + round_up(used, kLine), T{0});
       }
     }
-    return {begin_.data() + from * blocks_ + block, blocks_, count, index_.data(), panel, kWidth,
-            used};
+    return {
+        begin_.data() + from * blocks_ + block, blocks_, count, index_.data(), panel, kWidth, used};
   }
 
   // With several blocks of rows a panel serves so many columns that its copy does not count.
@@ -315,9 +315,9 @@ class SparseBackward {
           const int64_t j0 = g * kPanelRows, count = std::min(columns - j0, kPanelRows);
           sparse_kernels<T>().transpose(W_enc + c * W_enc_stride + first_ + j0, W_enc_stride, used,
                                         count, panel, kPitch);
-          sparse_kernels<T>().sums({row_begin.data() + g * (n + 1), 1, n, column.data(), panel,
-                                    kPitch, used},
-                                   value.data(), grad_x + c, d);
+          sparse_kernels<T>().sums(
+              {row_begin.data() + g * (n + 1), 1, n, column.data(), panel, kPitch, used},
+              value.data(), grad_x + c, d);
         }
       }
     });
@@ -336,10 +336,10 @@ const T* matrix(const Tensor& tensor, int64_t* stride) {
 // or grad_W is not asked for.
 void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
                      std::optional<Tensor> grad_recon, Tensor W_dec, std::optional<Tensor> shift,
-                     std::optional<Tensor> curvature, bool covariance,
-                     std::optional<Tensor> signs, std::optional<Tensor> columns, Tensor counts,
-                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x,
-                     Tensor W_enc, Tensor grad_x, Tensor grad_W, Tensor column_sum) {
+                     std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
+                     std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
+                     std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
+                     Tensor grad_x, Tensor grad_W, Tensor column_sum) {
   const Statistics statistics(signs, columns, counts, n_rows);
   const auto run = [&](auto zero) {
     using T = decltype(zero);

@@ -57,8 +57,8 @@ class Scratch {
   uint8_t* memory_;
 };
 
-// A hint, for new memory about to be written whole: a page fault every 4 KiB of 64 MiB takes as long
-// as a product.
+// A hint, for new memory about to be written whole: a page fault every 4 KiB of 64 MiB takes as
+// long as a product.
 inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kLargePage = int64_t{1} << 21;

@@ -44,8 +44,7 @@ struct Vector {
     return _mm512_reduce_add_epi64(_mm512_add_epi64(low, _mm512_srli_epi64(sum, 32)));
   }
   static uint32_t positive(const float* pre) {
-    const __mmask16 low =
-        _mm512_cmp_ps_mask(_mm512_loadu_ps(pre), _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __mmask16 low = _mm512_cmp_ps_mask(_mm512_loadu_ps(pre), _mm512_setzero_ps(), _CMP_GT_OQ);
     const __mmask16 high =
         _mm512_cmp_ps_mask(_mm512_loadu_ps(pre + 16), _mm512_setzero_ps(), _CMP_GT_OQ);
     return static_cast<uint32_t>(high) << 16 | low;
@@ -88,8 +87,8 @@ inline void transpose_16(__m512i (&a)[16]) {
   }
 }
 
-// transpose of kernels.h, 32 rows by 512 columns at a time: the bytes of a word position from all 32
-// rows side by side, then one mask a bit of them.
+// transpose of kernels.h, 32 rows by 512 columns at a time: the bytes of a word position from all
+// 32 rows side by side, then one mask a bit of them.
 inline void transpose_fast(const uint32_t* in, int64_t in_stride, int64_t rows, int64_t columns,
                            uint32_t* out, int64_t out_stride) {
   const __m512i bytes = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);

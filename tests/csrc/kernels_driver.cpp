@@ -706,11 +706,12 @@ struct Numbers {
 
 void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns, int64_t digits,
                   bool left_major, bool right_major, Matrix::Element element, bool of_bits) {
-  begin(
-      "%s units: rows %lld, depth %lld, columns %lld, digits %lld, left %s, right %s, %s",
-      k.name, (long long)rows, (long long)depth, (long long)columns, (long long)digits,
-      of_bits ? "bits" : left_major ? "by rows" : "by columns",
-      right_major ? "by rows" : "by columns", element == Matrix::kFloat ? "f32" : "bf16");
+  begin("%s units: rows %lld, depth %lld, columns %lld, digits %lld, left %s, right %s, %s", k.name,
+        (long long)rows, (long long)depth, (long long)columns, (long long)digits,
+        of_bits      ? "bits"
+        : left_major ? "by rows"
+                     : "by columns",
+        right_major ? "by rows" : "by columns", element == Matrix::kFloat ? "f32" : "bf16");
   const Units& units = *k.units;
   // 1 digit: integers of 8 bits. 3: of 12 and 11, so that every sum is exact in fp32
   const Numbers left(rows, depth, left_major, element, digits == 3 ? 2047 : 100);
@@ -753,8 +754,9 @@ void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns
     Buffer<uint32_t> out(extent(rows, words + 1, words)), window(windowed ? out.size() : 0);
     for (int64_t c = 0; c < columns; ++c) bias[c] = static_cast<float>(random_between(-40, 40));
     for (int64_t r = 0; r < rows; ++r) keep[r] = random_between(0, 3) > 0;
-    const EncodeStrip e{bias.get(), keep.get(), 700, out.get(), words + 1,
-                        windowed ? window.get() : nullptr, words + 1};
+    const EncodeStrip e{bias.get(), keep.get(), 700,
+                        out.get(),  words + 1,  windowed ? window.get() : nullptr,
+                        words + 1};
     if (!units.encode(s, e)) wrong("size of right", 0, 0, 0, 1);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < words * 32; ++c) {
@@ -762,7 +764,8 @@ void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns
         const double pre = counts ? want(r, c) + bias[c] : 0;
         const int64_t at = r * (words + 1) + c / 32;
         equal("bit", r, c, out[at] >> c % 32 & 1, counts && pre > 0);
-        if (windowed) equal("window", r, c, window[at] >> c % 32 & 1, counts && std::fabs(pre) < 700);
+        if (windowed)
+          equal("window", r, c, window[at] >> c % 32 & 1, counts && std::fabs(pre) < 700);
       }
     }
   }
