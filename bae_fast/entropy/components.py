@@ -3,7 +3,7 @@
 At p = 1/2 the entropy has no gradient, and a rotation of fair bits looks like any other set until
 one looks at fourth moments: gradient descent from random directions takes long to find the bits,
 the longer the more there are. Fixed-point independent component analysis (Hyvarinen and Oja 1997,
-symmetric, kurtosis) finds such directions in seconds; training then does what is left.
+symmetric, skew and kurtosis) finds such directions in seconds; training then does what is left.
 """
 
 from __future__ import annotations
@@ -48,8 +48,14 @@ def independent_components(
     rotation = _nearest_rotation(draws)
     for _ in range(_ITERATIONS):
         projected = white @ rotation.T
-        # E[z (w z)^3] - 3 w, for all w at once
-        moved = _nearest_rotation(projected.pow(3).T @ white / len(white) - 3 * rotation)
+        # the gradient of skew^2 / 12 + kurtosis^2 / 48 (Jones and Sibson 1987), all rows at once:
+        # kurtosis alone is blind to bits of p = 0.21, skew alone to fair ones
+        squares = projected.square()
+        skew = (squares * projected).mean(0)
+        kurtosis = squares.square().mean(0) - 3
+        by_square = squares.T @ white / len(white)
+        by_cube = (squares * projected).T @ white / len(white) - 3 * rotation
+        moved = _nearest_rotation(skew[:, None] * by_square / 2 + kurtosis[:, None] * by_cube / 6)
         change = 1 - (moved * rotation).sum(1).abs().min()
         rotation = moved
         if float(change) < _TOLERANCE:
