@@ -199,7 +199,9 @@ def test_jumprelu_has_the_straight_through_gradients_of_its_paper():
     pre = torch.tensor([[0.2, 0.96, 1.04, 3.0, -1.0]])
     width = 0.1
     model = make("jumprelu", rows(), bandwidth=width)
-    assert torch.allclose(model.threshold, torch.full((F,), width))
+    # 4 K of F features, as normal quantile
+    start = -torch.special.ndtri(torch.tensor(4 * K / F))
+    assert torch.allclose(model.threshold, start.expand(F))
     from bae_fast.baselines.model import _Jump, _Step
 
     threshold = torch.ones(5, requires_grad=True)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from bae_fast.normalization import Normalized
 from bae_fast.pretrained import load_tensors_, read_pretrained, write_pretrained
+from bae_fast.training import TrainingConfig
 
 # of the AuxK loss, as in Gao et al.
 AUXK_WEIGHT = 1 / 32
@@ -64,7 +65,7 @@ class SAEConfig:
         k: features a row; for ``relu``, ``gated`` and ``jumprelu`` the mean L0 that lambda is
             steered to.
         bandwidth: of the straight-through estimate of ``jumprelu``, and temperature of the
-            surrogate of ``binary_topk``; in units of pre.
+            surrogate of ``binary_topk``; in units of pre, whose deviation starts near 1.
         metadata: where the rows came from; JSON values only.
     """
 
@@ -128,7 +129,7 @@ class SparseAutoencoder(Normalized):
     steered: ClassVar[bool] = False
     # weight of AuxK, 0 for none
     auxk: ClassVar[float] = 0.0
-    # of the first threshold (jumprelu), or temperature (binary_topk)
+    # see SAEConfig
     default_bandwidth: ClassVar[float] = 1.0
 
     sparsity_weight: Tensor
@@ -519,16 +520,20 @@ class _Step(torch.autograd.Function):
 class JumpReLU(SparseAutoencoder):
     """pre where it exceeds a learned threshold, with a penalty on L0.
 
-    The threshold is positive: its logarithm is learned, and it starts at the bandwidth. pre is
+    The threshold is positive: its logarithm is learned, and moves by the learning rate a step. It
+    starts where four times the target of features are on, if pre is about normal as on normalised
+    rows; from near zero, where its paper starts, it would need many times the steps. pre is
     relu(pre) inside, as in the paper.
     """
 
     steered = True
-    default_bandwidth = 0.1
+    default_bandwidth = 0.5
 
     def _make_extras(self) -> None:
-        start = torch.full_like(self.W_enc[0].detach(), math.log(self.config.bandwidth))
-        self.log_threshold = nn.Parameter(start)
+        share = min(4 * self.config.k / self.config.d_sae, 0.5)
+        quantile = -torch.special.ndtri(torch.tensor(share, dtype=torch.float64))
+        start = torch.full_like(self.W_enc[0].detach(), max(float(quantile), 0.1))
+        self.log_threshold = nn.Parameter(start.log())
 
     @property
     def threshold(self) -> Tensor:
@@ -549,21 +554,28 @@ class JumpReLU(SparseAutoencoder):
 class BinaryTopK(SparseAutoencoder):
     """1 for the k largest of pre - theta in each row, 0 elsewhere (theta is -b_enc).
 
-    Backward the ones are sigmoid(pre / bandwidth). Rows of W_dec are free: a bit has no size.
+    Backward the step is sigmoid((pre - boundary) / bandwidth), the boundary midway between the
+    row's k-th and next largest: near misses learn too. Rows of W_dec are free, a bit has no size;
+    they start as those of the Binary Autoencoder's recipe.
     """
 
     binary = True
     auxk = AUXK_WEIGHT
+    default_bandwidth = 0.25
 
     def _make_extras(self) -> None:
-        # a bit starts with about the size that an activation would have
-        self.W_dec.data.mul_((self.config.d_out / self.config.k) ** 0.5)
+        self.W_dec.data.mul_(TrainingConfig.decoder_norm)
 
     def activate(self, pre: Tensor) -> Tensor:
-        top = pre.topk(self.config.k, dim=-1)
-        soft = torch.sigmoid(top.values / self.config.bandwidth)
-        ones = soft + (1 - soft).detach()
-        return torch.zeros_like(pre).scatter(-1, top.indices, ones.to(pre.dtype))
+        k = self.config.k
+        top = pre.detach().topk(min(k + 1, pre.shape[-1]), dim=-1)
+        chosen = top.indices[..., :k]
+        bits = torch.zeros_like(pre).scatter(-1, chosen, 1.0)
+        if not torch.is_grad_enabled():
+            return bits
+        boundary = (top.values[..., k - 1 : k] + top.values[..., -1:]) / 2
+        soft = torch.sigmoid((pre - boundary) / self.config.bandwidth)
+        return bits + (soft - soft.detach())
 
     def before_update(self) -> None:
         pass

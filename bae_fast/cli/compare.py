@@ -32,7 +32,6 @@ BINARY = {"bae": "sparse", "bae_paper": "paper"}
 # rows from which quantisers take their ranges
 _RANGE_ROWS = 16384
 
-# whose penalty lambda, or running threshold, must find L0 = k
 _NAMES = {
     "bae": "BAE (sparse)",
     "bae_paper": "BAE (paper)",
@@ -115,6 +114,7 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
     train = cache.rows[split.train.start : split.train.stop]
     heldout = cache.rows[split.heldout.start : split.heldout.stop]
     facts["split"] = split.as_dict()
+    del facts["harvest_tokens_per_second"]  # of this call, not of the result
     pair: dict[str, Tensor] = {}
     if "transcoder" in arguments.methods:
         pair = transcoder_rows(arguments, stages, cache, split.train.stop, split.heldout.start)
