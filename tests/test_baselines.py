@@ -418,5 +418,8 @@ def test_bad_tensors_are_named():
         model.decode(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="target must be None"):
         model(x, x)
+    with pytest.raises(ValueError, match="model must be in eval mode"):
+        evaluate_baseline(model, x, training_rows=x)
+    model.eval()
     with pytest.raises(ValueError, match="value_bits must lie"):
         evaluate_baseline(model, x, training_rows=x, value_bits=40)

@@ -5,6 +5,9 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.entropy.layers import run_layer, usual_rows
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
 from bae_fast.entropy.tasks import TASKS, Task, load_task, task_from_dataset
+from bae_fast.report.series import Panel, plot_panels
 
 # -- sets of known entropy ---------------------------------------------------------------------
 
@@ -187,6 +191,36 @@ def test_what_cannot_be_estimated_is_refused(monkeypatch):
     monkeypatch.setattr(estimate, "MAX_FEATURES", 8)
     with pytest.raises(ValueError, match=r"at most 8 columns that vary.* got 9"):
         estimate_entropy(code)
+
+
+def test_memory_is_the_matrix_and_sixteen_kibibytes_a_column():
+    pytest.importorskip("resource")  # not on Windows
+    k = 3000
+    program = (
+        "import resource, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from bae_fast import BinaryCode\n"
+        "from bae_fast.entropy import estimate_entropy\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "def code(k): return BinaryCode.from_dense(torch.rand(1500, k) < 0.3)\n"
+        "estimate_entropy(code(40))\n"
+        f"big = code({k})\n"
+        "before = peak()\n"
+        f"assert estimate_entropy(big).live == {k}\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+    # making the code left room that was given back; 8 MiB for the allocator
+    assert int(done.stdout) * 1024 < 4 * k * k + 16 * 1024 * k + 8 * 2**20
+
+
+def test_panels_without_a_curve_are_refused():
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="at least one curve; got none"):
+        plot_panels([Panel("empty", "x", "y", [])])
 
 
 # -- independent components --------------------------------------------------------------------

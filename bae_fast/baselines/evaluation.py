@@ -113,8 +113,11 @@ def evaluate_baseline(
         value_bits: bits of a value, 0 to 16; ignored for codes of bits.
 
     Raises:
-        ValueError: targets missing, not wanted or of another length, or value_bits out of range.
+        ValueError: a model in training mode (BatchTopK would look at whole batches), targets
+            missing, not wanted or of another length, or value_bits out of range.
     """
+    if model.training:
+        raise ValueError("model must be in eval mode: call model.eval() first")
     if model.is_transcoder != (targets is not None):
         raise ValueError(
             f"targets must {'be given' if model.is_transcoder else 'be None'}: d_out decides"

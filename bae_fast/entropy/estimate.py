@@ -34,9 +34,9 @@ MAX_FEATURES = 16384
 # chance that a set of independent bits gets any edge
 _FALSE_EDGE = 0.01
 
-# rows unpacked at a time: exact sums of ones in float32, and a bounded scratch
-_ROW_BLOCK = 4096
-_COLUMN_BLOCK = 1024
+# rows unpacked and columns paired at a time: 16 KiB of scratch a column
+_ROW_BLOCK = 1024
+_COLUMN_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,7 @@ def _xlog2x(p: Tensor) -> Tensor:
 def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
     """Rows in which columns i and j are both on: float32 ``[k, k]`` of exact integers.
 
-    By blocks of 4,096 rows and 1,024 columns: 4 k^2 bytes for the result, 16 MiB + 16 k KiB
-    beside it.
+    By blocks of rows and columns; every partial sum is an integer below 2^24.
 
     Args:
         code: ``[N, K]`` without a row mask, N < 2^24.
@@ -147,7 +146,7 @@ def _exact_information(
 def estimate_entropy(code: BinaryCode) -> EntropyEstimate:
     """Entropy of the rows of a code: the sum of marginals, and corrected along a tree.
 
-    Memory: 4 F'^2 bytes for F' live columns, at most 1 GiB, and blocks of some tens of MiB.
+    Memory: 4 F'^2 bytes for F' live columns (at most 1 GiB) and 16 KiB a column.
 
     Args:
         code: ``[..., K]``, at least 2 rows, without a row mask.
