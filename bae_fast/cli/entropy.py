@@ -204,19 +204,21 @@ def _synthetic_panels(rows: list[dict[str, Any]]) -> list[Any]:
     panels = []
     for (kind, start), of_kind in _grouped(rows, ("kind", "start")).items():
         series = []
-        for (d,), group in _grouped(of_kind, ("d",)).items():
-            points = sorted(_grouped(group, ("r", "joint_bits")).items())
-            x = [truth for (_, truth), _ in points]
-            series.append(
-                Series(f"tree, d = {d}", x, [_spread(part, "tree") for _, part in points])
-            )
-        longest = max(_grouped(of_kind, ("d",)).values(), key=len)
-        by_r = sorted(_grouped(longest, ("r", "joint_bits", "marginal_bits")).items())
-        x = [truth for (_, truth, _), _ in by_r]
+        dependent = any(row["marginal_bits"] > 1.01 * row["joint_bits"] for row in of_kind)
+        for key, what in (("tree", "tree"), ("marginal", "sum of marginals")):
+            if key == "marginal" and not dependent:
+                continue
+            for (d,), group in _grouped(of_kind, ("d",)).items():
+                points = sorted(_grouped(group, ("joint_bits",)).items())
+                x = [truth for (truth,), _ in points]
+                y = [_spread(part, key) for _, part in points]
+                series.append(Series(f"{what}, d = {d}", x, y))
+        exact = sorted({(row["joint_bits"], row["marginal_bits"]) for row in of_kind})
+        x = [truth for truth, _ in exact]
         series.append(Series("truth", x, [(t, t, t) for t in x], dashed=True))
-        if any(marginal > 1.01 * truth for (_, truth, marginal), _ in by_r):
-            exact = [(m, m, m) for (_, _, m), _ in by_r]
-            series.append(Series("true bits, sum of marginals", x, exact, dashed=True))
+        if dependent:
+            y = [(m, m, m) for _, m in exact]
+            series.append(Series("sum of marginals of the true bits", x, y, dashed=True))
         panels.append(
             Panel(f"{kind}, start {start}", "joint entropy, bits", "estimate, bits", series,
                   logarithmic=True)
@@ -313,7 +315,9 @@ def _layer_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             f"--positions must lie in 0 to {arguments.context - 1}; got {arguments.positions}"
         )
     sequences = windows[:, : max(arguments.positions) + 1].tolist()
-    hooks = lm_tools.match_hooks(load(), arguments.hooks)
+    hooks = arguments.hooks
+    if any(set(hook) & set("*?[") for hook in hooks):
+        hooks = lm_tools.match_hooks(load(), hooks)
     kept: dict[str, Any] = {}
 
     def states(hook: str) -> Any:

@@ -63,6 +63,7 @@ def plot_panels(panels: Sequence[Panel], *, dark: bool = False) -> bytes:
     n_rows = -(-len(panels) // n_columns)
     figure = _figure(ink, 3.6 * n_columns + 0.6, 2.9 * n_rows + 0.7)
     names = list(dict.fromkeys(s.name for panel in panels for s in panel.series if not s.dashed))
+    references = [s.name for panel in panels for s in panel.series if s.dashed]
     handles: dict[str, Any] = {}
     for i, panel in enumerate(panels):
         ax = figure.add_subplot(n_rows, n_columns, i + 1)
@@ -75,7 +76,8 @@ def plot_panels(panels: Sequence[Panel], *, dark: bool = False) -> bytes:
                 continue
             x, mean, low, high = (list(values) for values in zip(*points, strict=True))
             if series.dashed:
-                (line,) = ax.plot(x, mean, color=ink.muted, linewidth=1.1, linestyle=(0, (4, 3)))
+                gap = (0, (4, 3)) if series.name == references[0] else (0, (1, 2))
+                (line,) = ax.plot(x, mean, color=ink.muted, linewidth=1.1, linestyle=gap)
             else:
                 at = names.index(series.name) % len(_HUES)
                 (line,) = ax.plot(
