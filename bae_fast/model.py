@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,15 @@ from torch import Tensor, nn
 
 from bae_fast import functional
 from bae_fast.codes import BinaryCode
-from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
 from bae_fast.functional import BAEOutput
 from bae_fast.info import warmup
+from bae_fast.normalization import Normalized
 from bae_fast.ops.registry import check_impl
+from bae_fast.pretrained import load_tensors_, read_pretrained, write_pretrained
 from bae_fast.statistics import CodeStatistics
 from bae_fast.surrogates import resolve_surrogate
 
 ARCHITECTURE = "binary_autoencoder"
-CONFIG_NAME = "cfg.json"
-WEIGHTS_NAME = "sae_weights.safetensors"
 
 # what a preset decides where the caller says nothing
 PRESETS: dict[str, dict[str, Any]] = {
@@ -140,7 +137,7 @@ class BAEConfig:
             raise ValueError(f"{source}: {error}") from None
 
 
-class BinaryAutoencoder(nn.Module):
+class BinaryAutoencoder(Normalized):
     """Binary Autoencoder (Cho et al., arXiv 2509.20997) on packed codes.
 
     A drop-in layer: raw hidden states in, raw reconstruction out. ``W_enc [d_in, n_bits d_sae]``,
@@ -157,9 +154,6 @@ class BinaryAutoencoder(nn.Module):
         loss = bae.mse(out, x) + 3e-4 * out.entropy
         loss.backward()
     """
-
-    x_mean: Tensor
-    x_scale: Tensor
 
     def __init__(
         self,
@@ -226,11 +220,9 @@ class BinaryAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.empty(n_columns, **kind))  # type: ignore[arg-type]
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, **kind))  # type: ignore[arg-type]
         self.b_dec = nn.Parameter(torch.empty(d_out, **kind))  # type: ignore[arg-type]
-        self.register_buffer("x_mean", torch.zeros(d_in, **kind))  # type: ignore[arg-type]
-        self.register_buffer("x_scale", torch.ones((), **kind))  # type: ignore[arg-type]
-        if self.is_transcoder:
-            self.register_buffer("y_mean", torch.zeros(d_out, **kind))  # type: ignore[arg-type]
-            self.register_buffer("y_scale", torch.ones((), **kind))  # type: ignore[arg-type]
+        self._register_normalization(
+            d_in, d_out if self.is_transcoder else None, device=device, dtype=dtype
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -247,84 +239,6 @@ class BinaryAutoencoder(nn.Module):
         self.b_enc.fill_(float(torch.special.ndtri(torch.tensor(density, dtype=torch.float64))))
         nn.init.normal_(self.W_dec, std=(config.d_sae * density) ** -0.5)
         nn.init.zeros_(self.b_dec)
-
-    # -- normalisation -------------------------------------------------------------------------
-
-    @property
-    def _target_mean(self) -> Tensor:
-        return self.y_mean if self.is_transcoder else self.x_mean  # type: ignore[return-value]
-
-    @property
-    def _target_scale(self) -> Tensor:
-        return self.y_scale if self.is_transcoder else self.x_scale  # type: ignore[return-value]
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x - x_mean) / x_scale, ``[..., d_in]``, in x's dtype."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-        if x.shape[-1:] != self.x_mean.shape:
-            raise ValueError(f"x must have shape [..., {self.config.d_in}]; got {list(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"x must be floating point; got {x.dtype}")
-        if x.device != self.x_mean.device:
-            raise ValueError(
-                f"x must be on the module's device {self.x_mean.device}; got {x.device}"
-            )
-        return ((x - self.x_mean) / self.x_scale).to(x.dtype)
-
-    def denormalize(self, recon: Tensor) -> Tensor:
-        """Inverse of the target's normalisation, ``[..., d_out]``, in recon's dtype."""
-        return (recon * self._target_scale + self._target_mean).to(recon.dtype)
-
-    @torch.no_grad()
-    def fit_normalization_(self, x: Tensor, target: Tensor | None = None) -> BinaryAutoencoder:
-        """Set the buffers so that the rows of x are centred and of unit mean square.
-
-        Args:
-            x: ``[..., d_in]``. Rows with outlying norms should be dropped before.
-            target: ``[..., d_out]``, for a transcoder only.
-
-        Returns:
-            self.
-
-        Raises:
-            TypeError: x or target is not a floating point tensor.
-            ValueError: no rows, non-finite or constant x, or a target missing or not wanted.
-        """
-        if self.is_transcoder != (target is not None):
-            raise ValueError(
-                f"target must {'be given' if self.is_transcoder else 'be None'}: d_out decides"
-            )
-        pairs = [("x", x, self.x_mean, self.x_scale)]
-        if target is not None:
-            pairs.append(("target", target, self._target_mean, self._target_scale))
-        fitted = []
-        for name, rows, mean, _ in pairs:
-            if not isinstance(rows, Tensor):
-                raise TypeError(f"{name} must be a tensor; got {type(rows).__name__}")
-            if not rows.dtype.is_floating_point:
-                raise TypeError(f"{name} must be floating point; got {rows.dtype}")
-            if rows.shape[-1:] != mean.shape or rows.numel() == 0:
-                raise ValueError(
-                    f"{name} must have shape [..., {len(mean)}] and rows; got {list(rows.shape)}"
-                )
-            rows = rows.reshape(-1, len(mean))
-            # float64 sums by blocks of rows: no float64 copy of all of x
-            blocks = rows.split(max(_CHUNK_ELEMENTS // len(mean), 1))
-            centre = sum(block.double().sum(0) for block in blocks) / len(rows)
-            square = (
-                sum((block.double() - centre).square().sum() for block in blocks) / rows.numel()
-            )
-            scale = float(torch.as_tensor(square).sqrt())
-            if not (math.isfinite(scale) and scale > 0):
-                raise ValueError(
-                    f"{name} must be finite and not constant; got root mean square {scale}"
-                )
-            fitted.append((centre, scale))
-        for (_, _, mean, scale_buffer), (centre, scale) in zip(pairs, fitted, strict=True):
-            mean.copy_(centre)
-            scale_buffer.fill_(scale)
-        return self
 
     @torch.no_grad()
     def init_density_(self, x: Tensor, density: float) -> BinaryAutoencoder:
@@ -485,18 +399,10 @@ class BinaryAutoencoder(nn.Module):
         Each file appears whole or not at all, and the weights carry the configuration they were
         saved with: a process killed between the two files leaves a loadable model.
         """
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }
         values = self.config.to_dict()
         values["dtype"] = str(self.W_enc.dtype).removeprefix("torch.")
         values["transcoder"] = self.is_transcoder
-        content = json.dumps(values, sort_keys=True, allow_nan=False)
-        values["save_id"] = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
-        folder = Path(folder)
-        write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
-        write_json(folder / CONFIG_NAME, values)
-        return folder
+        return write_pretrained(folder, self, values)
 
     @classmethod
     def from_pretrained(
@@ -512,26 +418,7 @@ class BinaryAutoencoder(nn.Module):
             FileNotFoundError: no such folder or file.
             ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"folder {folder} does not exist")
-        source = folder / CONFIG_NAME
-        # a first save cut off between the two files leaves the weights, which carry the same
-        values = read_json(source) if source.is_file() else None
-        tensors, header = read_safetensors(folder / WEIGHTS_NAME)
-        try:
-            saved_with = json.loads(header.get("config", "null"))
-        except ValueError as error:
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME} holds an invalid configuration: {error}"
-            ) from error
-        if isinstance(saved_with, dict) and (
-            values is None or saved_with.get("save_id") != values.get("save_id")
-        ):
-            # a save was cut off between the two files: the weights' own configuration is theirs
-            values, source = saved_with, folder / WEIGHTS_NAME
-        if values is None:
-            raise FileNotFoundError(f"{source} does not exist")
+        values, source, tensors = read_pretrained(folder)
         config = BAEConfig.from_dict(values, str(source))
         if not isinstance(values.get("transcoder", False), bool):
             raise ValueError(f"{source}: transcoder must be bool; got {values['transcoder']!r}")
@@ -548,24 +435,5 @@ class BinaryAutoencoder(nn.Module):
             metadata=config.metadata,
             device="meta",
         )
-        expected = bae.state_dict()
-        if tensors.keys() != expected.keys():
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME} must hold {sorted(expected)}; got {sorted(tensors)}"
-            )
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape or not tensor.dtype.is_floating_point:
-                raise ValueError(
-                    f"{folder / WEIGHTS_NAME}: {name} must be floating point "
-                    f"{list(expected[name].shape)}; got {tensor.dtype} {list(tensor.shape)}"
-                )
-        dtypes = {str(tensors[name].dtype) for name, _ in bae.named_parameters()}
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: parameters must have one dtype; "
-                f"got {', '.join(sorted(dtypes))}"
-            )
-        bae.load_state_dict(tensors, assign=True)
-        for parameter in bae.parameters():
-            parameter.requires_grad_(True)
+        load_tensors_(bae, tensors, folder)
         return bae.to(device).eval() if device is not None else bae.eval()

@@ -160,12 +160,21 @@ def part(name: str) -> str:
 # what lies below the line of `model` may not use it, for it imports them all.
 LAYERS = (
     {"cli", "__main__"},
-    {"training", "analysis", "report", "lm"},
+    {"training", "analysis", "report", "lm", "baselines", "entropy"},
     {"", "model", "info", "distributed", "released"},
     {"functional"},
     {"codes", "reference"},
     {"ops", "backends", "kernels"},
-    {"packing", "statistics", "surrogates", "files", "devices", "_version"},
+    {
+        "packing",
+        "statistics",
+        "surrogates",
+        "normalization",
+        "pretrained",
+        "files",
+        "devices",
+        "_version",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -35,12 +35,8 @@ N_HELDOUT = 4096
 N_FEATURES_SHOWN = 10
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="train on a language model's hidden states and show what was learned",
-        description="Harvest hidden states, train, evaluate on held-out text, show features.",
-    )
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which hidden states, and where they are computed and kept."""
     parser.add_argument(
         "--model",
         default=None,
@@ -52,6 +48,20 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--tokens", type=int, default=None, help="at most this many tokens")
     parser.add_argument("--context", type=int, default=256, help="tokens a window")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="where harvested hidden states are kept"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train on a language model's hidden states and show what was learned",
+        description="Harvest hidden states, train, evaluate on held-out text, show features.",
+    )
+    add_data_arguments(parser)
     parser.add_argument("--expansion", type=int, default=4, help="features over width, F / d")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="sparse")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
@@ -62,13 +72,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--no-refit", action="store_true", help="keep the trained decoder")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default=None)
     parser.add_argument("--impl", default="auto", help="implementation of the layer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="results folder")
-    parser.add_argument(
-        "--cache", type=Path, default=None, help="where harvested hidden states are kept"
-    )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
 
 

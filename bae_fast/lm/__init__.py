@@ -12,6 +12,7 @@ from bae_fast.lm.loading import (
     load_tokenizer,
     resolve_dtype,
 )
+from bae_fast.lm.states import match_hooks, states_at
 from bae_fast.lm.text import read_text, standard_library_text, windows
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "harvest",
     "load_language_model",
     "load_tokenizer",
+    "match_hooks",
     "read_text",
     "resolve_dtype",
     "standard_library_text",
+    "states_at",
     "windows",
 ]

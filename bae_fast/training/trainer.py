@@ -1,4 +1,8 @@
-"""The training loop: rows of hidden states in, a trained Binary Autoencoder out."""
+"""The training loop: rows of hidden states in, a trained autoencoder out.
+
+The loop (order of the rows, learning rate, precision, dead features, log, Ctrl-C, resume) serves
+the Binary Autoencoder, whose objective is here, and every :class:`Trainable`, which brings its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ from torch import Tensor
 from bae_fast.codes import BinaryCode
 from bae_fast.devices import has_bfloat16
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.statistics import entropy_bits
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.recipe import (
     MAX_REFIT_FEATURES,
@@ -157,6 +162,47 @@ PRESETS: dict[str, TrainingConfig] = {
 }
 
 
+@runtime_checkable
+class Trainable(Protocol):
+    """An autoencoder that brings its own objective, such as those of :mod:`bae_fast.baselines`.
+
+    It is also an ``nn.Module`` with ``W_enc [d_in, d_sae]``, ``W_dec`` and ``is_transcoder``;
+    whatever a step changes besides parameters lies in its buffers, so that runs resume exactly.
+    """
+
+    def training_loss(
+        self, x: Tensor, target: Tensor | None, *, dead: Tensor, done: float
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(loss ``[]``, its parts by name with ``mse``, rows in which each feature is on ``[F]``).
+
+        Args:
+            x, target: raw rows; the target is None unless the trainer has targets.
+            dead: bool ``[F]``, features that were off for the last 200 steps.
+            done: share of the steps done.
+        """
+
+    def before_update(self) -> None:
+        """Between the backward pass and the optimizer's step."""
+
+    def after_update(self) -> None:
+        """After the optimizer's step, to put back what the parameters must satisfy."""
+
+    def finish(self, x: Tensor) -> None:
+        """After the last step, with all raw rows."""
+
+
+# what only the Binary Autoencoder's objective has, and its value for other models
+_BINARY_ONLY: dict[str, Any] = {
+    "entropy_weight": 0.0,
+    "covariance_weight": 0.0,
+    "init": "none",
+    "bank_batches": 0,
+    "multilinear": False,
+    "revive_every": 0,
+    "refit": False,
+}
+
+
 class Trainer:
     """Trains a module on rows held in memory (or memory-mapped).
 
@@ -169,15 +215,47 @@ class Trainer:
     :meth:`load_state_dict` resume a run exactly: the same batches, the same optimizer state.
     """
 
-    def __init__(self, bae: BinaryAutoencoder, rows: Tensor, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        bae: Any,
+        rows: Tensor,
+        config: TrainingConfig,
+        *,
+        targets: Tensor | None = None,
+    ) -> None:
         """Prepare the start of the features, the optimizer and the order of the rows.
 
         Args:
+            bae: a Binary Autoencoder, or a :class:`Trainable`.
             rows: raw hidden states ``[n, d_in]``, on any device; batches are moved to bae's.
+            targets: of a transcoder, ``[n, d_out]``, row by row.
 
         Raises:
-            ValueError: rows of another width, or fewer rows than a batch.
+            TypeError: bae is neither.
+            ValueError: rows of another width, fewer rows than a batch, targets that do not fit,
+                or for a Trainable a constant that only the Binary Autoencoder's objective has.
         """
+        self.own_objective = not isinstance(bae, BinaryAutoencoder)
+        if self.own_objective:
+            if not isinstance(bae, Trainable):
+                raise TypeError(
+                    f"bae must be a BinaryAutoencoder or a Trainable; got {type(bae).__name__}"
+                )
+            for name, value in _BINARY_ONLY.items():
+                if getattr(config, name) != value:
+                    raise ValueError(
+                        f"{name} must be {value!r} for {type(bae).__name__}, which brings its own "
+                        f"objective (bae_fast.baselines.TRAINING); got {getattr(config, name)!r}"
+                    )
+        if bae.is_transcoder != (targets is not None):
+            raise ValueError(
+                f"targets must {'be given' if bae.is_transcoder else 'be None'}: d_out decides"
+            )
+        if targets is not None and targets.shape != (len(rows), bae.config.d_out):
+            raise ValueError(
+                f"targets must have shape [{len(rows)}, {bae.config.d_out}]; "
+                f"got {list(targets.shape)}"
+            )
         if rows.dim() != 2 or rows.shape[1] != bae.config.d_in:
             raise ValueError(f"rows must have shape [n, {bae.config.d_in}]; got {list(rows.shape)}")
         if len(rows) < config.batch_size:
@@ -187,12 +265,12 @@ class Trainer:
         config.check_size(bae.config.d_sae)
         if config.covariance_weight and config.batch_size < 2:
             raise ValueError("batch_size must be at least 2 with a covariance_weight; got 1")
-        self.bae, self.rows, self.config = bae, rows, config
+        self.bae, self.rows, self.targets, self.config = bae, rows, targets, config
         self.device = bae.W_enc.device
         self.step = 0
         self.generator = torch.Generator().manual_seed(config.seed)
         self._order = torch.empty(0, dtype=torch.int64)
-        self._fired = torch.zeros(bae.b_enc.shape, dtype=torch.int64, device=self.device)
+        self._fired = torch.zeros(bae.W_enc.shape[1], dtype=torch.int64, device=self.device)
         self._seen = 0
         self._last_fired = torch.zeros_like(self._fired)
         self.bank = CodeBank(config.bank_batches) if config.bank_batches else None
@@ -202,7 +280,7 @@ class Trainer:
             and bae.W_enc.dtype == torch.float32
         )
         self._start()
-        rest = [p for p in bae.parameters() if p is not bae.W_dec]
+        rest = [p for p in bae.parameters() if p is not bae.W_dec and p.requires_grad]
         self.optimizer = torch.optim.Adam(
             [
                 {"params": rest, "scale": 1.0},
@@ -241,12 +319,17 @@ class Trainer:
             return self.config.lr
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * (done - start) / (1 - start)))
 
-    def _next_batch(self) -> Tensor:
+    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
         n = self.config.batch_size
         if len(self._order) < n:
             self._order = torch.randperm(len(self.rows), generator=self.generator)
         picked, self._order = self._order[:n], self._order[n:]
-        rows = self.rows[picked].to(self.device)
+        return self._batch(self.rows[picked]), (
+            None if self.targets is None else self._batch(self.targets[picked])
+        )
+
+    def _batch(self, rows: Tensor) -> Tensor:
+        rows = rows.to(self.device)
         return rows if self.bfloat16 else rows.to(self.bae.W_enc.dtype)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -256,12 +339,51 @@ class Trainer:
         return contextlib.nullcontext()
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; returns its mse, entropy, covariance and L0 as device tensors."""
-        config, bae = self.config, self.bae
-        x = self._next_batch()
+        """One optimizer step; returns the parts of its loss, entropy and L0 as device tensors."""
+        config = self.config
+        x, target = self._next_batch()
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+        objective = self._own_loss if self.own_objective else self._binary_loss
+        loss, result, counts = objective(x, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.own_objective:
+            self.bae.before_update()
+        self.optimizer.step()
+        if self.own_objective:
+            self.bae.after_update()
+
+        self._fired += counts
+        self._seen += len(x)
+        self.step += 1
+        self._last_fired.masked_fill_(counts > 0, self.step)
+        result = {name: value.detach() for name, value in result.items()}
+        result["l0"] = counts.sum() / len(x)
+        result["dead_share"] = self._dead(min(DEAD_WINDOW, self.step)).double().mean()
+        if config.revive_every and self.step % config.revive_every == 0:
+            self._revive(x)
+        return result
+
+    def _dead(self, window: int) -> Tensor:
+        """Columns without a one in the last steps, bool ``[K]``."""
+        return self.step - self._last_fired >= window
+
+    def _own_loss(
+        self, x: Tensor, target: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        with self.autocast():
+            loss, parts, counts = self.bae.training_loss(
+                x, target, dead=self._dead(DEAD_WINDOW), done=self.step / self.config.steps
+            )
+        n_rows = torch.full_like(counts[:1].sum(), len(x))
+        return loss, {**parts, "entropy_bits": entropy_bits(counts, n_rows)}, counts
+
+    def _binary_loss(
+        self, x: Tensor, target: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        config, bae = self.config, self.bae
         a_e = config.entropy_weight if self.step >= config.entropy_from * config.steps else 0.0
         a_c = config.covariance_weight
         past = None
@@ -269,38 +391,19 @@ class Trainer:
             past = self.bank.statistics(words=a_c > 0)
         with self.autocast():
             out = bae(x, covariance=a_c > 0, past=past, multilinear=config.multilinear)
-            mse = bae.mse(out, x)
+            mse = bae.mse(out, x if target is None else target)
         terms = a_e * out.entropy
         if out.covariance is not None:
             terms = terms + a_c * out.covariance
         if past is not None:
             # a row's gradient is that of one among all rows counted; the batch stands for them
             terms = terms * (1 + past.n_rows / len(x))
-        loss = mse + terms
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-
-        counts = out.code.counts()
-        self._fired += counts
-        self._seen += len(x)
         if self.bank is not None:
             self.bank.append(out.code)
-        self.step += 1
-        self._last_fired.masked_fill_(counts > 0, self.step)
-        result = {
-            "mse": mse.detach(),
-            "entropy_bits": out.entropy.detach(),
-            "l0": counts.sum() / len(x),
-            "dead_share": (self.step - self._last_fired >= min(DEAD_WINDOW, self.step))
-            .double()
-            .mean(),
-        }
+        parts = {"mse": mse, "entropy_bits": out.entropy}
         if out.covariance is not None:
-            result["covariance"] = out.covariance.detach()
-        if config.revive_every and self.step % config.revive_every == 0:
-            self._revive(x)
-        return result
+            parts["covariance"] = out.covariance
+        return mse + terms, parts, out.code.counts()
 
     def _revive(self, x: Tensor) -> None:
         config, bae = self.config, self.bae
@@ -375,8 +478,10 @@ class Trainer:
                             file.write(json.dumps(line) + "\n")
                     if on_log is not None:
                         on_log(line)
-            if self.config.refit and not self.bae.is_transcoder:
-                with _whole():
+            with _whole():
+                if self.own_objective:
+                    self.bae.finish(self.rows)
+                elif self.config.refit and not self.bae.is_transcoder:
                     refit_decoder_(self.bae, self.rows)
         finally:
             self.bae.eval()

@@ -1,0 +1,326 @@
+"""``bae-fast compare``: the Binary Autoencoder beside the field's sparse autoencoders.
+
+Every method is trained by the same trainer, on the same rows in the same order, for the same
+number of rows, and judged by the same metrics on the same held-out windows. One file a run: taken
+up again, the command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.baselines import METHODS, TRAINING, evaluate_baseline, make_baseline
+from bae_fast.cli import demo
+from bae_fast.cli.runs import environment, once
+from bae_fast.files import read_json, write_json, write_text
+from bae_fast.model import BinaryAutoencoder
+from bae_fast.training import PRESETS, Trainer
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache
+
+BINARY = {"bae": "sparse", "bae_paper": "paper"}
+
+# rows from which quantisers take their ranges
+_RANGE_ROWS = 16384
+
+_NAMES = {
+    "bae": "BAE (sparse)",
+    "bae_paper": "BAE (paper)",
+    "relu": "ReLU",
+    "rescaled_relu": "rescaled ReLU",
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
+    "transcoder": "transcoder",
+    "binary_topk": "binary top-k",
+    "random": "random",
+}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="train sparse autoencoders beside the binary one; a table and a plot",
+        description="Train methods at matched rows, judge them alike, write a table and a plot.",
+    )
+    demo.add_data_arguments(parser)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[*BINARY, *METHODS],
+        default=[*BINARY, *METHODS],
+        metavar="METHOD",
+        help=f"default: all of {', '.join([*BINARY, *METHODS])}",
+    )
+    parser.add_argument("--k", type=int, nargs="+", default=[32], help="features a row")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--expansion", type=int, default=4, help="features over width, F / d")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=512, help="rows a step")
+    parser.add_argument("--lr", type=float, default=None, help="of the baselines")
+    parser.add_argument("--value-bits", type=int, default=5, help="bits of a feature's value")
+    parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument(
+        "--transcoder-hooks",
+        nargs=2,
+        default=None,
+        metavar=("INPUT", "OUTPUT"),
+        help="default: the MLP of --hook's block, from its post_attention_layernorm",
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/compare"))
+    parser.add_argument(
+        "--report-only", action="store_true", help="table and plot from --out/compare.json"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    if arguments.report_only:
+        result = read_json(out / "compare.json")
+    else:
+        result = train_all(arguments)
+        write_json(out / "compare.json", result)
+    text = table(result)
+    write_text(out / "compare.md", text)
+    print("\n" + text)
+    from bae_fast.report.plots import save_png
+
+    save_png(out / "compare.png", plot(result))
+    print(f"{out / 'compare.json'}, compare.md, compare.png")
+    return 0
+
+
+def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every run of the command, those done before from their files."""
+    for name in ("expansion", "steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}"
+            )
+    stages = demo.Stages()
+    cache, _, facts = demo.harvest_rows(arguments, stages, arguments.batch_size)
+    split = cache.split(demo.N_HELDOUT)
+    train = cache.rows[split.train.start : split.train.stop]
+    heldout = cache.rows[split.heldout.start : split.heldout.stop]
+    facts["split"] = split.as_dict()
+    del facts["harvest_tokens_per_second"]  # of this call, not of the result
+    pair: dict[str, Tensor] = {}
+    if "transcoder" in arguments.methods:
+        pair = transcoder_rows(arguments, stages, cache, split.train.stop, split.heldout.start)
+    runs = []
+    with stages.stage("train and evaluate"):
+        for seed in arguments.seeds:
+            for method in arguments.methods:
+                for k in [None] if method in BINARY else arguments.k:
+                    runs.append(
+                        one(arguments, facts, method, k, seed, train, heldout, pair)
+                        | {"method": method, "k": k, "seed": seed}
+                    )
+    from bae_fast.analysis.metrics import covariance_eigenvalues
+
+    return {
+        "environment": environment(),
+        "data": facts,
+        "spectrum": [float(v) for v in covariance_eigenvalues(heldout)],
+        "runs": runs,
+    }
+
+
+def one(
+    arguments: argparse.Namespace,
+    facts: dict[str, Any],
+    method: str,
+    k: int | None,
+    seed: int,
+    train: Tensor,
+    heldout: Tensor,
+    pair: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Train and evaluate one method."""
+    config = dataclasses.replace(
+        PRESETS[BINARY[method]] if method in BINARY else TRAINING,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=seed,
+        precision=arguments.precision,
+    )
+    if method not in BINARY and arguments.lr is not None:
+        config = dataclasses.replace(config, lr=arguments.lr)
+    names = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
+    data = {name: facts[name] for name in names} | {
+        "tokens": facts["tokens"],
+        "split": facts["split"],
+    }
+    if method == "transcoder":
+        data["transcoder_hooks"] = transcoder_hooks(arguments)
+    d = train.shape[1]
+    settings = {
+        "method": method,
+        "k": k,
+        "d_sae": arguments.expansion * d,
+        "value_bits": arguments.value_bits,
+        "training": dataclasses.asdict(config),
+        "data": data,
+    }
+    name = f"{method}{'' if k is None else f'-k{k}'}-s{seed}"
+
+    def make() -> dict[str, Any]:
+        from bae_fast.analysis.evaluation import evaluate
+
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"metadata": data, "device": arguments.device}
+        x, y, x_held, y_held = train, None, heldout, None
+        if method == "transcoder":
+            x, y, x_held, y_held = (
+                pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
+            )
+        model: Any
+        if method in BINARY:
+            model = BinaryAutoencoder(d, settings["d_sae"], preset=BINARY[method], **options)
+        else:
+            assert k is not None
+            model = make_baseline(
+                method,
+                x.shape[1],
+                settings["d_sae"],
+                k=k,
+                d_out=None if y is None else y.shape[1],
+                **options,
+            )
+        model.fit_normalization_(x, y)
+        log = Trainer(model, x, config, targets=y).fit(progress=not arguments.no_progress)
+        folder = model.save_pretrained(arguments.out / "models" / name)
+        if method in BINARY:
+            found = evaluate(model, x_held).summary()
+            found |= {
+                "fvu_quantized": found["fvu"],
+                "support_bits": found["bits"],
+                "value_bits": 0,
+            }
+        else:
+            found = evaluate_baseline(
+                model, x_held, y_held,
+                training_rows=x[:_RANGE_ROWS], value_bits=arguments.value_bits,
+            ).summary()  # fmt: skip
+        return {
+            "heldout": found,
+            "last_line": log[-1],
+            "model": str(folder.relative_to(arguments.out)),
+        }
+
+    return once(arguments.out / "runs", name, settings, make)
+
+
+# -- the transcoder's rows ---------------------------------------------------------------------
+
+
+def transcoder_hooks(arguments: argparse.Namespace) -> list[str]:
+    """Modules whose outputs are the input and the target."""
+    if arguments.transcoder_hooks is not None:
+        return list(arguments.transcoder_hooks)
+    return [f"{arguments.hook}.post_attention_layernorm", f"{arguments.hook}.mlp"]
+
+
+def transcoder_rows(
+    arguments: argparse.Namespace,
+    stages: demo.Stages,
+    base: ActivationCache,
+    train_stop: int,
+    heldout_start: int,
+) -> dict[str, Tensor]:
+    """Inputs and targets at the same tokens, split by the same windows as the other methods."""
+    caches = []
+    for hook in transcoder_hooks(arguments):
+        other = copy.copy(arguments)
+        other.hook = hook
+        caches.append(demo.harvest_rows(other, stages, arguments.batch_size)[0])
+    places = [cache.row_window.long() * cache.context_size + cache.row_position for cache in caches]
+    # a row that either cache dropped for its norm is in neither
+    kept = [torch.isin(places[i], places[1 - i]) for i in (0, 1)]
+    x, y = (cache.rows[keep] for cache, keep in zip(caches, kept, strict=True))
+    window = caches[0].row_window[kept[0]]
+    train = window <= base.row_window[train_stop - 1]
+    held = window >= base.row_window[heldout_start]
+    return {
+        "x_train": x[train], "y_train": y[train], "x_heldout": x[held], "y_heldout": y[held],
+    }  # fmt: skip
+
+
+# -- the table and the plot --------------------------------------------------------------------
+
+
+def _label(method: str, k: int | None) -> str:
+    return _NAMES[method] + ("" if k is None else f" k={k}")
+
+
+def _groups(result: dict[str, Any]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
+    groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for one_run in result["runs"]:
+        groups.setdefault((one_run["method"], one_run["k"]), []).append(one_run["heldout"])
+    return groups
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: mean and range over seeds, a line a method."""
+    lines = [
+        "| code | L0 | FVU | FVU, values rounded | bits a row | of these, which features "
+        "| dead | p > 0.1 | p > 0.9 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(found: list[dict[str, Any]], key: str, form: str) -> str:
+        values = [row[key] for row in found]
+        mean = form.format(sum(values) / len(values))
+        low, high = form.format(min(values)), form.format(max(values))
+        return mean if low == high else f"{mean} ({low} to {high})"
+
+    columns = [
+        ("l0", "{:.1f}"), ("fvu", "{:.4f}"), ("fvu_quantized", "{:.4f}"), ("bits", "{:.0f}"),
+        ("support_bits", "{:.0f}"), ("dead_share", "{:.1%}"), ("dense_share", "{:.1%}"),
+        ("always_on_share", "{:.1%}"),
+    ]  # fmt: skip
+    for (method, k), found in _groups(result).items():
+        mark = "*" if method == "transcoder" else ""
+        cells = [cell(found, key, form) for key, form in columns]
+        lines.append(f"| {_label(method, k)}{mark} | " + " | ".join(cells) + " |")
+    data, first = result["data"], result["runs"][0]["settings"]
+    training = first["training"]
+    seeds = len({one_run["seed"] for one_run in result["runs"]})
+    bits = max(one_run["settings"]["value_bits"] for one_run in result["runs"])
+    lines += [
+        "",
+        f"{data['model_label']}, `{data['hook_name']}`, F = {first['d_sae']}, {training['steps']} "
+        f"steps of {training['batch_size']} rows, {data['split']['n_heldout']} rows held out by "
+        f"whole windows, {seeds} seed{'s' if seeds > 1 else ''}. Bits: entropy of the active set "
+        f"summed over features and pooled over the held-out rows, plus {bits} bits for each value "
+        "of a code that is not of bits; the rounded FVU is that of such values. p: share of the "
+        "rows in which a feature is on.",
+    ]
+    if any(one_run["method"] == "transcoder" for one_run in result["runs"]):
+        lines.append("\\* of another target, the MLP's output: not comparable by FVU.")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any]) -> bytes:
+    """FVU, values rounded, against bits; PNG. The transcoder has another target: left out."""
+    from bae_fast.report.plots import Point, plot_fvu_bits
+
+    points = []
+    for (method, k), found in _groups(result).items():
+        fvu = sum(row["fvu_quantized"] for row in found) / len(found)
+        bits = sum(row["bits"] for row in found) / len(found)
+        # a code without a bit, or worse than the mean, has no place in the plane
+        if method != "transcoder" and bits > 0 and math.isfinite(fvu) and fvu < 1:
+            points.append(Point(_label(method, k), fvu, bits, method in BINARY))
+    return plot_fvu_bits(torch.tensor(result["spectrum"], dtype=torch.float64), points)

@@ -1,0 +1,20 @@
+"""The entropy of a set of hidden states, read off a binary code of them."""
+
+from __future__ import annotations
+
+from bae_fast.entropy.components import independent_components, init_from_components_
+from bae_fast.entropy.estimate import EntropyEstimate, estimate_entropy
+from bae_fast.entropy.fit import fit_bae, measure, run_synthetic
+from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
+
+__all__ = [
+    "KINDS",
+    "EntropyEstimate",
+    "SyntheticSpec",
+    "estimate_entropy",
+    "fit_bae",
+    "independent_components",
+    "init_from_components_",
+    "measure",
+    "run_synthetic",
+]

@@ -1,0 +1,157 @@
+"""Entropy of the last prompt token as demonstrations are added.
+
+A prompt is k demonstrations and a question; the state read is that of its last token, from which
+the answer is predicted. Conditions: the same k demonstrations for every prompt ("fixed", as the
+released program draws them) or fresh ones for each ("fresh"); their labels true or random.
+Questions never stand among the demonstrations.
+
+One autoencoder a module is fitted to the states of half of the questions, all conditions and
+numbers of demonstrations together, so that all entropies are of one code; they are measured on
+the other half. Beside each: accuracy (the largest probability among the labels' first tokens) and
+the entropy of the next token over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.entropy.fit import fit_bae, measure
+from bae_fast.entropy.layers import usual_rows
+from bae_fast.entropy.tasks import Task
+from bae_fast.lm.loading import LanguageModel
+from bae_fast.lm.states import states_at
+from bae_fast.model import PRESETS as MODEL_PRESETS
+from bae_fast.training import TrainingConfig
+
+DRAWS = ("fixed", "fresh")
+LABELS = ("true", "random")
+
+
+def make_prompts(
+    task: Task, n_prompts: int, shots: int, *, draw: str, labels: str, seed: int
+) -> tuple[list[str], list[str]]:
+    """Prompts and the true answers of their questions.
+
+    The questions are the first examples of the task, the same in every condition, again from the
+    first where they run out; demonstrations come from the quarter at the end. For a seed, the
+    demonstrations of k shots begin with those of k - 1.
+
+    Raises:
+        ValueError: too few examples for the shots, or an unknown condition.
+    """
+    if draw not in DRAWS or labels not in LABELS:
+        raise ValueError(
+            f"draw must be one of {', '.join(DRAWS)} and labels of {', '.join(LABELS)}; "
+            f"got {draw!r}, {labels!r}"
+        )
+    pool = task.examples[-max(len(task.examples) // 4, 1) :]
+    questions = task.examples[: len(task.examples) - len(pool)]
+    if not 0 <= shots <= len(pool):
+        raise ValueError(f"shots must lie in 0 to {len(pool)} for {task.name}; got {shots}")
+    prompts, answers = [], []
+    for i in range(n_prompts):
+        text, answer = questions[i % len(questions)]
+        which = 0 if draw == "fixed" else i + 1
+        # strings seed alike on every machine; one order a prompt, cut after k
+        order, noise = random.Random(f"{seed} {which}"), random.Random(f"labels {seed} {which}")
+        shown = order.sample(pool, len(pool))[:shots]
+        parts = [
+            task.show(demo, label if labels == "true" else noise.choice(task.labels))
+            for demo, label in shown
+        ]
+        prompts.append("".join(parts) + task.show(text))
+        answers.append(answer)
+    return prompts, answers
+
+
+def label_tokens(tokenizer: Any, labels: Sequence[str]) -> Tensor:
+    """The first token of each label after the colon, int64 ``[L]``.
+
+    Raises:
+        ValueError: two labels begin with the same token.
+    """
+    first = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"][0] for label in labels]
+    if len(set(first)) < len(first):
+        raise ValueError(
+            f"labels must begin with different tokens; got {', '.join(labels)}: rename them"
+        )
+    return torch.tensor(first)
+
+
+def run_task(
+    lm: LanguageModel,
+    task: Task,
+    hooks: Sequence[str],
+    shots: Sequence[int],
+    *,
+    n_prompts: int,
+    expansion: int,
+    config: TrainingConfig,
+    draws: Sequence[str] = DRAWS,
+    labels: Sequence[str] = LABELS,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Every condition of one task: an entry a hook, condition and number of demonstrations.
+
+    Without demonstrations all conditions are one prompt: run once, entered for each.
+    ``config.seed`` also draws the demonstrations.
+    """
+    answers_at = label_tokens(lm.tokenizer, task.labels)
+    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
+    states: dict[tuple[str, str, int], dict[str, Tensor]] = {}
+    for draw in draws:
+        for kind in labels:
+            for k in shots:
+                key = (draw, kind, k)
+                first = (draws[0], labels[0], 0)
+                if k == 0 and key != first:
+                    cells[key], states[key] = cells[first], states[first]
+                    continue
+                prompts, answers = make_prompts(
+                    task, n_prompts, k, draw=draw, labels=kind, seed=config.seed
+                )
+                tokens = [
+                    lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+                    for prompt in prompts
+                ]
+                found, after = states_at(lm, tokens, hooks, next_token=True, progress=progress)
+                assert after is not None
+                states[key] = {hook: part[:, 0] for hook, part in found.items()}
+                guess = after[:, answers_at].argmax(1)
+                truth = torch.tensor([task.labels.index(answer) for answer in answers])
+                entropy = -(after.exp() * after).sum(1) / math.log(2)
+                cells[key] = {
+                    "accuracy": float((guess == truth).double().mean()),
+                    "next_token_bits": float(entropy.double().mean()),
+                    "label_mass": float(after[:, answers_at].exp().sum(1).double().mean()),
+                    "prompt_tokens": sum(map(len, tokens)) / len(tokens),
+                }
+    results = []
+    for hook in hooks:
+        # a question is on one side only, however often it is asked
+        n_questions = len(task.examples) - max(len(task.examples) // 4, 1)
+        train_side = (torch.arange(n_prompts) % n_questions) % 2 == 0
+        unique = [key for key in states if key[2] > 0 or key[:2] == (draws[0], labels[0])]
+        rows = torch.cat([states[key][hook][train_side] for key in unique])
+        rows, limit = usual_rows(rows)
+        bae = fit_bae(
+            rows,
+            expansion * rows.shape[1],
+            dataclasses.replace(config, batch_size=min(config.batch_size, len(rows) // 2)),
+            start="random",
+            surrogate_width=MODEL_PRESETS["sparse"]["surrogate_width"],
+        )
+        for (draw, kind, k), cell in cells.items():
+            held = usual_rows(states[draw, kind, k][hook][~train_side], limit)[0]
+            results.append(
+                {"hook": hook, "draw": draw, "labels": kind, "shots": k, **cell}
+                | measure(bae, held)
+            )
+    return results

@@ -1,0 +1,158 @@
+"""Hidden states of several modules at chosen positions of many sequences, in one pass each.
+
+For sets of states that are not a text's every token: one position of every window, the last token
+of every prompt. What comes back lies in memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.lm.harvest import _bar, _find_module, _Stop
+from bae_fast.lm.loading import LanguageModel
+
+
+@torch.inference_mode()
+def states_at(
+    lm: LanguageModel,
+    sequences: Sequence[Sequence[int]],
+    hooks: Sequence[str],
+    *,
+    positions: Sequence[int] | None = None,
+    next_token: bool = False,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Run the model over sequences and keep the outputs of modules at some positions.
+
+    Sequences of similar length share a batch, padded at the end: attention is causal, so padding
+    changes nothing before it.
+
+    Args:
+        lm: the model.
+        sequences: token ids, each at least one.
+        hooks: paths of modules whose output (or its first part) is [batch, length, d].
+        positions: kept of every sequence, from 0; None: the last token alone.
+        next_token: also log-probabilities of the token after the last.
+        batch_tokens: at most this many tokens a batch, padding included (but one sequence).
+
+    Returns:
+        hook -> ``[n, P, d]`` in the model's dtype (P = 1 for the last token), and float32
+        ``[n, vocabulary]`` log-probabilities or None.
+
+    Raises:
+        ValueError: no sequence or hook, an empty sequence, a position beyond a sequence, or no
+            such module.
+        RuntimeError: the model finished without calling a module.
+    """
+    if not sequences or not all(len(sequence) for sequence in sequences):
+        raise ValueError("sequences must hold at least one sequence, none of them empty")
+    if not hooks:
+        raise ValueError("hooks must name at least one module; got none")
+    shortest = min(len(sequence) for sequence in sequences)
+    if positions is not None and not all(0 <= p < shortest for p in positions):
+        raise ValueError(
+            f"positions must lie in 0 to {shortest - 1}, the shortest sequence's last; "
+            f"got {list(positions)}"
+        )
+    found: dict[str, Tensor] = {}
+    wanted = len(hooks) if not next_token else None
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: Any, _arguments: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+            if len(found) == wanted:
+                raise _Stop(None)
+
+        return hook
+
+    modules = {name: _find_module(lm.model, name) for name in hooks}
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    states: dict[str, list[Tensor]] = {name: [] for name in hooks}
+    after: list[Tensor] = []
+    update, close = _bar(sum(map(len, sequences)), progress)
+    try:
+        for batch in _batches(order, sequences, batch_tokens):
+            lengths = torch.tensor([len(sequences[i]) for i in batch])
+            width = int(lengths[-1])
+            ids = torch.zeros(len(batch), width, dtype=torch.int64)
+            for row, i in enumerate(batch):
+                ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
+            mask = torch.arange(width) < lengths[:, None]
+            found.clear()
+            last = None
+            try:
+                out = lm.model.base_model(
+                    input_ids=ids.to(lm.device),
+                    attention_mask=mask.to(lm.device).long(),
+                    use_cache=False,
+                )
+                last = out.last_hidden_state
+            except _Stop:
+                pass
+            if len(found) < len(hooks):
+                missing = ", ".join(name for name in hooks if name not in found)
+                raise RuntimeError(f"the model finished without calling {missing}")
+            rows = torch.arange(len(batch))[:, None].to(lm.device)
+            at = (
+                (lengths - 1)[:, None]
+                if positions is None
+                else torch.tensor(list(positions))[None].expand(len(batch), -1)
+            ).to(lm.device)
+            for name in hooks:
+                states[name].append(found[name][rows, at].cpu())
+            if next_token:
+                assert last is not None
+                head = lm.model.get_output_embeddings()
+                logits = head(last[rows[:, 0], (lengths - 1).to(lm.device)])
+                after.append(logits.float().log_softmax(-1).cpu())
+            update(int(lengths.sum()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        close()
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    kept = {name: torch.cat(parts)[back] for name, parts in states.items()}
+    return kept, torch.cat(after)[back] if next_token else None
+
+
+def match_hooks(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:
+    """Paths of modules that match, in the model's order; ``*`` stands for one part of a path.
+
+    Raises:
+        ValueError: a pattern that matches no module.
+    """
+    names = [name for name, _ in lm.model.named_modules()]
+    matched: set[str] = set()
+    for pattern in patterns:
+        parts = pattern.split(".")
+        found = [
+            name
+            for name in names
+            if len(name.split(".")) == len(parts)
+            and all(map(fnmatch.fnmatchcase, name.split("."), parts))
+        ]
+        if not found:
+            _find_module(lm.model, pattern)  # its error names what is near
+        matched.update(found)
+    return [name for name in names if name in matched]
+
+
+def _batches(
+    order: list[int], sequences: Sequence[Sequence[int]], batch_tokens: int
+) -> list[list[int]]:
+    """Runs of the order (short to long) whose padded size stays within the bound."""
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * len(sequences[i]) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
