@@ -114,7 +114,8 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
 }
 
 // Backward of the encoder, strip by strip: the product G W_dec^T, all that `backward` does, and the
-// product x^T g. Nothing of [N, K] is ever whole in memory. False as above.
+// product x^T g. Nothing of [N, K] is ever whole in memory. False, and nothing of use written,
+// where an operand is too large for the digits.
 bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_numbers,
                    Tensor words, std::optional<Tensor> shift, std::optional<Tensor> curvature,
                    bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,

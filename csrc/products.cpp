@@ -85,7 +85,7 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
   return exact;
 }
 
-// out (+)= left right, sums in fp32; left may be packed bits. False as above.
+// out (+)= left right, sums in fp32; left may be packed bits. False as unit_encode.
 bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor out) {
   const int64_t n = out.size(0), columns = out.size(1), depth = right.size(0);
   const Matrix from_left = as_matrix(left), from_right = as_matrix(right);

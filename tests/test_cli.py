@@ -102,14 +102,19 @@ def test_an_interrupt_during_training_leaves_a_loadable_model(arguments, tmp_pat
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).resolve().parent.parent,
+        # a shell's background jobs inherit an ignored interrupt
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "log.jsonl"
     end = time.monotonic() + 120
-    while not (log.is_file() and log.stat().st_size) and time.monotonic() < end:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        while not (log.is_file() and log.stat().st_size) and time.monotonic() < end:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "was saved in" in error
     bae = bf.BinaryAutoencoder.from_pretrained(out)

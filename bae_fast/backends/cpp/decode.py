@@ -64,7 +64,7 @@ def decoder_backward(
 def _gradient_of_bits(
     words: Tensor, grad_recon: Tensor, n_columns: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """None as above."""
+    """None where torch's product is the fastest, or serves numbers that are not finite."""
     grad_W = empty_gradient(n_columns, grad_recon.shape[1], torch.float32)
     if dtype == grad_recon.dtype == torch.float32:
         ones = int(op("column_counts")(words, n_columns).sum())

@@ -25,6 +25,7 @@ from bae_fast.backends.cpp.extension import empty_gradient, op
 from bae_fast.backends.cpp.sparse_backward import is_sparse, sparse_backward
 from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import (
+    HALF,
     Preactivation,
     accumulate,
     column_chunks,
@@ -171,6 +172,10 @@ def _dense_backward(
     column_sum: Tensor,
 ) -> None:
     n, dtype, wide = x.shape[0], x.dtype, sum_dtype(x.dtype)
+    if dtype in HALF:
+        # torch's product reads what lies between strided rows, and 0 x NaN is NaN
+        x = x.contiguous()
+        grad_recon = None if grad_recon is None else grad_recon.contiguous()
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
     for start, stop in column_chunks(n, W_enc.shape[1], n_bits, x.device):
         features = slice(start // n_bits, stop // n_bits)
