@@ -103,6 +103,15 @@ def test_an_interrupt_leaves_a_module_that_can_be_saved(tmp_path):
     assert [line["step"] for line in logged] == [10, 20]
 
 
+@pytest.fixture
+def interrupts():
+    """Interrupts raise, as in a terminal: a shell's background jobs ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_waits_for_the_end_of_the_step():
     """The state after an interrupt is that of a whole step: going on is exact."""
     x = synthetic()
