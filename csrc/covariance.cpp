@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
   Tensor numerator = torch::stable::new_zeros(counts, {});
   Tensor signs = keep_signs ? torch::stable::new_empty(words, {2, k, w})
                             : torch::stable::new_empty(words, {0});
+  if (keep_signs) prefer_large_pages(signs);
   const int64_t stride = row_stride(columns);
   const std::vector<int32_t> ones = padded_counts(counts, stride);
   uint32_t* const planes[2] = {

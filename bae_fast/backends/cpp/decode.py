@@ -22,7 +22,7 @@ from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
 
 # Density below which adding rows is faster, measured at N = 512, F = 8192 (NEON: as scalar)
-GATHER_BELOW = {"scalar": 0.17, "avx2": 0.2, "avx512": 0.16, "neon": 0.17, "amx": 0.05}
+GATHER_BELOW = {"scalar": 0.17, "avx2": 0.2, "avx512": 0.16, "neon": 0.17, "amx": 0.08}
 
 
 def _bits_product(bits: Tensor, dense: Tensor, ones: int, add: bool, out: Tensor) -> bool:
