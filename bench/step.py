@@ -84,7 +84,6 @@ def dense_step(
     name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
 ) -> Callable[[], Tensor]:
     """One step of the dense program; returns the loss."""
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     loss_of = eager.program(
         name,
         functools.partial(
@@ -94,27 +93,18 @@ def dense_step(
             covariance_weight=COVARIANCE_WEIGHT if objective.covariance else None,
         ),
     )
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(x, *parameters)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    return _step(optimizer, lambda: loss_of(x, *parameters))
 
 
 def packed_step(
     name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
 ) -> Callable[[], Tensor]:
     """One step of an implementation, "cpp" or "cpp bf16"; returns the loss."""
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     half = exact.is_half(name)
     rows = x.bfloat16() if half else x
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
+    def loss_of() -> Tensor:
         with eager.autocast(half):
             out = binary_autoencoder(
                 rows, *parameters,
@@ -123,8 +113,15 @@ def packed_step(
             )  # fmt: skip
             loss = (rows - out.recon).square().mean(dtype=torch.float32)
         loss = loss + ENTROPY_WEIGHT * out.entropy
-        if out.covariance is not None:
-            loss = loss + COVARIANCE_WEIGHT * out.covariance
+        return loss if out.covariance is None else loss + COVARIANCE_WEIGHT * out.covariance
+
+    return _step(torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True), loss_of)
+
+
+def _step(optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         return loss.detach()

@@ -221,10 +221,7 @@ inline __attribute__((always_inline)) void multiply_digits(const uint8_t* left,
                                                            const uint8_t* right, int64_t tiles,
                                                            float* sums, Between between) {
   finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int64_t t = 0; t < tiles; ++t) {
 #pragma GCC unroll 3
     for (int p = kDigits - 1; p >= 0; --p) {
@@ -413,16 +410,6 @@ constexpr int kBytes = 4;
 constexpr int64_t kFixedScratch =
     kFixedRows / kSide * kFixedStep + kBytes * kFixedStep + 2 * kFixedDepth * 4 * kSide * 4;
 
-// 512 bits of one row to eight tiles: byte k of a row of a tile.
-inline void expand_bits(const uint32_t* words, __mmask16 used, uint8_t* out) {
-  alignas(64) uint64_t part[8];
-  _mm512_store_si512(part, _mm512_maskz_loadu_epi32(used, words));
-#pragma GCC unroll 8
-  for (int t = 0; t < 8; ++t) {
-    _mm512_store_si512(out + t * kTileBytes, _mm512_maskz_set1_epi8(part[t], 1));
-  }
-}
-
 // Rows k .. of 64 columns of a block, copied side by side while other products run: the lines of
 // one column lie on pages of their own and in few sets of the caches. Keeps the largest size by
 // column.
@@ -539,7 +526,8 @@ bool fixed_product(const BitsProduct& p) {
       for (int64_t m = m0; m < m0 + groups * kSide; ++m) {
         uint8_t* to = left + (m - m0) / kSide * kFixedStep + m % kSide * 64;
         fetch_to_write(to + kFixedStep, kTileBytes);
-        expand_bits(p.bits + (m < m1 ? m : m1 - 1) * p.bits_stride + k0 / kWordBits, words, to);
+        const uint32_t* row = p.bits + (m < m1 ? m : m1 - 1) * p.bits_stride + k0 / kWordBits;
+        expand_left(_mm512_maskz_loadu_epi32(words, row), to);
       }
       Stage stage(p, k0, depth, 0, staged[0]);
       stage.advance(depth);
@@ -566,10 +554,7 @@ bool fixed_product(const BitsProduct& p) {
           for (int64_t g = 0; g < groups; ++g) {
             const uint8_t* l = left + g * kFixedStep;
             finish_stores();
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
             for (int64_t t = 0; t < tiles; ++t) {
               _tile_loadd(4, l + t * kTileBytes, 64);
               _tile_loadd(5, right + t * kTileBytes, 64);

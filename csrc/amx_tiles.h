@@ -53,5 +53,23 @@ inline void fetch_to_write(const uint8_t* out, int64_t step) {
   for (int line = 0; line < 8; ++line) __builtin_prefetch(out + line * step, 1);
 }
 
+// 512 bits of one row to the same row of eight tiles of bytes.
+inline void expand_left(__m512i bits, uint8_t* out) {
+  alignas(64) uint64_t part[8];
+  _mm512_store_si512(part, bits);
+#pragma GCC unroll 8
+  for (int t = 0; t < 8; ++t) {
+    _mm512_store_si512(out + t * kTileBytes, _mm512_maskz_set1_epi8(part[t], 1));
+  }
+}
+
+// Starts four sums, registers 0 to 3, from nothing.
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 }  // namespace
 }  // namespace bae_fast

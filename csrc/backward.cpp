@@ -134,7 +134,6 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
   const bool weights = grad_W.numel() > 0;
   const LeftPanel rows(transposed(as_matrix(x)), weights ? d : 0, n, digits_of_numbers);
   if (!gradients.exact() || !rows.exact()) return false;
-  if (weights) prefer_large_pages(grad_W);
   const Matrix decoder = transposed(as_matrix(W_dec));
   std::atomic<bool> exact{true};
   for_each_strip<float>(

@@ -34,16 +34,6 @@ constexpr int64_t kSumStride = kWidth + 16;  // not a power of two: lines in dif
 
 // ---- panels -------------------------------------------------------------------------------------
 
-// 512 bits of one row to eight tiles.
-inline void expand_left(__m512i bits, uint8_t* out) {
-  alignas(64) uint64_t part[8];
-  _mm512_store_si512(part, bits);
-#pragma GCC unroll 8
-  for (int t = 0; t < 8; ++t) {
-    _mm512_store_si512(out + t * kTileBytes, _mm512_maskz_set1_epi8(part[t], 1));
-  }
-}
-
 // The four bits `nibble` of each word as four bytes of 0 or 1.
 inline __m512i nibble_bytes(__m512i words, int nibble) {
   const __m512i spread = _mm512_set_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0, 0x0C0C0C0C,
@@ -90,10 +80,7 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* left, const u
     _tile_loadd(2, sums + kSide * stride, bytes);
     _tile_loadd(3, sums + kSide * stride + kSide, bytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
   }
   for (int64_t t = 0; t < tiles; ++t) {
     _tile_loadd(4, left + t * kTileBytes, 64);

@@ -92,7 +92,6 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
   const Units& units = *kernels().units;
   const int64_t strip = strip_width(columns, units.columns), stride = row_stride(out);
   std::atomic<bool> exact{true};
-  prefer_large_pages(out);
   for (int64_t top = 0; top < n; top += kRowsAtOnce) {
     for (int64_t k0 = 0; k0 < depth; k0 += kDepthAtOnce) {
       const int64_t rows = std::min(n - top, kRowsAtOnce),
@@ -128,7 +127,6 @@ bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
   const int64_t parts = std::max<int64_t>(1, std::min((threads + strips - 1) / strips, rows / 64));
   const int64_t share = (rows + parts - 1) / parts;
   std::atomic<bool> finite{true};
-  prefer_large_pages(out);
   torch::stable::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(gather ? kernels().gather_scratch : kernels().product_scratch);
     for (int64_t index = begin; index < end; ++index) {

@@ -58,7 +58,6 @@ class SparseBackward {
     columns_ = mutable_data<uint32_t>(columns);
     stride_ = row_stride(columns);
     if (keep != nullptr) drop_rows();
-    if (grad_W != nullptr) prefer_large_pages(grad_W, d * k * sizeof(T));
     for (first_ = 0; first_ < k; first_ = last_) {
       count_span();
       const int64_t tiles = (last_ - first_ + kStrip - 1) / kStrip;

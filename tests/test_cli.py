@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_lm import save_tiny_model
 
 import bae_fast as bf
 from bae_fast.cli import main
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -25,27 +26,7 @@ WORDS = [f"word{i}" for i in range(60)]
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
     """A random Llama of two blocks and a tokenizer with one token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS) + 1,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]"
-    ).save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"), WORDS)
 
 
 @pytest.fixture

@@ -58,6 +58,19 @@ class Evaluation:
         }
 
 
+def activity(code: BinaryCode) -> dict[str, float]:
+    """How often columns are on: ``l0`` to ``max_density`` of :class:`Evaluation`."""
+    density = code.density()
+    histogram = metrics.density_histogram(density)
+    return {
+        "l0": code.l0().double().mean().item(),
+        "dead_share": histogram.dead,
+        "dense_share": histogram.dense,
+        "always_on_share": histogram.always_on,
+        "max_density": density.max().item(),
+    }
+
+
 @torch.no_grad()
 def evaluate(bae: BinaryAutoencoder, rows: Tensor) -> Evaluation:
     """Encode and decode rows in the module's own dtype and measure the code.
@@ -78,21 +91,15 @@ def evaluate(bae: BinaryAutoencoder, rows: Tensor) -> Evaluation:
         error.update(block, bae.decode(code))
         codes.append(code)
     code = BinaryCode.cat(codes)
-    density = code.density()
-    histogram = metrics.density_histogram(density)
     spectrum = metrics.covariance_eigenvalues(rows)
     fvu = error.compute()
     return Evaluation(
         fvu=fvu,
         bits=code.entropy().item(),
         gaussian_bound_bits=float(metrics.gaussian_rate_distortion_bits(spectrum, fvu)),
-        l0=code.l0().double().mean().item(),
-        dead_share=histogram.dead,
-        dense_share=histogram.dense,
-        always_on_share=histogram.always_on,
-        max_density=density.max().item(),
+        **activity(code),
         n_rows=len(rows),
         code=code,
-        density=density,
+        density=code.density(),
         spectrum=spectrum,
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis import metrics
+from bae_fast.analysis.evaluation import activity
 from bae_fast.baselines.model import SparseAutoencoder
 from bae_fast.codes import BinaryCode
 
@@ -142,23 +143,17 @@ def evaluate_baseline(
             quantized.update(goal, model.decode(rounded))
         codes.append(BinaryCode.from_dense(features > 0))
     code = BinaryCode.cat(codes)
-    density = code.density()
-    histogram = metrics.density_histogram(density)
+    measured = activity(code)
     fvu = error.compute()
-    l0 = code.l0().double().mean().item()
     support = code.entropy().item()
     spectrum = metrics.covariance_eigenvalues(goals)
     return SparseEvaluation(
         fvu=fvu,
         fvu_quantized=fvu if model.binary else quantized.compute(),
-        bits=support + value_bits * l0,
+        bits=support + value_bits * measured["l0"],
         support_bits=support,
         value_bits=value_bits,
         gaussian_bound_bits=float(metrics.gaussian_rate_distortion_bits(spectrum, fvu)),
-        l0=l0,
-        dead_share=histogram.dead,
-        dense_share=histogram.dense,
-        always_on_share=histogram.always_on,
-        max_density=density.max().item(),
+        **measured,
         n_rows=len(rows),
     )

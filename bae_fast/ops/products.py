@@ -79,6 +79,21 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += product(a, b)
 
 
+def empty_gradients(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients that ``encoder_backward`` is asked for, without elements for others.
+
+    That of x is zero and as wide as its sums; the others are contiguous and not set.
+    """
+    need_x, need_W, need_b = needs
+    return (
+        x.new_zeros(x.shape if need_x else 0, dtype=sum_dtype(x.dtype)),
+        torch.empty_like(W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format),
+        torch.empty_like(b_enc if need_b else b_enc[:0]),
+    )
+
+
 def unpack_values(words: Tensor, start: int, stop: int, n_bits: int, dtype: torch.dtype) -> Tensor:
     """Values ``[N, (stop - start) / k]`` of the features in columns start .. stop."""
     bits = unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, dtype)

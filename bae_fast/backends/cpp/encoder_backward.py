@@ -146,7 +146,9 @@ def _unit_backward(
     digits = unit_digits(x.dtype)
     if not digits:
         return False
-    out = grad_W if grad_W.dtype == torch.float32 else torch.empty(grad_W.shape)
+    out = grad_W
+    if grad_W.numel() and grad_W.dtype != torch.float32:
+        out = empty_gradient(grad_W.shape[0], grad_W.shape[1], torch.float32)
     left, gradient, weight = (operand(m, digits) for m in (x, grad_recon, W_dec))
     done: bool = op("unit_backward")(
         left, gradient, weight, digits, terms.words, terms.shift, terms.curvature,

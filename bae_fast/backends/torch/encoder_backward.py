@@ -21,6 +21,7 @@ from bae_fast.ops.products import (
     Preactivation,
     accumulate,
     column_chunks,
+    empty_gradients,
     product,
     sum_dtype,
 )
@@ -78,11 +79,7 @@ def encoder_backward(
     n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
     wide = sum_dtype(dtype)
     need_x, need_W, need_b = needs
-    grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
-    grad_W = torch.empty_like(
-        W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format
-    )
-    grad_b = torch.empty_like(b_enc if need_b else b_enc[:0])
+    grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, needs)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
     sign_product = scale = None
     if grad_covariance is not None:

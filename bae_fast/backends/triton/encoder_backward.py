@@ -25,6 +25,7 @@ from bae_fast.ops.products import (
     Preactivation,
     accumulate,
     column_chunks,
+    empty_gradients,
     product,
     sum_dtype,
 )
@@ -85,11 +86,7 @@ def encoder_backward(
     wide = sum_dtype(dtype)
     need_x, need_W, need_b = needs
     words, window = words.contiguous(), window.contiguous()  # one row stride for both
-    grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
-    grad_W = torch.empty_like(
-        W_enc if need_W else W_enc[:0, 0], memory_format=torch.contiguous_format
-    )
-    grad_b = torch.empty_like(b_enc if need_b else b_enc[:0])
+    grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, needs)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
     columns = torch.zeros(k, device=x.device) if grad_columns is None else grad_columns.float()
     curve = None if curvature is None else curvature.float()
