@@ -23,6 +23,9 @@ from bae_fast.surrogates import resolve_surrogate
 
 ARCHITECTURE = "binary_autoencoder"
 
+# of SAELens: files that do not name one are read as those before version 6, without metadata
+FILE_FORMAT = "6.0.0"
+
 # what a preset decides where the caller says nothing
 PRESETS: dict[str, dict[str, Any]] = {
     # starts sparse, learns near the threshold only: the entropy term works
@@ -402,6 +405,7 @@ class BinaryAutoencoder(Normalized):
         values = self.config.to_dict()
         values["dtype"] = str(self.W_enc.dtype).removeprefix("torch.")
         values["transcoder"] = self.is_transcoder
+        values["sae_lens_version"] = FILE_FORMAT
         return write_pretrained(folder, self, values)
 
     @classmethod

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "bae_fast"
 
 # everything optional: extras of pyproject.toml, what they bring, and safetensors
 BLOCKED = (
-    "accelerate", "datasets", "gguf", "hypothesis", "matplotlib", "pandas", "psutil", "safetensors",
-    "scipy", "sklearn", "tqdm", "transformers", "triton",
+    "accelerate", "datasets", "gguf", "hypothesis", "matplotlib", "pandas", "psutil", "sae_lens",
+    "safetensors", "scipy", "sklearn", "tqdm", "transformers", "triton",
 )  # fmt: skip
 
 BLOCK = f"""
@@ -99,7 +99,16 @@ def test_importing_loads_neither_optional_packages_nor_the_compiler():
     assert heavy == set()
     assert [name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))] == []
     own = [name for name in new if name.startswith("bae_fast.")]
-    for part in ("lm", "training", "analysis", "report", "cli", "distributed", "kernels"):
+    for part in (
+        "lm",
+        "training",
+        "analysis",
+        "report",
+        "cli",
+        "distributed",
+        "kernels",
+        "saelens",
+    ):
         assert [name for name in own if name.split(".")[1] == part] == []
 
 
@@ -161,7 +170,7 @@ def part(name: str) -> str:
 LAYERS = (
     {"cli", "__main__"},
     {"training", "analysis", "report", "lm", "baselines", "entropy"},
-    {"", "model", "info", "distributed", "released"},
+    {"", "model", "info", "distributed", "released", "saelens"},
     {"functional"},
     {"codes", "reference"},
     {"ops", "backends", "kernels"},

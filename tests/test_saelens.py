@@ -1,0 +1,131 @@
+"""The Binary Autoencoder among SAELens' architectures; skipped where SAELens is not installed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from bae_fast import BinaryAutoencoder
+
+pytest.importorskip("sae_lens", reason="SAELens is not installed (extra 'saelens')")
+
+from sae_lens import SAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+
+import bae_fast.saelens
+from bae_fast.saelens import BinarySAE, BinaryTrainingSAE, BinaryTrainingSAEConfig
+
+D, F = 12, 40
+
+
+def module(seed: int = 0, **options) -> tuple[BinaryAutoencoder, torch.Tensor]:
+    torch.manual_seed(seed)
+    x = 3 + 2 * torch.randn(50, D)
+    bae = BinaryAutoencoder(D, F, metadata={"model_name": "a", "hook_name": "b"}, **options)
+    return bae.fit_normalization_(x).init_density_(x, 0.2).eval(), x
+
+
+@pytest.mark.parametrize("n_bits", [1, 3])
+def test_what_we_save_sae_lens_loads_with_the_same_bits_and_metadata(tmp_path, n_bits):
+    bae, x = module(n_bits=n_bits)
+    sae = SAE.load_from_disk(bae.save_pretrained(tmp_path))
+    assert isinstance(sae, BinarySAE)
+    code = bae.encode(x)
+    assert torch.equal(sae.encode(x), code.values())
+    torch.testing.assert_close(sae(x), bae.decode(code))
+    assert sae.cfg.metadata.hook_name == "b"
+    assert sae.cfg.apply_b_dec_to_input is False
+
+
+def test_what_sae_lens_saves_we_load(tmp_path):
+    bae, x = module()
+    sae = SAE.load_from_disk(bae.save_pretrained(tmp_path / "ours"))
+    sae.save_model(tmp_path / "theirs")
+    again = BinaryAutoencoder.from_pretrained(tmp_path / "theirs")
+    assert again.encode(x).equal(bae.encode(x))
+    torch.testing.assert_close(again.decode(again.encode(x)), bae.decode(bae.encode(x)))
+
+
+def test_a_folded_decoder_changes_no_bit_and_no_reconstruction(tmp_path):
+    bae, x = module()
+    folder = bae.save_pretrained(tmp_path / "ours")
+    plain, folded = (SAE.load_from_disk(folder, fold_W_dec_norm=fold) for fold in (False, True))
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(F))
+    assert torch.equal(folded.encode(x) > 0, plain.encode(x) > 0)
+    torch.testing.assert_close(folded(x), plain(x))
+    folded.save_model(tmp_path / "folded")
+    torch.testing.assert_close(SAE.load_from_disk(tmp_path / "folded")(x), plain(x))
+
+
+def trainer(sae: BinaryTrainingSAE, x: torch.Tensor, steps: int = 60, **options) -> SAETrainer:
+    torch.manual_seed(0)
+    batches = iter(lambda: x[torch.randperm(len(x))[:32]], None)
+    config = SAETrainerConfig(
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
+        total_training_samples=32 * steps, device="cpu", autocast=False, lr=1e-2, lr_end=1e-3,
+        lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9, adam_beta2=0.999,
+        lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=32, dead_feature_window=10,
+        feature_sampling_window=20, logger=LoggingConfig(log_to_wandb=False), **options,
+    )  # fmt: skip
+    return SAETrainer(config, sae, batches)
+
+
+def test_sae_lens_trains_it_and_the_result_loads_on_both_sides(tmp_path):
+    _, x = module()
+    config = BinaryTrainingSAEConfig(d_in=D, d_sae=F, entropy_coefficient=1e-3)
+    sae = BinaryTrainingSAE(config).fit_normalization_(x)
+    before = (sae(x) - x).square().sum().item()
+    trainer(sae, x).fit()
+    assert (sae(x) - x).square().sum().item() < before / 2
+    assert config.metadata.l0 > 0
+    sae.save_model(tmp_path / "training")
+    sae.save_inference_model(tmp_path / "inference")
+    assert isinstance(TrainingSAE.load_from_disk(tmp_path / "training"), BinaryTrainingSAE)
+    again = SAE.load_from_disk(tmp_path / "inference")
+    ours = BinaryAutoencoder.from_pretrained(tmp_path / "inference")
+    torch.testing.assert_close(again(x), sae(x))
+    torch.testing.assert_close(ours.decode(ours.encode(x)), sae(x))
+
+
+def test_the_loss_in_sae_lens_is_d_in_times_ours():
+    bae, x = module()
+    config = BinaryTrainingSAEConfig(
+        d_in=D, d_sae=F, entropy_coefficient=0.5, covariance_coefficient=0.25
+    )
+    sae = BinaryTrainingSAE(config)
+    sae.load_state_dict(bae.state_dict())
+    step = trainer(sae, x)
+    found = step._train_step(sae, x)
+    bae.train()
+    out = bae(x, covariance=True)
+    ours = bae.mse(out, x) * D + 0.5 * out.entropy + 0.25 * out.covariance
+    torch.testing.assert_close(found.loss, ours)
+
+
+def test_a_scaled_set_is_unscaled_after_training():
+    _, x = module()
+    config = BinaryTrainingSAEConfig(d_in=D, d_sae=F)
+    sae = BinaryTrainingSAE(config).fit_normalization_(4 * x)
+    code, recon = sae.encode(4 * x), sae(4 * x)
+    sae.fold_activation_norm_scaling_factor(4.0)
+    assert torch.equal(sae.encode(x), code)
+    torch.testing.assert_close(sae(x) * 4, recon)
+
+
+def test_importing_again_registers_once():
+    importlib.reload(bae_fast.saelens)
+
+
+def test_a_configuration_that_is_none_of_ours_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="normalize_activations must be 'none'"):
+        BinaryTrainingSAEConfig(d_in=D, d_sae=F, normalize_activations="layer_norm")
+    bae = BinaryAutoencoder(D, F, d_out=5)
+    with pytest.raises(ValueError, match="transcoder must be False"):
+        SAE.load_from_disk(bae.save_pretrained(tmp_path))
+    values = json.loads((tmp_path / "cfg.json").read_text())
+    assert values["sae_lens_version"] == "6.0.0"
