@@ -1,6 +1,7 @@
 """Compressed codes: every bit comes back, the size is near the bound, damage is found."""
 
 import base64
+import json
 import math
 import os
 import signal
@@ -14,13 +15,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_lm import save_tiny_model
 
 import bae_fast as bf
 
 pytest.importorskip("constriction")
 
 from bae_fast import compression
+from bae_fast.analysis import fvu
+from bae_fast.cli import main
 from bae_fast.compression import CompressedCode, compress, decompress
+from bae_fast.lm import ActivationCache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -430,3 +436,102 @@ def test_without_the_coder_the_extra_is_named(tmp_path, monkeypatch):
         with pytest.raises(ImportError, match=r"pip install 'bae-fast\[compress\]'"):
             call()
     assert not (tmp_path / "no").exists()
+
+
+# -- the commands ------------------------------------------------------------------------------
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """``bae-fast compress`` on a tiny language model, trained there."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("compress")
+    model = save_tiny_model(folder / "model", WORDS)
+    order = torch.randint(len(WORDS), (9000,), generator=torch.Generator().manual_seed(0))
+    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in order))
+    arguments = [
+        "compress", "--model", str(model), "--hook", "model.layers.0",
+        "--text", str(folder / "text.txt"), "--context", "16", "--expansion", "2",
+        "--steps", "25", "--batch-size", "64", "--device", "cpu", "--no-progress",
+        "--cache", str(folder / "cache"),
+    ]  # fmt: skip
+    assert main([*arguments, "--out", str(folder / "out")]) == 0
+    return arguments, folder / "out"
+
+
+def test_the_report_says_what_the_file_holds(ran):
+    arguments, out = ran
+    result = json.loads((out / "compress.json").read_text())
+    bae = bf.BinaryAutoencoder.from_pretrained(out / "model")
+    cache = ActivationCache.open(next(Path(arguments[-1]).glob("*layers.0-*")))
+    rows = cache.rows.float()
+    code = decompress(out / "codes.bae")
+    assert code.equal(bae.encode(rows))
+    with torch.no_grad():
+        recon = bae.decode(code)
+    assert result["fvu"] == pytest.approx(fvu(rows, recon), rel=1e-5)
+    heldout = slice(cache.split(4096).heldout.start, None)
+    assert result["fvu_heldout"] == pytest.approx(fvu(rows[heldout], recon[heldout]), rel=1e-5)
+    on_disk = 8 * (out / "codes.bae").stat().st_size / len(rows)
+    assert result["size"]["bits_a_row"] == pytest.approx(on_disk)
+    assert result["bound_bits_a_row"] == pytest.approx(float(code.entropy()), rel=1e-6)
+    assert result["ratio_to_bfloat16"] == pytest.approx(16 * rows.shape[1] / on_disk)
+    names = {row["name"]: row for row in result["quantised"]}
+    assert names["int8"]["fvu"] < names["int4"]["fvu"] < names["int2"]["fvu"]
+    for name in ("entropy coded", "PCA, entropy coded"):
+        assert names[name]["fvu"] == pytest.approx(result["fvu"], rel=0.02)
+    assert "| **code, on disk** |" in (out / "compress.md").read_text()
+    assert (out / "compress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loaded_model_compresses_the_heldout_rows(ran, tmp_path):
+    arguments, out = ran
+    again = ["--load", str(out / "model"), "--rows", "heldout", "--block-rows", "500"]
+    assert main([*arguments, *again, "--out", str(tmp_path)]) == 0
+    every, part = decompress(out / "codes.bae"), CompressedCode.open(tmp_path / "codes.bae")
+    assert part.block_rows == 500
+    assert part.code().equal(every[-len(part) :])
+    result = json.loads((tmp_path / "compress.json").read_text())
+    assert result["fvu"] == result["fvu_heldout"]
+
+
+def test_decompress_writes_the_code_or_the_reconstructions(ran, tmp_path):
+    _, out = ran
+    code = decompress(out / "codes.bae")
+    target = tmp_path / "code.safetensors"
+    assert main(["decompress", str(out / "codes.bae"), "--out", str(target)]) == 0
+    assert bf.BinaryCode.load(target).equal(code)
+    target = tmp_path / "rows.safetensors"
+    call = ["decompress", str(out / "codes.bae"), "--load", str(out / "model")]
+    assert main([*call, "--out", str(target)]) == 0
+    with torch.no_grad():
+        expected = bf.BinaryAutoencoder.from_pretrained(out / "model").decode(code)
+    rows = load_file(target)["rows"]
+    assert torch.allclose(rows, expected, rtol=1e-5, atol=1e-5)
+    assert main([*call, "--out", str(target), "--dtype", "bfloat16"]) == 0
+    assert torch.allclose(load_file(target)["rows"].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_what_a_user_can_mend_is_one_line(ran, tmp_path, capsys):
+    arguments, out = ran
+    narrow, other = tmp_path / "narrow", tmp_path / "other"
+    bf.BinaryAutoencoder(8, 16).save_pretrained(narrow)
+    bf.BinaryAutoencoder.from_pretrained(out / "model").save_pretrained(other)
+    file = str(out / "codes.bae")
+    for call, message in (
+        ([*arguments, "--load", str(narrow), "--out", str(tmp_path)], "it is of width 8"),
+        ([*arguments, "--load", str(tmp_path / "no"), "--out", str(tmp_path)], "does not exist"),
+        (["decompress", file, "--load", str(narrow)], "has 16 columns of 1 bits"),
+        (["decompress", file, "--load", str(other)], "is not the model"),
+        (["decompress", file, "--out", file], "is the file that is read"),
+        (["decompress", str(narrow / "cfg.json")], "is not a compressed code"),
+    ):
+        capsys.readouterr()
+        assert main(call) == 1
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"bae-fast {call[0]}: ")
+        assert message in error
+        assert "\n" not in error
