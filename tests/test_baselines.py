@@ -49,12 +49,12 @@ def test_training_explains_most_of_the_variance(method):
     x = rows()
     torch.manual_seed(0)
     before = unexplained(make(method, x).eval(), x)
-    model, lines = trained(method, x)
     # values that a penalty shrinks come late
-    slow = {"random": 0.75, "binary_topk": 0.6, "relu": 0.5, "rescaled_relu": 0.5}
-    limit = slow.get(method, 0.35)
+    steps = 900 if "relu" in method and method != "jumprelu" else 300
+    model, lines = trained(method, x, dataclasses.replace(SMALL, steps=steps))
+    limit = {"random": 0.75, "binary_topk": 0.6}.get(method, 0.35)
     assert unexplained(model, x) < min(limit, 0.9 * before)
-    assert lines[-1]["step"] == 300
+    assert lines[-1]["step"] == steps
     assert lines[-1]["mse"] < lines[0]["mse"]
     assert not model.training
 
@@ -171,7 +171,7 @@ def test_auxk_is_the_share_of_the_error_that_dead_features_leave():
     top = torch.where(dead, pre, -torch.inf).topk(k_aux)
     aux = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ model.W_dec
     expected = (error - aux).square().sum() / error.square().sum()
-    assert float(out.parts["auxk"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(out.parts["auxk"].detach()) == pytest.approx(float(expected), rel=1e-4)
     assert float(out.loss) == pytest.approx(
         float(out.parts["mse"] + out.parts["auxk"] / 32), rel=1e-6
     )
