@@ -326,7 +326,7 @@ def table(result: dict[str, Any]) -> str:
     line("raw, float32", raw["float32"], 0)
     line("raw, bfloat16", raw["bfloat16"], 0)
     line("**code, on disk**", size["bits_a_row"], fvu)
-    line("bound: sum of the columns' entropies", result["bound_bits_a_row"], None)
+    line("bound of independent columns, sum of entropies", result["bound_bits_a_row"], None)
     line("entropy along a tree (estimate)", result["tree_bits_a_row"], None)
     names = {
         "packed": "one bit a feature",
@@ -351,6 +351,7 @@ def table(result: dict[str, Any]) -> str:
         f"number of rows. Seconds: encode {seconds['encode']:.1f}, compress "
         f"{seconds['compress']:.1f}, decompress {seconds['decompress']:.1f}, decode "
         f"{seconds['decode']:.1f}. Entropy coded: empirical entropy of the levels of each "
-        "dimension, no file; its axes and tables are not counted.",
+        "dimension, no file; its axes and tables are not counted. The bound is that of independent "
+        "columns: xz goes below it where rows, or groups of features, repeat.",
     ]
     return "\n".join(lines) + "\n"
