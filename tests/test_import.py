@@ -17,8 +17,8 @@ PACKAGE = ROOT / "bae_fast"
 
 # everything optional: extras of pyproject.toml, what they bring, and safetensors
 BLOCKED = (
-    "accelerate", "datasets", "gguf", "hypothesis", "matplotlib", "pandas", "psutil", "sae_lens",
-    "safetensors", "scipy", "sklearn", "tqdm", "transformers", "triton",
+    "accelerate", "constriction", "datasets", "gguf", "hypothesis", "matplotlib", "pandas",
+    "psutil", "sae_lens", "safetensors", "scipy", "sklearn", "tqdm", "transformers", "triton",
 )  # fmt: skip
 
 BLOCK = f"""
@@ -171,7 +171,7 @@ LAYERS = (
     {"cli", "__main__"},
     {"training", "analysis", "report", "lm", "baselines", "entropy"},
     {"", "model", "info", "distributed", "released", "saelens"},
-    {"functional"},
+    {"functional", "compression"},
     {"codes", "reference"},
     {"ops", "backends", "kernels"},
     {

@@ -1,0 +1,658 @@
+"""Codes on disk near the entropy of their columns; exact in the bits.
+
+Prototype and differences (arXiv 2509.20997, Compression): a column whose share of ones p is above
+1/2 is kept inverted, so a row is the list of columns where it differs from the rounded mean code.
+Columns of like p form a class; each class stores one p, each column the number of its class. The
+differences of a class, column after column, are one sequence of independent bits: its gaps are
+geometric and are coded by a range coder (library ``constriction``). Symbols are as many as there
+are differences, not as many as there are bits, and constant columns cost nothing.
+
+A gap g is two symbols, g >> s and g mod 2^s, which are independent where g is geometric; the last
+symbol of the first alphabet means "that many more, and go on". Nothing of the rate is lost to
+either. Classes are as fine as pays: their number is chosen by the length of the file.
+
+Both sides build their tables in integers from the integers in the file: no rounding of one
+machine's mathematics library decides what another reads.
+
+File, little-endian::
+
+    magic, version, header's length
+    header      shape, bits a feature, rows a block, classes: p (32 bits) and columns,
+                class of each column (range coded), metadata (JSON)
+    index       for each block of rows: bytes, digest of the bytes, checksum of the bits
+    digest      of all the above
+    blocks      number of symbols of each class, less what p lets expect; then the range coder's
+                words
+
+A row mask is one column more. Blocks are read one by one: see :class:`CompressedCode`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import struct
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bae_fast import packing
+from bae_fast.codes import BinaryCode
+from bae_fast.files import replacing
+from bae_fast.statistics import entropy_bits
+
+MAGIC = b"\x89BAEbits"
+FORMAT_VERSION = 1
+
+# rows that are coded, and read, together
+BLOCK_ROWS = 4096
+
+_PREFIX = struct.Struct("<8sII")
+_FIXED = struct.Struct("<IHBBIIII")
+_ENTRY = struct.Struct("<I8sI")
+_DIGEST = 8
+
+# p in the file: a share of 2^32; the ends mean always off and always on
+_ONE = 1 << 32
+_ALWAYS = _ONE - 1
+
+# symbols of the first alphabet; at most 2^12 of the second
+_HIGH = 1024
+_MOST_SHIFT = 12
+
+# widths of a class in log(p / (1-p)) that are tried; finer ones gain less than 1e-4 of the rate
+_WIDTHS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, math.inf)
+
+# bits unpacked at a time
+_CHUNK_BITS = 2**26
+
+
+def _constriction() -> Any:
+    try:
+        import constriction
+    except ImportError as error:
+        raise ImportError(
+            f"compression needs constriction: pip install 'bae-fast[compress]' ({error})"
+        ) from error
+    return constriction.stream
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedSize:
+    """Bytes of a file beside the bound and beside plainer forms.
+
+    Attributes:
+        n_rows, n_columns: N (masked rows included) and K.
+        file_bytes: the whole file.
+        header_bytes: of it, header, index and digests.
+        entropy_bits: N sum_j H2(p_j), the bound for independent columns; rows kept by the mask.
+        differences: bits that differ from the prototype.
+        packed_bytes: one bit a feature.
+        listed_bytes: for each row the number of differences and their columns, in fields of a
+            fixed width (the form of arXiv 2509.20997), and the prototype.
+    """
+
+    n_rows: int
+    n_columns: int
+    file_bytes: int
+    header_bytes: int
+    entropy_bits: float
+    differences: int
+    packed_bytes: int
+    listed_bytes: int
+
+    @property
+    def bits_a_row(self) -> float:
+        """8 x file_bytes / N."""
+        return 8 * self.file_bytes / max(self.n_rows, 1)
+
+    @property
+    def overhead(self) -> float:
+        """Share by which the file exceeds the bound; infinite where the bound is zero."""
+        return 8 * self.file_bytes / self.entropy_bits - 1 if self.entropy_bits else math.inf
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, for JSON."""
+        overhead = self.overhead if self.entropy_bits else None
+        return {**dataclasses.asdict(self), "bits_a_row": self.bits_a_row, "overhead": overhead}
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+class _Gaps:
+    """Gaps between ones of independent bits, each a one with probability flips / 2^32."""
+
+    def __init__(self, flips: int) -> None:
+        self.flips = flips
+        self.shift = min(max((_ONE // flips).bit_length() - 7, 0), _MOST_SHIFT)
+        # powers of the probability of a zero, 96 bits after the point, each product cut
+        unit = 1 << 96
+        zero = (_ONE - flips) << 64
+        run = zero
+        low = [unit]
+        for _ in range(1, 1 << self.shift):
+            low.append(low[-1] * zero >> 96)
+        for _ in range(self.shift):
+            run = run * run >> 96
+        tail = [unit]
+        for _ in range(_HIGH - 1):
+            tail.append(tail[-1] * run >> 96)
+        high = [left - right for left, right in itertools.pairwise(tail)]
+        self.high = self._categorical([*high, tail[-1]])
+        self.low = self._categorical(low) if self.shift else None
+
+    @staticmethod
+    def _categorical(weights: list[int]) -> Any:
+        # whole numbers below 2^53: float64 holds them as they are
+        return _categorical(np.array([weight >> 44 for weight in weights], dtype=np.float64))
+
+    def encode(self, encoder: Any, gaps: np.ndarray) -> int:
+        """Feed int64 gaps; returns the symbols of the first alphabet."""
+        high = gaps >> self.shift
+        if len(high) and int(high.max()) >= _HIGH - 1:
+            more = high // (_HIGH - 1)
+            ends = np.cumsum(more + 1) - 1
+            symbols = np.full(int(ends[-1]) + 1, _HIGH - 1, dtype=np.int32)
+            symbols[ends] = high - more * (_HIGH - 1)
+        else:
+            symbols = high.astype(np.int32)
+        encoder.encode(symbols, self.high)
+        if self.low is not None:
+            encoder.encode((gaps & ((1 << self.shift) - 1)).astype(np.int32), self.low)
+        return len(symbols)
+
+    def decode(self, decoder: Any, n_symbols: int) -> np.ndarray:
+        """Inverse of :meth:`encode`; ValueError where the symbols end on "go on"."""
+        symbols = decoder.decode(self.high, n_symbols)
+        gaps = symbols.astype(np.int64)
+        if n_symbols and int(symbols.max()) == _HIGH - 1:
+            ends = np.flatnonzero(symbols != _HIGH - 1)
+            if not len(ends) or ends[-1] != n_symbols - 1:
+                raise ValueError("a gap has no end")
+            gaps = gaps[ends] + (np.diff(ends, prepend=-1) - 1) * (_HIGH - 1)
+        gaps <<= self.shift
+        if self.low is not None:
+            gaps += decoder.decode(self.low, len(gaps))
+        return gaps
+
+
+def _categorical(weights: np.ndarray) -> Any:
+    return _constriction().model.Categorical(weights, perfect=False, lazy=False)
+
+
+def _h2(p: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    return np.where((p > 0) & (p < 1), found, 0.0)
+
+
+def _choose_classes(counts: np.ndarray, n_rows: int, n_blocks: int) -> tuple[np.ndarray, ...]:
+    """The grouping of columns with the shortest file: (p of classes x 2^32, class of columns)."""
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    logit = np.log((counts + 0.5) / (n_rows - counts + 0.5))
+    constant = np.where(counts == 0, -1, np.where(counts == n_rows, 1, 0))
+    for width in _WIDTHS:
+        # an even number of classes about p = 1/2: none has both kinds of prototype
+        bins = np.floor(logit / width) if math.isfinite(width) else np.zeros_like(logit)
+        for apart in (True, False):
+            key = bins + constant * 1e6 if apart else bins
+            _, ids = np.unique(key, return_inverse=True)
+            columns = np.bincount(ids)
+            ones = np.bincount(ids, weights=counts)
+            p = ones / (columns * max(n_rows, 1))
+            live = int(((p > 0) & (p < 1)).sum())
+            bits = n_rows * float((columns * _h2(p)).sum())
+            bits += float((columns * np.log2(len(ids) / columns)).sum())
+            bits += 64 * len(columns) + 12 * live * n_blocks  # the tables, the numbers of symbols
+            if best is None or bits < best[0]:
+                share = np.rint(p * _ONE).clip(1, _ALWAYS - 1)
+                share = np.where(ones == 0, 0, np.where(p == 1, _ALWAYS, share))
+                best = bits, share.astype(np.uint32), ids.astype(np.int32)
+    assert best is not None
+    return best[1:]
+
+
+class _Model:
+    """Classes, the class of each column, and what follows from them."""
+
+    def __init__(self, shares: np.ndarray, ids: np.ndarray) -> None:
+        self.shares = shares
+        self.ids = ids
+        wide = shares.astype(np.int64)
+        ones = wide > _ONE // 2
+        self.prototype = packing.pack_rows(torch.from_numpy(ones[ids]))
+        coded = [c for c in range(len(shares)) if 0 < wide[c] < _ALWAYS]
+        members = np.bincount(ids, minlength=len(shares))
+        by_class = np.argsort(ids, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(members)])
+        parts = [by_class[starts[c] : starts[c + 1]] for c in coded]
+        self.order = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
+        self.sizes = [len(part) for part in parts]
+        self._flips = [int(_ONE - wide[c] if ones[c] else wide[c]) for c in coded]
+
+    @property
+    def n_columns(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def gaps(self) -> list[_Gaps]:
+        return [_Gaps(flips) for flips in self._flips]
+
+    def expected(self, n_rows: int) -> list[int]:
+        """Differences of each class in a block, as p lets expect."""
+        return [
+            size * n_rows * flips >> 32 for size, flips in zip(self.sizes, self._flips, strict=True)
+        ]
+
+    def encode_rows(self, words: Tensor) -> bytes:
+        """A block's bytes."""
+        n_rows = len(words)
+        columns = packing.rows_to_columns(words ^ self.prototype, self.n_columns)
+        places = _ones(columns.t(), self.order, n_rows)
+        ends = np.cumsum(self.sizes, dtype=np.int64) * n_rows
+        cuts = np.concatenate([[0], np.searchsorted(places, ends)])
+        gaps = np.diff(places, prepend=-1) - 1
+        encoder = _constriction().queue.RangeEncoder()
+        numbers = bytearray()
+        for c, expected in enumerate(self.expected(n_rows)):
+            part = gaps[cuts[c] : cuts[c + 1]]
+            if c and len(part):  # its first gap begins with the class
+                part[0] = places[cuts[c]] - ends[c - 1]
+            _append_number(numbers, self.gaps[c].encode(encoder, part) - expected)
+        return bytes(numbers) + encoder.get_compressed().astype("<u4").tobytes()
+
+    def decode_rows(self, data: bytes, n_rows: int) -> Tensor:
+        """Inverse of :meth:`encode_rows`; ValueError for data that it did not make."""
+        numbers, at = [], 0
+        for expected in self.expected(n_rows):
+            number, at = _read_number(data, at)
+            numbers.append(number + expected)
+        if (len(data) - at) % 4 or any(not 0 <= n <= n_rows * self.n_columns for n in numbers):
+            raise ValueError("numbers of symbols out of range")
+        stream = np.frombuffer(data, dtype="<u4", offset=at).astype(np.uint32)
+        decoder = _constriction().queue.RangeDecoder(stream)
+        places, start = [np.empty(0, np.int64)], 0
+        for size, gaps, number in zip(self.sizes, self.gaps, numbers, strict=True):
+            part = np.cumsum(gaps.decode(decoder, number) + 1) + (start - 1)
+            start += size * n_rows
+            if len(part) and part[-1] >= start:
+                raise ValueError("a difference beyond the last row")
+            places.append(part)
+        columns = torch.zeros(self.n_columns, packing.n_words(n_rows), dtype=torch.int32)
+        _set_ones(columns, self.order, np.concatenate(places), n_rows)
+        return packing.columns_to_rows(columns.t().contiguous(), n_rows) ^ self.prototype
+
+
+def _ones(columns: Tensor, order: Tensor, n_rows: int) -> np.ndarray:
+    """Places of the ones of chosen columns ``[k, M]``, one column after another, ascending."""
+    stride = columns.shape[1] * packing.WORD_BITS
+    step = max(_CHUNK_BITS // max(stride, 1), 1)
+    found = [np.empty(0, np.int64)]
+    for top in range(0, len(order), step):
+        words = columns[order[top : top + step]].contiguous().numpy()
+        bits = np.unpackbits(words.view(np.uint8).reshape(-1), bitorder="little")
+        places = np.flatnonzero(bits.view(np.bool_)) + top * stride
+        if n_rows != stride:  # tail bits are not part of the sequence
+            places -= places // stride * (stride - n_rows)
+        found.append(places)
+    return np.concatenate(found)
+
+
+def _set_ones(columns: Tensor, order: Tensor, places: np.ndarray, n_rows: int) -> None:
+    """Inverse of :func:`_ones`, into zeroed columns."""
+    stride = columns.shape[1] * packing.WORD_BITS
+    step = max(_CHUNK_BITS // max(stride, 1), 1)
+    cuts = np.searchsorted(places, np.arange(0, len(order) + step, step) * n_rows)
+    for i, top in enumerate(range(0, len(order), step)):
+        chosen = order[top : top + step]
+        part = places[cuts[i] : cuts[i + 1]] - top * n_rows
+        if n_rows != stride:
+            part = part + part // n_rows * (stride - n_rows)
+        bits = np.zeros(len(chosen) * stride, dtype=np.uint8)
+        bits[part] = 1
+        packed = np.packbits(bits, bitorder="little").view(np.int32)
+        columns[chosen] = torch.from_numpy(packed.reshape(len(chosen), -1))
+
+
+def _append_number(out: bytearray, value: int) -> None:
+    """A signed number, small ones short: zigzag, seven bits a byte."""
+    value = value << 1 if value >= 0 else (-value << 1) - 1
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+
+
+def _read_number(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError("numbers of symbols are cut off")
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return (value >> 1) ^ -(value & 1), at
+
+
+# -- the file ----------------------------------------------------------------------------------
+
+
+def _digest(*parts: bytes) -> bytes:
+    state = hashlib.blake2b(digest_size=_DIGEST)
+    for part in parts:
+        state.update(part)
+    return state.digest()
+
+
+def _checksum(words: Tensor) -> int:
+    return zlib.crc32(words.contiguous().numpy().tobytes())
+
+
+def _block(code: BinaryCode, top: int, rows: int) -> Tensor:
+    """Rows of a flat code on the CPU, its mask as one column more."""
+    words = code.words[top : top + rows].cpu()
+    if code.row_mask is None:
+        return words.contiguous()
+    kept = code.row_mask[top : top + rows].cpu().to(torch.int32)
+    word, bit = divmod(code.n_columns, packing.WORD_BITS)
+    wide = torch.zeros(len(words), packing.n_words(code.n_columns + 1), dtype=torch.int32)
+    wide[:, : words.shape[1]] = words
+    wide[:, word] |= kept << bit
+    return wide
+
+
+def compress(
+    code: BinaryCode,
+    path: str | os.PathLike[str],
+    *,
+    block_rows: int = BLOCK_ROWS,
+    metadata: dict[str, Any] | None = None,
+) -> CompressedSize:
+    """Write a code; :func:`decompress` gives back every bit, shape, mask and bits a feature.
+
+    The file appears whole or not at all. Needs ``constriction``. Scratch memory: about
+    40 bytes for each difference of a block and 64 MiB.
+
+    Args:
+        code: ``[..., K]`` on any device, fewer than 2^31 rows; read block by block.
+        block_rows: rows coded together: fewer are read faster on their own, and cost a byte or
+            two more for each class of columns.
+        metadata: JSON values, kept in the header; see :class:`CompressedCode`.
+
+    Raises:
+        ImportError: no ``constriction``.
+        ValueError: block_rows below 1, bits past the last column, or a block of 4 GiB.
+    """
+    queue = _constriction().queue
+    if not isinstance(block_rows, int) or not 1 <= block_rows < 2**31:
+        raise ValueError(f"block_rows must be an int of 1 to 2^31 - 1; got {block_rows!r}")
+    note = json.dumps(metadata or {}, allow_nan=False).encode()
+    flat = code.flatten()
+    n_rows, masked = len(flat), flat.row_mask is not None
+    if n_rows >= 2**31 or code.n_bits >= 2**16:
+        raise ValueError(f"code must have fewer than 2^31 rows and 2^16 bits; got {code!r}")
+    n_columns = code.n_columns + masked
+    tops = range(0, n_rows, block_rows)
+    counts = torch.zeros(n_columns, dtype=torch.int64)
+    for top in tops:
+        block = _block(flat, top, block_rows)
+        if not packing.tail_is_zero(block, n_columns):
+            raise ValueError(f"code has bits past column {n_columns}")
+        counts += packing.column_counts(block, n_columns)
+    shares, ids = _choose_classes(counts.numpy(), n_rows, len(tops))
+    encoder = queue.RangeEncoder()
+    members = np.bincount(ids, minlength=len(shares))
+    if len(shares) > 1:
+        encoder.encode(ids, _categorical(members.astype(np.float64)))
+    id_words = encoder.get_compressed().astype("<u4")
+    lead = code.shape[:-1]
+    header = b"".join(
+        [
+            _FIXED.pack(
+                code.n_columns, code.n_bits, len(lead), masked, block_rows, len(shares),
+                len(id_words), len(note),
+            ),
+            np.array(lead, dtype="<u8").tobytes(),
+            shares.astype("<u4").tobytes(),
+            members.astype("<u4").tobytes(),
+            id_words.tobytes(),
+            note,
+        ]
+    )  # fmt: skip
+    prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(header))
+    model = _Model(shares, ids)
+    index = []
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        start = len(prefix) + len(header) + len(tops) * _ENTRY.size + _DIGEST
+        file.seek(start)
+        for top in tops:
+            block = _block(flat, top, block_rows)
+            data = model.encode_rows(block)
+            if len(data) >= _ONE:
+                raise ValueError(f"block_rows={block_rows} makes a block of 4 GiB: give fewer")
+            index.append(_ENTRY.pack(len(data), _digest(data), _checksum(block)))
+            file.write(data)
+        size = file.tell()
+        head = b"".join([prefix, header, *index])
+        file.seek(0)
+        file.write(head + _digest(head))
+    kept = int(flat.n_rows())
+    own = counts[: code.n_columns]
+    differences = int(torch.minimum(own, n_rows - own).sum())
+    field = math.ceil(math.log2(code.n_columns)) if code.n_columns > 1 else 1
+    listed = n_rows * code.n_columns.bit_length() + differences * field + code.n_columns
+    bound = 0.0
+    if kept:
+        bound = max(float(entropy_bits(own, torch.tensor(kept))) * kept, 0.0)
+    return CompressedSize(
+        n_rows=n_rows,
+        n_columns=code.n_columns,
+        file_bytes=size,
+        header_bytes=start,
+        entropy_bits=bound,
+        differences=differences,
+        packed_bytes=n_rows * -(-code.n_columns // 8),
+        listed_bytes=-(-listed // 8),
+    )
+
+
+def decompress(path: str | os.PathLike[str]) -> BinaryCode:
+    """Read the whole of a file written by :func:`compress`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: no ``constriction``.
+        ValueError: a foreign, truncated or corrupt file, or another version.
+    """
+    return CompressedCode.open(path).code()
+
+
+class CompressedCode:
+    """A compressed file, read by blocks of rows.
+
+    ``compressed[rows]`` takes what :class:`bae_fast.BinaryCode` takes as rows, decodes the blocks
+    that they lie in and gives a BinaryCode. Only the header is kept in memory.
+
+    Attributes:
+        path: the file.
+        shape: of the dense bits, ``[..., K]``.
+        n_bits: bits a feature.
+        block_rows: rows decoded together, leading dimensions flattened.
+        metadata: what :func:`compress` was given.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], head: bytes, size: int) -> None:
+        """Use :meth:`open`."""
+        self.path = Path(path)
+        at = _PREFIX.size
+        (
+            self._columns, self.n_bits, n_lead, masked, self.block_rows, n_classes, n_id_words,
+            n_note,
+        ) = _FIXED.unpack_from(head, at)  # fmt: skip
+        at += _FIXED.size
+
+        def numbers(dtype: str, count: int) -> np.ndarray:
+            nonlocal at
+            found = np.frombuffer(head, dtype=dtype, count=count, offset=at)
+            at += found.nbytes
+            return found
+
+        lead = [int(n) for n in numbers("<u8", n_lead)]
+        self.shape = torch.Size((*lead, self._columns))
+        self._masked = bool(masked)
+        shares = numbers("<u4", n_classes).astype(np.uint32)
+        members = numbers("<u4", n_classes).astype(np.int64)
+        id_words = numbers("<u4", n_id_words).astype(np.uint32)
+        self.metadata: dict[str, Any] = json.loads(head[at : at + n_note])
+        at += n_note
+        n_coded = self._columns + masked
+        if self._columns < 1 or self.block_rows < 1 or int(members.sum()) != n_coded:
+            raise ValueError("sizes do not agree")
+        n_blocks = -(-math.prod(lead) // self.block_rows)
+        entries = [_ENTRY.unpack_from(head, at + i * _ENTRY.size) for i in range(n_blocks)]
+        at += n_blocks * _ENTRY.size + _DIGEST
+        self._starts = [at]
+        for length, _, _ in entries:
+            self._starts.append(self._starts[-1] + length)
+        if self._starts[-1] != size:
+            raise ValueError(f"it must be {self._starts[-1]} bytes long; it is {size}")
+        self._entries = entries
+        ids = np.zeros(n_coded, dtype=np.int64)
+        if n_classes > 1:
+            decoder = _constriction().queue.RangeDecoder(id_words)
+            ids = decoder.decode(_categorical(members.astype(np.float64)), n_coded).astype(np.int64)
+        if not np.array_equal(np.bincount(ids, minlength=n_classes), members):
+            raise ValueError("classes of columns do not agree with their numbers")
+        self._model = _Model(shares, ids)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> CompressedCode:
+        """Read the header and the index, and check them; errors as in :func:`decompress`."""
+        _constriction()
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = cls._read_head(file, path, size)
+        try:
+            return cls(path, head, size)
+        except (ValueError, struct.error, AssertionError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+
+    @staticmethod
+    def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes:
+        prefix = file.read(_PREFIX.size)
+        if prefix[: len(MAGIC)] != MAGIC[: len(prefix)] or not prefix:
+            raise ValueError(f"{path} is not a compressed code: it begins with {prefix[:8]!r}")
+        if len(prefix) < _PREFIX.size:
+            raise ValueError(f"{path} is truncated: {size} bytes")
+        _, version, length = _PREFIX.unpack(prefix)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has version {version}; can read {FORMAT_VERSION}")
+        header = file.read(length)
+        try:
+            fields = _FIXED.unpack_from(header)
+            lead = struct.unpack_from(f"<{fields[2]}Q", header, _FIXED.size)
+            index = file.read(-(-math.prod(lead) // fields[4]) * _ENTRY.size)
+        except (struct.error, ZeroDivisionError, OverflowError, MemoryError, OSError) as error:
+            raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+        if file.read(_DIGEST) != _digest(prefix, header, index):
+            raise ValueError(f"{path} is truncated or corrupt: its header fails the digest")
+        return prefix + header + index
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"CompressedCode({str(self.path)!r}, shape={tuple(self.shape)})"
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of rows that can be read on their own."""
+        return len(self._entries)
+
+    def block(self, i: int) -> BinaryCode:
+        """Rows ``i * block_rows`` on, leading dimensions flattened: ``[<= block_rows, K]``.
+
+        Raises:
+            IndexError: no such block.
+            ValueError: the block is corrupt, or the file is not the one that was opened.
+        """
+        if not 0 <= i < self.n_blocks:
+            raise IndexError(f"block must be 0 to {self.n_blocks - 1}; got {i}")
+        length, digest, checksum = self._entries[i]
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[i])
+            data = file.read(length)
+        if _digest(data) != digest:
+            raise ValueError(f"{self.path} is truncated or corrupt: block {i} fails its digest")
+        n_rows = min(self.block_rows, math.prod(self.shape[:-1]) - i * self.block_rows)
+        try:
+            words = self._model.decode_rows(data, n_rows)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"{self.path}: block {i} cannot be decoded: {error}") from error
+        if _checksum(words) != checksum:
+            raise ValueError(
+                f"{self.path}: block {i} decodes to other bits than were written; was it written "
+                "with another version of constriction?"
+            )
+        return self._split_mask(words)
+
+    def _split_mask(self, words: Tensor) -> BinaryCode:
+        if not self._masked:
+            return BinaryCode(words, self._columns, n_bits=self.n_bits)
+        word, bit = divmod(self._columns, packing.WORD_BITS)
+        mask = (words[:, word] >> bit) & 1 == 1
+        words[:, word] &= ~torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+        words = words[:, : packing.n_words(self._columns)].contiguous()
+        return BinaryCode(words, self._columns, n_bits=self.n_bits, row_mask=mask)
+
+    def code(self) -> BinaryCode:
+        """All rows."""
+        n_rows = math.prod(self.shape[:-1])
+        words = torch.empty(n_rows, packing.n_words(self._columns), dtype=torch.int32)
+        mask = torch.empty(n_rows, dtype=torch.bool) if self._masked else None
+        for i in range(self.n_blocks):
+            part, rows = self.block(i), slice(i * self.block_rows, (i + 1) * self.block_rows)
+            words[rows] = part.words
+            if mask is not None and part.row_mask is not None:
+                mask[rows] = part.row_mask
+        return self._shaped(words, mask, self.shape[:-1])
+
+    def _shaped(self, words: Tensor, mask: Tensor | None, lead: torch.Size) -> BinaryCode:
+        return BinaryCode(
+            words.reshape(*lead, words.shape[-1]),
+            self._columns,
+            n_bits=self.n_bits,
+            row_mask=None if mask is None else mask.reshape(lead),
+        )
+
+    def __getitem__(self, rows: Any) -> BinaryCode:
+        """Select along the first dimension, as :meth:`BinaryCode.__getitem__` does."""
+        numbers = torch.arange(math.prod(self.shape[:-1]), dtype=torch.int32)
+        # a code whose words are row numbers: its indexing is the one that is promised
+        chosen = BinaryCode(numbers.view(*self.shape[:-1], 1), packing.WORD_BITS)[rows].words[
+            ..., 0
+        ]
+        flat = chosen.reshape(-1).long()
+        words = torch.empty(len(flat), packing.n_words(self._columns), dtype=torch.int32)
+        mask = torch.empty(len(flat), dtype=torch.bool) if self._masked else None
+        blocks = flat // self.block_rows
+        for i in blocks.unique().tolist():
+            here, part = blocks == i, self.block(i)
+            own = flat[here] - i * self.block_rows
+            words[here] = part.words[own]
+            if mask is not None and part.row_mask is not None:
+                mask[here] = part.row_mask[own]
+        return self._shaped(words, mask, chosen.shape)
