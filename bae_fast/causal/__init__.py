@@ -1,8 +1,19 @@
-"""An autoencoder inside a running model: what it costs, what its features cause."""
+"""An autoencoder inside a running model: what it costs, what its features cause, whose they are."""
 
 from __future__ import annotations
 
+from bae_fast.causal.matching import Matching, match_codes, matching_table, shuffled_rows
 from bae_fast.causal.splice import Splice, active_code, features, replaced_output, spliced
+from bae_fast.causal.steering import (
+    Differences,
+    FeatureDifference,
+    feature_differences,
+    generate,
+    matched_controls,
+    next_token,
+    set_distance,
+    steering_edit,
+)
 from bae_fast.causal.substitution import (
     Divergence,
     FeatureEffect,
@@ -12,14 +23,26 @@ from bae_fast.causal.substitution import (
 )
 
 __all__ = [
+    "Differences",
     "Divergence",
+    "FeatureDifference",
     "FeatureEffect",
+    "Matching",
     "Splice",
     "Substitution",
     "SubstitutionTest",
     "active_code",
     "divergence",
+    "feature_differences",
     "features",
+    "generate",
+    "match_codes",
+    "matched_controls",
+    "matching_table",
+    "next_token",
     "replaced_output",
+    "set_distance",
+    "shuffled_rows",
     "spliced",
+    "steering_edit",
 ]

@@ -385,7 +385,9 @@ def spliced(
         RuntimeError: a source that is called after the module.
     """
     if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode")):
-        raise TypeError(f"autoencoder must have encode and decode; got {type(autoencoder).__name__}")
+        raise TypeError(
+            f"autoencoder must have encode and decode; got {type(autoencoder).__name__}"
+        )
     if max_norm_ratio is not None and not max_norm_ratio > 0:
         raise ValueError(f"max_norm_ratio must be over 0 or None; got {max_norm_ratio!r}")
     transcoder = bool(getattr(autoencoder, "is_transcoder", False))

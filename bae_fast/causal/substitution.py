@@ -32,8 +32,8 @@ from bae_fast.codes import BinaryCode
 from bae_fast.lm.harvest import _in_order
 from bae_fast.lm.loading import LanguageModel
 
-# logits of one model held at a time: 64 MiB in fp32
-_BLOCK_ELEMENTS = 16 * 2**20
+# logits of one model held at a time: 32 MiB in fp32
+_BLOCK_ELEMENTS = 8 * 2**20
 
 
 class Divergence(NamedTuple):
@@ -68,16 +68,17 @@ def divergence(original: Tensor, changed: Tensor, targets: Tensor | None = None)
             f"original and changed must be [n, V] alike; got {list(original.shape)} and "
             f"{list(changed.shape)}"
         )
-    # a finite floor: -inf less -inf would be NaN where both probabilities are zero
     p, q = (
-        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).clamp_min(-1e4)
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         for logits in (original, changed)
     )
-    gap = q - p
-    # ln(p / m) = ln 2 - ln(1 + q / p): 0 where the two are equal, whatever their size
-    js = (p.exp() * (math.log(2) - torch.nn.functional.softplus(gap))).sum(-1)
-    js = js + (q.exp() * (math.log(2) - torch.nn.functional.softplus(-gap))).sum(-1)
-    kl = -(p.exp() * gap).sum(-1)
+    # two probabilities of zero are equal, one of zero is far away
+    gap = (q - p).nan_to_num_(nan=0.0, posinf=1e4, neginf=-1e4)
+    p_exp, q_exp = p.exp(), q.exp()
+    kl = -torch.linalg.vecdot(p_exp, gap)
+    # ln(p / m) = ln 2 - softplus(gap), ln(q / m) = that + gap: 0 where the two are equal
+    below = math.log(2) - torch.nn.functional.softplus(gap)
+    js = torch.linalg.vecdot(p_exp, below) + torch.linalg.vecdot(q_exp, below.add_(gap))
     if targets is None:
         loss_original = loss = torch.full((len(p),), math.nan, dtype=torch.float64)
     else:
@@ -87,11 +88,11 @@ def divergence(original: Tensor, changed: Tensor, targets: Tensor | None = None)
             torch.where(known, -x.gather(1, at)[:, 0], math.nan).double().cpu() for x in (p, q)
         )
     return Divergence(
-        js.double().cpu().clamp_min(0) / (2 * math.log(2)),
-        kl.double().cpu().clamp_min(0) / math.log(2),
+        js.double().cpu().clamp_min(0).abs() / (2 * math.log(2)),
+        kl.double().cpu().clamp_min(0).abs() / math.log(2),
         loss_original,
         loss,
-        (p.argmax(-1) == q.argmax(-1)).cpu(),
+        (p.max(-1).indices == q.max(-1).indices).cpu(),
     )
 
 
@@ -214,9 +215,10 @@ class SubstitutionTest:
             return out, out
 
         batches = windows.split(self.batch_size)
-        with replaced(), contextlib.closing(
-            _in_order(forward, batches, self.lm.device.type)
-        ) as results:
+        with (
+            replaced(),
+            contextlib.closing(_in_order(forward, batches, self.lm.device.type)) as results,
+        ):
             return torch.cat([out for out, _ in results])
 
     def _logits(self, states: Tensor) -> Tensor:
