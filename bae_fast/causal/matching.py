@@ -92,7 +92,7 @@ def _scores(joint: Tensor, n_i: Tensor, n_j: Tensor, n: int, score: str) -> Tens
 
 
 def _containment(joint: Tensor, inner: Tensor, outer: Tensor, n: int) -> Tensor:
-    """Of features with ``inner`` rows in features with ``outer`` rows; 0 where it does not count."""
+    """Of features with ``inner`` rows in features with ``outer`` rows; 0 where not counted."""
     chance = outer / n
     share = joint / inner.clamp_min(1)
     counts = inner * (1 - chance) >= _LEAST_OUTSIDE

@@ -66,7 +66,7 @@ def features(autoencoder: Any, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def active_code(autoencoder: Any, rows: Tensor) -> BinaryCode:
     """Which features are on (above 0) in raw rows ``[n, d]``, n >= 1: a code ``[n, F]``."""
-    rows = _as_parameters(autoencoder, rows)
+    rows = as_parameters(autoencoder, rows)
     if isinstance(autoencoder, BinaryAutoencoder) and autoencoder.config.n_bits == 1:
         return autoencoder.encode(rows)
     parts = rows.split(_rows_at_a_time(autoencoder))
@@ -97,7 +97,7 @@ def reconstruct(
     parts = []
     step = _rows_at_a_time(autoencoder)
     for part, goal in zip(rows.split(step), target.split(step), strict=True):
-        part = _as_parameters(autoencoder, part)
+        part = as_parameters(autoencoder, part)
         if edit is None:
             made = _plain(autoencoder, part)
         else:
@@ -124,7 +124,7 @@ def _plain(autoencoder: Any, rows: Tensor) -> Tensor:
     return made
 
 
-def _as_parameters(autoencoder: Any, rows: Tensor) -> Tensor:
+def as_parameters(autoencoder: Any, rows: Tensor) -> Tensor:
     """Rows in the dtype and on the device of the autoencoder's parameters, if it has any."""
     parameters = autoencoder.parameters() if isinstance(autoencoder, nn.Module) else iter(())
     first = next(iter(parameters), None)

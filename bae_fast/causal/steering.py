@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.causal.splice import active_code, features, spliced
-from bae_fast.causal.splice import _as_parameters as as_parameters
+from bae_fast.causal.splice import active_code, as_parameters, features, spliced
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.states import states_at
 
