@@ -11,6 +11,7 @@ from bae_fast.causal.steering import (
     generate,
     matched_controls,
     next_token,
+    prompt_tokens,
     set_distance,
     steering_edit,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "matched_controls",
     "matching_table",
     "next_token",
+    "prompt_tokens",
     "replaced_output",
     "set_distance",
     "shuffled_rows",

@@ -177,7 +177,7 @@ class _Place(threading.local):
         given = arguments.get("inputs_embeds") if given is None else given
         self.shape = None if given is None else (int(given.shape[0]), int(given.shape[1]))
         cache = arguments.get("past_key_values")
-        self.offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        self.offset = 0 if cache is None else int(cache.get_seq_length())
         mask = arguments.get("attention_mask")
         self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
