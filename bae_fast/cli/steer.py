@@ -328,6 +328,10 @@ def continuations(
 # -- the report --------------------------------------------------------------------------------
 
 
+def _features(n: int, random: bool = False) -> str:
+    return f"{n} {'random ' if random else ''}feature{'' if n == 1 else 's'}"
+
+
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -385,7 +389,7 @@ def report(result: dict[str, Any]) -> str:
     for row, name in zip(result["rows"][:2], (a, b), strict=True):
         lines.append(_line([name, *(form.format(row[key]) for key, _, form in columns)]))
     for (what, n, strength), rows in _groups(result["rows"]).items():
-        name = f"{b}, {n} {'features' if what == 'steered' else 'random features'}, x {strength:g}"
+        name = f"{b}, {_features(n, what == 'control')}, x {strength:g}"
         lines.append(_line([name, *(_spread(rows, key, form) for key, _, form in columns)]))
     lines += [
         "",
@@ -399,7 +403,7 @@ def report(result: dict[str, Any]) -> str:
     for example in result["examples"]:
         lines += [
             "",
-            f"{example['features']} features, x {example['strength']:g}:",
+            f"{_features(example['features'])}, x {example['strength']:g}:",
             "",
             *("    " + line for line in example["prompt"].splitlines()),
             "",
@@ -424,7 +428,7 @@ def plot(result: dict[str, Any]) -> bytes:
             spread = (sum(values) / len(values), min(values), max(values))
             by_set.setdefault((what, n), []).append((strength, spread))
         series = [
-            Series(f"{n} {'' if what == 'steered' else 'random '}features",
+            Series(_features(n, what == "control"),
                    [x for x, _ in sorted(points)], [y for _, y in sorted(points)])
             for (what, n), points in by_set.items()
         ]  # fmt: skip
