@@ -13,6 +13,7 @@ from bae_fast.baselines import make_baseline
 from bae_fast.causal import (
     Differences,
     FeatureDifference,
+    divergence,
     feature_differences,
     generate,
     matched_controls,
@@ -151,7 +152,9 @@ def test_a_planted_feature_changes_the_answer(lm):
     assert said.split() == [name] * 3
     a = next_token(lm, PATH, planted, prompt_tokens(lm, prompts("word7")))
     assert set_distance(a, a) == 0
-    assert set_distance(plain, moved) > 0.5
+    means = [found.exp().double().mean(0, keepdim=True).log() for found in (plain, moved)]
+    assert set_distance(plain, moved) == pytest.approx(float(divergence(*means).js), rel=1e-3)
+    assert set_distance(plain, moved) > 1e-3
 
 
 def test_a_prompt_without_an_edit_is_continued_as_ever(lm):
