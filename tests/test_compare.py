@@ -143,13 +143,14 @@ def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeyp
     gone, other, source = (out / "models" / f"{m}-k3-s0" for m in ("relu", "gated", "random"))
     moved = out / "moved"
     gone.rename(moved)
-    kept = (other / "sae_weights.safetensors").read_bytes()
+    kept = {path: path.read_bytes() for path in other.iterdir()}
     SparseAutoencoder.from_pretrained(source).save_pretrained(other)
     try:
         assert main(arguments) == 0
     finally:
         moved.rename(gone)
-        (other / "sae_weights.safetensors").write_bytes(kept)
+        for path, data in kept.items():
+            path.write_bytes(data)
     said = capsys.readouterr().out
     assert "is gone; not scored" in said
     assert "is another run's" in said
