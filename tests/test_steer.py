@@ -18,6 +18,7 @@ from bae_fast.causal import (
     generate,
     matched_controls,
     next_token,
+    next_token_shifted,
     prompt_tokens,
     set_distance,
     spliced,
@@ -83,11 +84,24 @@ def test_features_that_differ_are_counted_at_the_last_token(lm):
     assert torch.equal(found.count_a, counts[0])
     assert torch.equal(found.count_b, counts[1])
     assert {one.feature for one in found.largest(2)} == {0, 1}
+    gap = states[0].mean(0) - states[1].mean(0)
+    assert torch.allclose(found.state_gap.float(), gap, atol=1e-5)
+    tokens = prompt_tokens(lm, prompts("word50", 4))
+    moved = next_token_shifted(lm, PATH, tokens, gap)
+    with torch.no_grad():
+        final = lm.model.base_model.norm(states[1] + gap)
+        expected = lm.model.get_output_embeddings()(final).log_softmax(-1)
+    assert torch.allclose(moved, expected, atol=1e-4)
 
 
 def test_z_and_p_are_those_of_two_proportions():
     found = Differences(
-        torch.tensor([30, 5, 0, 40]), torch.tensor([10, 5, 0, 40]), 40, 40, torch.ones(4)
+        torch.tensor([30, 5, 0, 40]),
+        torch.tensor([10, 5, 0, 40]),
+        40,
+        40,
+        torch.ones(4),
+        torch.zeros(2),
     )
     first, *rest = found.largest(4)
     assert rest == []  # the others have equal shares
@@ -96,11 +110,14 @@ def test_z_and_p_are_those_of_two_proportions():
     # two features vary
     assert first.p == pytest.approx(2 * math.erfc(z / math.sqrt(2)), rel=1e-9)
     assert torch.equal(found.z[1:], torch.zeros(3).double())
-
+    ones, nothing = torch.full((200,), 3.0), torch.zeros(2)
+    found = Differences(torch.zeros(200).long(), count_b, 200, 200, ones, nothing)
 
 def test_controls_are_other_features_of_the_nearest_density():
     count_b = torch.arange(200)
-    found = Differences(torch.zeros(200).long(), count_b, 200, 200, torch.full((200,), 3.0))
+    found = Differences(
+        torch.zeros(200).long(), count_b, 200, 200, torch.full((200,), 3.0), torch.zeros(2)
+    )
     chosen = found.largest(5)
     for seed in range(5):
         controls = matched_controls(found, chosen, seed)
@@ -210,7 +227,7 @@ def test_the_command_writes_table_numbers_and_plot(arguments, capsys):
     rows = result["rows"]
     # two sets, then for two numbers of features and two strengths: one steered, two controls
     each = ["steered", "control", "control"]
-    assert [row["what"] for row in rows] == ["set A", "set B", *4 * each]
+    assert [row["what"] for row in rows] == ["set A", "set B", "state", *4 * each]
     assert all(0 <= row["accuracy"] <= 1 and 0 <= row["distance_to_a"] <= 1 for row in rows)
     assert rows[0]["distance_to_a"] == rows[1]["js_to_b"] == 0
     assert len(result["features"]) == 4

@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.causal.splice import active_code, as_parameters, features, spliced
+from bae_fast.causal.splice import (
+    active_code,
+    as_parameters,
+    features,
+    replaced_output,
+    spliced,
+)
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.states import states_at
 
@@ -60,6 +66,7 @@ class Differences:
         count_a, count_b: int64, prompts in which a feature is on.
         n_a, n_b: prompts.
         value: float64, mean of a feature where it is on; 0 where it never is.
+        state_gap: float64 ``[d]``, mean state of A less mean state of B.
     """
 
     count_a: Tensor
@@ -67,6 +74,7 @@ class Differences:
     n_a: int
     n_b: int
     value: Tensor
+    state_gap: Tensor
 
     @property
     def z(self) -> Tensor:
@@ -133,19 +141,20 @@ def feature_differences(
     if getattr(autoencoder, "is_transcoder", False) and source is None:
         raise ValueError("source must name the module whose output the transcoder encodes")
     read = path if source is None else source
-    counts, sizes = [], []
+    counts, sizes, means = [], [], []
     total: Tensor | float = 0.0
     for prompts in (prompts_a, prompts_b):
         states = states_at(lm, prompt_tokens(lm, prompts), [read])[0][read][:, 0]
         counts.append(active_code(autoencoder, states).counts().cpu())
         sizes.append(len(prompts))
+        means.append(states.double().mean(0).cpu())
         with torch.no_grad():
             for part in states.split(4096):
                 found = features(autoencoder, as_parameters(autoencoder, part))
                 total = total + found.sum(0, dtype=torch.float64).cpu()
     on = counts[0] + counts[1]
     value = torch.as_tensor(total) / on.clamp_min(1)
-    return Differences(counts[0], counts[1], sizes[0], sizes[1], value)
+    return Differences(counts[0], counts[1], sizes[0], sizes[1], value, means[0] - means[1])
 
 
 def matched_controls(
@@ -229,6 +238,19 @@ def next_token(
     Without one they are the model's own.
     """
     with spliced(lm, path, autoencoder, edit, "last", add_error=True, source=source):
+        after = states_at(lm, tokens, [path], next_token=True)[1]
+    assert after is not None
+    return after
+
+
+def next_token_shifted(
+    lm: LanguageModel, path: str, tokens: Sequence[Sequence[int]], gap: Tensor
+) -> Tensor:
+    """The same with a vector ``[d]`` added to the state of each prompt's last token.
+
+    With the difference of two sets' mean states it is what no choice of features enters.
+    """
+    with replaced_output(lm, path, lambda _x, y: y + gap.to(y), mask="last"):
         after = states_at(lm, tokens, [path], next_token=True)[1]
     assert after is not None
     return after

@@ -252,6 +252,9 @@ def steer(arguments: argparse.Namespace) -> dict[str, Any]:
 
     rows = [{"what": "set A", **measure(after_a)}, {"what": "set B", **measure(after_b)}]
     with stages.stage("steer"):
+        if source is None:
+            moved = causal.next_token_shifted(lm, hook, tokens["b"], found.state_gap)
+            rows.append({"what": "state", **measure(moved)})
         for n in sorted({min(n, len(most)) for n in arguments.features}):
             picked = most[:n]
             sets = [("steered", 0, picked)] + [
@@ -388,6 +391,10 @@ def report(result: dict[str, Any]) -> str:
     ]
     for row, name in zip(result["rows"][:2], (a, b), strict=True):
         lines.append(_line([name, *(form.format(row[key]) for key, _, form in columns)]))
+    for row in result["rows"]:
+        if row["what"] == "state":
+            cells = [form.format(row[key]) for key, _, form in columns]
+            lines.append(_line([f"{b}, difference of mean states added", *cells]))
     for (what, n, strength), rows in _groups(result["rows"]).items():
         name = f"{b}, {_features(n, what == 'control')}, x {strength:g}"
         lines.append(_line([name, *(_spread(rows, key, form) for key, _, form in columns)]))
@@ -395,10 +402,11 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"{settings['n_measured_on'][1]} prompts, none of whose questions chose the features. "
         f"Features are {'set' if settings['mode'] == 'clamp' else 'raised or lowered'} at the last "
-        f"token as they mostly are in {a}, x strength. Random features: {settings['controls']} "
-        f"draws, each as common in {b} as the one it stands for, mean and range. JS to {a}: in "
-        "bits, between the mean next-token distributions of the two sets; to unsteered: mean over "
-        "prompts.",
+        f"token as they mostly are in {a}, x strength. Random features: each as common in {b} as "
+        f"the one it stands for; draws: {settings['controls']}, mean and range. Difference of mean "
+        f"states: between the last tokens of {a} and {b}, whatever the features: about what this "
+        f"state can do at all. JS to {a}: in bits, between the mean next-token distributions of "
+        "the two sets; to unsteered: mean over prompts.",
     ]
     for example in result["examples"]:
         lines += [
