@@ -110,14 +110,12 @@ def test_z_and_p_are_those_of_two_proportions():
     # two features vary
     assert first.p == pytest.approx(2 * math.erfc(z / math.sqrt(2)), rel=1e-9)
     assert torch.equal(found.z[1:], torch.zeros(3).double())
-    ones, nothing = torch.full((200,), 3.0), torch.zeros(2)
-    found = Differences(torch.zeros(200).long(), count_b, 200, 200, ones, nothing)
+
 
 def test_controls_are_other_features_of_the_nearest_density():
     count_b = torch.arange(200)
-    found = Differences(
-        torch.zeros(200).long(), count_b, 200, 200, torch.full((200,), 3.0), torch.zeros(2)
-    )
+    ones, nothing = torch.full((200,), 3.0), torch.zeros(2)
+    found = Differences(torch.zeros(200).long(), count_b, 200, 200, ones, nothing)
     chosen = found.largest(5)
     for seed in range(5):
         controls = matched_controls(found, chosen, seed)
