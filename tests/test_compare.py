@@ -11,14 +11,27 @@ from tiny_lm import save_tiny_model
 import bae_fast as bf
 from bae_fast.analysis import fvu
 from bae_fast.baselines.model import SparseAutoencoder
+from bae_fast.causal import SubstitutionTest
 from bae_fast.cli import compare, main
 from bae_fast.cli.demo import Stages
+from bae_fast.files import write_json
 from bae_fast.lm import ActivationCache, load_language_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 WORDS = [f"word{i}" for i in range(60)]
+HOOK = "model.layers.0"
+
+
+class Same:
+    """An autoencoder that is the identity."""
+
+    def encode(self, x):
+        return x
+
+    def decode(self, features):
+        return features
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +95,110 @@ def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch):
     (out / "compare.md").unlink()
     assert main(["compare", "--out", str(out), "--report-only"]) == 0
     assert (out / "compare.md").is_file()
+
+
+def finished(arguments):
+    out = folder_of(arguments, "--out")
+    if not (out / "compare.json").is_file():
+        assert main(arguments) == 0
+    return out, json.loads((out / "compare.json").read_text())
+
+
+def test_what_the_language_model_loses_stands_in_every_run(arguments):
+    out, result = finished(arguments)
+    lm = load_language_model(str(folder_of(arguments, "--model")))
+    cache = ActivationCache.open(next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*")))
+    first = int(cache.row_window[cache.split(4096).heldout.start])
+    test = SubstitutionTest(lm, cache.tokens[first : first + 2048 // 16].long())
+    for run in result["runs"]:
+        found = run["scores"]["substitution"]
+        assert 0 <= found["js_bits"] <= 1
+        assert found["n_tokens"] == 128 * 14
+        assert found["loss_original"] == pytest.approx(float(test.run(HOOK, Same()).loss))
+        if run["method"] == "topk":
+            model = SparseAutoencoder.from_pretrained(out / run["model"])
+            assert found == test.run(HOOK, model).summary()
+        if run["method"] == "transcoder":
+            model = SparseAutoencoder.from_pretrained(out / run["model"])
+            norm = f"{HOOK}.post_attention_layernorm"
+            again = test.run(f"{HOOK}.mlp", model, source=norm)
+            assert found == again.summary()
+            # the module's input is that norm's output
+            assert test.run(f"{HOOK}.mlp", model).js_bits == again.js_bits
+    head, _, *lines = (out / "compare.md").read_text().splitlines()
+    assert head.endswith("| JS, bits | KL, bits | loss recovered | beside the mean |")
+    assert all(line.count("|") == head.count("|") for line in lines if line.startswith("|"))
+
+
+def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeypatch, capsys):
+    out, before = finished(arguments)
+    for path in (out / "runs").glob("substitution-*"):
+        path.unlink()
+
+    def fail(*_arguments, **_options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(compare.Trainer, "fit", fail)
+    # one model is gone, one is of a run with other settings
+    gone, other, source = (out / "models" / f"{m}-k3-s0" for m in ("relu", "gated", "random"))
+    moved = out / "moved"
+    gone.rename(moved)
+    kept = {path: path.read_bytes() for path in other.iterdir()}
+    SparseAutoencoder.from_pretrained(source).save_pretrained(other)
+    try:
+        assert main(arguments) == 0
+    finally:
+        moved.rename(gone)
+        for path, data in kept.items():
+            path.write_bytes(data)
+    said = capsys.readouterr().out
+    assert "is gone; not scored" in said
+    assert "is another run's" in said
+    after = json.loads((out / "compare.json").read_text())
+    for old, new in zip(before["runs"], after["runs"], strict=True):
+        if new["method"] in ("relu", "gated"):
+            assert new["scores"] == {}
+        else:
+            assert new["scores"] == old["scores"]
+    line = next(x for x in (out / "compare.md").read_text().splitlines() if "| ReLU k=3 |" in x)
+    assert line.endswith("|  |  |  |  |")
+    write_json(out / "compare.json", before)
+
+
+def test_a_further_scorer_adds_its_result_and_its_columns(arguments, monkeypatch, tmp_path):
+    seen = []
+
+    def judge(context):
+        def score(model, method, k, seed):
+            seen.append((method, k, seed, model.training, context.windows(40).shape))
+            return {"good": 0.25, "detail": ["kept"]}
+
+        column = compare.Column("good", "how good", "{:.0%}")
+        return compare.Scorer("judge", {"version": 1}, score, [column])
+
+    monkeypatch.setattr(compare, "SCORERS", [judge])
+    change = ["--methods", "bae", "topk", "--out", str(tmp_path)]
+    for _ in range(2):
+        assert main([*arguments, *change]) == 0
+        assert seen == [("bae", None, 0, False, (3, 16)), ("topk", 3, 0, False, (3, 16))]
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert [run["scores"]["judge"]["detail"] for run in result["runs"]] == [["kept"]] * 2
+    text = (tmp_path / "compare.md").read_text()
+    assert text.count("| how good |") == 1
+    assert text.count("| 25% |") == 2
+
+
+def test_results_of_before_the_scores_can_be_reported(arguments, tmp_path):
+    _, result = finished(arguments)
+    del result["columns"]
+    for run in result["runs"]:
+        run.pop("scores")
+    text = compare.table(result)
+    assert "JS" not in text
+    assert compare.plot(result).startswith(b"\x89PNG")
+    off = [*arguments, "--methods", "topk", "--substitution-tokens", "0", "--out", str(tmp_path)]
+    assert main(off) == 0
+    assert "scores" not in json.loads((tmp_path / "compare.json").read_text())["runs"][0]
 
 
 def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):

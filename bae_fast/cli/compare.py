@@ -3,6 +3,9 @@
 Every method is trained by the same trainer, on the same rows in the same order, for the same
 number of rows, and judged by the same metrics on the same held-out windows. One file a run: taken
 up again, the command goes on where it was.
+
+What is judged beside the code itself is a :class:`Scorer`, with files of its own: it can be added
+to runs that are done, from the models they saved.
 """
 
 from __future__ import annotations
@@ -11,13 +14,21 @@ import argparse
 import copy
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bae_fast.baselines import METHODS, TRAINING, evaluate_baseline, make_baseline
+from bae_fast.analysis.metrics import FVUAccumulator
+from bae_fast.baselines import (
+    METHODS,
+    TRAINING,
+    SparseAutoencoder,
+    evaluate_baseline,
+    make_baseline,
+)
 from bae_fast.cli import demo
 from bae_fast.cli.runs import environment, once
 from bae_fast.files import read_json, write_json, write_text
@@ -25,12 +36,16 @@ from bae_fast.model import BinaryAutoencoder
 from bae_fast.training import PRESETS, Trainer
 
 if TYPE_CHECKING:
-    from bae_fast.lm import ActivationCache
+    from bae_fast.causal import SubstitutionTest
+    from bae_fast.lm import ActivationCache, LanguageModel
 
 BINARY = {"bae": "sparse", "bae_paper": "paper"}
 
 # rows from which quantisers take their ranges
 _RANGE_ROWS = 16384
+
+# rows reconstructed at a time
+_FVU_ROWS = 4096
 
 _NAMES = {
     "bae": "BAE (sparse)",
@@ -45,6 +60,120 @@ _NAMES = {
     "binary_topk": "binary top-k",
     "random": "random",
 }
+
+
+# a saved model is a run's if its held-out FVU is, but for another machine's rounding
+_SAME_FVU = 1e-3
+
+
+class Column(NamedTuple):
+    """One column of the table.
+
+    Attributes:
+        key: of a scorer's result; a value of None leaves the cell empty.
+        header: its title.
+        form: of a number, for str.format.
+    """
+
+    key: str
+    header: str
+    form: str
+
+
+class Scorer(NamedTuple):
+    """A further judge of trained models.
+
+    Attributes:
+        name: of its part of a run's ``scores``, and of its files.
+        settings: all that its results depend on besides the run, JSON values only.
+        score: (model, method, k, seed) to its results, JSON values only; the model is in eval
+            mode.
+        columns: what of it stands in the table.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    score: Callable[[Any, str, int | None, int], dict[str, Any]]
+    columns: Sequence[Column]
+
+
+class Context:
+    """What scorers may need: the command line, the held-out text and the language model.
+
+    Attributes:
+        arguments: the command line.
+        cache: hidden states of ``--hook`` and the tokens they belong to.
+        heldout: row numbers of the cache that nothing was trained on.
+        pair: rows of the transcoder, empty where there is none.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        stages: demo.Stages,
+        cache: ActivationCache,
+        pair: dict[str, Tensor],
+    ) -> None:
+        self.arguments = arguments
+        self.stages = stages
+        self.cache = cache
+        self.heldout = cache.split(demo.N_HELDOUT).heldout
+        self.pair = pair
+        self._lm: LanguageModel | None = None
+
+    def windows(self, n_tokens: int) -> Tensor:
+        """Held-out windows of at least so many tokens if there are, from the first."""
+        first = int(self.cache.row_window[self.heldout.start])
+        n = max(-(-n_tokens // self.cache.context_size), 1)
+        return self.cache.tokens[first : first + n].long()
+
+    def lm(self) -> LanguageModel:
+        """The language model, loaded once."""
+        if self._lm is None:
+            from bae_fast import lm as lm_tools
+
+            with self.stages.stage("load the language model"):
+                self._lm = lm_tools.load_language_model(
+                    self.arguments.model or lm_tools.DEFAULT_MODEL, device=self.arguments.device
+                )
+        return self._lm
+
+
+def substitution_scorer(context: Context) -> Scorer | None:
+    """What the language model loses with the reconstruction in the state's place."""
+    arguments = context.arguments
+    if arguments.substitution_tokens < 1:
+        return None
+    windows = context.windows(arguments.substitution_tokens)
+    made: list[SubstitutionTest] = []
+
+    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        from bae_fast.causal import SubstitutionTest
+
+        if not made:
+            lm = context.lm()
+            with context.stages.stage("the language model as it is"):
+                made.append(SubstitutionTest(lm, windows))
+        path, source = arguments.hook, None
+        if method == "transcoder":
+            source, path = transcoder_hooks(arguments)
+        return made[0].run(path, model, source=source).summary()
+
+    return Scorer(
+        "substitution",
+        {"tokens": windows.numel()},
+        score,
+        [
+            Column("js_bits", "JS, bits", "{:.4f}"),
+            Column("kl_bits", "KL, bits", "{:.4f}"),
+            Column("recovered_zero", "loss recovered", "{:.4f}"),
+            Column("recovered_mean", "beside the mean", "{:.4f}"),
+        ],
+    )
+
+
+# each makes a scorer of a command, or None where the command line leaves it out
+SCORERS: list[Callable[[Context], Scorer | None]] = [substitution_scorer]
 
 
 def add_parser(commands: Any) -> None:
@@ -76,6 +205,13 @@ def add_parser(commands: Any) -> None:
         default=None,
         metavar=("INPUT", "OUTPUT"),
         help="default: the MLP of --hook's block, from its post_attention_layernorm",
+    )
+    parser.add_argument(
+        "--substitution-tokens",
+        type=int,
+        default=2048,
+        help="held-out tokens on which the language model runs with each reconstruction in the "
+        "place of its state; 0: none",
     )
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
     parser.add_argument(
@@ -127,12 +263,19 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
                         one(arguments, facts, method, k, seed, train, heldout, pair)
                         | {"method": method, "k": k, "seed": seed}
                     )
+    context = Context(arguments, stages, cache, pair)
+    scorers = [scorer for make in SCORERS if (scorer := make(context)) is not None]
+    if scorers:
+        with stages.stage("score"):
+            for run in runs:
+                run["scores"] = scores(context, run, scorers)
     from bae_fast.analysis.metrics import covariance_eigenvalues
 
     return {
         "environment": environment(),
         "data": facts,
         "spectrum": [float(v) for v in covariance_eigenvalues(heldout)],
+        "columns": [[scorer.name, *column] for scorer in scorers for column in scorer.columns],
         "runs": runs,
     }
 
@@ -222,6 +365,68 @@ def one(
     return once(arguments.out / "runs", name, settings, make)
 
 
+def scores(
+    context: Context, run: dict[str, Any], scorers: Sequence[Scorer]
+) -> dict[str, dict[str, Any]]:
+    """What scorers say of a run's model: from their files, or now; nothing without the model."""
+    out: Path = context.arguments.out
+    loaded: list[Any] = []
+
+    def model() -> Any:
+        if not loaded:
+            loaded.append(saved_model(context, run))
+        return loaded[0]
+
+    found = {}
+    for scorer in scorers:
+        name = Path(run["model"]).name
+        settings = {"scorer": scorer.name, **scorer.settings, "run": run["settings"]}
+
+        def make(scorer: Scorer = scorer) -> dict[str, Any]:
+            return {"found": scorer.score(model(), run["method"], run["k"], run["seed"])}
+
+        try:
+            found[scorer.name] = once(out / "runs", f"{scorer.name}-{name}", settings, make)[
+                "found"
+            ]
+        except _NoModelError as error:
+            print(f"   {scorer.name}-{name}: {error}", flush=True)
+    return found
+
+
+class _NoModelError(Exception):
+    """A run whose model is not on disk any more."""
+
+
+def saved_model(context: Context, run: dict[str, Any]) -> Any:
+    """The model of a run, in eval mode.
+
+    Folders are named by method, k and seed: a later run with other settings writes over it. So
+    the model is the run's only if its held-out FVU is.
+    """
+    folder: Path = context.arguments.out / run["model"]
+    device = context.arguments.device
+    binary = run["method"] in BINARY
+    if not folder.is_dir():
+        raise _NoModelError(f"{folder} is gone; not scored")
+    model: Any = (BinaryAutoencoder if binary else SparseAutoencoder).from_pretrained(
+        folder, device=device
+    )
+    rows = context.cache.rows[context.heldout.start : context.heldout.stop]
+    x, y = rows, rows
+    if run["method"] == "transcoder":
+        x, y = context.pair["x_heldout"], context.pair["y_heldout"]
+    error = FVUAccumulator()
+    with torch.no_grad():
+        for block, goal in zip(x.split(_FVU_ROWS), y.split(_FVU_ROWS), strict=True):
+            block = block.to(model.W_dec)
+            error.update(goal.to(model.W_dec), model.decode(model.encode(block)))
+    fvu, expected = error.compute(), run["heldout"]["fvu"]
+    if not math.isclose(fvu, expected, rel_tol=_SAME_FVU):
+        raise _NoModelError(f"{folder} is another run's (FVU {fvu:.4f}, not {expected:.4f})")
+    return model
+
+
 # -- the transcoder's rows ---------------------------------------------------------------------
 
 
@@ -267,20 +472,30 @@ def _label(method: str, k: int | None) -> str:
 def _groups(result: dict[str, Any]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
     groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     for one_run in result["runs"]:
-        groups.setdefault((one_run["method"], one_run["k"]), []).append(one_run["heldout"])
+        # scores beside the rest, under names that cannot meet
+        row = dict(one_run["heldout"])
+        for name, found in one_run.get("scores", {}).items():
+            row |= {f"{name}.{key}": value for key, value in found.items()}
+        groups.setdefault((one_run["method"], one_run["k"]), []).append(row)
     return groups
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: mean and range over seeds, a line a method."""
+    extra = [
+        (f"{name}.{key}", header, form) for name, key, header, form in result.get("columns", [])
+    ]
+    titles = "".join(f" {header} |" for _, header, _ in extra)
     lines = [
         "| code | L0 | FVU | FVU, values rounded | bits a row | of these, which features "
-        "| dead | p > 0.1 | p > 0.9 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| dead | p > 0.1 | p > 0.9 |{titles}",
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * len(extra),
     ]
 
     def cell(found: list[dict[str, Any]], key: str, form: str) -> str:
-        values = [row[key] for row in found]
+        values = [row[key] for row in found if row.get(key) is not None]
+        if not values:
+            return ""
         mean = form.format(sum(values) / len(values))
         low, high = form.format(min(values)), form.format(max(values))
         return mean if low == high else f"{mean} ({low} to {high})"
@@ -288,7 +503,7 @@ def table(result: dict[str, Any]) -> str:
     columns = [
         ("l0", "{:.1f}"), ("fvu", "{:.4f}"), ("fvu_quantized", "{:.4f}"), ("bits", "{:.0f}"),
         ("support_bits", "{:.0f}"), ("dead_share", "{:.1%}"), ("dense_share", "{:.1%}"),
-        ("always_on_share", "{:.1%}"),
+        ("always_on_share", "{:.1%}"), *((key, form) for key, _, form in extra),
     ]  # fmt: skip
     for (method, k), found in _groups(result).items():
         mark = "*" if method == "transcoder" else ""
@@ -307,8 +522,23 @@ def table(result: dict[str, Any]) -> str:
         "of a code that is not of bits; the rounded FVU is that of such values. p: share of the "
         "rows in which a feature is on.",
     ]
+    tokens = {
+        one_run["scores"]["substitution"]["n_tokens"]
+        for one_run in result["runs"]
+        if "substitution" in one_run.get("scores", {})
+    }
+    if tokens:
+        lines[-1] += (
+            f" JS and KL: divergence of the next-token distribution with every state of "
+            f"`{data['hook_name']}` replaced by its reconstruction, mean of {max(tokens):,} "
+            "held-out tokens; loss recovered: 1 where that costs nothing, 0 where it costs what "
+            "zeros, or the mean state, in the same places cost."
+        )
     if any(one_run["method"] == "transcoder" for one_run in result["runs"]):
-        lines.append("\\* of another target, the MLP's output: not comparable by FVU.")
+        lines.append(
+            "\\* of another target, the MLP's output, and in its place: not comparable by FVU, nor "
+            "by what the model loses."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import packing
+from bae_fast.analysis.pairs import _COLUMN_BLOCK, _ROW_BLOCK, pair_counts
 from bae_fast.codes import BinaryCode
 
 # the mutual information is held as one float32 matrix: 1 GiB at this width
@@ -33,10 +34,6 @@ MAX_FEATURES = 16384
 
 # chance that a set of independent bits gets any edge
 _FALSE_EDGE = 0.01
-
-# rows unpacked and columns paired at a time: 16 KiB of scratch a column
-_ROW_BLOCK = 1024
-_COLUMN_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,27 +63,6 @@ class EntropyEstimate:
 
 def _xlog2x(p: Tensor) -> Tensor:
     return torch.special.xlogy(p, p) / math.log(2)
-
-
-def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
-    """Rows in which columns i and j are both on: float32 ``[k, k]`` of exact integers.
-
-    By blocks of rows and columns; every partial sum is an integer below 2^24.
-
-    Args:
-        code: ``[N, K]`` without a row mask, N < 2^24.
-        columns: int64 ``[k]``.
-    """
-    rows = code.flatten()
-    k = len(columns)
-    found = torch.zeros(k, k, device=code.device)
-    for start in range(0, rows.shape[0], _ROW_BLOCK):
-        words = rows.words[start : start + _ROW_BLOCK]
-        dense = packing.unpack_rows(words, code.n_columns, torch.uint8)[:, columns].float()
-        for left in range(0, k, _COLUMN_BLOCK):
-            part = dense[:, left : left + _COLUMN_BLOCK]
-            found[left : left + _COLUMN_BLOCK] += part.T @ dense
-    return found
 
 
 def _mutual_information_(joint: Tensor, counts: Tensor, n: int) -> None:

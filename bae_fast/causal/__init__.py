@@ -1,0 +1,52 @@
+"""An autoencoder inside a running model: what it costs, what its features cause, whose they are."""
+
+from __future__ import annotations
+
+from bae_fast.causal.matching import Matching, match_codes, matching_table, shuffled_rows
+from bae_fast.causal.splice import Splice, active_code, features, replaced_output, spliced
+from bae_fast.causal.steering import (
+    Differences,
+    FeatureDifference,
+    feature_differences,
+    generate,
+    matched_controls,
+    next_token,
+    next_token_shifted,
+    prompt_tokens,
+    set_distance,
+    steering_edit,
+)
+from bae_fast.causal.substitution import (
+    Divergence,
+    FeatureEffect,
+    Substitution,
+    SubstitutionTest,
+    divergence,
+)
+
+__all__ = [
+    "Differences",
+    "Divergence",
+    "FeatureDifference",
+    "FeatureEffect",
+    "Matching",
+    "Splice",
+    "Substitution",
+    "SubstitutionTest",
+    "active_code",
+    "divergence",
+    "feature_differences",
+    "features",
+    "generate",
+    "match_codes",
+    "matched_controls",
+    "matching_table",
+    "next_token",
+    "next_token_shifted",
+    "prompt_tokens",
+    "replaced_output",
+    "set_distance",
+    "shuffled_rows",
+    "spliced",
+    "steering_edit",
+]

@@ -1,0 +1,420 @@
+"""An autoencoder in the place of a module's output, inside a running model.
+
+A forward hook replaces the module's output y, at the tokens that are not left out, by
+
+    decode(edit(encode(x)))                                    as it is
+    y + decode(edit(encode(x))) - decode(encode(x))            with ``add_error``
+
+x is y itself, or for a transcoder the input of the module. With ``add_error`` what the autoencoder
+does not explain stays: without an edit the model is the one it was, bit for bit, and with one
+nothing changes but the edit.
+
+Left out are the tokens whose states a harvest drops, which the autoencoder has never seen: the
+first of every sequence, and those of outlying norm. The harvest's bound is a multiple of the
+median norm of its rows; here it is the same multiple of sqrt(|mean|^2 + d scale^2), the root mean
+square norm of the rows that the autoencoder's normalisation was fitted to. It needs no other
+token, so a pass with a cache of keys and values leaves out the same tokens as one without.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bae_fast import packing
+from bae_fast.codes import BinaryCode
+from bae_fast.lm.harvest import _find_module
+from bae_fast.lm.loading import LanguageModel
+from bae_fast.model import BinaryAutoencoder
+from bae_fast.normalization import Normalized
+from bae_fast.reference import _Step
+
+Edit = Callable[[Tensor], Tensor]
+
+# elements of features held at a time
+_CHUNK_ELEMENTS = 16 * 2**20
+
+
+def features(autoencoder: Any, rows: Tensor) -> Tensor:
+    """Dense features ``[n, F]`` of raw rows ``[n, d]`` in the autoencoder's dtype.
+
+    Bits are those of ``encode``; with gradient they carry the surrogate's of ``pre``.
+    """
+    if not isinstance(autoencoder, BinaryAutoencoder):
+        found: Tensor = autoencoder.encode(rows)
+        return found
+    config, dtype = autoencoder.config, autoencoder.W_dec.dtype
+    values = autoencoder.encode(rows).values(dtype)
+    learned = rows.requires_grad or autoencoder.W_enc.requires_grad
+    if not (torch.is_grad_enabled() and learned):
+        return values
+    pre = autoencoder.preactivation(rows)
+    soft = _Step.apply(pre, config.surrogate, config.surrogate_width)
+    weights = packing.bit_weights(config.n_bits, soft.dtype, soft.device)
+    soft = soft.unflatten(-1, (-1, config.n_bits)) @ weights
+    return values + (soft - soft.detach()).to(dtype)
+
+
+@torch.no_grad()
+def active_code(autoencoder: Any, rows: Tensor) -> BinaryCode:
+    """Which features are on (above 0) in raw rows ``[n, d]``, n >= 1: a code ``[n, F]``."""
+    rows = as_parameters(autoencoder, rows)
+    if isinstance(autoencoder, BinaryAutoencoder) and autoencoder.config.n_bits == 1:
+        return autoencoder.encode(rows)
+    parts = rows.split(_rows_at_a_time(autoencoder))
+    return BinaryCode.cat([BinaryCode.from_dense(features(autoencoder, p) > 0) for p in parts])
+
+
+def reconstruct(
+    autoencoder: Any, rows: Tensor, target: Tensor, edit: Edit | None, add_error: bool
+) -> Tensor:
+    """What stands in the place of rows of a module's output.
+
+    Args:
+        autoencoder: a :class:`BinaryAutoencoder`, one of :mod:`bae_fast.baselines`, or anything
+            with ``encode``, raw rows to dense features, and ``decode``, features to raw rows.
+        rows: ``[n, d_in]``, what it encodes.
+        target: ``[n, d_out]``, the output itself.
+        edit: dense features ``[m, F]`` to features of that shape; None: as they are.
+        add_error: add what the autoencoder does not explain.
+
+    Returns:
+        ``[n, d_out]`` in the target's dtype.
+
+    Raises:
+        ValueError: an edit that changes the shape, or a reconstruction of another width.
+    """
+    if edit is None and add_error:
+        return target
+    parts = []
+    step = _rows_at_a_time(autoencoder)
+    for part, goal in zip(rows.split(step), target.split(step), strict=True):
+        part = as_parameters(autoencoder, part)
+        if edit is None:
+            made = _plain(autoencoder, part)
+        else:
+            before = features(autoencoder, part)
+            after = edit(before.clone())
+            if not isinstance(after, Tensor) or after.shape != before.shape:
+                kind = list(after.shape) if isinstance(after, Tensor) else type(after).__name__
+                raise ValueError(f"edit must return shape {list(before.shape)}; got {kind}")
+            made = autoencoder.decode(after.to(before.dtype))
+            if add_error:
+                made = goal.to(made) + (made - autoencoder.decode(before))
+        if made.shape != goal.shape:
+            raise ValueError(
+                f"autoencoder must reconstruct {list(goal.shape)}; got {list(made.shape)}"
+            )
+        parts.append(made.to(goal))
+    return torch.cat(parts)
+
+
+def _plain(autoencoder: Any, rows: Tensor) -> Tensor:
+    if isinstance(autoencoder, BinaryAutoencoder) and torch.is_grad_enabled():
+        return autoencoder(rows, covariance=False).recon  # its decode has no gradient of x
+    made: Tensor = autoencoder.decode(autoencoder.encode(rows))
+    return made
+
+
+def as_parameters(autoencoder: Any, rows: Tensor) -> Tensor:
+    """Rows in the dtype and on the device of the autoencoder's parameters, if it has any."""
+    parameters = autoencoder.parameters() if isinstance(autoencoder, nn.Module) else iter(())
+    first = next(iter(parameters), None)
+    return rows if first is None else rows.to(first.device, first.dtype)
+
+
+def _rows_at_a_time(autoencoder: Any) -> int:
+    d_sae = getattr(getattr(autoencoder, "config", None), "d_sae", 4096)
+    return max(_CHUNK_ELEMENTS // d_sae, 1)
+
+
+# -- which tokens ------------------------------------------------------------------------------
+
+
+@dataclass
+class Splice:
+    """What a splice has done so far.
+
+    Attributes:
+        path: of the module.
+        n_replaced, n_tokens: tokens whose state was replaced, of all that passed.
+        codes: with ``record``, which features were on: a code ``[batch, length, F]`` a forward
+            pass, before the edit, in order; tokens left alone are masked.
+    """
+
+    path: str
+    codes: list[BinaryCode] = field(default_factory=list)
+    _passes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def n_replaced(self) -> int:
+        return sum(replaced for replaced, _ in self._passes)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(tokens for _, tokens in self._passes)
+
+
+class _Place(threading.local):
+    """Where the tokens of the forward pass under way stand in their sequences, a thread each."""
+
+    shape: tuple[int, int] | None = None
+    offset = 0
+    attention_mask: Tensor | None = None
+    source: Tensor | None = None
+
+    def note(self, arguments: dict[str, Any]) -> None:
+        """Take down the arguments of the model's forward."""
+        given = arguments.get("input_ids")
+        given = arguments.get("inputs_embeds") if given is None else given
+        self.shape = None if given is None else (int(given.shape[0]), int(given.shape[1]))
+        cache = arguments.get("past_key_values")
+        self.offset = 0 if cache is None else int(cache.get_seq_length())
+        mask = arguments.get("attention_mask")
+        self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def positions(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Position of every token from the first real one, and which tokens are real."""
+        batch, length = shape
+        position = torch.arange(self.offset, self.offset + length, device=device)
+        position = position.expand(batch, length)
+        mask = self.attention_mask
+        if mask is None or len(mask) != batch or mask.shape[1] < self.offset + length:
+            return position, torch.ones(shape, dtype=torch.bool, device=device)
+        real = mask.to(device) != 0
+        first = real.int().argmax(1, keepdim=True)
+        return position - first, real[:, self.offset : self.offset + length]
+
+
+def norm_bounds(autoencoder: Any, max_norm_ratio: float | None) -> tuple[float, float]:
+    """The largest norms of a usual input and of a usual output.
+
+    Infinite where there is no ratio, or nothing was fitted (mean 0 and scale 1).
+    """
+    bounds = [math.inf, math.inf]
+    if max_norm_ratio is not None and isinstance(autoencoder, Normalized):
+        for i, (mean, scale) in enumerate(
+            (
+                (autoencoder.x_mean, autoencoder.x_scale),
+                (autoencoder._target_mean, autoencoder._target_scale),
+            )
+        ):
+            if bool(mean.any()) or float(scale) != 1:
+                square = float(mean.double().square().sum()) + len(mean) * float(scale) ** 2
+                bounds[i] = max_norm_ratio * square**0.5
+    return bounds[0], bounds[1]
+
+
+def _within(rows: Tensor, bound: float) -> Tensor:
+    """Finite rows of at most this norm: bool ``[...]``; norms as in a harvest."""
+    norms = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.float32)
+    return norms.isfinite() & (norms <= bound)
+
+
+@contextmanager
+def replaced_output(
+    model: LanguageModel | nn.Module,
+    path: str,
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    from_input: bool = False,
+    source: str | None = None,
+    mask: Tensor | Literal["last"] | None = None,
+    drop_positions: int = 1,
+    bounds: tuple[float, float] = (math.inf, math.inf),
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Iterator[Splice]:
+    """Replace states of a module's output by a function of them while the block runs.
+
+    Args:
+        model, path, mask, drop_positions, source: see :func:`spliced`.
+        function: (x ``[n, d_in]``, y ``[n, d_out]``) of the tokens to replace, to rows in the
+            place of y.
+        from_input: x is the input of the module (or the output of ``source``), not its output.
+        bounds: tokens whose x or y has a larger norm, or is not finite, are left alone.
+        watch: given all x ``[batch, length, d_in]`` and the tokens replaced, bool.
+    """
+    whole = model.model if isinstance(model, LanguageModel) else model
+    if not isinstance(whole, nn.Module):
+        raise TypeError(f"model must be a LanguageModel or a module; got {type(model).__name__}")
+    if not isinstance(drop_positions, int) or drop_positions < 0:
+        raise ValueError(f"drop_positions must be an int of at least 0; got {drop_positions!r}")
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool; got {mask.dtype}")
+    elif mask not in (None, "last"):
+        raise ValueError(f"mask must be a bool tensor, 'last' or None; got {mask!r}")
+    module = _find_module(whole, path)
+    place, done = _Place(), Splice(path)
+
+    def keep(x: Tensor, y: Tensor) -> Tensor:
+        shape = y.shape[:-1]
+        known = place.shape is not None and shape.numel() == place.shape[0] * place.shape[1]
+        if not known and len(shape) != 2:
+            if drop_positions or mask is not None or place.offset:
+                raise ValueError(
+                    f"path={path!r} gives {list(y.shape)}: [batch, length, d] is needed to tell "
+                    "the positions of drop_positions and mask"
+                )
+            return _within(x, bounds[0]) & _within(y, bounds[1])
+        batch = place.shape if known and place.shape is not None else (shape[0], shape[1])
+        position, real = place.positions(batch, y.device)
+        chosen = real & (position >= drop_positions)
+        if isinstance(mask, Tensor):
+            try:
+                chosen = chosen & mask.to(y.device).expand(batch)
+            except RuntimeError:
+                raise ValueError(
+                    f"mask must be [batch, length] = {list(batch)}; got {list(mask.shape)}"
+                ) from None
+        elif mask == "last":
+            chosen = chosen & (position == torch.where(real, position, -1).amax(1, keepdim=True))
+        return chosen.view(shape) & _within(x, bounds[0]) & _within(y, bounds[1])
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        several = isinstance(output, (tuple, list))
+        y = output[0] if several else output
+        if not isinstance(y, Tensor) or y.dim() < 2 or not y.is_floating_point():
+            raise TypeError(f"path={path!r} gives {type(y).__name__}: rows of floats are needed")
+        x = y
+        if source is not None:
+            if place.source is None:
+                raise RuntimeError(f"source={source!r} was not called before {path!r}")
+            x = place.source
+        elif from_input:
+            values = [*args, *kwargs.values()]
+            x = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), y)
+        if x.shape[:-1] != y.shape[:-1]:
+            raise ValueError(
+                f"path={path!r} makes {list(y.shape)} of {list(x.shape)}: a row each is needed"
+            )
+        chosen = keep(x, y)
+        n = int(chosen.sum())
+        done._passes.append((n, chosen.numel()))
+        if watch is not None:
+            watch(x, chosen)
+        if n == 0:
+            return None
+        rows = function(x[chosen], y[chosen])
+        changed = y.clone()
+        changed[chosen] = rows.to(y.dtype)
+        if not several:
+            return changed
+        rest = (changed, *output[1:])
+        if hasattr(output, "_fields"):
+            return type(output)(*rest)
+        return rest if isinstance(output, tuple) else list(rest)
+
+    base = getattr(whole, "base_model", whole)
+    signature = inspect.signature(base.forward)
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        place.source = None
+        place.note(signature.bind_partial(*args, **kwargs).arguments)
+
+    def see(_module: nn.Module, _args: Any, output: Any) -> None:
+        place.source = output[0] if isinstance(output, (tuple, list)) else output
+
+    with ExitStack() as hooks:
+        handles = [base.register_forward_pre_hook(before, with_kwargs=True)]
+        hooks.callback(lambda: [handle.remove() for handle in handles])
+        if source is not None:
+            handles.append(_find_module(whole, source).register_forward_hook(see))
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield done
+
+
+@contextmanager
+def spliced(
+    model: LanguageModel | nn.Module,
+    path: str,
+    autoencoder: Any,
+    edit: Edit | None = None,
+    mask: Tensor | Literal["last"] | None = None,
+    *,
+    add_error: bool = False,
+    source: str | None = None,
+    drop_positions: int = 1,
+    max_norm_ratio: float | None = 5.0,
+    record: bool = False,
+) -> Iterator[Splice]:
+    """Put an autoencoder in the place of a module's output while the block runs.
+
+    Works in any forward of the model: under ``generate`` with its cache of keys and values, with
+    padding on either side, under autograd (gradients reach the states before, and the
+    autoencoder's parameters; bits by their surrogate). Blocks may be nested, for several modules
+    or one; hooks go when the block ends, however it ends.
+
+    Example::
+
+        with spliced(lm, "model.layers.11", bae, lambda f: f.index_fill(1, feature, 0.0)):
+            lm.model.generate(**prompt)
+
+    Args:
+        model: a :class:`LanguageModel`, or any module.
+        path: of the module, as ``named_modules()`` spells it. Its output, or the first part of
+            it, is ``[batch, length, d]``.
+        autoencoder: see :func:`reconstruct`. A transcoder encodes the module's input.
+        edit: dense features ``[m, F]`` of some tokens to features in their place; floats need not
+            be 0 or 1. It is given a copy.
+        mask: bool, ``[batch, length]`` after broadcasting: tokens that may be replaced; "last":
+            the last real token of each sequence in every forward, so under ``generate`` the
+            prompt's last and all that follow. None: all.
+        add_error: keep what the autoencoder does not explain.
+        source: of a transcoder: path of the module whose output it encodes, called earlier in the
+            same forward; None: the input of the module at ``path``.
+        drop_positions: this many tokens at the start of each sequence stay as they are.
+        max_norm_ratio: so do tokens whose norm is over this multiple of the usual, see above;
+            None: no bound.
+        record: keep which features are on.
+
+    Yields:
+        A :class:`Splice` that counts.
+
+    Raises:
+        TypeError: an autoencoder without encode and decode, or a model that is no module.
+        ValueError: no such module, an argument out of range, or shapes that do not fit.
+        RuntimeError: a source that is called after the module.
+    """
+    if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode")):
+        raise TypeError(
+            f"autoencoder must have encode and decode; got {type(autoencoder).__name__}"
+        )
+    if max_norm_ratio is not None and not max_norm_ratio > 0:
+        raise ValueError(f"max_norm_ratio must be over 0 or None; got {max_norm_ratio!r}")
+    transcoder = bool(getattr(autoencoder, "is_transcoder", False))
+    if source is not None and not transcoder:
+        raise ValueError(f"source={source!r} is for a transcoder; the autoencoder is none")
+
+    codes: list[BinaryCode] = []
+
+    def watch(x: Tensor, chosen: Tensor) -> None:
+        some = bool(chosen.any())
+        # without a token to keep, any row tells the width
+        code = active_code(autoencoder, x[chosen] if some else x.reshape(-1, x.shape[-1])[:1])
+        words = code.words.new_zeros(*chosen.shape, code.words.shape[-1])
+        if some:
+            words[chosen.to(words.device)] = code.words
+        codes.append(BinaryCode(words, code.n_columns, row_mask=chosen.to(words.device)))
+
+    with replaced_output(
+        model,
+        path,
+        lambda x, y: reconstruct(autoencoder, x, y, edit, add_error),
+        from_input=transcoder,
+        source=source,
+        mask=mask,
+        drop_positions=drop_positions,
+        bounds=norm_bounds(autoencoder, max_norm_ratio),
+        watch=watch if record else None,
+    ) as done:
+        done.codes = codes
+        yield done

@@ -1,0 +1,505 @@
+"""What a language model loses when an autoencoder stands in the place of a module's output.
+
+At every token but the first ones of a window, with p the next-token distribution of the model as
+it is and q that of the model with the replaced states:
+
+    JS = KL(p | m) / 2 + KL(q | m) / 2,  m = (p + q) / 2      in bits, at most 1
+    KL = KL(p | q)                                            in bits
+    loss = -ln q(next token)                                  in nats, the field's unit
+
+Loss recovered is (loss_ablated - loss) / (loss_ablated - loss_original), with the same states
+replaced by zeros or by their mean (the autoencoder's own, that of its training rows). Zeros in
+the place of a residual stream break a model altogether, so nearly everything is recovered beside
+them; the mean is the harder reference.
+
+Final states are kept, ``[n, length, d]``; distributions over the vocabulary exist for a block of
+tokens at a time, in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bae_fast.causal.splice import Splice, norm_bounds, replaced_output, spliced
+from bae_fast.codes import BinaryCode
+from bae_fast.lm.harvest import _in_order
+from bae_fast.lm.loading import LanguageModel
+
+# logits of one model held at a time: 32 MiB in fp32
+_BLOCK_ELEMENTS = 8 * 2**20
+
+
+class Divergence(NamedTuple):
+    """Two next-token distributions at each token; float64 ``[n]`` but for ``same``, bool.
+
+    Attributes:
+        js, kl: in bits.
+        loss_original, loss: cross-entropy of the next token, in nats; NaN where none is known.
+        same: whether the most likely token is the same.
+    """
+
+    js: Tensor
+    kl: Tensor
+    loss_original: Tensor
+    loss: Tensor
+    same: Tensor
+
+
+def divergence(original: Tensor, changed: Tensor, targets: Tensor | None = None) -> Divergence:
+    """Compare next-token distributions.
+
+    Args:
+        original, changed: logits ``[n, V]``; -inf is a probability of zero. Equal rows give
+            exactly 0.
+        targets: int64 ``[n]``, tokens that came next; -1 where none is known.
+
+    Raises:
+        ValueError: shapes that differ, or no ``[n, V]``.
+    """
+    if original.shape != changed.shape or original.dim() != 2:
+        raise ValueError(
+            f"original and changed must be [n, V] alike; got {list(original.shape)} and "
+            f"{list(changed.shape)}"
+        )
+    p, q = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        for logits in (original, changed)
+    )
+    # two probabilities of zero are equal, one of zero is far away
+    gap = (q - p).nan_to_num_(nan=0.0, posinf=1e4, neginf=-1e4)
+    p_exp, q_exp = p.exp(), q.exp()
+    kl = -torch.linalg.vecdot(p_exp, gap)
+    # ln(p / m) = ln 2 - softplus(gap), ln(q / m) = that + gap: 0 where the two are equal
+    below = math.log(2) - torch.nn.functional.softplus(gap)
+    js = torch.linalg.vecdot(p_exp, below) + torch.linalg.vecdot(q_exp, below.add_(gap))
+    if targets is None:
+        loss_original = loss = torch.full((len(p),), math.nan, dtype=torch.float64)
+    else:
+        known = targets.to(p.device) >= 0
+        at = targets.to(p.device).clamp_min(0)[:, None]
+        loss_original, loss = (
+            torch.where(known, -x.gather(1, at)[:, 0], math.nan).double().cpu() for x in (p, q)
+        )
+    return Divergence(
+        js.double().cpu().clamp_min(0).abs() / (2 * math.log(2)),
+        kl.double().cpu().clamp_min(0).abs() / math.log(2),
+        loss_original,
+        loss,
+        (p.max(-1).indices == q.max(-1).indices).cpu(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Substitution:
+    """Means over tokens; the module's text says of what.
+
+    Attributes:
+        js_bits, kl_bits: divergence of the next-token distribution, in bits.
+        js_standard_error: of the mean, from the means of windows; NaN of one window.
+        loss_original, loss, loss_zero, loss_mean: cross-entropy in nats: as it is, with the
+            autoencoder, and with zeros or the mean in the place of the same states.
+        recovered_zero, recovered_mean: loss recovered beside each; 1 is no loss. NaN where
+            ablation costs nothing.
+        same_top1: share of tokens with the same most likely next token.
+        replaced: share of the states that were replaced.
+        n_tokens: next-token distributions compared.
+    """
+
+    js_bits: float
+    js_standard_error: float
+    kl_bits: float
+    loss_original: float
+    loss: float
+    loss_zero: float
+    loss_mean: float
+    recovered_zero: float
+    recovered_mean: float
+    same_top1: float
+    replaced: float
+    n_tokens: int
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, for JSON: None for NaN."""
+        values = dataclasses.asdict(self)
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in values.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureEffect:
+    """What switching one feature off does at the tokens where it is on.
+
+    Attributes:
+        feature: its number.
+        n_on: tokens where it was on and switched off, of those looked at.
+        kl_bits: mean KL(as it is | switched off) of the next token there; None if never on.
+        loss_change: mean change of the next token's cross-entropy there, in nats.
+        lost, gained: tokens whose mean probability falls or rises most: (token id, change).
+    """
+
+    feature: int
+    n_on: int
+    kl_bits: float | None
+    loss_change: float | None
+    lost: list[tuple[int, float]]
+    gained: list[tuple[int, float]]
+
+
+class SubstitutionTest:
+    """One language model and held-out windows, on which any number of autoencoders are judged.
+
+    The pass of the model as it is, and those of the ablations, are made once.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        windows: Tensor,
+        *,
+        batch_size: int = 8,
+        drop_positions: int = 1,
+        max_norm_ratio: float | None = 5.0,
+    ) -> None:
+        """Run the model as it is.
+
+        Args:
+            lm: the model.
+            windows: token ids ``[n_windows, length]``, length of at least drop_positions + 2.
+            batch_size: windows a pass.
+            drop_positions, max_norm_ratio: states left as they are, see
+                :func:`bae_fast.causal.spliced`.
+
+        Raises:
+            TypeError: windows that are no integers.
+            ValueError: windows of another shape, or a batch size below 1.
+        """
+        if not isinstance(windows, Tensor) or windows.is_floating_point():
+            raise TypeError("windows must be an integer tensor [n_windows, length]")
+        if windows.dim() != 2 or len(windows) < 1 or windows.shape[1] < drop_positions + 2:
+            raise ValueError(
+                f"windows must be [n_windows, length], length at least {drop_positions + 2}; "
+                f"got {list(windows.shape)}"
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int of at least 1; got {batch_size!r}")
+        self.lm = lm
+        self.windows = windows.to("cpu", torch.int64)
+        self.batch_size = batch_size
+        self.drop_positions = drop_positions
+        self.max_norm_ratio = max_norm_ratio
+        self._check_head()
+        self.original = self._final_states(self.windows)
+        self._ablated: dict[Any, float] = {}
+
+    # -- the model -----------------------------------------------------------------------------
+
+    def _final_states(
+        self, windows: Tensor, replaced: Callable[[], Any] = contextlib.nullcontext
+    ) -> Tensor:
+        """What the head is given, ``[n, length, d]`` on the CPU, in a context."""
+
+        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.inference_mode():
+                out = self.lm.model.base_model(
+                    input_ids=batch.to(self.lm.device), use_cache=False
+                ).last_hidden_state.cpu()
+            return out, out
+
+        batches = windows.split(self.batch_size)
+        with (
+            replaced(),
+            contextlib.closing(_in_order(forward, batches, self.lm.device.type)) as results,
+        ):
+            return torch.cat([out for out, _ in results])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits of final states ``[n, d]``, as the model's own forward ends."""
+        config = self.lm.model.config.get_text_config()
+        logits = self.lm.model.get_output_embeddings()(states.to(self.lm.device)).float()
+        # Cohere multiplies, Granite divides, Gemma 2 and 3 bend
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """The model's own logits must be those of :meth:`_logits`.
+
+        Raises:
+            ValueError: they are not: the model ends in something unknown here.
+        """
+        ids = self.windows[:1, :4].to(self.lm.device)
+        whole = self.lm.model(input_ids=ids, use_cache=False).logits[0].float()
+        final = self.lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = self._logits(final)
+        if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
+            raise ValueError(
+                f"lm must have logits that are its output embedding of the last hidden state; "
+                f"{type(self.lm.model).__name__} changes them after"
+            )
+
+    @torch.inference_mode()
+    def compare(self, changed: Tensor, window: Tensor, position: Tensor) -> Divergence:
+        """Distributions after some tokens, as it is and from changed final states.
+
+        Args:
+            changed: final states ``[n, d]`` at these tokens.
+            window, position: int64 ``[n]``, where they stand.
+        """
+        length = self.windows.shape[1]
+        original = self.original[window, position]
+        after = self.windows[window, (position + 1).clamp_max(length - 1)]
+        targets = torch.where(position + 1 < length, after, -1)
+        step = self._tokens_at_a_time()
+        parts = [
+            divergence(self._logits(p), self._logits(q), t)
+            for p, q, t in zip(
+                original.split(step), changed.split(step), targets.split(step), strict=True
+            )
+        ]
+        return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _tokens_at_a_time(self) -> int:
+        vocabulary = self.lm.model.get_output_embeddings().weight.shape[0]
+        return max(_BLOCK_ELEMENTS // vocabulary, 1)
+
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens with a known next one, beyond those left out: (window, position)."""
+        n, length = self.windows.shape
+        places = torch.cartesian_prod(
+            torch.arange(n), torch.arange(self.drop_positions, length - 1)
+        )
+        return places[:, 0], places[:, 1]
+
+    # -- what is measured ----------------------------------------------------------------------
+
+    def run(self, path: str, autoencoder: Any, *, source: str | None = None) -> Substitution:
+        """The autoencoder in the place of a module's output, at all tokens at once.
+
+        Args:
+            path, autoencoder, source: see :func:`bae_fast.causal.spliced`.
+        """
+        window, position = self._tokens()
+        done: list[Splice] = []
+
+        @contextlib.contextmanager
+        def replaced() -> Any:
+            with self._spliced(path, autoencoder, source=source) as splice:
+                done.append(splice)
+                yield
+
+        found = self.compare(
+            self._final_states(self.windows, replaced)[window, position], window, position
+        )
+        by_window = found.js.view(len(self.windows), -1).mean(1)
+        zero, mean = (
+            self.ablated_loss(path, autoencoder, kind, source=source) for kind in ("zero", "mean")
+        )
+        original, loss = float(found.loss_original.mean()), float(found.loss.mean())
+
+        def recovered(ablated: float) -> float:
+            cost = ablated - original
+            return (ablated - loss) / cost if cost > 0 else math.nan
+
+        return Substitution(
+            js_bits=float(found.js.mean()),
+            js_standard_error=float(by_window.std() / len(by_window) ** 0.5)
+            if len(by_window) > 1
+            else math.nan,
+            kl_bits=float(found.kl.mean()),
+            loss_original=original,
+            loss=loss,
+            loss_zero=zero,
+            loss_mean=mean,
+            recovered_zero=recovered(zero),
+            recovered_mean=recovered(mean),
+            same_top1=float(found.same.double().mean()),
+            replaced=done[0].n_replaced / max(done[0].n_tokens, 1),
+            n_tokens=len(window),
+        )
+
+    def ablated_loss(
+        self, path: str, autoencoder: Any, kind: str, *, source: str | None = None
+    ) -> float:
+        """Cross-entropy in nats with the states that :meth:`run` replaces put to one value.
+
+        Args:
+            kind: "zero", or "mean": the target's mean in the autoencoder's normalisation, zero
+                where it has none.
+        """
+        if kind not in ("zero", "mean"):
+            raise ValueError(f"kind must be 'zero' or 'mean'; got {kind!r}")
+        mean = getattr(autoencoder, "_target_mean", None) if kind == "mean" else None
+        bounds = norm_bounds(autoencoder, self.max_norm_ratio)
+        # autoencoders of the same rows share their ablations
+        bytes_ = None if mean is None else mean.detach().cpu().float().numpy().tobytes()
+        key = (path, source, kind, bounds, bytes_)
+        if key not in self._ablated:
+            window, position = self._tokens()
+
+            def constant(_x: Tensor, y: Tensor) -> Tensor:
+                return torch.zeros_like(y) if mean is None else mean.to(y).expand_as(y)
+
+            def replaced() -> Any:
+                return replaced_output(
+                    self.lm,
+                    path,
+                    constant,
+                    from_input=bool(getattr(autoencoder, "is_transcoder", False)),
+                    source=source,
+                    drop_positions=self.drop_positions,
+                    bounds=bounds,
+                )
+
+            final = self._final_states(self.windows, replaced)[window, position]
+            self._ablated[key] = float(self.compare(final, window, position).loss.mean())
+        return self._ablated[key]
+
+    def last_token(
+        self,
+        path: str,
+        autoencoder: Any,
+        positions: Sequence[int] | None = None,
+        *,
+        source: str | None = None,
+    ) -> Divergence:
+        """The state of one token alone replaced, and the distribution of the token after it.
+
+        The measure of the paper's second version: every window is cut after a position, and the
+        state there is replaced; those before stay.
+
+        Args:
+            positions: where windows are cut; None: the middle and the end.
+
+        Returns:
+            A :class:`Divergence`, position by position, all windows of each.
+        """
+        n, length = self.windows.shape
+        chosen = [length // 2, length - 1] if positions is None else list(positions)
+        if not chosen or not all(self.drop_positions <= p < length for p in chosen):
+            raise ValueError(
+                f"positions must lie in {self.drop_positions} to {length - 1}; got {chosen}"
+            )
+        parts = []
+        for p in chosen:
+            states = self._final_states(
+                self.windows[:, : p + 1],
+                lambda: self._spliced(path, autoencoder, mask="last", source=source),
+            )
+            parts.append(self.compare(states[:, -1], torch.arange(n), torch.full((n,), p)))
+        return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def codes(self, path: str, autoencoder: Any, *, source: str | None = None) -> BinaryCode:
+        """Which features are on: ``[n_windows, length, F]``, masked where the state is left out."""
+        parts = []
+        for batch in self.windows.split(self.batch_size):
+            # one batch at a time: batches side by side would come in any order
+            with (
+                torch.inference_mode(),
+                self._spliced(
+                    path, autoencoder, add_error=True, source=source, record=True
+                ) as splice,
+            ):
+                self.lm.model.base_model(input_ids=batch.to(self.lm.device), use_cache=False)
+            parts += [code.to("cpu") for code in splice.codes]
+        return BinaryCode.cat(parts)
+
+    def ablate_features(
+        self,
+        path: str,
+        autoencoder: Any,
+        feature_ids: Sequence[int],
+        *,
+        source: str | None = None,
+        max_windows: int | None = None,
+        n_tokens_shown: int = 5,
+    ) -> list[FeatureEffect]:
+        """Switch features off, one after the other, wherever they are on.
+
+        The autoencoder's error stays, so nothing else changes. A feature is off at all tokens of
+        a window at once: what is measured at one of them holds the effect of those before it.
+
+        Args:
+            feature_ids: features.
+            max_windows: of each feature, the first in which it is on; None: all.
+            n_tokens_shown: next tokens named in each direction.
+
+        Raises:
+            ValueError: a feature that is not there, or n_tokens_shown or max_windows below 1.
+        """
+        code = self.codes(path, autoencoder, source=source)
+        if not all(0 <= j < code.n_columns for j in feature_ids):
+            raise ValueError(
+                f"feature_ids must lie in 0 to {code.n_columns - 1}; got {list(feature_ids)}"
+            )
+        if n_tokens_shown < 1 or (max_windows is not None and max_windows < 1):
+            raise ValueError(
+                f"n_tokens_shown and max_windows must be at least 1; got {n_tokens_shown}, "
+                f"{max_windows}"
+            )
+        effects = []
+        for j in feature_ids:
+            on = ((code.words[..., j // 32] >> (j % 32)) & 1).bool()
+            # after the last token of a window nothing is known
+            on[:, -1] = False
+            windows = on.any(1).nonzero()[:, 0][:max_windows]
+            if len(windows) == 0:
+                effects.append(FeatureEffect(j, 0, None, None, [], []))
+                continue
+
+            def off(found: Tensor, j: int = j) -> Tensor:
+                return found.index_fill(-1, torch.tensor([j], device=found.device), 0.0)
+
+            states = self._final_states(
+                self.windows[windows],
+                lambda off=off: self._spliced(  # type: ignore[misc]
+                    path, autoencoder, edit=off, add_error=True, source=source
+                ),
+            )
+            row, position = on[windows].nonzero(as_tuple=True)
+            window, changed = windows[row], states[row, position]
+            found = self.compare(changed, window, position)
+            change = self._probability_change(changed, window, position)
+            up, down = change.topk(n_tokens_shown), (-change).topk(n_tokens_shown)
+            effects.append(
+                FeatureEffect(
+                    j,
+                    len(row),
+                    float(found.kl.mean()),
+                    float((found.loss - found.loss_original).mean()),
+                    list(zip(down.indices.tolist(), (-down.values).tolist(), strict=True)),
+                    list(zip(up.indices.tolist(), up.values.tolist(), strict=True)),
+                )
+            )
+        return effects
+
+    @torch.inference_mode()
+    def _probability_change(self, changed: Tensor, window: Tensor, position: Tensor) -> Tensor:
+        """Mean over tokens of the change of every next token's probability, float64 ``[V]``."""
+        total: Tensor | float = 0.0
+        step = self._tokens_at_a_time()
+        original = self.original[window, position]
+        for p, q in zip(original.split(step), changed.split(step), strict=True):
+            change = self._logits(q).softmax(-1) - self._logits(p).softmax(-1)
+            total = total + change.sum(0, dtype=torch.float64).cpu()
+        return torch.as_tensor(total) / len(changed)
+
+    def _spliced(self, path: str, autoencoder: Any, **options: Any) -> Any:
+        return spliced(
+            self.lm,
+            path,
+            autoencoder,
+            drop_positions=self.drop_positions,
+            max_norm_ratio=self.max_norm_ratio,
+            **options,
+        )
