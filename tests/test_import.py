@@ -160,7 +160,7 @@ def part(name: str) -> str:
 # what lies below the line of `model` may not use it, for it imports them all.
 LAYERS = (
     {"cli", "__main__"},
-    {"training", "analysis", "report", "lm", "baselines", "entropy"},
+    {"training", "analysis", "report", "lm", "baselines", "entropy", "interpret"},
     {"", "model", "info", "distributed", "released"},
     {"functional"},
     {"codes", "reference"},
