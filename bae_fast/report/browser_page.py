@@ -93,7 +93,7 @@ const $ = id => document.getElementById(id);
 const list = $("list"), spacer = $("spacer"), root = document.documentElement;
 const state = {q: "", scope: "all", sort: "feature", up: true, feature: null};
 let head = null, place = new Map(), order = [], at = -1;
-let details = [], texts = [], ready = false, height = 56, asked = 0;
+let details = [], texts = [], ready = false, height = 56, asked = 0, given = false;
 
 function make(tag, attributes, ...children) {
   const node = document.createElement(tag);
@@ -174,12 +174,12 @@ function matches(query) {
   return exact === undefined ? found : [exact, ...found];
 }
 
-function refresh() {
+function refresh(follow) {  // to the feature that the address names, else to the top
   const start = performance.now();
   order = state.q.trim() ? matches(state.q) : sorted([...head.feature.keys()]);
   at = order.indexOf(place.get(state.feature));
   spacer.style.height = order.length * height + "px";
-  if (at < 0) list.scrollTop = 0; else reveal();
+  if (at < 0 || !follow) list.scrollTop = 0; else reveal();
   draw();
   const n = head.feature.length;
   const rest = ready || !state.q.trim() ? "" : " (still reading)";
@@ -357,7 +357,7 @@ function address(change) {
   if (s.scope !== "all") found.set("in", s.scope);
   if (s.sort !== "feature" || !s.up) found.set("sort", s.sort);
   if (!s.up) found.set("down", "1");
-  if (s.feature !== null) found.set("f", s.feature);
+  if (s.feature !== null && (given || "feature" in change)) found.set("f", s.feature);
   return "#" + found;
 }
 
@@ -365,6 +365,7 @@ function keep() { history.replaceState(null, "", address({})); }
 
 function open(number, enter) {
   state.feature = number;
+  given = true;
   at = order.indexOf(place.get(number));
   if (at >= 0) reveal();
   keep();
@@ -383,22 +384,27 @@ function close() {
 }
 
 function read() {  // the address -> the page
-  const given = new URLSearchParams(location.hash.slice(1));
-  state.q = given.get("q") || "";
-  const scope = given.get("in") || "all";
+  const values = new URLSearchParams(location.hash.slice(1));
+  state.q = values.get("q") || "";
+  const scope = values.get("in") || "all";
   state.scope = ["all", "phrase", "tokens", "contexts"].includes(scope) ? scope : "all";
-  const sort = given.get("sort") || "feature";
+  const sort = values.get("sort") || "feature";
   state.sort = Object.hasOwn(columns(), sort) ? sort : "feature";
-  state.up = given.get("down") !== "1";
-  const number = given.get("f");
+  state.up = values.get("down") !== "1";
+  const number = values.get("f");
   state.feature = number !== null && /^\d+$/.test(number) ? Number(number) : null;
   $("query").value = state.q;
+  given = state.feature !== null;
   controls();
-  refresh();
-  document.body.classList.toggle("open", state.feature !== null);
-  if (state.feature === null && order.length) {
-    state.feature = head.feature[order[0]];
-    at = 0;
+  refresh(true);
+  document.body.classList.toggle("open", given);
+  preview();
+}
+
+function preview() {  // where none was chosen, the first of the list
+  if (!given) {
+    state.feature = order.length ? head.feature[order[0]] : null;
+    at = order.length ? 0 : -1;
     draw();
   }
   show();
@@ -414,7 +420,8 @@ function change(values) {
   Object.assign(state, values);
   controls();
   keep();
-  refresh();
+  refresh(false);
+  if (!given) preview();
 }
 
 function turnTo(name) { change({sort: name, up: name === "feature"}); }
@@ -487,7 +494,7 @@ async function begin() {
     if (number % 8 === 7) await new Promise(done => setTimeout(done));  // input comes first
   }
   ready = true;
-  if (state.q.trim()) refresh();
+  if (state.q.trim()) { refresh(true); if (!given) preview(); }
   root.dataset.ready = performance.now();
 }
 begin().catch(error => {
