@@ -169,7 +169,7 @@ def part(name: str) -> str:
 # what lies below the line of `model` may not use it, for it imports them all.
 LAYERS = (
     {"cli", "__main__"},
-    {"training", "analysis", "report", "lm", "baselines", "entropy", "causal"},
+    {"training", "analysis", "report", "lm", "baselines", "entropy", "causal", "interpret"},
     {"", "model", "info", "distributed", "released", "saelens"},
     {"functional", "compression"},
     {"codes", "reference"},

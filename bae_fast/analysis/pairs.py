@@ -9,8 +9,8 @@ from bae_fast import packing
 from bae_fast.codes import BinaryCode
 
 # rows unpacked and columns paired at a time: 16 KiB of scratch a column
-_ROW_BLOCK = 1024
-_COLUMN_BLOCK = 256
+ROW_BLOCK = 1024
+COLUMN_BLOCK = 256
 
 
 def joint_counts(
@@ -30,8 +30,8 @@ def joint_counts(
     """
     a, b = left.flatten(), right.flatten()
     found = torch.zeros(len(left_columns), len(right_columns), device=left.device)
-    for start in range(0, a.shape[0], _ROW_BLOCK):
-        rows = slice(start, start + _ROW_BLOCK)
+    for start in range(0, a.shape[0], ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
         bits = packing.unpack_rows(b.words[rows], b.n_columns, torch.uint8)
         second = bits[:, right_columns].float()
         if left is right and left_columns is right_columns:
@@ -40,8 +40,8 @@ def joint_counts(
             if left is not right:
                 bits = packing.unpack_rows(a.words[rows], a.n_columns, torch.uint8)
             first = bits[:, left_columns].float()
-        for top in range(0, len(left_columns), _COLUMN_BLOCK):
-            found[top : top + _COLUMN_BLOCK] += first[:, top : top + _COLUMN_BLOCK].T @ second
+        for top in range(0, len(left_columns), COLUMN_BLOCK):
+            found[top : top + COLUMN_BLOCK] += first[:, top : top + COLUMN_BLOCK].T @ second
     return found
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.analysis.pairs import _COLUMN_BLOCK, joint_counts
+from bae_fast.analysis.pairs import COLUMN_BLOCK, joint_counts
 from bae_fast.codes import BinaryCode
 
 CLASSES = ("same", "subset", "superset", "unmatched", "rare", "dead")
@@ -145,8 +145,8 @@ def match_codes(
     holds_other = [torch.zeros_like(n_a), torch.zeros_like(n_b)]
     columns_b = torch.arange(f_b, device=a.device)
     common = (n_a >= min_count, n_b >= min_count)
-    for top in range(0, f_a, _COLUMN_BLOCK):
-        ids = torch.arange(top, min(top + _COLUMN_BLOCK, f_a), device=a.device)
+    for top in range(0, f_a, COLUMN_BLOCK):
+        ids = torch.arange(top, min(top + COLUMN_BLOCK, f_a), device=a.device)
         joint = joint_counts(a, ids, b, columns_b).double()
         block = _scores(joint, n_a[ids], n_b, n, score)
         best, at = block.max(1)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import packing
-from bae_fast.analysis.pairs import _COLUMN_BLOCK, _ROW_BLOCK, pair_counts
+from bae_fast.analysis.pairs import COLUMN_BLOCK, ROW_BLOCK, pair_counts
 from bae_fast.codes import BinaryCode
 
 # the mutual information is held as one float32 matrix: 1 GiB at this width
@@ -70,7 +70,7 @@ def _mutual_information_(joint: Tensor, counts: Tensor, n: int) -> None:
     p = (counts.double() / n).float()
     own = -_xlog2x(p) - _xlog2x(1 - p)
     for block, p_i, own_i in zip(
-        joint.split(_COLUMN_BLOCK), p.split(_COLUMN_BLOCK), own.split(_COLUMN_BLOCK), strict=True
+        joint.split(COLUMN_BLOCK), p.split(COLUMN_BLOCK), own.split(COLUMN_BLOCK), strict=True
     ):
         both = block / n
         only_i = (p_i[:, None] - both).clamp_min(0)
@@ -107,8 +107,8 @@ def _exact_information(
     n = rows.shape[0]
     both = torch.zeros(len(edges), dtype=torch.int64, device=code.device)
     left, right = columns[edges[:, 0]], columns[edges[:, 1]]
-    for start in range(0, n, _ROW_BLOCK):
-        words = rows.words[start : start + _ROW_BLOCK]
+    for start in range(0, n, ROW_BLOCK):
+        words = rows.words[start : start + ROW_BLOCK]
         dense = packing.unpack_rows(words, code.n_columns)
         both += (dense[:, left] & dense[:, right]).sum(0)
     n_i, n_j = counts[edges[:, 0]], counts[edges[:, 1]]

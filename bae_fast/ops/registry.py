@@ -67,6 +67,7 @@ class Backend:
         not_supported_reasons: every reason against serving a request; empty to accept it.
         warmup: compiles what a first call on a device would, or None where nothing is compiled.
         simd: name of the CPU instruction set in use, or None where there is no such choice.
+        extras: functions beyond the contract by name; whoever asks for one has it in plain torch.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Backend:
     not_supported_reasons: Callable[[Request], list[str]] = _no_reasons
     warmup: Callable[[torch.device], None] | None = None
     simd: Callable[[], str] | None = None
+    extras: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def _discover() -> dict[str, Backend]:

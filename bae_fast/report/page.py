@@ -166,7 +166,7 @@ def write_page(
         )
         body += [_feature_html(feature) for feature in features]
         body.append("</section>")
-    return write_text(path, _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body)))
+    return write_text(path, _PAGE.format(title=escape(title), style=STYLE, body="\n".join(body)))
 
 
 def _figure_html(figure: Figure) -> str:
@@ -212,7 +212,7 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-_STYLE = """
+STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f5f6f8; --surface: #ffffff; --text: #1d2330; --muted: #667085; --line: #e4e7ec;

@@ -1,0 +1,276 @@
+"""One self-contained HTML file to look at features: list, search, sort, one feature in full.
+
+    head    strings, and what the list needs of every feature; read first
+    part i  what is shown of 256 features, strings by number; read when asked for, then in idle time
+
+Both are JSON, deflated, in base64. The page's own policy forbids every request and every script
+but its own; texts are put in as text nodes only, so a token may be ``<script>``. It opens from
+``file://`` in browsers since 2023 (DecompressionStream).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bae_fast.analysis.features import TokenLift, visible_text
+from bae_fast.files import write_text
+from bae_fast.report.browser_page import SCRIPT, STYLE
+
+_PART = 256  # features of one part
+
+
+@dataclass(frozen=True)
+class FeatureContext:
+    """A stretch of text around a token on which the feature is on.
+
+    Attributes:
+        pieces: the text in pieces that join without a gap, one a token as a rule.
+        at: which of them is the token that the context is shown for.
+        on: further pieces on which the feature is on.
+        row: row number of the token, or None.
+        score: the margin, activation or salience there, or None.
+    """
+
+    pieces: tuple[str, ...]
+    at: int
+    on: tuple[int, ...] = ()
+    row: int | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in equal bins from low to high, e.g. of pre-activations or activations."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """What the page shows of one feature; what is empty or None is left out.
+
+    Attributes:
+        feature: its number, unique in the file.
+        density: share of rows it is on in.
+        burstiness: see :mod:`bae_fast.interpret.facts`.
+        tokens: over-represented tokens, best first.
+        contexts: places where it is on, strongest first.
+        lens: vocabulary tokens nearest to its decoder direction and their scores, nearest first.
+        neighbours: (feature, score) of those it fires with, closest first.
+        histogram: of its margins or activations.
+        phrase: what it was named, or None.
+        scores: by name, e.g. "ComSem"; None where a feature has none. Sorted by in the page.
+    """
+
+    feature: int
+    density: float
+    burstiness: float | None = None
+    tokens: Sequence[TokenLift] = ()
+    contexts: Sequence[FeatureContext] = ()
+    lens: Sequence[tuple[str, float]] = ()
+    neighbours: Sequence[tuple[int, float]] = ()
+    histogram: Histogram | None = None
+    phrase: str | None = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def write_browser(
+    path: str | Path,
+    records: Iterable[FeatureRecord],
+    *,
+    title: str,
+    subtitle: str = "",
+    notes: Sequence[str] = (),
+    histogram_label: str = "pre-activation",
+    lens_label: str = "cosine of the decoder direction and the token's unembedding",
+    neighbour_label: str = "phi coefficient of firing together",
+) -> Path:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: the file to write.
+        records: features in any order; taken one at a time.
+        title: heading.
+        subtitle: a line under it.
+        notes: paragraphs about the data, under the list of keys.
+        histogram_label, lens_label, neighbour_label: what these numbers are.
+
+    Raises:
+        ValueError: no record, a feature number twice, or a record that is not consistent; named.
+    """
+    data = _Data()
+    for record in records:
+        data.add(record)
+    head, parts = data.finish(
+        {"histogram": histogram_label, "lens": lens_label, "neighbours": neighbour_label}
+    )
+    blocks = [_block("head", head)] + [_block(f"part{i}", part) for i, part in enumerate(parts)]
+    about = "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
+    return write_text(
+        path,
+        _PAGE.format(
+            title=escape(title),
+            subtitle=f"<p class=subtitle>{escape(subtitle)}</p>" if subtitle else "",
+            digest=digest,
+            style=STYLE,
+            notes=about,
+            data="\n".join(blocks),
+            script=SCRIPT,
+        ),
+    )
+
+
+class _Data:
+    """Columns for the list, parts for the details, one table of strings for both."""
+
+    def __init__(self) -> None:
+        self.strings: dict[str, int] = {}
+        self.visible: list[str] = []
+        self.columns: dict[str, list[Any]] = {
+            name: [] for name in ("feature", "density", "burstiness", "phrase", "label")
+        }
+        self.scores: dict[str, list[float | None]] = {}
+        self.seen: set[int] = set()
+        self.part: list[Any] = []
+        self.parts: list[str] = []
+
+    def string(self, text: str) -> int:
+        """Number of a text in the table, which holds it as it is shown."""
+        found = self.strings.setdefault(text, len(self.strings))
+        if found == len(self.visible):
+            self.visible.append(visible_text(text))
+        return found
+
+    def add(self, r: FeatureRecord) -> None:
+        where = f"feature {r.feature}"
+        if r.feature in self.seen:
+            raise ValueError(f"records must hold every feature once; got {where} twice")
+        if not 0 <= r.density <= 1:
+            raise ValueError(f"{where}: density must lie in [0, 1]; got {r.density!r}")
+        self.seen.add(r.feature)
+        tokens: list[float] = []
+        for t in r.tokens:
+            tokens += [self.string(t.text), _number(t.lift, where), t.n_on, t.n_total]
+        lens: list[float] = []
+        for text, score in r.lens:
+            lens += [self.string(text), _number(score, where)]
+        near: list[float] = []
+        for other, score in r.neighbours:
+            near += [int(other), _number(score, where)]
+        bins: list[float] = []
+        if r.histogram is not None:
+            h = r.histogram
+            if not h.low < h.high or not h.counts or min(h.counts) < 0:
+                raise ValueError(f"{where}: histogram needs low < high and counts >= 0; got {h}")
+            bins = [_number(h.low, where), _number(h.high, where), *map(int, h.counts)]
+        contexts = []
+        for c in r.contexts:
+            if not all(0 <= i < len(c.pieces) for i in (c.at, *c.on)):
+                raise ValueError(
+                    f"{where}: at={c.at} and on={c.on} must be below {len(c.pieces)} pieces"
+                )
+            margin = None if c.score is None else _number(c.score, where)
+            pieces = [self.string(text) for text in c.pieces]
+            contexts.append([c.at, c.row, margin, list(c.on), pieces])
+        self.part.append([tokens, lens, near, bins, contexts])
+        if len(self.part) == _PART:
+            self._close()
+        label = tokens[:12:4] or lens[:6:2]  # numbers of strings
+        burstiness = None if r.burstiness is None else _number(r.burstiness, where)
+        phrase = "" if r.phrase is None else visible_text(r.phrase)
+        row = (int(r.feature), _number(r.density, where), burstiness, phrase, label)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
+        n = len(self.columns["feature"])
+        for name in {*self.scores, *r.scores}:
+            column = self.scores.setdefault(name, [None] * (n - 1))
+            value = r.scores.get(name)
+            column.append(None if value is None else _number(value, where))
+
+    def _close(self) -> None:
+        self.parts.append(_packed(self.part))
+        self.part = []
+
+    def finish(self, labels: dict[str, str]) -> tuple[str, list[str]]:
+        if not self.seen:
+            raise ValueError("records must not be empty")
+        if self.part:
+            self._close()
+        head = {
+            **self.columns, "scores": dict(sorted(self.scores.items())), "labels": labels,
+            "strings": self.visible, "part": _PART,
+        }  # fmt: skip
+        return _packed(head), self.parts
+
+
+def _number(value: float, where: str) -> float:
+    """Five digits of a finite number."""
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: numbers must be finite; got {value!r}")
+    return float(f"{value:.5g}")
+
+
+def _packed(value: Any) -> str:
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(zlib.compress(text.encode("ascii"), 6)).decode("ascii")
+
+
+def _block(name: str, packed: str) -> str:
+    return f'<script type="text/plain" id="{name}">{packed}</script>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<div class=heading><h1>{title}</h1>{subtitle}</div>
+<form id=controls role=search>
+<input id=query type=search placeholder="Search text, or #number" aria-label="Search"
+ autocomplete=off spellcheck=false>
+<select id=scope aria-label="Where to search">
+<option value=all>everywhere</option><option value=phrase>names</option>
+<option value=tokens>tokens</option><option value=contexts>contexts</option>
+</select>
+<select id=sort aria-label="Sort by"></select>
+<button id=direction type=button aria-label="Direction of the order"></button>
+<output id=count></output>
+</form>
+</header>
+<main>
+<div id=list role=listbox tabindex=0 aria-label="Features"><div id=spacer></div></div>
+<div id=detail tabindex=-1><button id=back type=button>&larr; List</button>
+<div id=feature aria-live=polite></div>
+<details id=help><summary>Keys and notes</summary>
+<p class=note><kbd>/</kbd> search <kbd>j</kbd> <kbd>k</kbd> or arrows next, previous
+<kbd>PgDn</kbd> <kbd>PgUp</kbd> <kbd>Home</kbd> <kbd>End</kbd> in the list
+<kbd>Enter</kbd> open <kbd>s</kbd> next order <kbd>r</kbd> reverse it
+<kbd>Esc</kbd> clear, back. The address holds the state and can be kept.</p>{notes}</details>
+</div>
+</main>
+<noscript><p>This page needs scripts: all of them are in this file.</p></noscript>
+{data}
+<script>{script}</script>
+</body>
+</html>
+"""
