@@ -17,8 +17,8 @@ PACKAGE = ROOT / "bae_fast"
 
 # everything optional: extras of pyproject.toml, what they bring, and safetensors
 BLOCKED = (
-    "accelerate", "datasets", "gguf", "hypothesis", "matplotlib", "pandas", "psutil", "safetensors",
-    "scipy", "sklearn", "tqdm", "transformers", "triton",
+    "accelerate", "datasets", "gguf", "hypothesis", "matplotlib", "openai", "pandas", "psutil",
+    "safetensors", "scipy", "sklearn", "tqdm", "transformers", "triton",
 )  # fmt: skip
 
 BLOCK = f"""

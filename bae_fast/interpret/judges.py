@@ -295,7 +295,9 @@ def _uniform(request: Request) -> float:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _batches(which: list[int], ids: list[list[int]]) -> list[list[int]]:
@@ -376,8 +378,10 @@ class OpenAIJudge:
             raise ValueError(f"model must name the judge's model; got {model!r}")
         self.base_url = _check_url(base_url)
         for name, value, least in (
-            ("timeout", timeout, 0), ("concurrency", concurrency, 0), ("max_retries", max_retries, -1)
-        ):  # fmt: skip
+            ("timeout", timeout, 0),
+            ("concurrency", concurrency, 0),
+            ("max_retries", max_retries, -1),
+        ):
             if not value > least:
                 raise ValueError(f"{name} must be above {least}; got {value!r}")
         if max_tokens is not None and max_tokens < 1:
@@ -400,7 +404,9 @@ class OpenAIJudge:
             api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=max_retries
         )
         settings = {"temperature": temperature, "max_tokens": max_tokens}
-        self.identity = f"openai {self._client.base_url} {model} {settings} 1"
+        # without base_url the client may take it from the environment
+        url = _check_url(str(self._client.base_url))
+        self.identity = f"openai {url} {model} {settings} 1"
 
     def __repr__(self) -> str:
         return f"OpenAIJudge(model={self.model!r}, base_url={self.base_url!r})"
