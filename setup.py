@@ -52,6 +52,7 @@ elif MACHINE in ("aarch64", "arm64"):
 SOURCES = [
     "operators",
     "layouts",
+    "salient",
     "covariance",
     "products",
     "backward",

@@ -22,6 +22,10 @@ FORMAT_VERSION = "1"
 # rows unpacked at a time where a dense block is needed on the way (indices)
 _ROW_BLOCK = 4096
 
+# rows unpacked and columns paired at a time: 16 KiB of scratch a column
+_PAIR_ROWS = 1024
+_PAIR_COLUMNS = 256
+
 # where sign planes would take more than this, they are recomputed in backward instead
 _SIGN_PLANES_MB = 256
 ENV_SIGN_PLANES = "BAE_FAST_SIGN_PLANES_MB"
@@ -387,6 +391,30 @@ class BinaryCode:
 
     def __reduce__(self) -> Any:
         return _rebuild, (self.words, self.n_columns, self.n_bits, self.row_mask)
+
+
+def pair_counts(code: BinaryCode, columns: Tensor, left: Tensor | None = None) -> Tensor:
+    """Rows in which columns i and j are both on: float32 ``[k, k]`` of exact integers.
+
+    By blocks of rows and columns; every partial sum is an integer below 2^24.
+
+    Args:
+        code: ``[N, K]`` without a row mask, N < 2^24.
+        columns: int64 ``[k]``.
+        left: int64 ``[m]``, the columns i, for ``[m, k]``; None: ``columns``.
+    """
+    rows = code.flatten()
+    first = columns if left is None else left
+    found = torch.zeros(len(first), len(columns), device=code.device)
+    for start in range(0, rows.shape[0], _PAIR_ROWS):
+        words = rows.words[start : start + _PAIR_ROWS]
+        bits = packing.unpack_rows(words, code.n_columns, torch.uint8)
+        dense = bits[:, columns].float()
+        others = dense if left is None else bits[:, left].float()
+        for top in range(0, len(first), _PAIR_COLUMNS):
+            part = others[:, top : top + _PAIR_COLUMNS]
+            found[top : top + _PAIR_COLUMNS] += part.T @ dense
+    return found
 
 
 def _rebuild(words: Tensor, n_columns: int, n_bits: int, row_mask: Tensor | None) -> BinaryCode:

@@ -14,7 +14,7 @@ import torch
 
 import bae_fast
 from bae_fast.files import read_json, write_json, write_text
-from bench import ablation, levels, memory, operators, recipe, step, tables
+from bench import ablation, collect, levels, memory, operators, recipe, step, tables
 from bench.inputs import simd
 from bench.timing import SECONDS
 
@@ -27,6 +27,7 @@ MEASURED: dict[str, Any] = {
     "memory": memory,
     "operators": operators,
     "levels": levels,
+    "collect": collect,
 }
 # these train for an hour and more: only by name
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}

@@ -14,6 +14,10 @@ Tensor rows_to_columns(Tensor words, int64_t n_columns);
 Tensor rows_to_features(Tensor words, int64_t n_columns);
 Tensor column_counts(Tensor words, int64_t n_columns);
 
+// salient.cpp
+Tensor salient(Tensor words, Tensor order, int64_t n_columns, int64_t k);
+std::tuple<Tensor, Tensor> grouped(Tensor numbers, int64_t n_groups);
+
 // covariance.cpp
 std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows, bool keep_signs);
 

@@ -199,7 +199,7 @@ def describe_features(
                 contexts.append(ContextExample(*text, row=row, margin=margin))
         tokens = tuple(
             TokenLift(
-                text=_token_text(tokenizer, int(vocabulary[i])),
+                text=token_text(tokenizer, int(vocabulary[i])),
                 token=int(vocabulary[i]),
                 lift=lift,
                 n_on=int(n_on[i]),
@@ -339,14 +339,26 @@ def _columns(code: BinaryCode, features: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
+def token_lifts(n_on: Tensor, n_total: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Lift of tokens and what they are ranked by, n_on log2(lift): float64 of n_on's shape.
+
+    Args:
+        n_on: ``[..., V]``, occurrences of each token on which a feature is on.
+        n_total: ``[V]``, occurrences of each token.
+        n_rows: all occurrences.
+
+    Returns:
+        The lift, and the rank; -inf where n_on is 0.
+    """
+    density = n_on.sum(-1, keepdim=True).double() / n_rows
+    lift = n_on / n_total.double() / density
+    # An n_on of 0 makes 0 times minus infinity: not a candidate.
+    return lift, torch.where(n_on > 0, n_on * lift.clamp_min(1e-300).log2(), -torch.inf)
+
+
 def _lifts(n_on: Tensor, n_total: Tensor, n_rows: int, k: int) -> list[tuple[int, float]]:
     """The k tokens with the largest n_on log2(lift), as (index into the counts, lift)."""
-    density = float(n_on.sum()) / n_rows
-    if density == 0:
-        return []
-    lift = n_on.double() / n_total / density
-    # An n_on of 0 makes 0 times minus infinity: not a candidate.
-    rank = torch.where(n_on > 0, n_on * lift.clamp_min(1e-300).log2(), -torch.inf)
+    lift, rank = token_lifts(n_on, n_total, n_rows)
     best = rank.argsort(descending=True, stable=True)[:k]
     return [(i, float(lift[i])) for i in best.tolist() if float(rank[i]) > 0]
 
@@ -361,10 +373,11 @@ def _text(tokenizer: Any, before: list[int], token: int, after: list[int]) -> tu
     whole = _decode(tokenizer, [*before, token, *after])
     if with_token.startswith(until) and whole.startswith(with_token):
         return until, with_token[len(until) :], whole[len(with_token) :]
-    return until, _token_text(tokenizer, token), _decode(tokenizer, after)
+    return until, token_text(tokenizer, token), _decode(tokenizer, after)
 
 
-def _token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Any, token: int) -> str:
+    """One token as text, with the space that a tokenizer would drop at the start of one."""
     text = _decode(tokenizer, [token])
     raw = tokenizer.convert_ids_to_tokens(token)
     if isinstance(raw, str) and raw.startswith("▁") and not text.startswith(" "):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import packing
-from bae_fast.codes import BinaryCode
+from bae_fast.codes import BinaryCode, pair_counts
 
 # the mutual information is held as one float32 matrix: 1 GiB at this width
 MAX_FEATURES = 16384
@@ -34,7 +34,7 @@ MAX_FEATURES = 16384
 # chance that a set of independent bits gets any edge
 _FALSE_EDGE = 0.01
 
-# rows unpacked and columns paired at a time: 16 KiB of scratch a column
+# rows unpacked and columns paired at a time
 _ROW_BLOCK = 1024
 _COLUMN_BLOCK = 256
 
@@ -66,27 +66,6 @@ class EntropyEstimate:
 
 def _xlog2x(p: Tensor) -> Tensor:
     return torch.special.xlogy(p, p) / math.log(2)
-
-
-def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
-    """Rows in which columns i and j are both on: float32 ``[k, k]`` of exact integers.
-
-    By blocks of rows and columns; every partial sum is an integer below 2^24.
-
-    Args:
-        code: ``[N, K]`` without a row mask, N < 2^24.
-        columns: int64 ``[k]``.
-    """
-    rows = code.flatten()
-    k = len(columns)
-    found = torch.zeros(k, k, device=code.device)
-    for start in range(0, rows.shape[0], _ROW_BLOCK):
-        words = rows.words[start : start + _ROW_BLOCK]
-        dense = packing.unpack_rows(words, code.n_columns, torch.uint8)[:, columns].float()
-        for left in range(0, k, _COLUMN_BLOCK):
-            part = dense[:, left : left + _COLUMN_BLOCK]
-            found[left : left + _COLUMN_BLOCK] += part.T @ dense
-    return found
 
 
 def _mutual_information_(joint: Tensor, counts: Tensor, n: int) -> None:

@@ -182,8 +182,8 @@ def collect_code(
     name = registry.choose(impl, code.device.type, torch.float32, f, 1)
     faster = {} if name == "reference" else registry.BACKENDS[name].extras
     if density is None:
-        counts = _counts(code) if "column_counts" not in faster else faster["column_counts"](code)
-        density = counts.double() / code.n_rows()
+        count = faster.get("column_counts", _column_counts)
+        density = count(code.words, f).double() / code.n_rows()
         density = density.nan_to_num()  # no row: no entry either
     order, keys = _table(density.to(code.device), f, on_only)
     k = min(k, f)
@@ -191,11 +191,11 @@ def collect_code(
     places = select(code.words, order, f, k)
     if code.row_mask is not None:
         places[~code.row_mask] = len(order)
-    held = places < len(order)
-    at = places[held]
-    rows = torch.arange(n, dtype=torch.int32, device=code.device)[:, None].expand_as(held)[held]
-    entries = order[at]
-    return _grouped(entries >> 1, rows, (keys + EPSILON).log2().float()[at], f, k, n)
+    # one entry more: where a row has no further
+    features = torch.cat([order >> 1, order.new_tensor([f])]).to(torch.int32)
+    offsets, at = faster.get("grouped", _grouped)(features[places].flatten(), f)
+    salience = (keys + EPSILON).log2().float()[places.flatten()[at]]
+    return SalientTokens(offsets, (at // k).to(_row_dtype(n)), salience, k, n)
 
 
 @torch.no_grad()
@@ -221,12 +221,15 @@ def collect_scores(blocks: Iterable[Tensor], *, k: int = 10) -> SalientTokens:
             )
         f = block.shape[1]
         at, features, scores = _largest(block, min(k, f))
-        parts.append((features.cpu(), (at + n).to(torch.int32).cpu(), scores.float().cpu()))
+        parts.append((features.to(torch.int32), at + n, scores.float()))
         n += len(block)
     if f is None:
         raise ValueError("blocks must not be empty")
     features, rows, scores = (torch.cat(list(kind)) for kind in zip(*parts, strict=True))
-    return _grouped(features, rows, scores, f, min(k, f), n)
+    name = registry.choose("auto", features.device.type, torch.float32, f, 1)
+    faster = {} if name == "reference" else registry.BACKENDS[name].extras
+    offsets, at = faster.get("grouped", _grouped)(features, f)
+    return SalientTokens(offsets, rows[at].to(_row_dtype(n)), scores[at], min(k, f), n)
 
 
 def _check_k(k: int) -> None:
@@ -252,12 +255,11 @@ def _table(density: Tensor, f: int, on_only: bool) -> tuple[Tensor, Tensor]:
     return entries.flatten()[order], keys
 
 
-def _counts(code: BinaryCode) -> Tensor:
-    """As ``code.counts()``, transposed a block of rows at a time."""
-    step = max(_BLOCK_ELEMENTS // code.n_columns, 1) * 8
-    total = torch.zeros(code.n_columns, dtype=torch.int64, device=code.device)
-    for start in range(0, len(code), step):
-        total += packing.column_counts(code.words[start : start + step], code.n_columns)
+def _column_counts(words: Tensor, f: int) -> Tensor:
+    """As ``packing.column_counts``, transposed a block of rows at a time."""
+    total = torch.zeros(f, dtype=torch.int64, device=words.device)
+    for block in words.split(max(8 * _BLOCK_ELEMENTS // f, 1)):
+        total += packing.column_counts(block, f)
     return total
 
 
@@ -318,11 +320,20 @@ def _largest(block: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return at[positive], features[positive], values[positive]
 
 
-def _grouped(
-    features: Tensor, rows: Tensor, salience: Tensor, f: int, k: int, n_rows: int
-) -> SalientTokens:
-    """Entries in the order of rows, brought together by feature."""
-    offsets = torch.zeros(f + 1, dtype=torch.int64, device=features.device)
-    torch.cumsum(torch.bincount(features, minlength=f), 0, out=offsets[1:])
-    by_feature = features.sort(stable=True).indices
-    return SalientTokens(offsets, rows[by_feature], salience[by_feature], k, n_rows)
+def _grouped(numbers: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Numbers below n_groups brought together.
+
+    Args:
+        numbers: int32 ``[n]``, not negative; those from n_groups on are left out.
+
+    Returns:
+        int64 ``[n_groups + 1]``, offsets; int64, the indices of each group, rising.
+    """
+    offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=numbers.device)
+    counts = torch.bincount(numbers, minlength=n_groups + 1)[:n_groups]
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets, numbers.sort(stable=True).indices[: int(offsets[-1])]
+
+
+def _row_dtype(n_rows: int) -> torch.dtype:
+    return torch.int32 if n_rows < 2**31 else torch.int64

@@ -181,13 +181,13 @@ class _Data:
                 raise ValueError(
                     f"{where}: at={c.at} and on={c.on} must be below {len(c.pieces)} pieces"
                 )
-            score = None if c.score is None else _number(c.score, where)
+            margin = None if c.score is None else _number(c.score, where)
             pieces = [self.string(text) for text in c.pieces]
-            contexts.append([c.at, c.row, score, list(c.on), pieces])
+            contexts.append([c.at, c.row, margin, list(c.on), pieces])
         self.part.append([tokens, lens, near, bins, contexts])
         if len(self.part) == _PART:
             self._close()
-        label = [t for t in tokens[:12:4]] or [t for t in lens[:6:2]]
+        label = tokens[:12:4] or lens[:6:2]  # numbers of strings
         burstiness = None if r.burstiness is None else _number(r.burstiness, where)
         phrase = "" if r.phrase is None else visible_text(r.phrase)
         row = (int(r.feature), _number(r.density, where), burstiness, phrase, label)

@@ -116,7 +116,7 @@ function part(number) {  // a promise of one part's records, read once
   return details[number] ??= unpacked("part" + number);
 }
 
-const three = value => value === null || value === undefined ? "–" :
+const three = value => value === null || value === undefined ? "\u2013" :
   Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3)
     ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 const percent = share => three(100 * share) + " %";
@@ -323,7 +323,7 @@ async function show() {
   if (tokens.length) {
     const items = [];
     for (let j = 0; j < tokens.length; j += 4)
-      items.push(make("li", {}, make("code", {}, token(head.strings[tokens[j]])), " ×",
+      items.push(make("li", {}, make("code", {}, token(head.strings[tokens[j]])), " \u00d7",
         three(tokens[j + 1]), " ",
         make("small", {}, `${whole(tokens[j + 2])}/${whole(tokens[j + 3])}`)));
     few.push(section("Tokens", "lift, on/all", make("ul", {class: "tokens"}, ...items)));

@@ -28,6 +28,12 @@ def _bodies() -> dict[str, Callable[..., Any]]:
     }
 
 
+def _extras() -> dict[str, Callable[..., Any]]:
+    from bae_fast.backends.cpp.salient import column_counts, grouped, salient
+
+    return {"column_counts": column_counts, "grouped": grouped, "salient": salient}
+
+
 def _not_supported(request: registry.Request) -> list[str]:
     if request.device_type != "cpu":
         return [f"runs on CPUs; the tensor is on {request.device_type}"]
@@ -45,6 +51,7 @@ def _make() -> registry.Backend:
         ops=schemas.overloads("cpp"),
         not_supported_reasons=_not_supported,
         simd=extension.simd,
+        extras=_extras(),
     )
 
 
