@@ -340,59 +340,47 @@ def write_page(
     facts: dict[str, Any],
     summary: str,
 ) -> Path:
-    """The scored features as one page to look through."""
-    import torch
+    """All features as one page to look through, the named ones with their phrases and scores."""
+    from bae_fast.interpret.comsem import ordered_rows
+    from bae_fast.interpret.facts import Contexts, feature_records, gather_facts
+    from bae_fast.report.browser import write_browser
 
-    from bae_fast.analysis.features import describe_features
-    from bae_fast.report.browser import FeatureContext, FeatureRecord, write_browser
-
-    heldout = cache.rows[rows.start : rows.stop]
-
-    def margins(ids: torch.Tensor) -> torch.Tensor:
-        states = heldout.to(model.W_enc)
-        with torch.no_grad():
-            if isinstance(model, BinaryAutoencoder):
-                return model.preactivation(states, ids.to(states.device))
-            return model.scores(states)[:, ids.to(states.device)]
-
-    described = describe_features(
+    part = slice(rows.start, rows.stop)
+    states = cache.rows[part].split(4096)
+    windows = cache.row_window[part].long()
+    binary = isinstance(model, BinaryAutoencoder)
+    see = model.preactivation if isinstance(model, BinaryAutoencoder) else model.encode
+    gathered = gather_facts(
         found.code,
-        cache,
-        rows,
-        [one["feature"] for one in features],
-        tokenizer,
-        margins=margins,
-        n_contexts=10,
+        row_tokens=cache.tokens[windows, cache.row_position[part].long()],
+        windows=windows,
+        values=(see(block.to(model.W_enc)) for block in states),
+        positive_only=not binary,
     )
-    records = []
-    for one, shown in zip(features, described, strict=True):
-        records.append(
-            FeatureRecord(
-                feature=one["feature"],
-                density=shown.density,
-                tokens=shown.tokens,
-                contexts=[
-                    FeatureContext((c.before, c.token, c.after), 1, row=c.row, score=c.margin)
-                    for c in shown.contexts
-                ],
-                phrase=one["phrase"],
-                scores={
-                    label: one[name]
-                    for name, label in (
-                        ("comsem", "ComSem"),
-                        ("detection", "Detection"),
-                        ("shuffled", "Other phrase"),
-                    )
-                },
-            )
-        )
-    notes = [line for line in summary.splitlines() if line and not line.startswith("|")]
+    shown = {one["feature"]: one for one in features if one["phrase"]}
+    labels = {"comsem": "ComSem", "detection": "Detection", "shuffled": "Other phrase"}
+    scores = {
+        label: {number: one[name] for number, one in shown.items() if one[name] is not None}
+        for name, label in labels.items()
+    }
+    records = feature_records(
+        gathered,
+        tokenizer,
+        contexts=Contexts(cache, tokenizer, rows),
+        shown=lambda number: [
+            (row, None) for row in ordered_rows(found, number, "strongest")[:10].tolist()
+        ],
+        code=found.code,
+        phrases={number: one["phrase"] for number, one in shown.items()},
+        scores={label: values for label, values in scores.items() if values},
+    )
     return write_browser(
         out / "features.html",
         records,
         title="Features and their names",
         subtitle=f"{facts['model_label']}, {facts['hook_name']}, {type(model).__name__}",
-        notes=notes,
+        notes=[line for line in summary.splitlines() if line and not line.startswith("|")],
+        histogram_label="pre-activation" if binary else "activation where on",
     )
 
 

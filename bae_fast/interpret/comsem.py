@@ -201,7 +201,7 @@ def choose_tokens(found: FeatureTokens, config: ComSemConfig) -> list[ChosenToke
         usual = on == (density[features] > 0.5) if found.either_way else ~on
     chosen = []
     for column, feature in enumerate(features.tolist()):
-        rows = _ordered(found, feature, config.order).tolist()
+        rows = ordered_rows(found, feature, config.order).tolist()
         negatives: list[int] = []
         if usual is not None:
             own = found.tokens.of(feature)[0].long().cpu()
@@ -225,7 +225,8 @@ def choose_tokens(found: FeatureTokens, config: ComSemConfig) -> list[ChosenToke
     return chosen
 
 
-def _ordered(found: FeatureTokens, feature: int, order: str) -> Tensor:
+def ordered_rows(found: FeatureTokens, feature: int, order: str) -> Tensor:
+    """The rows that went to a feature, int64, in one of :data:`ORDERS`."""
     rows, salience = (part.cpu() for part in found.tokens.of(feature))
     rows = rows.long()
     if order == "strongest":
