@@ -146,7 +146,7 @@ def test_no_number_is_shown():
     score(found, make_cache(torch.arange(160) % 6), ComSemConfig(n_negatives=4), judge)
     for request in judge.asked:
         assert "73519" not in request.prompt
-        assert not set("6789") & set(request.prompt)  # beside the list's 1 to 5
+        assert not set("0123456789") & set(request.prompt)
 
 
 def test_the_marked_token_stands_in_its_context():
@@ -205,6 +205,28 @@ def test_a_name_that_fits_everything_is_found_out_by_negatives():
     assert result["comsem"]["mean"] == 1
     assert result["detection"]["mean"] == 0.5
     assert (result["sensitivity"], result["specificity"]) == (1, 0)
+
+
+def test_a_leaning_to_yes_does_not_count_in_the_area_under_the_curve():
+    class Leaning(RuleJudge):
+        identity = "leaning"
+
+        def answer(self, requests, done):
+            for i, request in enumerate(requests):
+                text = self._say(request)
+                p_yes = None if request.kind == "name" else 0.9 if text == "Yes" else 0.7
+                done(i, Answer(text if p_yes is None else "Yes", p_yes=p_yes))
+
+    text = torch.arange(160) % 6
+    rows = [(text == word).nonzero().flatten().tolist() for word in range(3)]
+    rows[2] = sorted(rows[2] + rows[1])  # half of its tokens are like the others' to this judge
+    config = ComSemConfig(n_negatives=8)
+    result = score(planted(rows, 160), make_cache(text), config, Leaning())
+    assert result["detection"]["mean"] == 0.5
+    by_feature = {one["feature"]: one for one in result["features"]}
+    assert by_feature[0]["auc"] == by_feature[1]["auc"] == 1
+    assert by_feature[2]["auc"] == 0.75
+    assert score(planted(rows, 160), make_cache(text), config)["auc"] is None
 
 
 def test_strongest_first_goes_by_salience_then_by_margin():
@@ -329,6 +351,9 @@ def test_what_a_dry_run_counts_is_what_is_asked():
         ('  "Words about time."\nBecause', "Words about time"),
         ("Phrase: **past tense**", "past tense"),
         ("\n\n- \nmonths", "months"),
+        ("1. names of months", "names of months"),
+        ("- months", "months"),
+        ("3.5 and other numbers", "3.5 and other numbers"),
         (",", ","),
         ("", ""),
     ],
@@ -412,6 +437,14 @@ def test_every_baseline_is_scored(method):
     assert 0 <= result["comsem"]["mean"] <= 1
     found = feature_tokens(model, x)
     assert found.code.equal(BinaryCode.from_dense(model.encode(x) > 0))
+
+
+def test_features_that_never_change_are_not_named():
+    rows = [list(range(10)), list(range(160)), list(range(20, 30))]
+    found = planted(rows, 160)
+    never = BinaryCode.from_dense(found.code.to_dense() & torch.tensor([True, True, False]))
+    chosen = choose_tokens(dataclasses.replace(found, code=never), ComSemConfig())
+    assert [one.feature for one in chosen] == [0]
 
 
 def test_features_are_chosen_evenly_and_by_the_seed():

@@ -358,7 +358,12 @@ def write_page(
         positive_only=not binary,
     )
     shown = {one["feature"]: one for one in features if one["phrase"]}
-    labels = {"comsem": "ComSem", "detection": "Detection", "shuffled": "Other phrase"}
+    labels = {
+        "comsem": "ComSem",
+        "detection": "Detection",
+        "auc": "Detection AUC",
+        "shuffled": "Other phrase",
+    }
     scores = {
         label: {number: one[name] for number, one in shown.items() if one[name] is not None}
         for name, label in labels.items()

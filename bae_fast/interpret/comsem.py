@@ -191,8 +191,8 @@ def choose_tokens(found: FeatureTokens, config: ComSemConfig) -> list[ChosenToke
     """
     counts = found.tokens.counts().cpu()
     density = found.code.density().cpu()
-    # a bit that is nearly always on collects the tokens on which it is off: still one of these
-    eligible = torch.where(counts >= config.least, density.clamp_min(1e-12), 0)
+    # features that never change can be given rows that have too few others: they stand for nothing
+    eligible = torch.where((counts >= config.least) & (density < 1), density, 0)
     generator = torch.Generator().manual_seed(config.seed) if config.seed else None
     features = choose_features(eligible, config.n_features, generator=generator)
     usual = None
@@ -276,7 +276,7 @@ def _unmarked(text: str) -> str:
 def naming_request(passages: Passages, one: ChosenTokens) -> Request:
     """The question for a feature's phrase."""
     shown = [passages(row) for row in one.named]
-    text = "\n".join(f"{i}. {passage}" for i, (passage, _) in enumerate(shown, 1))
+    text = "\n".join(f"- {passage}" for passage, _ in shown)
     return Request("name", NAMING.format(passages=text), tokens=tuple(t for _, t in shown))
 
 
@@ -298,7 +298,8 @@ def read_phrase(text: str) -> str:
     Empty where the answer has no letter or digit.
     """
     for line in text.splitlines():
-        phrase = " ".join(line.split()).strip(_QUOTES)
+        phrase = re.sub(r"^\s*(\d+[.)]|[-*])\s+", "", line)  # an item of a list
+        phrase = " ".join(phrase.split()).strip(_QUOTES)
         phrase = re.sub(r"^(phrase|answer|description)\s*:\s*", "", phrase, flags=re.IGNORECASE)
         phrase = phrase.rstrip(".").strip(_QUOTES)[:_PHRASE_CHARACTERS]
         if any(c.isalnum() for c in phrase):
@@ -417,9 +418,11 @@ def score_features(
     judge gave no phrase; ``counts`` says how many. A judgment that is neither Yes nor No is No.
 
     Returns:
-        ``comsem``, ``shuffled``, ``detection`` and ``above_shuffled`` (the difference of the first
-        two, feature by feature): None or ``{mean, low, high, n}``, 95 % intervals; ``comsem`` also
-        ``pooled``. ``sensitivity`` and ``specificity``, the shares of Yes on tokens of the
+        ``comsem``, ``shuffled``, ``above_shuffled`` (the difference of the two, feature by
+        feature), ``detection`` and ``auc`` (of a judge that gives probabilities: how often a
+        token of the feature gets a larger one than another token; a leaning to Yes does not
+        count): None or ``{mean, low, high, n}``, 95 % intervals; ``comsem`` also ``pooled``.
+        ``sensitivity`` and ``specificity``, the shares of Yes on tokens of the
         feature and of No on the others. ``agreement``: Cohen's kappa between ``draws`` and
         between ``judges``, or None. ``counts``, ``usage``, ``settings``. ``features``: one entry
         a feature.
@@ -441,7 +444,7 @@ def score_features(
     judged = [yes for one in complete for yes in _flat(one["yes"])]
     result: dict[str, Any] = {
         name: _interval([one[name] for one in complete], config.seed)
-        for name in ("comsem", "shuffled", "above_shuffled", "detection")
+        for name in ("comsem", "shuffled", "above_shuffled", "detection", "auc")
     }
     if result["comsem"] is not None:
         result["comsem"]["pooled"] = sum(judged) / len(judged)
@@ -530,6 +533,7 @@ def _judge(
             "shuffled": None,
             "above_shuffled": None,
             "detection": None,
+            "auc": None,
             "false_yes": None,
             "unclear": 0,
             "shuffled_phrase": other if phrase else None,
@@ -557,6 +561,9 @@ def _judge(
         if negative:
             entry["no"], entry["false_yes"] = negative, _mean(_flat(negative))
             entry["detection"] = (entry["comsem"] + 1 - entry["false_yes"]) / 2
+            chances = [part[0].p_yes for part in verdicts_of if part[0] is not None]
+            if None not in chances:
+                entry["auc"] = _auc(chances[: len(positive)], chances[len(positive) :])
         entry["_second"] = [
             (verdict[0], bool(read_verdict(answer.text)))
             for verdict, answer in zip(read, checked, strict=False)
@@ -578,6 +585,13 @@ def _flat(parts: Sequence[Sequence[bool]]) -> list[bool]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _auc(positive: Sequence[float | None], negative: Sequence[float | None]) -> float:
+    """Share of pairs in which the first is larger; equal ones count half."""
+    a, b = (torch.tensor(part, dtype=torch.float64) for part in (positive, negative))
+    difference = a[:, None] - b
+    return float(((difference > 0).double() + (difference == 0).double() / 2).mean())
 
 
 def _other_phrases(phrases: Sequence[str | None], seed: int) -> list[str | None]:
@@ -633,6 +647,7 @@ def table(result: dict[str, Any]) -> str:
         ("shuffled", "with other features' phrases"),
         ("above_shuffled", "difference of the two"),
         ("detection", "detection, balanced accuracy"),
+        ("auc", "detection, area under the curve"),
     ):
         found = result[name]
         if found is not None:
