@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -228,7 +227,7 @@ def test_killed_halfway_against_a_real_server_nothing_is_paid_twice(folder, tmp_
     log = tmp_path / "server.log"
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
-        "PYTHONUNBUFFERED": "1",
+        "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     with log.open("wb") as file:
         server = subprocess.Popen(
@@ -247,18 +246,19 @@ def test_killed_halfway_against_a_real_server_nothing_is_paid_twice(folder, tmp_
     out = tmp_path / "out"
     arguments = [
         sys.executable, "-m", "bae_fast.cli",
-        *command(folder, out, "--features", "6", "--negatives", "4", "--judge", "openai"),
+        *command(folder, out, "--features", "4", "--negatives", "4", "--judge", "openai"),
         "--base-url", f"http://127.0.0.1:{port}/v1", "--judge-model", str(tmp_path / "smollm2"),
         "--concurrency", str(concurrency), "--timeout", "120",
     ]  # fmt: skip
+    first = None
     try:
         wait(lambda: server.poll() is not None or alive(port), 180)
         assert server.poll() is None, log.read_text(errors="replace")[-2000:]
         start = time.monotonic()
         first = subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
-        wait(lambda: first.poll() is not None or kept(out) >= 35, 400)
+        wait(lambda: first.poll() is not None or kept(out) >= 22, 400)
         assert first.poll() is None
-        first.send_signal(signal.SIGKILL)
+        first.kill()  # SIGKILL
         first.wait(20)
         before = kept(out)
         killed = time.monotonic()
@@ -270,8 +270,13 @@ def test_killed_halfway_against_a_real_server_nothing_is_paid_twice(folder, tmp_
         end = time.monotonic()
         total = calls()
     finally:
+        if first is not None:
+            first.kill()
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
     summary, _ = read(out)
     usage = summary["usage"]
     with capsys.disabled():
