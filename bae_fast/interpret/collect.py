@@ -35,8 +35,8 @@ FORMAT_VERSION = "1"
 # added to |b - p| before the logarithm, as in the released program
 EPSILON = 1e-6
 
-# elements of a block at a time: 8 MiB of int32, which the allocator hands out again and again
-_BLOCK_ELEMENTS = 2**21
+# elements of a block at a time: 64 MiB of int32
+_BLOCK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _table(density: Tensor, f: int, on_only: bool) -> tuple[Tensor, Tensor]:
 def _column_counts(words: Tensor, f: int) -> Tensor:
     """As ``packing.column_counts``, transposed a block of rows at a time."""
     total = torch.zeros(f, dtype=torch.int64, device=words.device)
-    for block in words.split(max(32 * _BLOCK_ELEMENTS // f, 1)):
+    for block in words.split(max(8 * _BLOCK_ELEMENTS // f, 1)):
         total += packing.column_counts(block, f)
     return total
 
@@ -276,35 +276,27 @@ def _select(words: Tensor, order: Tensor, f: int, k: int) -> Tensor:
     """
     n, m = len(words), len(order)
     found = torch.full((n, k), m, dtype=torch.int32, device=words.device)
-    column, bit = order >> 1, (order & 1).bool()
-
-    def first(rows: Tensor, head: int) -> tuple[Tensor, Tensor]:
-        """Which of the first entries hold and are among the row's k first, and their numbers."""
-        if head < f // 8:  # fewer words than all
-            word, shift = column[:head] // packing.WORD_BITS, column[:head] % packing.WORD_BITS
-            bits = ((words[rows][:, word] >> shift.to(torch.int32)) & 1).bool()
-        else:
-            bits = packing.unpack_rows(words[rows], f).index_select(1, column[:head])
-        holds = bits == bit[:head]
-        number = holds.cumsum(1, dtype=torch.int32)
-        return holds & (number <= k), number
-
-    # As much of the table as some rows need is enough for most; the others look at all of it.
-    sample = torch.arange(0, n, max(n // 64, 1), device=words.device)
-    needed = first(sample, m)[0].flip(1).int().argmax(1)
-    head = m - int(needed.min()) if n else m
+    # Most rows need only the head of the table; the few that need more look at all of it.
+    head = min(max(4 * k, 256), m)
     left = torch.arange(n, device=words.device)
     while len(left):
+        column, bit = order[:head] >> 1, (order[:head] & 1).to(torch.int32)
+        word, shift = column // packing.WORD_BITS, (column % packing.WORD_BITS).to(torch.int32)
+        place = torch.arange(head, dtype=torch.int32, device=words.device)
         short = []
-        for rows in left.split(max(_BLOCK_ELEMENTS // max(head, f), 1)):
-            chosen, number = first(rows, head)
-            at, place = chosen.nonzero(as_tuple=True)
-            slot = number[at, place] - 1
-            found[rows[at], slot.long()] = place.to(torch.int32)
-            short.append(rows[number[:, -1] < k])
+        for part in left.split(max(_BLOCK_ELEMENTS // head, 1)):
+            holds = ((words[part][:, word] >> shift) & 1) == bit
+            places = torch.where(holds, place, m)
+            if head > k:
+                places = places.topk(k, dim=1, largest=False, sorted=True).values
+            else:
+                places = places.sort(dim=1).values
+            found[part, : places.shape[1]] = places
+            if head < m:
+                short.append(part[places[:, -1] == m])
         if head == m:
             break
-        left, head = torch.cat(short), m
+        left, head = torch.cat(short), min(head * 4, m)
     return found
 
 
