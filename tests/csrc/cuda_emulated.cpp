@@ -22,8 +22,8 @@ std::function<void()> bound(void (*kernel)(Args...), void** args) {
 
 }  // namespace
 
-// 0, or 1 where there is no such kernel.
-extern "C" int emulate(const char* name, int blocks, int threads, int shared_bytes, void** args,
+// Null, or what went wrong.
+extern "C" const char* emulate(const char* name, int blocks, int threads, int shared_bytes, void** args,
                        uint64_t seed, int early) {
   std::function<void()> body;
 #define BAE_FAST_KERNEL(kernel) \
@@ -35,7 +35,6 @@ extern "C" int emulate(const char* name, int blocks, int threads, int shared_byt
   BAE_FAST_KERNEL(sign_product)
   BAE_FAST_KERNEL(digit_product)
 #undef BAE_FAST_KERNEL
-  if (!body) return 1;
-  bae_fast::emulated::run(blocks, threads, shared_bytes, seed, early != 0, body);
-  return 0;
+  if (!body) return "no such kernel";
+  return bae_fast::emulated::run(blocks, threads, shared_bytes, seed, early != 0, body);
 }

@@ -11,8 +11,6 @@
 #include <ucontext.h>
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -27,11 +25,6 @@ namespace emulated {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 1 << 17;
-
-[[noreturn]] inline void stop(const char* why) {
-  fprintf(stderr, "emulated device: %s\n", why);
-  abort();
-}
 
 // What all lanes of a warp must reach together: `what` names the instruction.
 struct Meeting {
@@ -67,6 +60,7 @@ struct Block {
   std::function<void()> body;
   int thread = 0, index = 0;
   bool early = false;
+  const char* error = nullptr;
   uint64_t random = 1;
 
   uint64_t next_random() {
@@ -76,6 +70,12 @@ struct Block {
 };
 
 inline Block* block = nullptr;
+
+// Ends the kernel: this fiber never runs again, nor does any other.
+inline void stop(const char* why) {
+  block->error = why;
+  swapcontext(&block->fibers[block->thread].context, &block->scheduler);
+}
 
 inline void wait_for(const int64_t& number) {
   Fiber& fiber = block->fibers[block->thread];
@@ -135,8 +135,8 @@ inline void start_fiber() {
   swapcontext(&block->fibers[block->thread].context, &block->scheduler);
 }
 
-// Runs `body` as every thread of every block.
-inline void run(int blocks, int threads, int shared_bytes, uint64_t seed, bool early,
+// Runs `body` as every thread of every block; what stopped it, or null.
+inline const char* run(int blocks, int threads, int shared_bytes, uint64_t seed, bool early,
                 const std::function<void()>& body) {
   Block here;
   block = &here;
@@ -174,12 +174,13 @@ inline void run(int blocks, int threads, int shared_bytes, uint64_t seed, bool e
         fiber.watched = nullptr;
         here.thread = t;
         swapcontext(&here.scheduler, &fiber.context);
+        if (here.error != nullptr) return here.error;
         if (fiber.done) --left;
       }
-      if (!moved) stop("threads wait for others that have ended, or at another place");
+      if (!moved) return "threads wait for others that have ended or wait elsewhere";
     }
   }
-  block = nullptr;
+  return nullptr;
 }
 
 }  // namespace emulated
