@@ -212,7 +212,14 @@ def test_counts_of_sixteen_million_rows(emulated):
 
 
 # rows of bits, columns of S, features summed
-PRODUCTS = [(1, 1, 1), (3, 40, 33), (63, 129, 128), (257, 127, 300), (300, 130, 513), (70, 96, 1700)]
+PRODUCTS = [
+    (1, 1, 1),
+    (3, 40, 33),
+    (63, 129, 128),
+    (257, 127, 300),
+    (300, 130, 513),
+    (70, 96, 1700),
+]
 
 
 def padded(words, front, back):

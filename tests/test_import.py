@@ -164,7 +164,7 @@ LAYERS = (
     {"", "model", "info", "distributed", "released"},
     {"functional"},
     {"codes", "reference"},
-    {"ops", "backends", "kernels"},
+    {"ops", "backends", "kernels", "kernels_cuda"},
     {
         "packing",
         "statistics",
@@ -223,7 +223,15 @@ def test_the_reference_and_the_packed_side_share_no_arithmetic():
 def test_backends_use_only_layouts_operators_and_themselves():
     for name in MODULES:
         if part(name) == "backends":
-            allowed = {"packing", "ops", "backends", "kernels", "statistics", "surrogates"}
+            allowed = {
+                "packing",
+                "ops",
+                "backends",
+                "kernels",
+                "kernels_cuda",
+                "statistics",
+                "surrogates",
+            }
             assert {part(target) for target in imports(name)} <= allowed, name
 
 

@@ -88,5 +88,7 @@ def device_reasons(request: Request, least: tuple[int, int], note: str = "") -> 
         return ["made for NVIDIA GPUs; this torch is built for AMD's"]
     capability = torch.cuda.get_device_capability()
     if capability < least:
-        return [f"needs compute capability {least[0]}.{least[1]}; got {capability[0]}.{capability[1]}"]
+        return [
+            f"needs compute capability {least[0]}.{least[1]}; got {capability[0]}.{capability[1]}"
+        ]
     return []

@@ -3,8 +3,8 @@
 //     V_ij = N n_ij - n_i n_j,    n_ij = popc(a_i & a_j),    V_ii = 0 here
 //
 // a_i is row i of the feature-packed bits. A block makes 256 x 128 of n_ij by 1-bit matrix
-// instructions and V from the registers it lies in: in int32 where N^2 < 2^31, in int64 beyond. Only
-// tiles that reach the diagonal or lie above it are made; a 32 x 32 square of signs above the
+// instructions and V from the registers it lies in: in int32 where N^2 < 2^31, in int64 beyond.
+// Only tiles that reach the diagonal or lie above it are made; a 32 x 32 square of signs above the
 // diagonal is written twice, as it is and transposed, one on the diagonal once. |V| is summed in
 // int64, one number a block: no atomics, the same sum in any order.
 //
@@ -30,8 +30,8 @@ __device__ __forceinline__ unsigned long long sum4(const long long (&v)[4]) {
 // V of one warp's part of a tile: its sum of |V| and its bits, which go to shared memory. With
 // `Diagonal` the part meets the diagonal, where offset + row == column.
 template <typename Value, bool Diagonal>
-__device__ __forceinline__ unsigned long long take_values(Accumulators<PairShape>& sums,
-                                                          Value n, int warp_m, int warp_n, int lane,
+__device__ __forceinline__ unsigned long long take_values(Accumulators<PairShape>& sums, Value n,
+                                                          int warp_m, int warp_n, int lane,
                                                           int offset, bool signs) {
   using S = PairShape;
   unsigned* const memory = shared_memory();
@@ -165,7 +165,8 @@ __device__ __forceinline__ void pairs(const int* features, long long stride, int
                                       int rows, int k) {
   using S = PairShape;
   TileAt tile = triangle_tile(block_index(), k);
-  if (!Triangle) tile = grouped_tile(block_index(), ceil_div(rows, S::kRows), ceil_div(k, S::kColumns));
+  if (!Triangle)
+    tile = grouped_tile(block_index(), ceil_div(rows, S::kRows), ceil_div(k, S::kColumns));
   const int row0 = first + tile.i * S::kRows, column0 = tile.j * S::kColumns;
   const int here = rows - tile.i * S::kRows, across = k - column0;
   Accumulators<S> sums;
@@ -224,12 +225,12 @@ __device__ __forceinline__ void pairs(const int* features, long long stride, int
 
 // What is started: 256 threads and PairShape::kSharedBytes a block. `planes` may be null in
 // `covariance`. Strides are in words.
-#define BAE_FAST_PAIRS(name, Value, Triangle)                                                     \
-  extern "C" __global__ void __launch_bounds__(bae_fast::PairShape::kThreads, 1)                  \
-      name(const int* features, long long stride, int width, const long long* counts,             \
-           const long long* n_rows, long long* block_sums, int* planes, long long plane_stride,   \
-           long long signs_stride, int words, int first, int rows, int k) {                       \
-    bae_fast::pairs<Value, Triangle>(features, stride, width, counts, n_rows, block_sums,         \
+#define BAE_FAST_PAIRS(name, Value, Triangle)                                                      \
+  extern "C" __global__ void __launch_bounds__(bae_fast::PairShape::kThreads, 1)                   \
+      name(const int* features, long long stride, int width, const long long* counts,              \
+           const long long* n_rows, long long* block_sums, int* planes, long long plane_stride,    \
+           long long signs_stride, int words, int first, int rows, int k) {                        \
+    bae_fast::pairs<Value, Triangle>(features, stride, width, counts, n_rows, block_sums,          \
                                      {planes, plane_stride, signs_stride, words}, first, rows, k); \
   }
 

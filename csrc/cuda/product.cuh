@@ -13,7 +13,8 @@ struct Operand {
   int rows;
 };
 
-// What one warp holds of the result; with two planes also the ones of its left rows, two a fragment.
+// What one warp holds of the result; with two planes also the ones of its left rows, two a
+// fragment.
 template <typename S>
 struct Accumulators {
   int c[S::kFragmentsM][S::kFragmentsN][4];

@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(bae_fast::DigitShape::kThreads, 1)
     digit_product(const int* bits, long long bits_stride, int rows, const int* planes,
                   long long plane_stride, long long signs_stride, int columns, int width,
                   int aligned, int* out, long long out_stride) {
-  bae_fast::signed_sums<bae_fast::DigitShape>(
-      bits, bits_stride, rows, planes, plane_stride, signs_stride, columns, width, aligned,
-      bae_fast::StoreIntegers{out, out_stride});
+  bae_fast::signed_sums<bae_fast::DigitShape>(bits, bits_stride, rows, planes, plane_stride,
+                                              signs_stride, columns, width, aligned,
+                                              bae_fast::StoreIntegers{out, out_stride});
 }

@@ -18,10 +18,10 @@ namespace bae_fast {
 
 constexpr int kWordBits = 32;
 constexpr int kLanes = 32;
-constexpr int kChunkWords = 4;                          // 16 bytes: one asynchronous copy
-constexpr int kStageChunks = 4;                         // of one row
+constexpr int kChunkWords = 4;                           // 16 bytes: one asynchronous copy
+constexpr int kStageChunks = 4;                          // of one row
 constexpr int kStageWords = kStageChunks * kChunkWords;  // of one row
-constexpr int kSlices = 2;                              // products of 256 bits in a stage
+constexpr int kSlices = 2;                               // products of 256 bits in a stage
 
 // A block's tile and how its warps share it: kWarpsM x kWarpsN warps of kFragmentsM x kFragmentsN
 // fragments of 16 x 8, kPlanes right operands, kStages stages in flight.
@@ -47,7 +47,8 @@ using DigitShape = Shape<1, 8, 4, 2, 2, 3>;
 
 BAE_FAST_BOTH constexpr int ceil_div(int n, int unit) { return (n + unit - 1) / unit; }
 
-// ---- shared memory -------------------------------------------------------------------------------
+// ---- shared memory
+// -------------------------------------------------------------------------------
 
 // Word where a chunk of a row starts. 64 bytes a row: two rows meet all 32 banks once, so the
 // chunk's place moves with every second row, and 8 rows of one chunk lie in 8 different places.
@@ -61,17 +62,17 @@ BAE_FAST_BOTH constexpr int left_row(int lane) { return lane & 15; }
 BAE_FAST_BOTH constexpr int left_chunk(int slice, int lane) { return 2 * slice + (lane >> 4); }
 // Right: b0, b1 of columns 0-7, then of columns 8-15.
 BAE_FAST_BOTH constexpr int right_row(int lane) { return (lane >> 4) * 8 + (lane & 7); }
-BAE_FAST_BOTH constexpr int right_chunk(int slice, int lane) {
-  return 2 * slice + (lane >> 3 & 1);
-}
+BAE_FAST_BOTH constexpr int right_chunk(int slice, int lane) { return 2 * slice + (lane >> 3 & 1); }
 
-// ---- fragments -----------------------------------------------------------------------------------
+// ---- fragments
+// -----------------------------------------------------------------------------------
 
 // Row and column of result register 0..3 of a lane in its 16 x 8 fragment.
 BAE_FAST_BOTH constexpr int result_row(int lane, int reg) { return (lane >> 2) + (reg >> 1) * 8; }
 BAE_FAST_BOTH constexpr int result_column(int lane, int reg) { return (lane & 3) * 2 + (reg & 1); }
 
-// ---- tiles of the result -------------------------------------------------------------------------
+// ---- tiles of the result
+// -------------------------------------------------------------------------
 
 struct TileAt {
   int i, j;
@@ -103,7 +104,8 @@ BAE_FAST_BOTH constexpr TileAt grouped_tile(int block, int rows, int columns) {
   return {first + inside % size, inside / size};
 }
 
-// ---- signs ---------------------------------------------------------------------------------------
+// ---- signs
+// ---------------------------------------------------------------------------------------
 
 constexpr int kTileWords = PairShape::kColumns / kWordBits;  // of one row of a tile
 constexpr int kMirrorWords = PairShape::kRows / kWordBits;   // of one column of a tile
@@ -123,7 +125,8 @@ BAE_FAST_BOTH constexpr int sign_at(int plane, int row, int word) {
   return (plane * PairShape::kRows + row) * kTileWords + word;
 }
 
-// ---- what the epilogue keeps where the operands were ----------------------------------------------
+// ---- what the epilogue keeps where the operands were
+// ----------------------------------------------
 
 constexpr int kSignWords = 2 * PairShape::kRows * kTileWords;
 constexpr int kCountsAt = kSignWords;  // in words: counts of the tile's rows, then of its columns

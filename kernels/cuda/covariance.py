@@ -146,8 +146,6 @@ def sign_product(
     """
     slab = signs.shape[1]
     raw = words.new_empty(DIGITS, slab)
-    counts_signs = from_digits(
-        _start_product(DIGIT_PRODUCT, COUNT_DIGITS, digits, signs, (), raw)
-    )
+    counts_signs = from_digits(_start_product(DIGIT_PRODUCT, COUNT_DIGITS, digits, signs, (), raw))
     out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
     return _start_product(SIGN_PRODUCT, SIGNS, words, signs, (counts_signs, n_rows, scale), out)

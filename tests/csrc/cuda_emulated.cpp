@@ -23,8 +23,8 @@ std::function<void()> bound(void (*kernel)(Args...), void** args) {
 }  // namespace
 
 // Null, or what went wrong.
-extern "C" const char* emulate(const char* name, int blocks, int threads, int shared_bytes, void** args,
-                       uint64_t seed, int early) {
+extern "C" const char* emulate(const char* name, int blocks, int threads, int shared_bytes,
+                               void** args, uint64_t seed, int early) {
   std::function<void()> body;
 #define BAE_FAST_KERNEL(kernel) \
   if (strcmp(name, #kernel) == 0) body = bound(kernel, args);

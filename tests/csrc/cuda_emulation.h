@@ -137,7 +137,7 @@ inline void start_fiber() {
 
 // Runs `body` as every thread of every block; what stopped it, or null.
 inline const char* run(int blocks, int threads, int shared_bytes, uint64_t seed, bool early,
-                const std::function<void()>& body) {
+                       const std::function<void()>& body) {
   Block here;
   block = &here;
   here.body = body;

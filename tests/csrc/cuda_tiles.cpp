@@ -1,13 +1,13 @@
 // Checks of csrc/cuda/tiles.cuh without a device: every place is met once, no two rows of an
 // ldmatrix meet in a bank. Prints the sizes that launchers repeat; the first thing wrong ends it.
-#include "tiles.cuh"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <set>
 #include <tuple>
 #include <vector>
+
+#include "tiles.cuh"
 
 using namespace bae_fast;
 

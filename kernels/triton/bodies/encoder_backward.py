@@ -63,9 +63,7 @@ class _Signs:
             signs = self.kernels.sign_slab(
                 self.features, self.counts, self.n_rows, start, stop, self.n_bound
             )
-        return self.kernels.sign_product(
-            self.words, signs, self.digits, self.n_rows, self.scale
-        )
+        return self.kernels.sign_product(self.words, signs, self.digits, self.n_rows, self.scale)
 
 
 def encoder_backward(
