@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from bae_fast.files import cache_folder, replacing
 from bae_fast.kernels_cuda import source
 
 OPTIONS = ("--std=c++17",)
-_MAJORS = ("13", "12")
 _CHECKSUM_BYTES = 32
 
 
@@ -31,10 +29,10 @@ class CompilationError(RuntimeError):
 # -- the library -------------------------------------------------------------------------------
 
 
-def _majors() -> Iterator[str]:
-    """CUDA's major versions, torch's own first: its driver runs what that version makes."""
+def _majors() -> tuple[str, ...]:
+    """CUDA's major versions whose machine code a driver is sure to load: torch's own."""
     own = (torch.version.cuda or "").partition(".")[0]
-    yield from sorted(_MAJORS, key=lambda major: major != own)
+    return (own,) if own else ("13", "12")
 
 
 def candidates() -> list[str]:
@@ -63,8 +61,8 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if _library() is None:
         return (
-            "the library libnvrtc is not found: torch's CUDA wheels bring it, "
-            "as does the package nvidia-cuda-nvrtc"
+            f"the library libnvrtc is not found ({', '.join(candidates())}): torch's CUDA wheels "
+            "bring it, as does the package nvidia-cuda-nvrtc"
         )
     return None
 
