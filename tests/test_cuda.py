@@ -66,7 +66,7 @@ class Emulation:
         assert device.type == "cpu"
         self.seed += 1
         error = self.emulate(
-            kernel.name.encode(), blocks, driver.THREADS, kernel.shared_bytes, addresses,
+            kernel.name.encode(), blocks, kernel.threads, kernel.shared_bytes, addresses,
             self.seed, self.seed % 2,
         )  # fmt: skip
         if error is not None:
@@ -326,7 +326,7 @@ def test_places_of_tiles_fragments_and_signs(tmp_path):
         sizes = {"pairs": kernels.PAIRS, "signs": kernels.SIGNS, "digits": kernels.COUNT_DIGITS}
         for line in done.stdout.splitlines():
             name, *numbers = line.split()
-            assert (*sizes.pop(name), driver.THREADS) == tuple(map(int, numbers))
+            assert sizes.pop(name) == tuple(map(int, numbers))
         assert sizes == {}
 
 

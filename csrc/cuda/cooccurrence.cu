@@ -2,7 +2,7 @@
 //
 //     V_ij = N n_ij - n_i n_j,    n_ij = popc(a_i & a_j),    V_ii = 0 here
 //
-// a_i is row i of the feature-packed bits. A block makes 256 x 128 of n_ij by 1-bit matrix
+// a_i is row i of the feature-packed bits. A block makes 128 x 128 of n_ij by 1-bit matrix
 // instructions and V from the registers it lies in: in int32 where N^2 < 2^31, in int64 beyond.
 // Only tiles that reach the diagonal or lie above it are made; a 32 x 32 square of signs above the
 // diagonal is written twice, as it is and transposed, one on the diagonal once. |V| is summed in
@@ -109,7 +109,7 @@ struct Signs {
   int words;  // of a row
 };
 
-// Both planes of a tile from shared memory to rows i 256 .. of the result.
+// Both planes of a tile from shared memory to row i, column j of the result's tiles.
 __device__ __forceinline__ void write_tile(const Signs& to, int i, int j, int n_rows,
                                            bool triangle) {
   const unsigned* const memory = shared_memory();
@@ -127,33 +127,32 @@ __device__ __forceinline__ void write_tile(const Signs& to, int i, int j, int n_
   }
 }
 
-// The squares above the diagonal once more, transposed: a warp takes one plane and 32 columns.
+// The squares above the diagonal once more, transposed: a warp takes 32 columns of a plane at once.
 __device__ __forceinline__ void write_mirror(const Signs& to, int i, int j, int k) {
-  static_assert(PairShape::kWarps == 2 * kTileWords, "a warp for each plane and word");
+  static_assert(kMirrorWords == 4 && 2 * kTileWords % PairShape::kWarps == 0, "");
   const unsigned* const memory = shared_memory();
   const int warp = thread_index() / kLanes, lane = thread_index() % kLanes;
-  const int plane = warp % 2, word = warp / 2;
-  int turned[kMirrorWords];
-#pragma unroll
-  for (int r = 0; r < kMirrorWords; ++r) {
-    const unsigned here = memory[sign_at(plane, r * kWordBits + lane, word)];
-    turned[r] = static_cast<int>(transpose(here, lane));
-  }
-  const int column_word = j * kTileWords + word, column = column_word * kWordBits + lane;
   const int first = i * kMirrorWords;
-  if (column >= k) return;
-  int* const row = to.planes + plane * to.plane_stride + column * to.stride + first;
-  const bool whole = first + kMirrorWords <= column_word;  // and so inside the row
-  if (whole && to.stride % 4 == 0 && to.plane_stride % 4 == 0) {
 #pragma unroll
-    for (int r = 0; r < kMirrorWords; r += 4) {
-      store4(row + r, turned[r], turned[r + 1], turned[r + 2], turned[r + 3]);
+  for (int part = warp; part < 2 * kTileWords; part += PairShape::kWarps) {
+    const int plane = part % 2, word = part / 2;
+    int turned[kMirrorWords];
+#pragma unroll
+    for (int r = 0; r < kMirrorWords; ++r) {
+      const unsigned here = memory[sign_at(plane, r * kWordBits + lane, word)];
+      turned[r] = static_cast<int>(transpose(here, lane));
     }
-    return;
-  }
+    const int column_word = j * kTileWords + word, column = column_word * kWordBits + lane;
+    if (column >= k) continue;
+    int* const row = to.planes + plane * to.plane_stride + column * to.stride + first;
+    if (i < j && to.stride % 4 == 0 && to.plane_stride % 4 == 0) {
+      store4(row, turned[0], turned[1], turned[2], turned[3]);
+      continue;
+    }
 #pragma unroll
-  for (int r = 0; r < kMirrorWords; ++r) {
-    if (first + r < column_word) row[r] = turned[r];
+    for (int r = 0; r < kMirrorWords; ++r) {
+      if (first + r < column_word) row[r] = turned[r];
+    }
   }
 }
 
@@ -223,10 +222,11 @@ __device__ __forceinline__ void pairs(const int* features, long long stride, int
 
 }  // namespace bae_fast
 
-// What is started: 256 threads and PairShape::kSharedBytes a block. `planes` may be null in
+// What is started: PairShape's threads and shared memory a block. `planes` may be null in
 // `covariance`. Strides are in words.
 #define BAE_FAST_PAIRS(name, Value, Triangle)                                                      \
-  extern "C" __global__ void __launch_bounds__(bae_fast::PairShape::kThreads, 1)                   \
+  extern "C" __global__ void __launch_bounds__(bae_fast::PairShape::kThreads,                      \
+                                               bae_fast::kPairBlocks)                              \
       name(const int* features, long long stride, int width, const long long* counts,              \
            const long long* n_rows, long long* block_sums, int* planes, long long plane_stride,    \
            long long signs_stride, int words, int first, int rows, int k) {                        \

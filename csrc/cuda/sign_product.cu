@@ -96,7 +96,7 @@ struct StoreIntegers {
 
 }  // namespace bae_fast
 
-// 256 threads and the shape's kSharedBytes a block. Strides are in words; `aligned`: rows of both
+// The shape's threads and shared memory a block. Strides are in words; `aligned`: rows of both
 // operands start on 16 bytes.
 extern "C" __global__ void __launch_bounds__(bae_fast::SignShape::kThreads, 1)
     sign_product(const int* bits, long long bits_stride, int rows, const int* planes,

@@ -39,11 +39,14 @@ struct Shape {
   static_assert(FragmentsN % 2 == 0, "right fragments are loaded in pairs");
 };
 
-// Pairs: 24 KiB a stage. Products with the signs: 32 KiB, both planes. Digits of the counts: few
-// rows, so the block is wide and low. 96 KiB at most: it fits every chip from sm_80 to sm_90.
-using PairShape = Shape<4, 2, 4, 8, 1, 4>;
+// Pairs: small blocks, two of which share a multiprocessor, so that one's epilogue (half as long as
+// its product at 4096 rows) runs beside the other's product; 48 KiB each. Products with the signs
+// sum over many more bits: the largest tile. Digits of the counts: few rows, so the block is wide
+// and low. They fit every chip from sm_80 to sm_90.
+using PairShape = Shape<2, 2, 4, 8, 1, 3>;
 using SignShape = Shape<4, 2, 4, 8, 2, 3>;
 using DigitShape = Shape<1, 8, 4, 2, 2, 3>;
+constexpr int kPairBlocks = 2;  // of one multiprocessor
 
 BAE_FAST_BOTH constexpr int ceil_div(int n, int unit) { return (n + unit - 1) / unit; }
 
@@ -78,21 +81,19 @@ struct TileAt {
   int i, j;
 };
 
-// Blocks of PairShape that hold anything on or above the diagonal of a [k, k] matrix.
+// Tiles of PairShape that hold anything on or above the diagonal of a [k, k] matrix.
 BAE_FAST_BOTH constexpr int triangle_tiles(int k) {
-  const int rows = ceil_div(k, PairShape::kRows), columns = ceil_div(k, PairShape::kColumns);
-  return rows * (columns - rows + 1);
+  const int side = ceil_div(k, PairShape::kRows);
+  return side * (side + 1) / 2;
 }
 
-// Tile of a block. Row i of tiles starts at column 2 i; rows i and rows - 1 - i hold as many tiles
-// together whatever i is.
+// Tile of a block: rows i and side - 1 - i of the triangle hold side + 1 tiles together.
 BAE_FAST_BOTH constexpr TileAt triangle_tile(int block, int k) {
-  static_assert(PairShape::kRows == 2 * PairShape::kColumns, "a row of tiles starts at 2 i");
-  const int rows = ceil_div(k, PairShape::kRows), columns = ceil_div(k, PairShape::kColumns);
-  const int both = 2 * (columns - rows + 1);
-  const int i = block / both, offset = block % both, here = columns - 2 * i;
-  if (offset < here) return {i, 2 * i + offset};
-  return {rows - 1 - i, 2 * (rows - 1 - i) + offset - here};
+  static_assert(PairShape::kRows == PairShape::kColumns, "tiles are square");
+  const int side = ceil_div(k, PairShape::kRows);
+  const int i = block / (side + 1), offset = block % (side + 1), here = side - i;
+  if (offset < here) return {i, i + offset};
+  return {side - 1 - i, side - 1 - i + offset - here};
 }
 
 // Tile of a block in a matrix of tiles: groups of 8 rows share their columns in the outer cache.

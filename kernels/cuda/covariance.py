@@ -15,25 +15,25 @@ from bae_fast.kernels_cuda import driver
 from bae_fast.kernels_cuda.driver import Kernel
 from bae_fast.packing import n_words
 
-# rows and columns of a block's tile, and its shared memory
-PAIRS = (256, 128, 98304)
-SIGNS = (256, 128, 98304)
-COUNT_DIGITS = (64, 128, 61440)
+# rows and columns of a block's tile, its shared memory in bytes and its threads
+PAIRS = (128, 128, 49152, 128)
+SIGNS = (256, 128, 98304, 256)
+COUNT_DIGITS = (64, 128, 61440, 256)
 
 _PAIRS = "pqippppqqiiii"
 COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE = (
-    Kernel("cooccurrence.cu", name, PAIRS[2], _PAIRS)
+    Kernel("cooccurrence.cu", name, *PAIRS[2:], _PAIRS)
     for name in ("covariance", "covariance_wide", "sign_slab", "sign_slab_wide")
 )
-SIGN_PRODUCT = Kernel("sign_product.cu", "sign_product", SIGNS[2], "pqipqqiiippppq")
-DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", COUNT_DIGITS[2], "pqipqqiiipq")
+SIGN_PRODUCT = Kernel("sign_product.cu", "sign_product", *SIGNS[2:], "pqipqqiiippppq")
+DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", *COUNT_DIGITS[2:], "pqipqqiiipq")
 KERNELS = (COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE, SIGN_PRODUCT, DIGIT_PRODUCT)
 
 
 def triangle_tiles(k: int) -> int:
     """Blocks that hold anything on or above the diagonal of a ``[k, k]`` matrix."""
-    rows, columns = cdiv(k, PAIRS[0]), cdiv(k, PAIRS[1])
-    return rows * (columns - rows + 1)
+    side = cdiv(k, PAIRS[0])
+    return side * (side + 1) // 2
 
 
 def _pairs(
@@ -106,7 +106,7 @@ def _aligned(*operands: Tensor) -> bool:
 
 def _start_product(
     kernel: Kernel,
-    tile: tuple[int, int, int],
+    tile: tuple[int, ...],
     bits: Tensor,
     signs: Tensor,
     rest: tuple[Tensor, ...],

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from bae_fast.kernels_cuda import nvrtc
 
-THREADS = 256
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "q": ctypes.c_int64}
 
 
 class Kernel(NamedTuple):
-    """A kernel of ``csrc/cuda``: its file, name, shared memory and arguments.
+    """A kernel of ``csrc/cuda``: its file, name, what a block needs, and arguments.
 
     ``arguments`` has one letter each: p for a tensor or None, i for int32, q for int64.
     """
@@ -26,6 +25,7 @@ class Kernel(NamedTuple):
     source: str
     name: str
     shared_bytes: int
+    threads: int
     arguments: str
 
 
@@ -146,6 +146,16 @@ def launch(
                 function = _functions[kernel, index] = _load(kernel, index)
         stream = torch.cuda.current_stream(device).cuda_stream
         result = library.cuLaunchKernel(
-            function, blocks, 1, 1, THREADS, 1, 1, kernel.shared_bytes, stream, addresses, None
+            function,
+            blocks,
+            1,
+            1,
+            kernel.threads,
+            1,
+            1,
+            kernel.shared_bytes,
+            stream,
+            addresses,
+            None,
         )
         _check(library, result, f"starting {kernel.name}")

@@ -106,19 +106,16 @@ static void signs() {
 }
 
 static void triangles(int k) {
-  const int rows = ceil_div(k, PairShape::kRows), columns = ceil_div(k, PairShape::kColumns);
-  std::vector<int> met(rows * columns, 0);
+  const int side = ceil_div(k, PairShape::kRows);
+  std::vector<int> met(side * side, 0);
   for (int block = 0; block < triangle_tiles(k); ++block) {
     const TileAt tile = triangle_tile(block, k);
-    check(tile.i >= 0 && tile.i < rows && tile.j >= 0 && tile.j < columns, "tile", k, block);
-    ++met[tile.i * columns + tile.j];
+    check(tile.i >= 0 && tile.i <= tile.j && tile.j < side, "tile", k, block);
+    ++met[tile.i * side + tile.j];
   }
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; ++j) {
-      // the tile's last column is not left of its first row
-      const bool needed = (j + 1) * PairShape::kColumns > i * PairShape::kRows;
-      check(met[i * columns + j] == needed, "tile of a triangle", k, i * columns + j);
-    }
+  for (int i = 0; i < side; ++i) {
+    for (int j = 0; j < side; ++j)
+      check(met[i * side + j] == (i <= j), "tile met", k, i * side + j);
   }
 }
 
