@@ -5,13 +5,14 @@ csrc/cuda as it is; the launchers run unchanged, with the emulation in place of 
 ``test_cuda_compile.py`` compiles the same files for real chips.
 """
 
-import ctypes
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from bae_fast.packing import columns_to_features, n_words, pack_rows, rows_to_co
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 CXX = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-x", "c++")
+FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-x", "c++")
 CUDA = registry.BACKENDS["cuda"]
 needs_kernels = pytest.mark.skipif(
     CUDA.unavailable is not None, reason=f"impl='cuda' cannot run: {CUDA.unavailable}"
@@ -47,35 +48,24 @@ def build(target, source, *flags):
     return target
 
 
-class Emulation:
-    """Stands in for :func:`bae_fast.kernels_cuda.driver.launch`.
-
-    Kernels run under a seed of the order of threads, with copies that arrive at once or late.
-    """
-
-    def __init__(self, library):
-        self.path = library
-        self.emulate = ctypes.CDLL(str(library)).emulate
-        self.emulate.restype = ctypes.c_char_p
-        self.emulate.argtypes = [
-            ctypes.c_char_p, *[ctypes.c_int] * 3, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
-        ]  # fmt: skip
-        self.seed = 0
-
-    def __call__(self, kernel, blocks, addresses, device):
-        assert device.type == "cpu"
-        self.seed += 1
-        error = self.emulate(
-            kernel.name.encode(), blocks, kernel.threads, kernel.shared_bytes, addresses,
-            self.seed, self.seed % 2,
-        )  # fmt: skip
-        if error is not None:
-            raise RuntimeError(error.decode())
+def emulation_of(sources, folder, optimize="-O2"):
+    """The kernels as a library with the functions of CUDA's driver."""
+    flags = (optimize, "-fPIC", "-shared", "-Wno-clobbered", f"-I{sources}")
+    return build(folder / "emulated.so", ROOT / "tests/csrc/cuda_emulated.cpp", *flags)
 
 
-def emulation_of(sources, folder):
-    flags = ("-fPIC", "-shared", "-Wno-clobbered", f"-I{sources}")
-    return Emulation(build(folder / "emulated.so", ROOT / "tests/csrc/cuda_emulated.cpp", *flags))
+def emulate(library, patch):
+    """Start kernels of ``library`` on CPU tensors, by the code that starts them on a GPU."""
+    for cached in (driver._driver, driver._context):
+        cached.cache_clear()
+    patch(driver, "LIBRARY", str(library))
+    patch(driver, "_modules", {})
+    patch(driver, "_functions", {})
+    patch(driver, "arch", lambda device: "sm_90")
+    patch(nvrtc, "cubin", lambda name, arch: name.encode())
+    patch(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    patch(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
+    patch(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +77,10 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def emulated(library, monkeypatch):
-    monkeypatch.setattr(driver, "launch", library)
+    emulate(library, monkeypatch.setattr)
+    yield
+    driver._driver.cache_clear()
+    driver._context.cache_clear()
 
 
 def codes(n, k, seed=0):
@@ -149,8 +142,8 @@ def test_the_covariance_and_its_signs_equal_numpy(shape, wide, emulated, monkeyp
 
 
 @needs_kernels
-def test_every_number_of_rows_to_300(emulated):
-    for n in range(1, 301, 7):
+def test_numbers_of_rows_from_1_to_300(emulated):
+    for n in range(1, 301, 13):
         dense = codes(n, 9, seed=n)
         counts, v = exact_covariance(dense)
         numerator, signs = kernels.covariance(features_of(dense), counts, torch.tensor(n), True, n)
@@ -295,13 +288,13 @@ MUTATIONS = {
 
 @needs_kernels
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_emulation_finds_what_is_wrong(name, library, tmp_path, monkeypatch):
+def test_the_emulation_finds_what_is_wrong(name, emulated, tmp_path, monkeypatch):
     file, before, after = MUTATIONS[name]
     shutil.copytree(SOURCES, tmp_path / "cuda")
     text = (SOURCES / file).read_text()
     assert text.count(before) == 1, before
     (tmp_path / "cuda" / file).write_text(text.replace(before, after))
-    monkeypatch.setattr(driver, "launch", emulation_of(tmp_path / "cuda", tmp_path))
+    emulate(emulation_of(tmp_path / "cuda", tmp_path, "-O0"), monkeypatch.setattr)
     n, k = 1100, 140
     dense = codes(n, k)
     counts, v = exact_covariance(dense)
@@ -334,11 +327,11 @@ def test_places_of_tiles_fragments_and_signs(tmp_path):
 def test_its_bodies_give_the_numbers_of_triton(library, tmp_path):
     """Whole operators, Triton's kernels in the interpreter and these in the emulation."""
     program = (
-        "import sys, pathlib, torch\n"
+        "import sys, torch\n"
         "sys.path.insert(0, 'tests')\n"
-        "from test_cuda import Emulation, driver\n"
+        "from test_cuda import emulate\n"
         "from bae_fast.ops import nvidia\n"
-        "driver.launch = Emulation(pathlib.Path(sys.argv[1]))\n"
+        "emulate(sys.argv[1], setattr)\n"
         "a, b = (nvidia.bodies(f'bae_fast.{m}.covariance') for m in ('kernels', 'kernels_cuda'))\n"
         "x, W, c = torch.randn(40, 9), torch.randn(9, 270), torch.randn(270)\n"
         "W_dec, G = torch.randn(270, 5), torch.randn(40, 5)\n"
@@ -359,7 +352,7 @@ def test_its_bodies_give_the_numbers_of_triton(library, tmp_path):
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", program, library.path],
+        [sys.executable, "-c", program, library],
         capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip()) == (0, "equal"), done.stderr
@@ -506,16 +499,33 @@ def test_every_reason_against_a_request_is_said(capability, request_, reason, de
 
 
 @needs_kernels
-def test_a_cold_kernel_under_capture_says_to_warm_up(monkeypatch):
-    class Nothing:
-        def __getattr__(self, name):
-            return lambda *args: 0
+def test_a_cold_kernel_under_capture_says_to_warm_up(emulated, monkeypatch):
+    def covariance():
+        return kernels.covariance(features, counts, torch.tensor(9), False, 9)[0]
 
-    import contextlib
-
-    monkeypatch.setattr(driver, "_driver", Nothing)
-    monkeypatch.setattr(driver, "_context", lambda index: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    dense = codes(9, 5)
+    features, counts = features_of(dense), dense.sum(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=r"bae_fast\.warmup\('cuda'"):
+            covariance()
+    total = covariance()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"bae_fast\.warmup\('cuda'"):
-        driver.launch(kernels.COVARIANCE, 1, None, torch.device("cuda", 0))
+    assert covariance() == total
+
+
+@needs_kernels
+def test_what_the_driver_refuses_is_said(emulated, monkeypatch):
+    tensor = torch.zeros(1)
+    with pytest.raises(driver.DriverError, match=r"finding the kernel nothing failed with 500: no"):
+        driver.start(driver.Kernel("cooccurrence.cu", "nothing", 0, 128, "p"), 1, tensor)
+    monkeypatch.setattr(nvrtc, "cubin", lambda name, arch: b"garbage")
+    with pytest.raises(driver.DriverError, match=r"loading sign_product\.cu failed with 1: not an"):
+        driver.start(kernels.SIGN_PRODUCT._replace(arguments="p"), 1, tensor)
+
+
+@needs_kernels
+def test_a_driver_that_is_missing_is_no_reason_to_fall_silent(emulated, monkeypatch):
+    monkeypatch.setattr(driver, "LIBRARY", "libno_such_library.so")
+    with pytest.raises(OSError, match="libno_such_library"):
+        driver.start(kernels.COVARIANCE._replace(arguments="p"), 1, torch.zeros(1))

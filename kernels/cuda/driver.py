@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bae_fast.kernels_cuda import nvrtc
 
+LIBRARY = "libcuda.so.1"
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "q": ctypes.c_int64}
+_INTEGERS: dict[str, Any] = {"i": ctypes.c_int32, "q": ctypes.c_int64}
 
 
 class Kernel(NamedTuple):
@@ -35,7 +36,7 @@ class DriverError(RuntimeError):
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    library = ctypes.CDLL("libcuda.so.1")
+    library = ctypes.CDLL(LIBRARY)
     # stream, parameters and extra are pointers; ctypes would pass them as int
     library.cuLaunchKernel.argtypes = [
         ctypes.c_void_p,
@@ -94,8 +95,8 @@ def _load(kernel: Kernel, index: int) -> ctypes.c_void_p:
     return function
 
 
-def pack(kernel: Kernel, args: tuple[Tensor | int | None, ...]) -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses of the arguments' values, as the driver takes them.
+def pack(kernel: Kernel, args: tuple[Tensor | int | None, ...]) -> list[Any]:
+    """The arguments' values as C has them.
 
     Raises:
         OverflowError: an integer that its type does not hold.
@@ -105,13 +106,11 @@ def pack(kernel: Kernel, args: tuple[Tensor | int | None, ...]) -> ctypes.Array[
         if letter == "p":
             values.append(ctypes.c_void_p(arg.data_ptr() if isinstance(arg, Tensor) else None))
             continue
-        value = _TYPES[letter](arg)
+        value = _INTEGERS[letter](arg)
         if value.value != arg:
             raise OverflowError(f"argument {len(values)} of {kernel.name} is too large: {arg}")
         values.append(value)
-    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    addresses.values = values  # type: ignore[attr-defined]  # alive as long as their addresses
-    return addresses
+    return values
 
 
 def start(kernel: Kernel, blocks: int, *args: Tensor | int | None) -> None:
@@ -123,13 +122,9 @@ def start(kernel: Kernel, blocks: int, *args: Tensor | int | None) -> None:
         DriverError: the driver refused a call.
     """
     assert isinstance(args[0], Tensor)
-    launch(kernel, blocks, pack(kernel, args), args[0].device)
-
-
-def launch(
-    kernel: Kernel, blocks: int, addresses: ctypes.Array[ctypes.c_void_p], device: torch.device
-) -> None:
-    """:func:`start` for packed arguments."""
+    device = args[0].device
+    values = pack(kernel, args)
+    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     library, index = _driver(), device.index
     with torch.cuda.device(device):
         # a thread that has called nothing but the driver has no context of its own
@@ -145,17 +140,7 @@ def launch(
             with _lock:
                 function = _functions[kernel, index] = _load(kernel, index)
         stream = torch.cuda.current_stream(device).cuda_stream
-        result = library.cuLaunchKernel(
-            function,
-            blocks,
-            1,
-            1,
-            kernel.threads,
-            1,
-            1,
-            kernel.shared_bytes,
-            stream,
-            addresses,
-            None,
-        )
+        grid, block = (blocks, 1, 1), (kernel.threads, 1, 1)
+        rest = (kernel.shared_bytes, stream, addresses, None)
+        result = library.cuLaunchKernel(function, *grid, *block, *rest)
         _check(library, result, f"starting {kernel.name}")

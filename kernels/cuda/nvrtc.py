@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -130,7 +131,7 @@ def compile_cubin(name: str, text: str, headers: dict[str, str], arch: str) -> b
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(size_of: ctypes._CFuncPtr, get: ctypes._CFuncPtr, program: ctypes.c_void_p) -> bytes:
+def _text(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     if size_of(program, ctypes.byref(size)) != 0:
         return b""
