@@ -286,29 +286,34 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+def check_every_kernel():
+    n, k = 1100, 140
+    dense = codes(n, k)
+    counts, v = exact_covariance(dense)
+    for _ in range(2):  # copies late, copies early
+        total, signs = kernels.covariance(features_of(dense), counts, torch.tensor(n), True, n)
+        assert int(total) == int(np.abs(v).sum())
+        check_planes(signs, k, v)
+    s = torch.randint(-1, 2, (20, k))
+    planes = torch.stack([pack_rows(s > 0), pack_rows(s < 0)])
+    got = kernels.sign_product(
+        pack_rows(dense[:70]), planes, count_digits(counts), torch.tensor(1), torch.tensor(1.0)
+    )
+    assert torch.equal(got.long(), dense[:70].long() @ s.t() - counts @ s.t())
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_emulation_finds_what_is_wrong(name, emulated, tmp_path, monkeypatch):
+    check_every_kernel()
     file, before, after = MUTATIONS[name]
     shutil.copytree(SOURCES, tmp_path / "cuda")
     text = (SOURCES / file).read_text()
     assert text.count(before) == 1, before
     (tmp_path / "cuda" / file).write_text(text.replace(before, after))
     emulate(emulation_of(tmp_path / "cuda", tmp_path, "-O0"), monkeypatch.setattr)
-    n, k = 1100, 140
-    dense = codes(n, k)
-    counts, v = exact_covariance(dense)
-    s = torch.randint(-1, 2, (20, k))
-    planes = torch.stack([pack_rows(s > 0), pack_rows(s < 0)])
-    with pytest.raises((AssertionError, RuntimeError)):  # noqa: PT012
-        for _ in range(2):  # copies late, copies early
-            total, signs = kernels.covariance(features_of(dense), counts, torch.tensor(n), True, n)
-            assert int(total) == int(np.abs(v).sum())
-            check_planes(signs, k, v)
-        got = kernels.sign_product(
-            pack_rows(dense[:70]), planes, count_digits(counts), torch.tensor(1), torch.tensor(1.0)
-        )
-        assert torch.equal(got.long(), dense[:70].long() @ s.t() - counts @ s.t())
+    with pytest.raises((AssertionError, driver.DriverError)):
+        check_every_kernel()
 
 
 def test_places_of_tiles_fragments_and_signs(tmp_path):
@@ -323,12 +328,27 @@ def test_places_of_tiles_fragments_and_signs(tmp_path):
         assert sizes == {}
 
 
+def process(program, *args, **variables):
+    """What a program prints that sees this file and the repository."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BAE_FAST_")}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
 @needs_kernels
-def test_its_bodies_give_the_numbers_of_triton(library, tmp_path):
+def test_its_bodies_give_the_numbers_of_triton(library):
     """Whole operators, Triton's kernels in the interpreter and these in the emulation."""
     program = (
         "import sys, torch\n"
-        "sys.path.insert(0, 'tests')\n"
         "from test_cuda import emulate\n"
         "from bae_fast.ops import nvidia\n"
         "emulate(sys.argv[1], setattr)\n"
@@ -346,16 +366,43 @@ def test_its_bodies_give_the_numbers_of_triton(library, tmp_path):
         "        assert left.any() and torch.equal(left, right)\n"
         "print('equal')\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("BAE_FAST_")}
-    environment |= {
-        "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "BAE_FAST_SCRATCH_MB": "0",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", program, library],
-        capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout.strip()) == (0, "equal"), done.stderr
+    variables = {"TRITON_INTERPRET": "1", "BAE_FAST_SCRATCH_MB": "0"}
+    assert process(program, library, **variables) == "equal"
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", ["front", "back"])
+def test_nothing_beside_a_tensor_is_touched(place, library):
+    """Every argument of every kernel against a page that faults."""
+    program = (
+        "import sys, torch\n"
+        "from guard_pages import guarded\n"
+        "from test_cuda import *\n"
+        "emulate(sys.argv[1], setattr)\n"
+        "plain = driver.start\n"
+        "def start(kernel, blocks, *args):\n"
+        "    copies = [guarded(a, sys.argv[2]) if isinstance(a, torch.Tensor) and a.dim()\n"
+        "              else a for a in args]\n"
+        "    plain(kernel, blocks, *copies)\n"
+        "    for a, copy in zip(args, copies):\n"
+        "        if a is not copy: a.copy_(copy)\n"
+        "driver.start = start\n"
+        "for n, k in ((70, 129), (300, 257), (64, 384), (2, 1)):\n"
+        "    dense = codes(n, k)\n"
+        "    (counts, v), total = exact_covariance(dense), torch.tensor(n)\n"
+        "    for keep in (False, True):\n"
+        "        args = (features_of(dense), counts, total)\n"
+        "        sum_, signs = kernels.covariance(*args, keep, n)\n"
+        "        assert int(sum_) == int(np.abs(v).sum())\n"
+        "    check_planes(signs, k, v)\n"
+        "    check_planes(kernels.sign_slab(*args, k // 3, k, n), k, v[k // 3 :])\n"
+        "    got = kernels.sign_product(\n"
+        "        pack_rows(dense), signs, count_digits(counts), total, torch.tensor(1.0))\n"
+        "    s = torch.from_numpy(np.sign(v))\n"
+        "    assert torch.equal(got.long(), n * (dense.long() @ s) - counts @ s)\n"
+        "print('right')\n"
+    )
+    assert process(program, library, place) == "right"
 
 
 # -- the compiler --------------------------------------------------------------------------------
@@ -525,7 +572,7 @@ def test_what_the_driver_refuses_is_said(emulated, monkeypatch):
 
 
 @needs_kernels
-def test_a_driver_that_is_missing_is_no_reason_to_fall_silent(emulated, monkeypatch):
+def test_a_missing_driver_is_named(emulated, monkeypatch):
     monkeypatch.setattr(driver, "LIBRARY", "libno_such_library.so")
     with pytest.raises(OSError, match="libno_such_library"):
         driver.start(kernels.COVARIANCE._replace(arguments="p"), 1, torch.zeros(1))
