@@ -99,7 +99,16 @@ def test_importing_loads_neither_optional_packages_nor_the_compiler():
     assert heavy == set()
     assert [name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))] == []
     own = [name for name in new if name.startswith("bae_fast.")]
-    for part in ("lm", "training", "analysis", "report", "cli", "distributed", "kernels"):
+    for part in (
+        "lm",
+        "training",
+        "analysis",
+        "report",
+        "cli",
+        "distributed",
+        "kernels",
+        "kernels_cuda",
+    ):
         assert [name for name in own if name.split(".")[1] == part] == []
 
 

@@ -40,7 +40,7 @@ def _warmup(device: torch.device) -> None:
 
 
 def _make() -> registry.Backend:
-    reason = nvidia.missing("bae_fast.kernels") or nvidia.missing("bae_fast.kernels_cuda.source")
+    reason = nvidia.missing("bae_fast.kernels") or nvidia.missing("bae_fast.kernels_cuda")
     if reason is not None:
         return registry.Backend(name="cuda", unavailable=reason)
     schemas.define("cuda")
