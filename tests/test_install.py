@@ -57,6 +57,9 @@ def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, envi
     with zipfile.ZipFile(found) as archive:
         names = archive.namelist()
         assert [n for n in names if n.endswith(".so")] == []
+        # NVRTC compiles these on the user's machine
+        sources = {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu*")}
+        assert sources == {Path(n).name for n in names if Path(n).suffix in (".cu", ".cuh")}
         info = next(n for n in names if n.endswith(".dist-info/WHEEL"))
         text = archive.read(info).decode()
         assert "Root-Is-Purelib: true" in text

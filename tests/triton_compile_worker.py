@@ -27,8 +27,9 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bae_fast.backends.triton import covariance, decode, encode, encoder_backward, warmup
+from bae_fast.kernels import covariance as kernels
 from bae_fast.kernels import launch
+from bae_fast.kernels.bodies import covariance, decode, encode, encoder_backward, warmup
 from bae_fast.surrogates import SURROGATES
 
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -88,18 +89,18 @@ def step(dtype, kind, n, d, k, surrogate, n_bits, masked, d_out):
     words, window, counts, n_rows = encode.encode(x, W_enc, b_enc, keep, width)
     decode.decode(words, W_dec, b_dec, n_bits, dtype)
     decode.decoder_backward(words, G, k, n_bits, kind)
-    _, signs = covariance.covariance(words, counts, n_rows, masked)
+    _, signs = covariance.covariance(kernels, words, counts, n_rows, masked)
     columns, scale = torch.zeros(k, dtype=torch.float64), torch.zeros(())
     for planes, spread in ((signs if masked else None, scale), (None, None)):
         encoder_backward.encoder_backward(
-            x, W_enc, b_enc, W_dec, words, window, keep, G, columns, columns, spread, planes,
-            words, counts, n_rows, surrogate, 0.25, n_bits, [True, True, True],
+            kernels, x, W_enc, b_enc, W_dec, words, window, keep, G, columns, columns, spread,
+            planes, words, counts, n_rows, surrogate, 0.25, n_bits, [True, True, True],
         )  # fmt: skip
 
 
 def uncovered(recorder):
     """Kernels that steps of many kinds start and that the whole warm-up did not."""
-    warmup.warmup(torch.device("cpu"))
+    warmup.warmup(kernels, torch.device("cpu"))
     warm = set(recorder.variants)
     recorder.variants.clear()
     for (dtype, kind), surrogate, masked in itertools.product(
@@ -160,7 +161,7 @@ def main(chip, what):
         return
     # one dtype, and rows of a multiple of 16 words: the others differ by conversions
     warmup._DTYPES, warmup._COLUMNS = ((getattr(torch, what),) * 2,), (1024,)
-    warmup.warmup(torch.device("cpu"))
+    warmup.warmup(kernels, torch.device("cpu"))
     rows = [compiled(*v, CAPABILITIES[chip]) for v in recorder.variants.values()]
     print(json.dumps(rows))
 

@@ -14,9 +14,10 @@ import triton
 
 import bae_fast as bf
 from bae_fast import packing
-from bae_fast.backends.triton import encoder_backward, interpreted
 from bae_fast.kernels import bits, configs, covariance, encode, launch, products
+from bae_fast.kernels.bodies import encoder_backward
 from bae_fast.ops import registry
+from bae_fast.ops.nvidia import interpreted
 from bae_fast.packing import pack_rows, unpack_rows
 from bae_fast.surrogates import SURROGATES
 
@@ -289,7 +290,7 @@ def test_the_product_with_the_signs_is_exact_stored_and_recomputed(shape):
     _, signs = OPS["covariance"](words, ones, total, True)
     middle = max(k // 2 // 32 * 32, min(k, 32))
     for planes, rows in ((signs, None), (None, words)):
-        spread = encoder_backward._Signs(words, total * 0.5, planes, rows, ones, total)
+        spread = encoder_backward._Signs(covariance, words, total * 0.5, planes, rows, ones, total)
         spread.scale = torch.tensor(1.0)
         parts = [spread(0, middle), *([spread(middle, k)] if middle < k else [])]
         np.testing.assert_array_equal(torch.cat(parts, 1).numpy(), expected)

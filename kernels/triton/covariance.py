@@ -311,6 +311,12 @@ def count_digits(counts: Tensor) -> Tensor:
     return pack_dense((counts >> places[:, None]) & 1)
 
 
+def from_digits(raw: Tensor) -> Tensor:
+    """n^T S, int64 ``[slab]``, from the product ``[63, slab]`` of :func:`count_digits`."""
+    places = torch.arange(DIGITS, device=raw.device)
+    return (raw.to(torch.int64) << places[:, None]).sum(0)
+
+
 def sign_product(
     words: Tensor, signs: Tensor, digits: Tensor, n_rows: Tensor, scale: Tensor
 ) -> Tensor:
@@ -324,8 +330,6 @@ def sign_product(
     """
     slab = signs.shape[1]
     raw = torch.empty(DIGITS, slab, dtype=torch.int32, device=words.device)
-    raw = _sign_product(digits, signs, n_rows, n_rows, scale, raw)
-    places = torch.arange(DIGITS, device=words.device)
-    counts_signs = (raw.to(torch.int64) << places[:, None]).sum(0)
+    counts_signs = from_digits(_sign_product(digits, signs, n_rows, n_rows, scale, raw))
     out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
     return _sign_product(words, signs, counts_signs, n_rows, scale, out)

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bae_fast import files
 from bae_fast.files import read_json, write_json
 from bae_fast.kernels.configs import CANDIDATES, DEFAULTS, Config
 
@@ -90,8 +91,7 @@ def default(name: str, chip_family: str, rows: int) -> Config:
 
 def cache_folder() -> Path:
     """Where tuned tile sizes are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "bae_fast" / "triton"
+    return files.cache_folder("triton")
 
 
 def _file(chip: str, name: str, dtype: torch.dtype) -> Path:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bae_fast.backends.triton.covariance import covariance
-from bae_fast.backends.triton.decode import decode, decoder_backward
-from bae_fast.backends.triton.encode import encode
-from bae_fast.backends.triton.encoder_backward import encoder_backward
+from bae_fast.kernels.bodies.covariance import covariance
+from bae_fast.kernels.bodies.decode import decode, decoder_backward
+from bae_fast.kernels.bodies.encode import encode
+from bae_fast.kernels.bodies.encoder_backward import encoder_backward
 from bae_fast.kernels.covariance import INT32_ROWS
 from bae_fast.kernels.launch import INTERPRETED, table_entry
 from bae_fast.ops.products import raw
@@ -29,17 +30,17 @@ _ENTRIES = (0, 1)
 _ROWS, _WIDTH = 64, 64
 
 
-def warmup(device: torch.device) -> None:
+def warmup(kernels: Any, device: torch.device) -> None:
     """Run on ``device`` what any step with d and K in multiples of 16 runs."""
     if INTERPRETED:
         return  # nothing is compiled
     for entry, (dtype, kind), k in itertools.product(_ENTRIES, _DTYPES, _COLUMNS):
         with table_entry(entry):
-            _step(torch.zeros(_ROWS, _WIDTH, dtype=dtype, device=device), kind, k)
+            _step(torch.zeros(_ROWS, _WIDTH, dtype=dtype, device=device), kernels, kind, k)
 
 
 @raw
-def _step(x: Tensor, kind: torch.dtype, k: int) -> None:
+def _step(x: Tensor, kernels: Any, kind: torch.dtype, k: int) -> None:
     """One forward and backward of everything, with parameters of dtype ``kind``."""
     W_enc, b_enc = x.new_zeros(_WIDTH, k, dtype=kind), x.new_zeros(k, dtype=kind)
     W_dec, b_dec = x.new_zeros(k, _WIDTH, dtype=kind), x.new_zeros(_WIDTH, dtype=kind)
@@ -50,11 +51,11 @@ def _step(x: Tensor, kind: torch.dtype, k: int) -> None:
     decoder_backward(words, grad, k, 1, kind)
     many = words.new_zeros(INT32_ROWS, words.shape[1])
     for rows in (words, many):
-        covariance(rows, counts, n_rows, False)
-        _, signs = covariance(rows, counts, n_rows, True)
+        covariance(kernels, rows, counts, n_rows, False)
+        _, signs = covariance(kernels, rows, counts, n_rows, True)
         for planes, gradient in itertools.product((signs, None), (grad, None)):
             encoder_backward(
-                x, W_enc, b_enc, W_dec, words, window, None, gradient, None, None,
+                kernels, x, W_enc, b_enc, W_dec, words, window, None, gradient, None, None,
                 x.new_zeros((), dtype=torch.float32), planes, rows, counts, n_rows,
                 "rectangle", 0.25, 1, [True, True, True],
             )  # fmt: skip

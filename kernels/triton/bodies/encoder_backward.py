@@ -14,11 +14,13 @@ product whose inner size is the number of features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bae_fast.kernels.bits import feature_packed
-from bae_fast.kernels.covariance import count_digits, sign_product, sign_slab
+from bae_fast.kernels.covariance import count_digits
 from bae_fast.kernels.gradient import gradient, product_gradient
 from bae_fast.ops.products import (
     HALF,
@@ -36,6 +38,7 @@ class _Signs:
 
     def __init__(
         self,
+        kernels: Any,
         words: Tensor,
         grad_covariance: Tensor,
         signs: Tensor | None,
@@ -43,7 +46,7 @@ class _Signs:
         counts: Tensor,
         n_rows: Tensor,
     ) -> None:
-        self.words, self.signs, self.n_rows = words, signs, n_rows
+        self.kernels, self.words, self.signs, self.n_rows = kernels, words, signs, n_rows
         self.counts = counts.contiguous()
         total = n_rows.double()
         self.scale = (grad_covariance.double() * 2 / (total * (total - 1))).float()
@@ -57,11 +60,14 @@ class _Signs:
         if self.signs is not None:
             signs = self.signs[:, start:stop]
         else:
-            signs = sign_slab(self.features, self.counts, self.n_rows, start, stop, self.n_bound)
-        return sign_product(self.words, signs, self.digits, self.n_rows, self.scale)
+            signs = self.kernels.sign_slab(
+                self.features, self.counts, self.n_rows, start, stop, self.n_bound
+            )
+        return self.kernels.sign_product(self.words, signs, self.digits, self.n_rows, self.scale)
 
 
 def encoder_backward(
+    kernels: Any,
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
@@ -92,7 +98,8 @@ def encoder_backward(
     curve = None if curvature is None else curvature.float()
     spread = None
     if grad_covariance is not None:
-        spread = _Signs(words, grad_covariance, signs, stats_words, stats_counts, stats_n_rows)
+        statistics = (signs, stats_words, stats_counts, stats_n_rows)
+        spread = _Signs(kernels, words, grad_covariance, *statistics)
 
     for start, stop in column_chunks(n, k, n_bits, x.device):
         span, features = slice(start, stop), slice(start // n_bits, stop // n_bits)

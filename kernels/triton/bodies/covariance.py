@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from bae_fast.kernels import covariance as kernels
 from bae_fast.kernels.bits import feature_packed
 
 
 def covariance(
-    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+    kernels: Any, words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
 ) -> tuple[Tensor, Tensor]:
     if words.device.type == "cpu" and n_rows < 2:  # reading it back would synchronise a GPU
         raise ValueError(f"covariance needs at least 2 rows; got {int(n_rows)}")

@@ -1,0 +1,94 @@
+"""What backends for NVIDIA GPUs share before a kernel is imported: bodies, and reasons against."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bae_fast.ops.products import raw
+from bae_fast.ops.registry import Request
+
+_BODIES = "bae_fast.kernels.bodies"
+# operator -> module of its body, and whether it takes the kernels of pairs and signs
+_MODULES = {
+    "encode": ("encode", False),
+    "decode": ("decode", False),
+    "covariance": ("covariance", True),
+    "decoder_backward": ("decode", False),
+    "encoder_backward": ("encoder_backward", True),
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether triton's interpreter was asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _body(name: str, kernels: str) -> Callable[..., Any]:
+    """The operator's body, imported, and triton with it, when it is first called."""
+    module, takes_kernels = _MODULES[name]
+
+    def call(*args: Any) -> Any:
+        body = getattr(importlib.import_module(f"{_BODIES}.{module}"), name)
+        if takes_kernels:
+            return body(importlib.import_module(kernels), *args)
+        return body(*args)
+
+    return call
+
+
+def bodies(kernels: str) -> dict[str, Callable[..., Any]]:
+    """Every operator, with the kernels of pairs and signs in the module of that name."""
+    return {name: raw(_body(name, kernels)) for name in _MODULES}
+
+
+def warm(kernels: str, device: torch.device) -> None:
+    """Compile on a device what a step starts."""
+    warmup = importlib.import_module(f"{_BODIES}.warmup").warmup
+    warmup(importlib.import_module(kernels), device)
+
+
+@functools.cache
+def missing(kernels: str) -> str | None:
+    """Why no kernel can run in this process, found without importing triton."""
+    for module, reason in (
+        ("triton", "the package triton is not installed"),
+        (kernels, "its kernels are not installed: pip install bae-fast, or -e ."),
+    ):
+        try:
+            found = importlib.util.find_spec(module)
+        except ImportError as error:
+            return f"{reason} ({error})"
+        if found is None:
+            return reason
+    return None
+
+
+def dtype_reasons(request: Request) -> list[str]:
+    """Why the kernels cannot take the rows' dtype."""
+    if request.dtype in _DTYPES:
+        return []
+    return [f"float32, bfloat16 and float16; got {request.dtype} (impl='torch' has it)"]
+
+
+def device_reasons(request: Request, least: tuple[int, int], note: str = "") -> list[str]:
+    """Why the request's device, or the one at hand, cannot run them."""
+    if request.device_type != "cuda":
+        return [f"runs on CUDA devices; the tensor is on {request.device_type}{note}"]
+    if not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    if torch.version.hip is not None:
+        return ["made for NVIDIA GPUs; this torch is built for AMD's"]
+    capability = torch.cuda.get_device_capability()
+    if capability < least:
+        return [
+            f"needs compute capability {least[0]}.{least[1]}; got {capability[0]}.{capability[1]}"
+        ]
+    return []

@@ -1,0 +1,151 @@
+"""Launchers of ``csrc/cuda``: covariance, its signs, and products with the signs.
+
+Names, arguments and results are those of :mod:`bae_fast.kernels.covariance`; the numbers are the
+same to the last bit. Tile sizes and shared memory repeat ``csrc/cuda/tiles.cuh``; a test compares.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bae_fast.kernels.covariance import DIGITS, INT32_ROWS, from_digits
+from bae_fast.kernels.launch import cdiv, dense_rows
+from bae_fast.kernels_cuda import driver
+from bae_fast.kernels_cuda.driver import Kernel
+from bae_fast.packing import n_words
+
+# rows and columns of a block's tile, its shared memory in bytes and its threads
+PAIRS = (128, 128, 49152, 128)
+SIGNS = (256, 128, 98304, 256)
+COUNT_DIGITS = (64, 128, 61440, 256)
+
+_PAIRS = "pqippppqqiiii"
+COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE = (
+    Kernel("cooccurrence.cu", name, *PAIRS[2:], _PAIRS)
+    for name in ("covariance", "covariance_wide", "sign_slab", "sign_slab_wide")
+)
+SIGN_PRODUCT = Kernel("sign_product.cu", "sign_product", *SIGNS[2:], "pqipqqiiippppq")
+DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", *COUNT_DIGITS[2:], "pqipqqiiipq")
+KERNELS = (COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE, SIGN_PRODUCT, DIGIT_PRODUCT)
+
+
+def triangle_tiles(k: int) -> int:
+    """Blocks that hold anything on or above the diagonal of a ``[k, k]`` matrix."""
+    side = cdiv(k, PAIRS[0])
+    return side * (side + 1) // 2
+
+
+def _pairs(
+    kernels: tuple[Kernel, Kernel],
+    blocks: int,
+    features: Tensor,
+    counts: Tensor,
+    n_rows: Tensor,
+    sums: Tensor | None,
+    signs: Tensor | None,
+    rows: tuple[int, int],
+    n_bound: int,
+) -> None:
+    driver.start(
+        kernels[n_bound >= INT32_ROWS],
+        blocks,
+        features,
+        features.stride(0),
+        features.shape[1],
+        counts,
+        n_rows,
+        sums,
+        signs,
+        0 if signs is None else signs.stride(0),
+        0 if signs is None else signs.stride(1),
+        0 if signs is None else signs.shape[2],
+        rows[0],
+        rows[1] - rows[0],
+        counts.shape[0],
+    )
+
+
+def covariance(
+    features: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool, n_bound: int
+) -> tuple[Tensor, Tensor]:
+    """sum_{i != j} |V_ij|, int64 ``[]``, and the planes int32 ``[2, K, ceil(K/32)]`` or empty.
+
+    Args:
+        features: feature-packed bits of the counted rows.
+        counts, n_rows: int64 ``[K]`` and ``[]``.
+        n_bound: a number of rows that n_rows does not exceed.
+    """
+    k = counts.shape[0]
+    sums = torch.empty(triangle_tiles(k), dtype=torch.int64, device=features.device)
+    signs = features.new_empty(2, k, n_words(k)) if keep_signs else None
+    kernels = (COVARIANCE, COVARIANCE_WIDE)
+    _pairs(kernels, len(sums), features, counts, n_rows, sums, signs, (0, k), n_bound)
+    return sums.sum(), features.new_empty(0) if signs is None else signs
+
+
+def sign_slab(
+    features: Tensor, counts: Tensor, n_rows: Tensor, start: int, stop: int, n_bound: int
+) -> Tensor:
+    """Rows start .. stop of both planes, int32 ``[2, stop - start, ceil(K/32)]``."""
+    k = counts.shape[0]
+    signs = features.new_empty(2, stop - start, n_words(k))
+    blocks = cdiv(stop - start, PAIRS[0]) * cdiv(k, PAIRS[1])
+    kernels = (SLAB, SLAB_WIDE)
+    _pairs(kernels, blocks, features, counts, n_rows, None, signs, (start, stop), n_bound)
+    return signs
+
+
+def _aligned(*operands: Tensor) -> bool:
+    """Whether every row starts on 16 bytes."""
+    return all(
+        operand.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in operand.stride()[:-1])
+        for operand in operands
+    )
+
+
+def _start_product(
+    kernel: Kernel,
+    tile: tuple[int, ...],
+    bits: Tensor,
+    signs: Tensor,
+    rest: tuple[Tensor, ...],
+    out: Tensor,
+) -> Tensor:
+    bits = dense_rows(bits)
+    n, (_, k, width) = bits.shape[0], signs.shape
+    driver.start(
+        kernel,
+        cdiv(n, tile[0]) * cdiv(k, tile[1]),
+        bits,
+        bits.stride(0),
+        n,
+        signs,
+        signs.stride(0),
+        signs.stride(1),
+        k,
+        width,
+        int(_aligned(bits, signs)),
+        *rest,
+        out,
+        out.stride(0),
+    )
+    return out
+
+
+def sign_product(
+    words: Tensor, signs: Tensor, digits: Tensor, n_rows: Tensor, scale: Tensor
+) -> Tensor:
+    """scale (N (B S) - 1 (n^T S)) for a slab of columns, fp32 ``[rows of words, slab]``.
+
+    Args:
+        words: row-packed bits ``[N, ceil(K/32)]``.
+        signs: rows of both planes, ``[2, slab, ceil(K/32)]``.
+        digits: :func:`bae_fast.kernels.covariance.count_digits` of the counted rows.
+        n_rows, scale: int64 ``[]`` and fp32 ``[]``.
+    """
+    slab = signs.shape[1]
+    raw = words.new_empty(DIGITS, slab)
+    counts_signs = from_digits(_start_product(DIGIT_PRODUCT, COUNT_DIGITS, digits, signs, (), raw))
+    out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
+    return _start_product(SIGN_PRODUCT, SIGNS, words, signs, (counts_signs, n_rows, scale), out)
