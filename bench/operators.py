@@ -64,7 +64,7 @@ def _sides(
     }
 
 
-def _random_bits(n: int, f: int, density: float) -> Tensor:
+def random_bits(n: int, f: int, density: float) -> Tensor:
     """Bits with two constant columns and a pair of equal ones."""
     torch.manual_seed(0)
     bits = torch.rand(n, f) < density
@@ -81,9 +81,10 @@ def encode(n: int, d: int, f: int, density: float, names: Names = None) -> Compa
     right = exact.Bits(x, W_enc, b_enc)
 
     def packed(side: str) -> Side:
-        return Side(
-            functools.partial(_op(side, "encode"), x.to(dtype_of(side)), W_enc, b_enc, None, None)
-        )
+        dtype = dtype_of(side)
+        # fp16: weights in x's dtype; bf16: wider, as under autocast
+        W = W_enc.to(dtype) if dtype == torch.float16 else W_enc
+        return Side(functools.partial(_op(side, "encode"), x.to(dtype), W, b_enc, None, None))
 
     def check(side: str, result: Any) -> None:
         if side in eager.DENSE:
@@ -106,7 +107,7 @@ def encode(n: int, d: int, f: int, density: float, names: Names = None) -> Compa
 
 def decode(n: int, d: int, f: int, density: float, names: Names = None) -> Comparison:
     W_dec, b_dec = tensors(n, d, f, density)[3:]
-    bits = _random_bits(n, f, density)
+    bits = random_bits(n, f, density)
     words, dense = pack_rows(bits), bits.float()
     close = Closeness()
 
@@ -126,7 +127,7 @@ def decode(n: int, d: int, f: int, density: float, names: Names = None) -> Compa
 
 
 def decoder_backward(n: int, d: int, f: int, density: float, names: Names = None) -> Comparison:
-    bits = _random_bits(n, f, density)
+    bits = random_bits(n, f, density)
     grad = torch.randn(n, d)
     words, dense = pack_rows(bits), bits.float()
     close = Closeness()
@@ -154,7 +155,7 @@ def _covariance_inputs(words: Tensor, f: int) -> tuple[Tensor, Tensor, Tensor, b
 
 def covariance(n: int, d: int, f: int, density: float, names: Names = None) -> Comparison:
     """Does not depend on d."""
-    dense = _random_bits(n, f, density).float()
+    dense = random_bits(n, f, density).float()
     inputs = _covariance_inputs(pack_rows(dense), f)
     truth = functools.cache(functools.partial(exact.covariance_numerator, dense))
 
@@ -182,7 +183,7 @@ def covariance(n: int, d: int, f: int, density: float, names: Names = None) -> C
 
 def covariance_backward(n: int, d: int, f: int, density: float, names: Names = None) -> Comparison:
     """Does not depend on d."""
-    bits = _random_bits(n, f, density)
+    bits = random_bits(n, f, density)
     left = torch.randn(n, LEFT_COLUMNS)
     dense = bits.float().requires_grad_()
     words, counts, total, keep = _covariance_inputs(pack_rows(bits), f)

@@ -114,7 +114,9 @@ def packed_step(
         loss = loss + ENTROPY_WEIGHT * out.entropy
         return loss if out.covariance is None else loss + COVARIANCE_WEIGHT * out.covariance
 
-    return _step(torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True), loss_of)
+    return _step(
+        torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True, capturable=x.is_cuda), loss_of
+    )
 
 
 def _step(optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
