@@ -30,6 +30,7 @@ SHARED_MEMORY = {
 }
 
 _FEW, _MANY = 64, 4096
+_DIGITS = 32  # nearest to 63 rows, and not to 512
 
 # one pass over memory: the same on every chip
 _PASSES: dict[str, dict[int, Config]] = {
@@ -47,7 +48,8 @@ def _table(
         "bits_product": {_FEW: few, _MANY: bits},
         "gradient": {_FEW: few, _MANY: gradient},
         "covariance": {_MANY: pairs},
-        "sign_product": {_MANY: signs},
+        # the digits of the counts are 63 rows: half of a tile would be empty
+        "sign_product": {_DIGITS: signs._replace(m=64, warps=4), _MANY: signs},
         **_PASSES,
     }
 

@@ -241,6 +241,7 @@ def _start(
     keep_signs: bool,
 ) -> None:
     k, slab = counts.shape[0], rows[1] - rows[0]
+    wide = n_bound >= INT32_ROWS
     square = launch.cdiv(slab, config.m) * launch.cdiv(k, config.m)
     launch.start(
         covariance_kernel,
@@ -261,8 +262,9 @@ def _start(
         BLOCK_K=config.k,
         TRIANGLE=triangle,
         SIGNS=keep_signs,
-        WIDE=n_bound >= INT32_ROWS,
-        num_warps=config.warps,
+        WIDE=wide,
+        # int64 takes twice the registers: they spill without (Triton 3.6, sm_90)
+        num_warps=config.warps * (2 if wide else 1),
         num_stages=config.stages,
     )
 

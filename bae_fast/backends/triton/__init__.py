@@ -65,6 +65,8 @@ def _not_supported(request: registry.Request) -> list[str]:
     reasons = []
     if request.dtype not in _DTYPES:
         reasons.append(f"float32, bfloat16 and float16; got {request.dtype} (impl='torch' has it)")
+    if request.n_bits > 30:
+        reasons.append(f"codes of up to 30 bits a feature; got {request.n_bits}")
     if interpreted():
         if request.device_type not in ("cpu", "cuda"):
             reasons.append(f"the interpreter serves CPU and CUDA; got {request.device_type}")
