@@ -57,6 +57,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS = 540.0
 # of the whole for the watching process: starting, ending, table and plot
 SPARE = 10.0
+# without a word of the worker until its kernel is taken to hang; compiling may take as long
+STALL = 150.0
 # exit status of a worker whose device no longer answers
 DEAD = 75
 
@@ -115,7 +117,7 @@ TINY = Plan(
     head=(64, 24, 256),
     more=[(32, 24, 256)],
     large=(64, 24, 320),
-    densities=(0.5, 0.1),
+    densities=(0.5,),
     seconds=0.0,
     guess=1.0,
     gemm_side=64,
@@ -162,7 +164,11 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
         ]
     found += [of("operator", plan.large, operator=o, density=first) for o in operators.OPERATORS]
     found += [of("step", shape, objective="rectangle") for shape in plan.more]
-    found += [{"kind": "warmup", "impl": impl} for impl in impls]
+    found += [
+        {"kind": "warmup", "impl": impl}
+        for impl in impls
+        if registry.BACKENDS[impl].warmup is not None
+    ]
     return found
 
 
@@ -526,7 +532,6 @@ def compare(
                 return False
         else:
             sides[name] = {"first_seconds": time.perf_counter() - begin}
-        gc.collect()
     for name, side in comparison.sides.items() if timed else ():
         if "first_seconds" not in sides[name]:
             continue
@@ -653,6 +658,7 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
     """Run every case that ``path`` does not hold yet, until a time; see the module."""
     result = read_json(path)
     machine = Machine(device, plan)
+    gc.freeze()  # what is imported: else every collection goes through all of it
     rate: dict[str, float] = {}
     for row in result["rows"]:
         _learn(rate, row)
@@ -758,18 +764,23 @@ def watch(command: list[str], path: Path, seconds: float) -> None:
     """Run the worker until it is done or time is up, again where it ends before."""
     until = time.time() + seconds
     fruitless = 0
-    while (left := until - time.time()) > 2:
+    while time.time() < until - 2:
         before = len(read_json(path)["rows"])
         process = subprocess.Popen([*command, "--until", str(until - 1)], cwd=ROOT)
+        begin, reason = time.time(), ""
         try:
-            status = process.wait(timeout=left)
-            reason = f"its process ended with status {status}"
-        except subprocess.TimeoutExpired:
-            status, reason = -9, "time was up"
+            while process.poll() is None and not reason:
+                time.sleep(0.2)
+                silent = time.time() - max(begin, path.stat().st_mtime)
+                if time.time() > until:
+                    reason = "time was up"
+                elif silent > STALL:
+                    reason = f"no answer within {STALL:.0f} s"
         finally:
             if process.poll() is None:
                 process.kill()
-                process.wait()
+            status = process.wait()
+        reason = reason or f"its process ended with status {status}"
         result = read_json(path)
         if status == 0:
             return

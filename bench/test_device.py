@@ -1,6 +1,5 @@
 """``python -m bench device`` without a GPU: the whole program on tiny sizes by the host's clock."""
 
-import json
 import os
 import sys
 import time
@@ -31,6 +30,10 @@ def hangs(*args):
 fault = {"dies": dies, "hangs": hangs}.get(sys.argv[1])
 if fault:
     ops["decode"] = fault
+    kinds = ("step", "pairs") if fault is dies else ("operator", "pairs")
+    every = device.cases(device.TINY, ["torch"], "cpu")
+    few = [case for case in every if case["kind"] in kinds][:3]
+    device.cases = lambda *_: few
 sys.exit(device.main(sys.argv[2:]))
 """
 SMALL = device.TINY._replace(checked=[(66, 24, 331)], more=[(32, 24, 256)])
@@ -78,6 +81,7 @@ def case(kind, **more):
 
 STEP = case("step", objective="paper")
 DECODE = case("operator", operator="decode", density=0.5)
+LAYER = {"kind": "layer", "impl": "torch", "dtype": "bf16"}
 CHECK = case("check", operator="decode", density=0.5)
 
 
@@ -120,11 +124,9 @@ def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys
     assert command(tmp_path, fault="dies") == 1
     result = read_json(tmp_path / "device.json")
     rows = {device.name_of(row["case"]): row["sides"] for row in result["rows"]}
-    died = rows[device.name_of(case("step", compiled=True, objective="paper"))] if False else None
-    assert died is None
-    hit = [sides for sides in rows.values() if "status 66" in json.dumps(sides)]
-    assert hit
-    assert any("seconds" in sides.get("autocast", {}) for sides in hit)
+    hit = rows[device.name_of(case("step", objective="paper", compiled=True))]
+    assert hit["torch bf16"] == {"refused": "its process ended with status 66"}
+    assert hit["autocast"]["seconds"] > 0
     # what does not decode is timed all the same
     pairs = [s for n, s in rows.items() if n.startswith("pairs")]
     assert pairs
@@ -132,15 +134,24 @@ def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys
     assert "status 66" in capsys.readouterr().err
 
 
-def test_a_hanging_kernel_is_ended_in_time_and_the_file_is_whole(tmp_path):
+@pytest.mark.slow
+def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "STALL", 8.0)
+    assert command(tmp_path, fault="hangs") == 1
+    rows = read_json(tmp_path / "device.json")["rows"]
+    hung = [row["sides"]["torch bf16"] for row in rows if row["case"].get("operator") == "decode"]
+    assert hung == [{"refused": "no answer within 8 s"}]
+    assert rows[-1]["case"] != hung
+    assert len(rows) == 3
+
+
+def test_time_that_is_up_leaves_a_whole_file(tmp_path):
     begin = time.time()
     command(tmp_path, fault="hangs", seconds=device.SPARE + 12)
-    assert time.time() - begin < device.SPARE + 20
+    assert time.time() - begin < device.SPARE + 16
     result = read_json(tmp_path / "device.json")
     assert result["running"] is None
     assert not result["complete"]
-    (row,) = result["rows"]
-    assert row["sides"] == {"torch": {"unavailable": "time was up"}}
     assert device.table(result)
 
 
@@ -177,9 +188,7 @@ def test_a_side_that_raises_is_reported_with_its_first_line(worked, monkeypatch)
         raise RuntimeError("no such luck\nand a long story")
 
     monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", broken)
-    _, result = worked(
-        DECODE, case("pairs", density=0.5), {"kind": "layer", "impl": "torch", "dtype": "bf16"}
-    )
+    _, result = worked(DECODE, case("pairs", density=0.5), LAYER)
     decode, pairs, layer = result["rows"]
     assert decode["sides"]["torch bf16"]["refused"].startswith("RuntimeError: no such luck")
     assert pairs["sides"]["torch"]["seconds"] > 0
@@ -217,7 +226,7 @@ def test_a_layer_that_is_wrong_is_refused_by_name(worked, monkeypatch):
         return grad_x, grad_W, grad_b * 1.5
 
     monkeypatch.setitem(registry.BACKENDS["torch"].ops, "encoder_backward", wrong)
-    _, result = worked({"kind": "layer", "impl": "torch", "dtype": "bf16"})
+    _, result = worked(LAYER)
     assert "b_enc is off by" in result["rows"][0]["sides"]["torch bf16"]["refused"]
 
 
@@ -279,7 +288,7 @@ def test_an_implementation_that_cannot_run_is_said(tmp_path, capsys):
 
 
 def test_every_case_has_a_name_of_its_own():
-    names = [device.name_of(c) for c in device.cases(device.FULL, ["triton", "cuda"], "cuda")]
+    names = [device.name_of(c) for c in device.cases(device.FULL, ["triton", "torch"], "cuda")]
     assert len(set(names)) == len(names)
 
 
