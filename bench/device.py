@@ -177,6 +177,11 @@ def name_of(case: Case) -> str:
     return tables.name(tuple(case.values()))
 
 
+def sort_of(case: Case) -> str:
+    """Cases of one sort take time alike; compiling the dense program is a sort of its own."""
+    return case["kind"] + ", compiled" * bool(case.get("compiled"))
+
+
 def size_of(case: Case) -> float:
     """What a case's time grows with: multiply-accumulates."""
     n, d, f = (case.get(key, 64) for key in "ndf")
@@ -439,11 +444,15 @@ class Machine:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def forget(self) -> None:
-        """Give freed memory back, as between two programs."""
+    def release(self) -> None:
+        """Give freed memory back."""
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """As between two programs."""
+        self.release()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # every shape compiled for itself
 
@@ -530,15 +539,21 @@ def compare(
             print(f"{name_of(row['case'])}: {name}: {sides[name]}", flush=True)
             if not machine.answers():
                 return False
+            machine.release()
         else:
             sides[name] = {"first_seconds": time.perf_counter() - begin}
     for name, side in comparison.sides.items() if timed else ():
-        if "first_seconds" not in sides[name]:
+        if "first_seconds" not in sides[name] or "seconds" in sides[name]:
             continue
         note(name)
         try:
-            peak = machine.peak(side)
+            # a graph owns its memory
+            peak = None if row["case"]["kind"] == "graph" else machine.peak(side)
             times = timing.interleaved({name: side}, machine.plan.seconds, machine.clock)[name]
+        except torch.OutOfMemoryError:
+            sides[name] = {"unavailable": "out of memory"}
+            machine.release()
+            continue
         except Exception as error:
             sides[name] = {"refused": f"{type(error).__name__}: {first_line(error)}"}
             if not machine.answers():
@@ -551,8 +566,7 @@ def compare(
         if ceiling is not None:
             level = level_of(ceiling)
             sides[name] |= timing.shares(comparison.work, found["seconds"], name, ceiling, level)
-        if machine.device == "cuda":
-            torch.cuda.empty_cache()
+        machine.release()
     rival = next(iter(comparison.sides))
     first = sides[rival] if rival.split()[0] not in registry.IMPLS else {}
     for side in sides.values():
@@ -595,16 +609,25 @@ def measure_warmup(impl: str, device: str, seconds: float) -> dict[str, Any]:
 # -- the worker --------------------------------------------------------------------------------
 
 
+def settled(sides: dict[str, Any]) -> dict[str, Any]:
+    """Sides of an interrupted case that need no further call."""
+    ends = ("refused", "unavailable", "seconds", "checked")
+    return {name: side for name, side in sides.items() if any(end in side for end in ends)}
+
+
 def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
     """Sides that the checks refused, as far as a timed case depends on them."""
     found = set()
+    whole = case["kind"] in ("step", "graph")
+    needed = "covariance" if case["kind"] == "pairs" else case.get("operator")
     for row in rows:
-        if row["case"]["kind"] not in ("layer", "check"):
+        operator = row["case"].get("operator")
+        if row["case"]["kind"] not in ("layer", "check") or not (whole or operator == needed):
             continue
-        whole = case["kind"] in ("step", "graph")
-        operator = "covariance" if case["kind"] == "pairs" else case.get("operator")
-        if whole or row["case"].get("operator") == operator:
-            found |= {name for name, side in row["sides"].items() if "refused" in side}
+        wrong = {name for name, side in row["sides"].items() if "refused" in side}
+        if whole and str(operator).startswith("covariance"):  # bits have no precision
+            wrong |= {f"{name} bf16" for name in wrong}
+        found |= wrong
     return found
 
 
@@ -659,7 +682,7 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
     result = read_json(path)
     machine = Machine(device, plan)
     gc.freeze()  # what is imported: else every collection goes through all of it
-    rate: dict[str, float] = {}
+    rate: dict[str, tuple[float, float]] = {}
     for row in result["rows"]:
         _learn(rate, row)
     done = {name_of(row["case"]) for row in result["rows"]}
@@ -667,8 +690,8 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
         if name_of(case) in done:
             continue
         left = until - time.time()
-        expected = rate[case["kind"]] * size_of(case) if case["kind"] in rate else plan.guess
-        expected = max(expected, rate.get(case["kind"] + " least", 0.0))
+        scale, least = rate.get(sort_of(case), (0.0, plan.guess))
+        expected = max(scale * size_of(case), least)
         if expected > left or left < 1:
             result["skipped"].append(
                 {"case": case, "reason": f"{left:.0f} s left, {expected:.0f} expected"}
@@ -697,6 +720,10 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
             print(f"{name_of(case)}: {row['unavailable']}", flush=True)
         row["wall_seconds"] = time.time() - begin
         result["running"] = None
+        if not alive and settled(row["sides"]):  # the next worker does the other sides
+            result["ended"][name_of(case)] = settled(row["sides"])
+            write_json(path, result)
+            return DEAD
         result["rows"].append(row)
         write_json(path, result)
         print(line(row), flush=True)
@@ -710,11 +737,11 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
     return 0
 
 
-def _learn(rate: dict[str, float], row: dict[str, Any]) -> None:
-    """What a kind's seconds grow with, from the last case: no more than linear in its size."""
-    kind, wall = row["case"]["kind"], row["wall_seconds"]
-    rate[kind] = wall / size_of(row["case"])
-    rate[kind + " least"] = min(wall, rate.get(kind + " least", wall))
+def _learn(rate: dict[str, tuple[float, float]], row: dict[str, Any]) -> None:
+    """Least seconds a multiply-accumulate and least seconds of the cases of a sort so far."""
+    sort, wall = sort_of(row["case"]), row["wall_seconds"]
+    scale, least = rate.get(sort, (float("inf"), float("inf")))
+    rate[sort] = min(scale, wall / size_of(row["case"])), min(least, wall)
 
 
 # -- the watching process ----------------------------------------------------------------------
@@ -786,7 +813,7 @@ def watch(command: list[str], path: Path, seconds: float) -> None:
             return
         running = result.get("running")
         if running and running["side"]:
-            sides = {**running["sides"], running["side"]: {"refused": reason}}
+            sides = {**settled(running["sides"]), running["side"]: {"refused": reason}}
             if reason == "time was up":
                 sides[running["side"]] = {"unavailable": reason}
             result["ended"][name_of(running["case"])] = sides
@@ -798,7 +825,8 @@ def watch(command: list[str], path: Path, seconds: float) -> None:
         elif running:
             row = {"case": running["case"], "sides": {}, "wall_seconds": 0.0}
             result["rows"].append(row | {"unavailable": reason})
-        fruitless = 0 if running or len(result["rows"]) > before else fruitless + 1
+        useful = running or status == DEAD or len(result["rows"]) > before
+        fruitless = 0 if useful else fruitless + 1
         result["running"] = None
         write_json(path, result)
         if fruitless > 1:
@@ -896,8 +924,8 @@ def _notes(result: dict[str, Any]) -> str:
     e, c = result["environment"], result.get("ceilings")
     own = e["device"]
     texts = [
-        "Medians of device times with a cold L2 cache, and in brackets how many times faster than "
-        "the first column that has a time; every call checked first. peak and share of the floor "
+        "Medians of device times with a cold L2 cache, in brackets how many times faster than the "
+        "first column; every call checked first. peak and share of the floor "
         "(products at the measured bf16 rate, counts at the faster of the rates below, memory and "
         "Adam at the speed of a copy) are those of the fastest of ours."
     ]

@@ -61,10 +61,10 @@ def _path(monkeypatch):
 def worked(tmp_path, monkeypatch):
     """Some cases in this process; returns the result."""
 
-    def run(*wanted, impls=("torch",), until=None, rows=()):
+    def run(*wanted, impls=("torch",), until=None, rows=(), ended=None):
         path = tmp_path / "device.json"
         blank = {"environment": {"torch": "", "device": {"name": "none"}}, "impls": {}}
-        lists = {"rows": list(rows), "skipped": [], "ended": {}}
+        lists = {"rows": list(rows), "skipped": [], "ended": ended or {}}
         write_json(path, {**blank, **lists, "running": None, "complete": False})
         monkeypatch.setattr(device, "cases", lambda plan, impls, kind: list(wanted))
         status = device.work(
@@ -195,6 +195,25 @@ def test_a_side_that_raises_is_reported_with_its_first_line(worked, monkeypatch)
     assert layer["sides"]["torch bf16"] == {"refused": "RuntimeError: no such luck"}
 
 
+def test_a_device_that_no_longer_answers_is_left_to_the_next_process(worked, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(registry.BACKENDS["torch"].ops, "decode", broken)
+        patch.setattr(device.Machine, "answers", lambda machine: False)
+        status, result = worked(DECODE)
+    assert status == device.DEAD
+    assert result["rows"] == []
+    name = device.name_of(DECODE)
+    assert "illegal memory access" in result["ended"][name]["torch bf16"]["refused"]
+    status, again = worked(DECODE, ended=result["ended"])
+    assert status == 0
+    (row,) = again["rows"]
+    assert row["sides"]["torch bf16"] == result["ended"][name]["torch bf16"]
+    assert row["sides"]["autocast"]["seconds"] > 0
+
+
 def test_memory_that_is_not_there_is_said_and_refuses_nothing(worked, monkeypatch):
     def greedy(bits):
         raise torch.OutOfMemoryError("tried to allocate 70 GiB")
@@ -255,6 +274,14 @@ def test_a_case_that_would_not_fit_is_left_out_and_said(worked):
     assert "expected" in left_out["reason"]
     assert not result["complete"]
     assert "left out for time: 1" in device.table(result)
+
+
+def test_a_wrong_covariance_spoils_the_steps_of_its_implementation():
+    check = CHECK | {"operator": "covariance"}
+    rows = [{"case": check, "sides": {"torch": {"refused": "off"}, "cpp": {}}}]
+    assert "torch bf16" in device.spoiled(rows, STEP)
+    assert device.spoiled(rows, case("pairs", density=0.5)) == {"torch"}
+    assert device.spoiled(rows, DECODE) == set()
 
 
 def test_a_larger_case_is_expected_to_take_longer():
