@@ -14,7 +14,7 @@ import torch
 
 import bae_fast
 from bae_fast.files import read_json, write_json, write_text
-from bench import ablation, collect, levels, memory, operators, recipe, step, tables
+from bench import ablation, collect, device, levels, memory, operators, recipe, step, tables
 from bench.inputs import simd
 from bench.timing import SECONDS
 
@@ -74,7 +74,7 @@ def refusals(result: dict[str, Any]) -> list[str]:
 
 def regenerated(text: str) -> str:
     """The README's text with the table of every committed result."""
-    for name, suite in SUITES.items():
+    for name, suite in (SUITES | {"device": device}).items():
         path = RESULTS / f"{name}.json"
         if path.is_file():
             text = tables.splice(text, name, suite.table(read_json(path)))
@@ -83,9 +83,14 @@ def regenerated(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a side was wrong and got no figure."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["device"]:
+        return device.main(arguments[1:], environment, README)
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "suites", nargs="*", help=f"of {', '.join(SUITES)}; default: {', '.join(MEASURED)}"
+        "suites",
+        nargs="*",
+        help=f"of {', '.join(SUITES)}; default: {', '.join(MEASURED)}; device has its own options",
     )
     parser.add_argument("--tables", action="store_true", help="only regenerate the README's tables")
     parser.add_argument(

@@ -23,6 +23,8 @@ from torch import Tensor
 
 EPS = 1e-10
 PROGRAMS = ("eager", "autocast", "compile")
+# and on a GPU, where nobody runs it in float32
+DENSE = (*PROGRAMS, "compile bf16")
 # bench/test_*.py put "eager" here: the same path, no C++ compiler
 COMPILER = "inductor"
 
@@ -111,20 +113,24 @@ def eager_loss(
     return loss + covariance_weight * absolute_covariance(bits)
 
 
-def autocast(on: bool) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 autocast, or nothing."""
-    return torch.autocast("cpu", torch.bfloat16) if on else contextlib.nullcontext()
+def autocast(
+    dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a half-precision dtype on a device, or nothing."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype)
 
 
 def program(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as one of :data:`PROGRAMS` runs it."""
-    if name == "compile":
-        return torch.compile(function, backend=COMPILER)
-    if name == "eager":
+    """``function`` as one of :data:`DENSE` runs it: tensors first, all on one device."""
+    if name.startswith("compile"):
+        function = torch.compile(function, backend=COMPILER)
+    if name in ("eager", "compile"):
         return function
 
-    def under_autocast(*args: Any, **kwargs: Any) -> Any:
-        with autocast(True):
-            return function(*args, **kwargs)
+    def under_autocast(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with autocast(torch.bfloat16, first.device):
+            return function(first, *args, **kwargs)
 
     return under_autocast

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from bae_fast.statistics import entropy_bits, entropy_gradient
-from bench.eager import PROGRAMS
 
 BLOCK = 1024
 # beyond twice the rival's error, for sums that the rival has rounded less often
 OWN_LIMIT = {False: 1e-6, True: 2.0**-8}
 
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 class WrongResultError(Exception):
@@ -29,9 +28,16 @@ class WrongResultError(Exception):
 # -- numbers -----------------------------------------------------------------------------------
 
 
+def dtype_of(side: str) -> torch.dtype:
+    """The dtype of a side's products."""
+    if side == "autocast" or side.endswith(" bf16"):
+        return torch.bfloat16
+    return torch.float16 if side.endswith(" fp16") else torch.float32
+
+
 def is_half(side: str) -> bool:
-    """Whether a side's products are bfloat16."""
-    return side == "autocast" or side.endswith("bf16")
+    """Whether a side's products are in half precision."""
+    return dtype_of(side) != torch.float32
 
 
 def relative_error(got: Tensor, exact: Tensor, slack: Tensor | None = None) -> float:
@@ -54,7 +60,9 @@ class Closeness:
 
     def __init__(self, **limits: float) -> None:
         """``limits`` replace those of the dense programs, by name."""
-        self.limits = {"eager": 1e-5, "compile": 1e-5, "autocast": 2e-2} | limits
+        self.limits = {
+            "eager": 1e-5, "compile": 1e-5, "autocast": 2e-2, "compile bf16": 2e-2,
+        } | limits  # fmt: skip
         self.errors: dict[tuple[str, str], float] = {}
 
     def check(
@@ -65,7 +73,7 @@ class Closeness:
             raise WrongResultError(
                 f"{what} has shape {list(got.shape)}; should be {list(exact.shape)}"
             )
-        dense, half = side in PROGRAMS, is_half(side)
+        dense, half = side in self.limits, is_half(side)
         error = relative_error(got.detach(), exact, slack if dense else None)
         rival = side if dense else "autocast" if half else "eager"
         limit = self.limits[rival]
@@ -131,7 +139,7 @@ def pair_values(bits: Tensor, columns: Tensor | slice, start: int = 0) -> Tensor
     joint = (bits[:, start:].t() @ bits[:, columns]).double()
     counts = bits.sum(0, dtype=torch.float64)
     v = joint.mul_(len(bits)).sub_(torch.outer(counts[start:], counts[columns]))
-    at = torch.arange(bits.shape[1])[columns]
+    at = torch.arange(bits.shape[1], device=bits.device)[columns]
     own = (at >= start).nonzero().flatten()
     v[at[own] - start, own] = 0
     return v
@@ -150,8 +158,8 @@ def covariance_numerator(bits: Tensor) -> int:
 def ties(v: Tensor, columns: Tensor | slice) -> Tensor:
     """[V = 0] off the diagonal, for ``v`` of :func:`pair_values` from row 0: float64."""
     tied = (v == 0).double()
-    at = torch.arange(len(v))[columns]
-    tied[at, torch.arange(len(at))] = 0
+    at = torch.arange(len(v), device=v.device)[columns]
+    tied[at, torch.arange(len(at), device=v.device)] = 0
     return tied
 
 
@@ -160,7 +168,7 @@ def covariance_gradient(bits: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     far signs other than 0 at ties could move it."""
     n = len(bits)
     weights = (left - left.mean(0)).t() @ bits.double()
-    out = torch.empty(left.shape[1], bits.shape[1], dtype=torch.float64)
+    out = left.new_empty(left.shape[1], bits.shape[1])
     slack = torch.empty_like(out)
     for start in range(0, bits.shape[1], BLOCK):
         at = slice(start, start + BLOCK)

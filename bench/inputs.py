@@ -27,12 +27,14 @@ WIDTH = 0.25
 
 
 def tensors(n: int, d: int, f: int, density: float) -> list[Tensor]:
-    """x ``[N, d]`` and the four parameters; b_enc gives every feature about that density."""
+    """x ``[N, d]`` and the four parameters; b_enc gives every feature about that density, but
+    the first, which is always on, and the second, which never is."""
     torch.manual_seed(0)
     x = torch.randn(n, d)
     W_enc = torch.randn(d, f) / d**0.5
     deviation = W_enc.norm(dim=0)
     b_enc = deviation * torch.special.ndtri(torch.tensor(density)) + 0.01 * torch.randn(f)
+    b_enc[0], b_enc[1] = 100.0, -100.0
     return [x, W_enc, b_enc, torch.randn(f, d) / f**0.5, 0.1 * torch.randn(d)]
 
 

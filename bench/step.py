@@ -101,11 +101,10 @@ def packed_step(
     name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
 ) -> Callable[[], Tensor]:
     """One step of an implementation, "cpp" or "cpp bf16"; returns the loss."""
-    half = exact.is_half(name)
-    rows = x.bfloat16() if half else x
+    rows = x.to(exact.dtype_of(name))
 
     def loss_of() -> Tensor:
-        with eager.autocast(half):
+        with eager.autocast(exact.dtype_of(name), x.device):
             out = binary_autoencoder(
                 rows, *parameters,
                 surrogate=objective.surrogate, surrogate_width=objective.width,
@@ -115,7 +114,9 @@ def packed_step(
         loss = loss + ENTROPY_WEIGHT * out.entropy
         return loss if out.covariance is None else loss + COVARIANCE_WEIGHT * out.covariance
 
-    return _step(torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True), loss_of)
+    return _step(
+        torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True, capturable=x.is_cuda), loss_of
+    )
 
 
 def _step(optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -133,7 +134,7 @@ def step_of(
     name: str, objective: Objective, x: Tensor, parameters: list[Tensor]
 ) -> Callable[[], Tensor]:
     """One step of any side."""
-    make = dense_step if name in eager.PROGRAMS else packed_step
+    make = dense_step if name in eager.DENSE else packed_step
     return make(name, objective, x, parameters)
 
 
@@ -143,26 +144,28 @@ def own_bits(
     """Bits and window ``[N, F]`` as a side itself rounds them."""
     W_enc, b_enc = (p.detach() for p in parameters[:2])
     width = objective.width
-    if name in eager.PROGRAMS:
-        with eager.autocast(name == "autocast"):
+    if name in eager.DENSE:
+        with eager.autocast(exact.dtype_of(name), x.device):
             pre = x @ W_enc + b_enc
         return pre > 0, None if width is None else pre.abs() < width
-    rows = x.bfloat16() if exact.is_half(name) else x
+    rows = x.to(exact.dtype_of(name))
     encode = registry.BACKENDS[name.split()[0]].ops["encode"]
     words, window, *_ = encode(rows, W_enc, b_enc, None, width)
     f = W_enc.shape[1]
     return unpack_rows(words, f), None if width is None else unpack_rows(window, f)
 
 
-def build(name: str, n: int, d: int, f: int) -> Comparison:
-    """The comparison of one objective at one shape."""
+def build(name: str, n: int, d: int, f: int, names: list[str] | None = None) -> Comparison:
+    """The comparison of one objective at one shape, of the named sides or of those of a CPU."""
     objective = OBJECTIVES[name]
     given = tensors(n, d, f, objective.density)
     x = given[0]
     # the same start for every side, parameters of its own
-    parameters = {side: parameters_of(given) for side in sides_of(f)}
-    features = torch.randperm(f, generator=torch.Generator().manual_seed(0))[:CHECKED]
-    right_bits, close = exact.Bits(*given[:3]), Closeness(compile=COMPILED)
+    names = sides_of(f) if names is None else names
+    parameters = {side: parameters_of(given) for side in names}
+    features = torch.randperm(f)[:CHECKED]
+    limits = {"compile": COMPILED, "compile bf16": 2 * COMPILED}
+    right_bits, close = exact.Bits(*given[:3]), Closeness(**limits)
     known: list[tuple[Tensor, Tensor | None, exact.Gradients]] = []
 
     def truth(bits: Tensor, window: Tensor | None) -> exact.Gradients:
@@ -179,8 +182,8 @@ def build(name: str, n: int, d: int, f: int) -> Comparison:
 
     def check(side: str, loss: Tensor) -> None:
         bits, window = own_bits(side, objective, x, given[1:])
-        dtype = torch.bfloat16 if exact.is_half(side) else torch.float32
-        right_bits.check(bits, dtype, side == "autocast")
+        dtype = exact.dtype_of(side)
+        right_bits.check(bits, dtype, side in eager.DENSE and exact.is_half(side))
         right = truth(bits, window)
         W_enc, b_enc, W_dec, b_dec = (p.grad for p in parameters[side])
         close.check(side, "loss", loss, right.loss)
@@ -197,7 +200,7 @@ def build(name: str, n: int, d: int, f: int) -> Comparison:
     if objective.covariance:
         work["bit_macs"] = n * f * (f - 1) / 2 + float(n * f * f)
     case = {"objective": name, "n": n, "d": d, "f": f} | objective._asdict()
-    sides = {s: Side(step_of(s, objective, x, parameters[s])) for s in sides_of(f)}
+    sides = {s: Side(step_of(s, objective, x, parameters[s])) for s in names}
     return Comparison(case, sides, check, work)
 
 

@@ -105,7 +105,20 @@ def limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def interleaved(sides: dict[str, Side], seconds: float) -> dict[str, list[float]]:
+def host_seconds(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Seconds of one call by the host's clock."""
+    begin = time.perf_counter()
+    result = run(*arguments)
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def interleaved(
+    sides: dict[str, Side],
+    seconds: float,
+    clock: Callable[[Callable[..., Any], tuple[Any, ...]], float] = host_seconds,
+) -> dict[str, list[float]]:
     """Seconds of every call, the sides taking turns, in every other round backwards."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
@@ -117,33 +130,32 @@ def interleaved(sides: dict[str, Side], seconds: float) -> dict[str, list[float]
             if turn >= LEAST and time.perf_counter() - start > seconds:
                 break
             for name in order if turn % 2 else reversed(order):
-                arguments = sides[name].prepare()
-                begin = time.perf_counter()
-                result = sides[name].run(*arguments)
-                times[name].append(time.perf_counter() - begin)
-                del arguments, result
+                times[name].append(clock(sides[name].run, sides[name].prepare()))
     finally:
         gc.enable()
     return times
 
 
-def verify(comparison: Comparison, name: str) -> None:
-    """Call one side once and check what it gave.
+def verify(
+    comparison: Comparison, name: str, device: str = "cpu", limit: int = COMPILE_SECONDS
+) -> None:
+    """Call one side once and check what it gave, with new tensors made on ``device``.
 
     Raises:
         WrongResultError: the result is wrong, or there is none.
     """
     side, context = comparison.sides[name], contextlib.ExitStack()
-    if name == "compile":
+    if name.startswith("compile"):
         # too many shapes in one process must not end in a silent fall back to eager
         context.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
-        context.enter_context(limited(COMPILE_SECONDS))
+        context.enter_context(limited(limit))
     try:
         with context:
             result = side.run(*side.prepare())
     except Exception as error:
         raise WrongResultError(f"{type(error).__name__}: {error}") from error
-    comparison.check(name, result)
+    with torch.device(device):
+        comparison.check(name, result)
 
 
 def compare(
@@ -189,7 +201,11 @@ def compare(
 
 
 def shares(
-    work: dict[str, float], seconds: float, side: str, ceilings: dict[str, Any]
+    work: dict[str, float],
+    seconds: float,
+    side: str,
+    ceilings: dict[str, Any],
+    level: str | None = None,
 ) -> dict[str, Any]:
     """Rates of a side, their shares of the ceilings, and the least seconds these allow.
 
@@ -199,7 +215,7 @@ def shares(
     """
     rates = {
         "flops": ceilings.get("gemm_bfloat16" if is_half(side) else "gemm_float32"),
-        "bit_macs": ceilings["bit_macs"].get(simd()),
+        "bit_macs": ceilings["bit_macs"].get(level or simd()),
         "bytes": ceilings.get("copy"),
         "optimizer_bytes": ceilings.get("copy"),
     }

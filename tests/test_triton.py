@@ -79,6 +79,7 @@ def test_it_says_why_it_cannot_serve_a_cpu():
         (registry.Request("cpu", torch.float32), "runs on CUDA devices"),
         (registry.Request("cuda", torch.float64), "float32, bfloat16 and float16; got"),
         (registry.Request("cuda", torch.float32), "torch sees no CUDA device"),
+        (registry.Request("cuda", torch.float32, 62, 31), "up to 30 bits a feature; got 31"),
     ],
 )
 def test_every_reason_against_a_request_is_said(request_, reason):

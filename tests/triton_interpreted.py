@@ -14,8 +14,8 @@ import triton
 
 import bae_fast as bf
 from bae_fast import packing
-from bae_fast.kernels import bits, configs, covariance, encode, launch, products
-from bae_fast.kernels.bodies import encoder_backward
+from bae_fast.kernels import bits, configs, covariance, launch, products
+from bae_fast.kernels.bodies import decode, encode, encoder_backward
 from bae_fast.ops import registry
 from bae_fast.ops.nvidia import interpreted
 from bae_fast.packing import pack_rows, unpack_rows
@@ -156,6 +156,34 @@ def test_autocast_adds_the_fp32_bias_before_rounding():
         assert got[name].dtype == expected[name].dtype, name
         error = (got[name].double() - expected[name].double()).abs().max()
         assert error <= 2e-2 * expected[name].double().abs().max(), name
+
+
+def test_autocast_copies_weights_by_chunks(monkeypatch):
+    """A half-precision copy of a whole weight would be the largest tensor of the step."""
+    x, (W, b, *_), _ = problem(20, 9, 300, 1, 5)
+    W_dec, b_dec = torch.randn(300, 290), torch.randn(290)
+
+    def forward():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            code = bf.encode(x, W, b, impl="triton")
+            return code, bf.decode(code, W_dec, b_dec, impl="triton")
+
+    code, recon = forward()
+    copied = []
+    for module, name in ((encode.kernels, "encode"), (decode, "bits_product")):
+        right = getattr(module, name)
+
+        def noted(first, second, *args, right=right):
+            copied.append((second.dtype, second.shape[1]))
+            return right(first, second, *args)
+
+        monkeypatch.setattr(module, name, noted)
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "0")  # 256 columns at a time
+    again, other = forward()
+    assert copied == [(torch.bfloat16, n) for n in (256, 44, 256, 34)]
+    assert again.equal(code)
+    assert torch.equal(again.counts(), code.counts())
+    assert torch.equal(other, recon)
 
 
 def test_statistics_of_more_rows_and_of_past_rows():
@@ -396,8 +424,8 @@ def test_offsets_past_2_to_the_31_reach_their_rows():
     distant = far(3, d, torch.bfloat16)
     distant.copy_(x)
     assert distant.stride(0) * 2 >= 2**31
-    words, _, counts = encode.encode(distant, W, b, None, None)
-    near = encode.encode(x, W, b, None, None)
+    words, _, counts, _ = OPS["encode"](distant, W, b, None, None)
+    near = OPS["encode"](x, W, b, None, None)
     assert torch.equal(words, near[0])
     assert torch.equal(counts, near[2])
     distant_words = far(3, 3, torch.int32)
@@ -436,6 +464,8 @@ def test_defaults_cover_every_kernel_of_every_chip():
 def test_the_default_is_that_of_the_nearest_number_of_rows():
     assert launch.default("encode", "sm_90", 1) == configs.DEFAULTS["sm_90"]["encode"][64]
     assert launch.default("encode", "sm_90", 500) == configs.DEFAULTS["sm_90"]["encode"][64]
+    digits, rows = (launch.default("sign_product", "sm_90", n) for n in (covariance.DIGITS, 512))
+    assert (digits.m, rows.m) == (64, 128)
     assert launch.default("encode", "sm_90", 10**6) == configs.DEFAULTS["sm_90"]["encode"][4096]
 
 

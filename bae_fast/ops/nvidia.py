@@ -24,6 +24,7 @@ _MODULES = {
     "encoder_backward": ("encoder_backward", True),
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_BITS = 30  # their weights are int32
 
 
 def interpreted() -> bool:
@@ -71,11 +72,14 @@ def missing(kernels: str) -> str | None:
     return None
 
 
-def dtype_reasons(request: Request) -> list[str]:
-    """Why the kernels cannot take the rows' dtype."""
-    if request.dtype in _DTYPES:
-        return []
-    return [f"float32, bfloat16 and float16; got {request.dtype} (impl='torch' has it)"]
+def input_reasons(request: Request) -> list[str]:
+    """Why the kernels cannot take the rows' dtype or the bits of a feature."""
+    reasons = []
+    if request.dtype not in _DTYPES:
+        reasons.append(f"float32, bfloat16 and float16; got {request.dtype} (impl='torch' has it)")
+    if request.n_bits > _MOST_BITS:
+        reasons.append(f"codes of up to {_MOST_BITS} bits a feature; got {request.n_bits}")
+    return reasons
 
 
 def device_reasons(request: Request, least: tuple[int, int], note: str = "") -> list[str]:

@@ -59,6 +59,11 @@ def column_chunks(
         yield start, min(start + chunk, n_columns)
 
 
+def half_chunks(n_rows: int, n_columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of columns of which a half-precision copy of a weight is within the budget."""
+    return column_chunks(-(-n_rows // 2), n_columns, 1, device)
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.promote_types(dtype, torch.float32)
@@ -69,6 +74,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in HALF and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b for operands of one dtype, rounded once; written in place where sums are fp32."""
+    if a.dtype == out.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.dtype in HALF and out.dtype == torch.float32 and out.device.type != "cpu":
+        torch.mm(a, b, out_dtype=torch.float32, out=out)  # a copy would move twice 4 bytes more
+    else:
+        out.copy_(product(a, b))
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

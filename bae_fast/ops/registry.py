@@ -21,8 +21,9 @@ import bae_fast.backends
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
-# order of preference of impl="auto" on each device type
-AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+# order of preference of impl="auto" on each device type; "cuda" is only asked for by name until a
+# device has shown that it is right and faster
+AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
 ENV_IMPL = "BAE_FAST_IMPL"
 
 

@@ -30,6 +30,7 @@ SHARED_MEMORY = {
 }
 
 _FEW, _MANY = 64, 4096
+_DIGITS = 32  # nearest to 63 rows, and not to 512
 
 # one pass over memory: the same on every chip
 _PASSES: dict[str, dict[int, Config]] = {
@@ -69,10 +70,18 @@ _HOPPER = _table(
     signs=Config(128, 128, 128, 8, 3),
 )
 
+# the digits of the counts are 63 rows: half of a tile would be empty (the other chips would store
+# the bits of such a tile byte by byte)
+_DIGIT_TILE = {_DIGITS: Config(64, 128, 128, 4, 3)}
+
+# warps of the covariance where V is int64: half of the registers a thread, else they spill
+# (Triton 3.6)
+WIDE_WARPS = {"sm_90": 16}
+
 DEFAULTS: dict[str, dict[str, dict[int, Config]]] = {
     "sm_80": _AMPERE,
     "sm_86": _AMPERE,
-    "sm_90": _HOPPER,
+    "sm_90": {**_HOPPER, "sign_product": {**_DIGIT_TILE, **_HOPPER["sign_product"]}},
     "sm_100": _HOPPER,
     "sm_120": _AMPERE,
     # small, so that small problems have several tiles

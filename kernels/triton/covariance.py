@@ -32,6 +32,7 @@ from bae_fast.kernels.bits import (
     unpack_int8,
     unpack_signs,
 )
+from bae_fast.kernels.configs import WIDE_WARPS
 from bae_fast.packing import n_words
 from bae_fast.packing import pack_rows as pack_dense
 
@@ -241,6 +242,9 @@ def _start(
     keep_signs: bool,
 ) -> None:
     k, slab = counts.shape[0], rows[1] - rows[0]
+    wide, warps = n_bound >= INT32_ROWS, config.warps
+    if wide:
+        warps = WIDE_WARPS.get(launch.family(features.device), warps)
     square = launch.cdiv(slab, config.m) * launch.cdiv(k, config.m)
     launch.start(
         covariance_kernel,
@@ -261,8 +265,8 @@ def _start(
         BLOCK_K=config.k,
         TRIANGLE=triangle,
         SIGNS=keep_signs,
-        WIDE=n_bound >= INT32_ROWS,
-        num_warps=config.warps,
+        WIDE=wide,
+        num_warps=warps,
         num_stages=config.stages,
     )
 

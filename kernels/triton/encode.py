@@ -11,14 +11,12 @@ products run ten times longer, the pass no longer counts, and cuBLAS follows ``t
 TF32. NaN compares false. Counts meet by integer atomics, exact in any order.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bae_fast.kernels import launch
 from bae_fast.kernels.bits import column_part, grouped, operand, pack_columns
-from bae_fast.packing import n_words
 
 
 @triton.jit
@@ -58,7 +56,7 @@ def _emit(
         tl.store(window_ptr + offsets, near, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "n_masked"])
+@triton.jit(do_not_specialize=["n", "first_word", "n_masked"])
 def encode_kernel(
     x_ptr,
     W_ptr,
@@ -70,6 +68,7 @@ def encode_kernel(
     n,
     k,
     d,
+    first_word,
     stride_x,
     stride_W,
     stride_words,
@@ -101,8 +100,8 @@ def encode_kernel(
         bias = tl.load(b_ptr + columns, mask=columns < k, other=float("-inf")).to(tl.float32)
         biased = column_part(pre, BLOCK_M, BLOCK_N, PARTS, part) + bias[None, :]
         _emit(
-            biased, rows, c * PARTS + part, words_ptr, window_ptr, counts_ptr, keep_ptr, n, k, 0,
-            stride_words, width, n_masked, BLOCK_M, BLOCK_N // PARTS, WINDOW,
+            biased, rows, c * PARTS + part, words_ptr, window_ptr, counts_ptr, keep_ptr, n, k,
+            first_word, stride_words, width, n_masked, BLOCK_M, BLOCK_N // PARTS, WINDOW,
         )  # fmt: skip
 
 
@@ -145,13 +144,15 @@ def encode(
     b_enc: Tensor,
     row_mask: Tensor | None,
     width: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """words, window, counts (int64) of half-precision x and W_enc of one dtype."""
+    first_word: int,
+    words: Tensor,
+    window: Tensor,
+    counts: Tensor,
+) -> None:
+    """Pack the columns that W_enc holds into words (and window) from word ``first_word`` on;
+    ``counts [k]`` are added to. x and W_enc are half-precision, of one dtype."""
     x, W_enc = launch.dense_rows(x), launch.dense_rows(W_enc)
     (n, d), k = x.shape, W_enc.shape[1]
-    words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
-    window = torch.empty_like(words) if width is not None else words.new_empty(0)
-    counts = torch.zeros(k, dtype=torch.int64, device=x.device)
     launch.start(
         encode_kernel,
         (launch.cdiv(n, config.m) * launch.cdiv(k, config.n),),
@@ -165,6 +166,7 @@ def encode(
         n,
         k,
         d,
+        first_word,
         x.stride(0),
         W_enc.stride(0),
         words.stride(0),
@@ -178,7 +180,6 @@ def encode(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return words, window, counts
 
 
 def threshold(

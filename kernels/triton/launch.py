@@ -56,9 +56,9 @@ def byte_mask(row_mask: Tensor | None, stand_in: Tensor) -> Tensor:
     return (stand_in if row_mask is None else row_mask.contiguous()).view(torch.uint8)
 
 
-def parts(columns: int) -> int:
-    """Parts that an epilogue divides a tile of so many columns into: 64 columns each."""
-    return max(columns // 64, 1)
+def parts(columns: int, width: int = 64) -> int:
+    """Parts that an epilogue divides a tile of so many columns into, each of ``width`` columns."""
+    return max(columns // width, 1)
 
 
 # -- tile sizes --------------------------------------------------------------------------------

@@ -69,7 +69,12 @@ def bits_product_kernel(
 
 @launch.tuned("bits_product")
 def bits_product(
-    config: launch.Config, bits: Tensor, dense: Tensor, bias: Tensor | None, dtype: torch.dtype
+    config: launch.Config,
+    bits: Tensor,
+    dense: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows of bits, int32 ``[M, >= ceil(K/32)]``, times ``dense [K, D]``, plus ``bias [D]``.
 
@@ -77,12 +82,14 @@ def bits_product(
         bits: zero past the first K; any row stride.
         dense: bf16 or fp16.
         dtype: of the result, ``[M, D]``.
+        out: where the result is written, any row stride; new memory where it is None.
     """
     bits, dense = launch.dense_rows(bits), launch.dense_rows(dense)
     m, (k, d) = bits.shape[0], dense.shape
     if bits.shape[1] < n_words(k):
         raise ValueError(f"bits must have {n_words(k)} words a row for {k}; got {bits.shape[1]}")
-    out = torch.empty(m, d, dtype=dtype, device=bits.device)
+    if out is None:
+        out = torch.empty(m, d, dtype=dtype, device=bits.device)
     launch.start(
         bits_product_kernel,
         (launch.cdiv(m, config.m) * launch.cdiv(d, config.n),),

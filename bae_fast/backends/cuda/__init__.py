@@ -20,7 +20,7 @@ _LEAST_CAPABILITY, _MOST_CAPABILITY = (8, 0), (9, 0)
 
 
 def _not_supported(request: registry.Request) -> list[str]:
-    reasons = nvidia.dtype_reasons(request)
+    reasons = nvidia.input_reasons(request)
     on_device = nvidia.device_reasons(request, _LEAST_CAPABILITY)
     if not on_device:
         capability = torch.cuda.get_device_capability()

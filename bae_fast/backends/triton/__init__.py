@@ -18,7 +18,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def _not_supported(request: registry.Request) -> list[str]:
-    reasons = nvidia.dtype_reasons(request)
+    reasons = nvidia.input_reasons(request)
     if not nvidia.interpreted():
         note = " (TRITON_INTERPRET=1, set before the start, serves CPU tensors for tests)"
         reasons += nvidia.device_reasons(request, _LEAST_CAPABILITY, note)

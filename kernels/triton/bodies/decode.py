@@ -18,6 +18,7 @@ from bae_fast.ops.products import (
     HALF,
     decode_by_chunks,
     decoder_gradient_by_chunks,
+    half_chunks,
     sum_dtype,
 )
 
@@ -25,8 +26,16 @@ from bae_fast.ops.products import (
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
     if n_bits > 1 or dtype not in HALF:
         return decode_by_chunks(words, W_dec, b_dec, n_bits, dtype)
-    # under autocast a half-precision copy of W_dec, as autocast itself makes
-    return bits_product(words, W_dec.to(dtype), b_dec, dtype)
+    if W_dec.dtype == dtype:
+        return bits_product(words, W_dec, b_dec, dtype)
+    # under autocast a half-precision copy of W_dec, a chunk of its columns at a time: whole, it
+    # would be the largest tensor of the step
+    f, d = W_dec.shape
+    out = torch.empty(words.shape[0], d, dtype=dtype, device=words.device)
+    for start, stop in half_chunks(f, d, words.device):
+        span = slice(start, stop)
+        bits_product(words, W_dec[:, span].to(dtype), b_dec[span], dtype, out[:, span])
+    return out
 
 
 def decoder_backward(

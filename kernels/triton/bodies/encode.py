@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.kernels import encode as kernels
-from bae_fast.ops.products import HALF, Preactivation, column_chunks
+from bae_fast.ops.products import HALF, Preactivation, column_chunks, half_chunks
 from bae_fast.packing import WORD_BITS, n_words
 
 ROW_BLOCK = 8192
@@ -15,12 +15,20 @@ ROW_BLOCK = 8192
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, row_mask: Tensor | None, width: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = x.shape[0]
-    if x.dtype in HALF:
-        # under autocast a half-precision copy of W_enc, as autocast itself makes
-        words, window, counts = kernels.encode(x, W_enc.to(x.dtype), b_enc, row_mask, width)
+    (n, d), k = x.shape, W_enc.shape[1]
+    words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
+    window = torch.empty_like(words) if width is not None else words.new_empty(0)
+    counts = torch.zeros(k, dtype=torch.int64, device=x.device)
+    if x.dtype not in HALF:
+        _by_blocks(x, W_enc, b_enc, row_mask, width, words, window, counts)
     else:
-        words, window, counts = _by_chunks(x, W_enc, b_enc, row_mask, width)
+        # under autocast a half-precision copy of W_enc, a chunk of its columns at a time
+        chunks = [(0, k)] if W_enc.dtype == x.dtype else half_chunks(d, k, x.device)
+        for start, stop in chunks:
+            span = slice(start, stop)
+            W, b = W_enc[:, span].to(x.dtype), b_enc[span]
+            first = start // WORD_BITS
+            kernels.encode(x, W, b, row_mask, width, first, words, window, counts[span])
     if row_mask is None:
         return words, window, counts, torch.full((), n, dtype=torch.int64, device=x.device)
     n_rows = row_mask.sum()
@@ -29,21 +37,24 @@ def encode(
     return words, window, counts, n_rows
 
 
-def _by_chunks(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, row_mask: Tensor | None, width: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _by_blocks(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    row_mask: Tensor | None,
+    width: float | None,
+    words: Tensor,
+    window: Tensor,
+    counts: Tensor,
+) -> None:
     n, k = x.shape[0], W_enc.shape[1]
-    words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
-    window = torch.empty_like(words) if width is not None else words.new_empty(0)
-    counts = torch.zeros(k, dtype=torch.int64, device=x.device)
     for top in range(0, n, ROW_BLOCK):
         rows = slice(top, min(top + ROW_BLOCK, n))
         preactivation = Preactivation(x[rows])
         keep = None if row_mask is None else row_mask[rows]
         for start, stop in column_chunks(rows.stop - top, k, 1, x.device):
-            pre = preactivation(W_enc[:, start:stop], b_enc[start:stop])
             kernels.threshold(
-                pre,
+                preactivation(W_enc[:, start:stop], b_enc[start:stop]),
                 keep,
                 width,
                 start // WORD_BITS,
@@ -51,4 +62,3 @@ def _by_chunks(
                 words[rows] if width is None else window[rows],
                 counts[start:stop],
             )
-    return words, window, counts

@@ -29,6 +29,7 @@ from bae_fast.ops.products import (
     column_chunks,
     empty_gradients,
     product,
+    product_into,
     sum_dtype,
 )
 
@@ -128,10 +129,8 @@ def encoder_backward(
 
         if need_b:
             grad_b[span] = sums
-        if need_W and grad_W.dtype == dtype == torch.float32:
-            torch.mm(x.t(), g, out=grad_W[:, span])  # no copy: 4 d K bytes of traffic less
-        elif need_W:
-            grad_W[:, span] = product(x.t(), g)
+        if need_W:
+            product_into(grad_W[:, span], x.t(), g)
         if need_x:
             accumulate(grad_x, g, W_enc[:, span].to(dtype).t())
     return grad_x.to(dtype), grad_W, grad_b

@@ -1,0 +1,1081 @@
+"""A GPU: every operator and kernel checked against float64, then timed, in one command.
+
+    python -m bench device [--out DIR] [--seconds 540] [--impl triton cuda] [--report-only]
+
+Checks come first: each operator and the whole layer of each implementation in fp32, bf16 and fp16,
+on odd shapes, several densities, constant and equal columns, ties. Then, the most telling first,
+whole steps and operators against the dense program in bf16, compiled or not; the covariance against
+int8 products; steps replayed from a CUDA graph. Every timed call is checked on its own inputs
+before; a side that was wrong has no figure. Times are the device's, by events, the L2 cache
+overwritten before every call; peaks are above what is there between steps: x, parameters,
+gradients, optimizer.
+
+The whole ends within ``--seconds``: a case is not begun where its kind has shown that it would not
+fit, and one process watches another that works. A kernel that ends that process or hangs costs the
+case at hand and no other. ``device.json`` in ``--out`` is whole after every case.
+
+Exit status: 1 where anything was wrong, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import bae_fast as bf
+from bae_fast.codes import ENV_SIGN_PLANES
+from bae_fast.files import read_json, write_json, write_text
+from bae_fast.ops import registry
+from bae_fast.ops.products import ENV_SCRATCH
+from bae_fast.packing import pack_rows
+from bae_fast.surrogates import SURROGATES
+from bench import eager, exact, operators, step, tables, timing
+from bench.exact import WrongResultError
+from bench.timing import Comparison, Side
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+IMPLS = ("triton", "cuda")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+SECONDS = 540.0
+# of the whole for the watching process: starting, ending, table and plot
+SPARE = 10.0
+# without a word of the worker until its kernel is taken to hang; compiling may take as long
+STALL = 150.0
+# exit status of a worker whose device no longer answers
+DEAD = 75
+
+# 1-bit products, bit-MAC/s, as reported elsewhere (half of the operations per second)
+REPORTED_B1 = {(8, 0): 1.5e12 * 1e3, (9, 0): 4.25e12 * 1e3}
+
+
+class Plan(NamedTuple):
+    """Sizes of everything.
+
+    Attributes:
+        checked: (N, d, F) of the checks.
+        head: (N, d, F) of what is measured first and most.
+        more: the other (N, d, F) of steps, in order of importance.
+        large: (N, d, F) of the largest operators.
+        densities: shares of ones of operators.
+        seconds: of timing a side.
+        guess: seconds of a case of a kind that was not seen yet.
+    """
+
+    checked: list[tuple[int, int, int]]
+    head: tuple[int, int, int]
+    more: list[tuple[int, int, int]]
+    large: tuple[int, int, int]
+    densities: tuple[float, ...]
+    seconds: float
+    guess: float
+    gemm_side: int
+    copy_bytes: int
+
+
+FULL = Plan(
+    checked=[(66, 24, 331), (256, 96, 1024)],
+    head=(4096, 2048, 16384),
+    more=[
+        (4096, 2048, 65536),
+        (512, 2048, 16384),
+        (4096, 4096, 65536),
+        (1024, 2048, 16384),
+        (8192, 2048, 16384),
+        (4096, 4096, 16384),
+        (512, 2048, 65536),
+        (1024, 2048, 65536),
+        (8192, 2048, 65536),
+        (8192, 4096, 65536),
+    ],
+    large=(4096, 2048, 65536),
+    densities=(0.5, 0.1, 0.01),
+    seconds=1.0,
+    guess=25.0,
+    gemm_side=8192,
+    copy_bytes=2**32,
+)
+TINY = Plan(
+    checked=[(66, 24, 331)],
+    head=(64, 24, 256),
+    more=[(32, 24, 256)],
+    large=(64, 24, 320),
+    densities=(0.5,),
+    seconds=0.0,
+    guess=1.0,
+    gemm_side=64,
+    copy_bytes=2**16,
+)
+
+Case = dict[str, Any]
+
+
+def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
+    """Every case, in the order in which they are run."""
+    found: list[Case] = [
+        {"kind": "layer", "impl": impl, "dtype": dtype} for impl in impls for dtype in DTYPES
+    ]
+    found += [
+        {"kind": "check", "operator": o, "n": n, "d": d, "f": f, "density": density}
+        for n, d, f in plan.checked
+        for o in operators.OPERATORS
+        for density in operators.DENSITIES
+    ]
+
+    def of(kind: str, shape: tuple[int, int, int], **more: Any) -> Case:
+        return {"kind": kind, **more, **dict(zip("ndf", shape, strict=True))}
+
+    first, *rest = plan.densities
+    found += [{"kind": "ceilings"}, of("step", plan.head, objective="paper", compiled=True)]
+    found += [of("pairs", plan.head, density=first)]
+    found += [
+        of("step", plan.head, objective=name, compiled=True)
+        for name in step.OBJECTIVES
+        if name != "paper"
+    ]
+    found += [of("operator", plan.head, operator=o, density=first) for o in operators.OPERATORS]
+    found += [of("step", plan.more[0], objective="paper"), of("pairs", plan.large, density=first)]
+    if device == "cuda":
+        found += [of("graph", plan.more[min(1, len(plan.more) - 1)], objective="paper")]
+        found += [of("graph", plan.head, objective="paper")]
+    found += [of("step", plan.more[0], objective="no covariance")]
+    found += [of("step", shape, objective="paper") for shape in plan.more[1:]]
+    for density in rest:
+        found += [of("pairs", plan.head, density=density)]
+        found += [
+            of("operator", plan.head, operator=o, density=density) for o in operators.OPERATORS
+        ]
+    found += [of("operator", plan.large, operator=o, density=first) for o in operators.OPERATORS]
+    found += [of("step", shape, objective="rectangle") for shape in plan.more]
+    found += [
+        {"kind": "warmup", "impl": impl}
+        for impl in impls
+        if registry.BACKENDS[impl].warmup is not None
+    ]
+    return found
+
+
+def name_of(case: Case) -> str:
+    """A case as one word."""
+    return tables.name(tuple(case.values()))
+
+
+def sort_of(case: Case) -> str:
+    """Cases of one sort take time alike; compiling the dense program is a sort of its own."""
+    return case["kind"] + ", compiled" * bool(case.get("compiled"))
+
+
+def size_of(case: Case) -> float:
+    """What a case's time grows with: multiply-accumulates."""
+    n, d, f = (case.get(key, 64) for key in "ndf")
+    squares = case.get("objective") != "no covariance" and case["kind"] != "operator"
+    squares |= str(case.get("operator")).startswith("covariance")
+    return float(n) * f * (5 * d + (f if squares else 0))
+
+
+# -- the layer ---------------------------------------------------------------------------------
+
+
+NAMES = ("recon", "entropy", "covariance", "x", "W_enc", "b_enc", "W_dec", "b_dec")
+# peaks of the surrogates where pre-activations are integers
+WIDTHS = {"identity": None, "official": None, "sigmoid": 3.0, "rectangle": 2.5}
+
+
+def _problem(
+    n: int, d: int, f: int, n_bits: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """x and parameters in small integers, so that bits are exact in every dtype; a direction."""
+    torch.manual_seed(0)
+    k = f * n_bits
+    x, W_enc = torch.randint(-2, 3, (n, d)), torch.randint(-2, 3, (d, k))
+    b_enc = torch.randint(-4, 5, (k,))
+    b_enc[:: max(k // 5, 1)], b_enc[1 :: max(k // 5, 2)] = -2000, 2000  # constant columns
+    W_enc[:, 2], b_enc[2] = W_enc[:, 3], b_enc[3]  # ties
+    given = [x, W_enc, b_enc, torch.randn(f, d) * f**-0.5, torch.randn(d)]
+    return [t.to(dtype) for t in given], torch.randn(n, d).to(dtype)
+
+
+def _values(
+    impl: str, tensors: list[Tensor], direction: Tensor, **options: Any
+) -> tuple[dict[str, Tensor], bf.BinaryCode]:
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = bf.binary_autoencoder(*leaves, impl=impl, covariance=True, **options)
+    loss = (out.recon * direction).sum() * 0.25 + out.entropy * 3 + out.covariance * 2
+    (loss if out.variance is None else loss + out.variance * 0.7).backward()
+    values = (out.recon, out.entropy, out.covariance, *(leaf.grad for leaf in leaves))
+    return {key: v.detach() for key, v in zip(NAMES, values, strict=True)}, out.code
+
+
+def check_layer(impl: str, dtype: torch.dtype, n: int, d: int, f: int, **options: Any) -> None:
+    """Bits equal to float64's, errors at most twice those of the dense program in ``dtype``.
+
+    Raises:
+        WrongResultError: they are not.
+    """
+    tensors, direction = _problem(n, d, f, options.get("n_bits", 1), dtype)
+    wide = [t.double() for t in tensors]
+    right, code = _values("reference", wide, direction.double(), **options)
+    rival, _ = _values("reference", tensors, direction, **options)
+    got, packed = _values(impl, tensors, direction, **options)
+    what = ", ".join(f"{key} {v}" for key, v in options.items() if not isinstance(v, Tensor))
+    if not packed.equal(code) or not torch.equal(packed.counts(), code.counts()):
+        raise WrongResultError(f"bits or counts are not float64's at {n}, {d}, {f} ({what})")
+    for key in NAMES:
+        scale = right[key].abs().max()
+        if key == "b_enc":  # sums of what W_enc's gradient sums: may cancel
+            scale = torch.maximum(scale, right["W_enc"].abs().max())
+        allowed = 2 * (rival[key].double() - right[key]).abs().max()
+        allowed += 4 * torch.finfo(got[key].dtype).eps * scale
+        error = (got[key].double() - right[key]).abs().max()
+        if not bool(error <= allowed):  # NaN is not
+            raise WrongResultError(
+                f"{key} is off by {float(error):.1e} at {n}, {d}, {f} ({what}); "
+                f"allowed {float(allowed):.1e}"
+            )
+
+
+@contextmanager
+def variables(**given: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {key: os.environ.get(key) for key in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def check_whole_layer(impl: str, dtype: torch.dtype, plan: Plan) -> int:
+    """Surrogates, row masks, several bits a feature, chunks, recomputed signs; how many."""
+    done = 0
+    for n, d, f in plan.checked:
+        mask = torch.arange(n) % 3 != 1
+        for surrogate in SURROGATES:
+            check_layer(
+                impl, dtype, n, d, f,
+                surrogate=surrogate, surrogate_width=WIDTHS[surrogate],
+                mask=mask if surrogate in ("sigmoid", "rectangle") else None,
+            )  # fmt: skip
+            done += 1
+        more = {"surrogate": "identity", "n_bits": 2, "multilinear": True, "mask": mask}
+        check_layer(impl, dtype, n, d, f, **more)
+        with variables(**{ENV_SIGN_PLANES: "0", ENV_SCRATCH: "0"}):
+            check_layer(impl, dtype, n, d, f, surrogate="rectangle", surrogate_width=2.5)
+        done += 2
+    return done
+
+
+def check_many_rows(impl: str, n: int = 50_000, f: int = 70) -> None:
+    """N^2 beyond int32: the covariance's numerator and signs."""
+    torch.manual_seed(0)
+    dense = torch.rand(n, f) < torch.rand(f)
+    dense[:, 5] = dense[:, 6]
+    right = exact.pair_values(dense.float(), slice(None))
+    ops, words = registry.BACKENDS[impl].ops, pack_rows(dense)
+    numerator, signs = ops["covariance"](words, dense.sum(0), torch.tensor(n), True)
+    planes = [pack_rows(right > 0), pack_rows(right < 0)]
+    if int(numerator) != int(right.abs().sum()) or not torch.equal(signs, torch.stack(planes)):
+        raise WrongResultError(f"covariance of {n} rows: the numerator or the signs")
+
+
+# -- comparisons -------------------------------------------------------------------------------
+
+PAIRS_BLOCK = 8192
+
+
+def pairs(n: int, f: int, density: float, impls: list[str]) -> Comparison:
+    """The covariance forward, without signs, against int8 products; the bits are given unpacked.
+
+    ``int8 counts`` only makes n_ij and drops it.
+    """
+    ours = operators.covariance(n, 0, f, density, impls)
+    bits = operators.random_bits(n, f, density)
+    columns = bits.t().contiguous().to(torch.int8)
+    counts = bits.sum(0)
+    words = pack_rows(bits)
+    total = torch.tensor(n)
+    starts = range(0, f, PAIRS_BLOCK)
+
+    def blocks() -> Iterator[tuple[int, Tensor]]:
+        for start in starts:
+            yield start, torch._int_mm(columns[start : start + PAIRS_BLOCK], columns.t())
+
+    def only_counts() -> Tensor:
+        for _, joint in blocks():
+            last = joint
+        return last
+
+    def numerator() -> tuple[Tensor]:
+        total = torch.zeros((), dtype=torch.int64, device=columns.device)
+        ones = counts.to(torch.int32)
+        for start, joint in blocks():
+            v = joint.mul_(n).sub_(torch.outer(ones[start : start + PAIRS_BLOCK], ones))
+            v.diagonal(start).zero_()
+            total += v.abs_().sum()
+        return (total,)
+
+    def packed(impl: str) -> Side:
+        op = registry.BACKENDS[impl].ops["covariance"]
+        return Side(functools.partial(op, words, counts, total, False))
+
+    def check(side: str, result: Any) -> None:
+        if side != "int8 counts":
+            ours.check(side, result)
+            return
+        last = bits[:, starts[-1] :].float()
+        if not torch.equal(result.double(), (last.t() @ bits.float()).double()):
+            raise WrongResultError("the counts of pairs are not exact")
+
+    sides = {"int8": Side(numerator), "int8 counts": Side(only_counts)}
+    sides |= {impl: packed(impl) for impl in impls}
+    case = {"n": n, "f": f, "density": density}
+    return Comparison(case, sides, check, ours.work | {"bytes": 4.0 * words.numel()})
+
+
+def captured(run: Callable[[], Tensor]) -> Side:
+    """A step replayed from a CUDA graph, captured by the first call."""
+
+    @functools.cache
+    def graph() -> tuple[Any, Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles; libraries' workspaces; optimizer's state
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = run()
+        return graph, loss
+
+    def replay() -> Tensor:
+        made, loss = graph()
+        made.replay()
+        return loss
+
+    return Side(replay)
+
+
+def build(case: Case, impls: list[str], device: str) -> Comparison:
+    """The comparison of a case that is timed or checked; tensors on ``device``."""
+    kind, shape = case["kind"], [case[key] for key in "ndf"]
+    with torch.device(device):
+        if kind == "pairs":
+            return pairs(case["n"], case["f"], case["density"], impls)
+        if kind == "check":
+            plain = case["operator"].startswith("covariance")
+            names = [f"{i} {t}" for i in impls for t in DTYPES if t != "fp32" and not plain]
+            return operators.build(
+                case["operator"], *shape, case["density"], ["eager", "autocast", *impls, *names]
+            )
+        halves = [f"{impl} bf16" for impl in impls]
+        if kind == "operator":
+            names = impls if case["operator"].startswith("covariance") else halves
+            return operators.build(case["operator"], *shape, case["density"], ["autocast", *names])
+        dense = ["autocast", "compile bf16"] if case.get("compiled") else ["autocast"]
+        if kind == "graph":
+            found = step.build(case["objective"], *shape, halves)
+            sides = {name: captured(side.run) for name, side in found.sides.items()}
+            return found._replace(sides=sides)
+        return step.build(case["objective"], *shape, [*dense, *halves])
+
+
+# -- measuring ---------------------------------------------------------------------------------
+
+
+class Machine:
+    """Where things run, and how they are timed."""
+
+    def __init__(self, device: str, plan: Plan) -> None:
+        self.device, self.plan = device, plan
+        size = 2**16
+        if device == "cuda":
+            size = max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**28)
+        self.cache = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def clock(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+        """Device seconds of a call, its inputs not in the L2 cache."""
+        self.cache.zero_()
+        if self.device != "cuda":
+            return timing.host_seconds(run, arguments)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()  # reached after the cache is overwritten: the host is ahead by then
+        result = run(*arguments)
+        end.record()
+        end.synchronize()
+        del result
+        return begin.elapsed_time(end) / 1e3
+
+    def best(self, run: Callable[[], Any]) -> float:
+        """Least of a few timed calls after one that is not."""
+        times = timing.interleaved({"": Side(run)}, self.plan.seconds, self.clock)[""]
+        return min(times)
+
+    def peak(self, side: Side) -> int | None:
+        """Bytes that a call takes above what was there; None where there is no such count."""
+        if self.device != "cuda":
+            return None
+        arguments = side.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.run(*arguments)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def release(self) -> None:
+        """Give freed memory back."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """As between two programs."""
+        self.release()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # every shape compiled for itself
+
+    def answers(self) -> bool:
+        """Whether the device still computes: an illegal access ends that for the process."""
+        if self.device != "cuda":
+            return True
+        try:
+            return float(torch.ones(1, device="cuda").sum()) == 1
+        except RuntimeError:
+            return False
+
+
+def measure_ceilings(machine: Machine) -> dict[str, Any]:
+    """Rates measured in this run; that of 1-bit products is the reported one."""
+    plan, device = machine.plan, machine.device
+    with torch.device(device):
+        source = torch.rand(plan.copy_bytes // 4)
+        target = torch.empty_like(source)
+        seconds = machine.best(functools.partial(target.copy_, source))
+        found: dict[str, Any] = {"copy": 2 * plan.copy_bytes / seconds}
+        del source, target
+        side = plan.gemm_side
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+            seconds = machine.best(functools.partial(torch.mm, a, b))
+            found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * side**3 / seconds
+        a = (torch.rand(side, side) < 0.5).to(torch.int8)
+        seconds = machine.best(lambda: torch._int_mm(a, a.t()))
+    found["bit_macs"] = {"int8": side**3 / seconds}
+    if device == "cuda":
+        reported = REPORTED_B1.get(torch.cuda.get_device_capability())
+        if reported is not None:
+            found["bit_macs"]["b1"] = reported
+    return found
+
+
+def level_of(found: dict[str, Any]) -> str:
+    """The unit that a roofline's counts are taken to run on: the faster one."""
+    return max(found["bit_macs"], key=found["bit_macs"].__getitem__)
+
+
+def kind_of_failure(name: str, error: BaseException) -> str:
+    """ "refused" where a side was wrong or failed, "unavailable" where it could not run."""
+    cause = error.__cause__
+    if isinstance(cause, torch.OutOfMemoryError):
+        return "unavailable"
+    return "unavailable" if name.startswith("compile") and cause is not None else "refused"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    cause = error.__cause__
+    if isinstance(cause, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return " ".join(lines[: 2 if cause is not None else 1])[:300] or type(error).__name__
+
+
+def compare(
+    comparison: Comparison,
+    machine: Machine,
+    ceiling: dict[str, Any] | None,
+    row: Case,
+    note: Callable[[str], None],
+    seconds_left: Callable[[], float],
+    timed: bool,
+) -> bool:
+    """Fill ``row["sides"]``: every side checked, then timed, one after the other.
+
+    ``note`` is told which side is at work. False: the device no longer answers.
+    """
+    sides, row["work"] = row["sides"], comparison.work
+    for name in comparison.sides:
+        if name in sides:
+            continue
+        note(name)
+        begin = time.perf_counter()
+        try:
+            limit = max(int(min(timing.COMPILE_SECONDS, seconds_left() - 1)), 1)
+            timing.verify(comparison, name, machine.device, limit)
+        except WrongResultError as error:
+            sides[name] = {kind_of_failure(name, error): first_line(error)}
+            print(f"{name_of(row['case'])}: {name}: {sides[name]}", flush=True)
+            if not machine.answers():
+                return False
+            machine.release()
+        else:
+            sides[name] = {"first_seconds": time.perf_counter() - begin}
+    for name, side in comparison.sides.items() if timed else ():
+        if "first_seconds" not in sides[name] or "seconds" in sides[name]:
+            continue
+        note(name)
+        try:
+            # a graph owns its memory
+            peak = None if row["case"]["kind"] == "graph" else machine.peak(side)
+            times = timing.interleaved({name: side}, machine.plan.seconds, machine.clock)[name]
+        except torch.OutOfMemoryError:
+            sides[name] = {"unavailable": "out of memory"}
+            machine.release()
+            continue
+        except Exception as error:
+            sides[name] = {"refused": f"{type(error).__name__}: {first_line(error)}"}
+            if not machine.answers():
+                return False
+            continue
+        found = {"seconds": statistics.median(times), "least": min(times), "most": max(times)}
+        sides[name] |= found | {"rounds": len(times)}
+        if peak is not None:
+            sides[name]["peak_bytes"] = peak
+        if ceiling is not None:
+            level = level_of(ceiling)
+            sides[name] |= timing.shares(comparison.work, found["seconds"], name, ceiling, level)
+        machine.release()
+    rival = next(iter(comparison.sides))
+    first = sides[rival] if rival.split()[0] not in registry.IMPLS else {}
+    for side in sides.values():
+        if "seconds" in first and "seconds" in side:
+            side["ratio"] = first["seconds"] / side["seconds"]
+    return True
+
+
+WARMUP = """
+import sys, time, torch, bae_fast as bf
+begin = time.perf_counter()
+bf.warmup(sys.argv[1], device=sys.argv[2])
+if sys.argv[2] == "cuda":
+    torch.cuda.synchronize()
+print(time.perf_counter() - begin)
+"""
+
+
+def measure_warmup(impl: str, device: str, seconds: float) -> dict[str, Any]:
+    """``bae_fast.warmup`` in a new process: with nothing compiled before, and once more."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"TRITON_CACHE_DIR": folder, "XDG_CACHE_HOME": folder}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        for key in ("cold_seconds", "warm_seconds"):
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-c", WARMUP, impl, device],
+                    env=os.environ | kept | {"PYTHONPATH": path},
+                    cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return found | {"unavailable": f"{key} took more than {seconds:.0f} s"}
+            if done.returncode:
+                return found | {"refused": (done.stderr.strip().splitlines() or ["no reason"])[-1]}
+            found[key] = float(done.stdout)
+    return found
+
+
+# -- the worker --------------------------------------------------------------------------------
+
+
+def settled(sides: dict[str, Any]) -> dict[str, Any]:
+    """Sides of an interrupted case that need no further call."""
+    ends = ("refused", "unavailable", "seconds", "checked")
+    return {name: side for name, side in sides.items() if any(end in side for end in ends)}
+
+
+def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
+    """Sides that the checks refused, as far as a timed case depends on them."""
+    found = set()
+    whole = case["kind"] in ("step", "graph")
+    needed = "covariance" if case["kind"] == "pairs" else case.get("operator")
+    for row in rows:
+        operator = row["case"].get("operator")
+        if row["case"]["kind"] not in ("layer", "check") or not (whole or operator == needed):
+            continue
+        wrong = {name for name, side in row["sides"].items() if "refused" in side}
+        if whole and str(operator).startswith("covariance"):  # bits have no precision
+            wrong |= {f"{name} bf16" for name in wrong}
+        found |= wrong
+    return found
+
+
+def run_case(
+    case: Case,
+    impls: list[str],
+    machine: Machine,
+    result: dict[str, Any],
+    row: dict[str, Any],
+    note: Callable[[str], None],
+    seconds_left: Callable[[], float],
+) -> bool:
+    """Fill one row. False: the device no longer answers."""
+    kind = case["kind"]
+    if kind == "ceilings":
+        result["ceilings"] = measure_ceilings(machine)
+    elif kind == "warmup":
+        note(case["impl"])
+        row["sides"][case["impl"]] = measure_warmup(case["impl"], machine.device, seconds_left())
+    elif kind == "layer":
+        impl, dtype = case["impl"], case["dtype"]
+        name = impl if dtype == "fp32" else f"{impl} {dtype}"
+        if name in row["sides"]:
+            return True
+        note(name)
+        try:
+            with torch.device(machine.device):
+                row["sides"][name] = {
+                    "checked": check_whole_layer(impl, DTYPES[dtype], machine.plan)
+                }
+                if dtype == "fp32":
+                    check_many_rows(impl)
+        except Exception as error:
+            text = first_line(error)
+            if not isinstance(error, WrongResultError):
+                text = f"{type(error).__name__}: {text}"
+            row["sides"][name] = {"refused": text}
+            print(f"{name_of(case)}: refused: {text}", flush=True)
+            return machine.answers()
+    else:
+        timed = kind != "check"
+        for name in spoiled(result["rows"], case) if timed else ():
+            row["sides"][name] = {"refused": "wrong in the checks"}
+        comparison = build(case, impls, machine.device)
+        row["sides"] = {n: s for n, s in row["sides"].items() if n in comparison.sides}
+        return compare(comparison, machine, result.get("ceilings"), row, note, seconds_left, timed)
+    return True
+
+
+def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) -> int:
+    """Run every case that ``path`` does not hold yet, until a time; see the module."""
+    result = read_json(path)
+    machine = Machine(device, plan)
+    gc.freeze()  # what is imported: else every collection goes through all of it
+    rate: dict[str, tuple[float, float]] = {}
+    for row in result["rows"]:
+        _learn(rate, row)
+    done = {name_of(row["case"]) for row in result["rows"]}
+    for case in cases(plan, impls, device):
+        if name_of(case) in done:
+            continue
+        left = until - time.time()
+        scale, least = rate.get(sort_of(case), (0.0, plan.guess))
+        expected = max(scale * size_of(case), least)
+        if expected > left or left < 1:
+            result["skipped"].append(
+                {"case": case, "reason": f"{left:.0f} s left, {expected:.0f} expected"}
+            )
+            continue
+        # what an earlier worker left of this case when it ended
+        sides = dict(result["ended"].get(name_of(case), {}))
+        row = {"case": case, "sides": sides}
+
+        def note(name: str, row: dict[str, Any] = row) -> None:
+            result["running"] = {**row, "side": name}
+            write_json(path, result)
+
+        begin = time.time()
+        alive = True
+        try:
+            note("")
+            alive = run_case(case, impls, machine, result, row, note, lambda: until - time.time())
+        except Exception as error:  # building a case failed: most likely its memory
+            row["unavailable"] = (
+                "out of memory"
+                if isinstance(error, torch.OutOfMemoryError)
+                else f"{type(error).__name__}: {first_line(error)}"
+            )
+            alive = machine.answers()
+            print(f"{name_of(case)}: {row['unavailable']}", flush=True)
+        row["wall_seconds"] = time.time() - begin
+        result["running"] = None
+        if not alive and settled(row["sides"]):  # the next worker does the other sides
+            result["ended"][name_of(case)] = settled(row["sides"])
+            write_json(path, result)
+            return DEAD
+        result["rows"].append(row)
+        write_json(path, result)
+        print(line(row), flush=True)
+        if not alive:
+            return DEAD
+        _learn(rate, row)
+        machine.forget()
+    result["complete"] = not result["skipped"]
+    result["clocks_after"] = clocks()
+    write_json(path, result)
+    return 0
+
+
+def _learn(rate: dict[str, tuple[float, float]], row: dict[str, Any]) -> None:
+    """Least seconds a multiply-accumulate and least seconds of the cases of a sort so far."""
+    sort, wall = sort_of(row["case"]), row["wall_seconds"]
+    scale, least = rate.get(sort, (float("inf"), float("inf")))
+    rate[sort] = min(scale, wall / size_of(row["case"])), min(least, wall)
+
+
+# -- the watching process ----------------------------------------------------------------------
+
+
+def clocks() -> dict[str, str]:
+    """Driver, clocks, temperature and power, where the driver's tool says so."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    done = subprocess.run(
+        [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    values = done.stdout.splitlines()[:1]
+    return (
+        dict(zip(fields, (v.strip() for v in values[0].split(",")), strict=False))
+        if (done.returncode == 0 and values)
+        else {}
+    )
+
+
+def chip(device: str) -> dict[str, Any]:
+    """The device and what its programs were built with."""
+    found: dict[str, Any] = {"name": platform.processor() or platform.machine()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found = {
+            "name": properties.name,
+            "capability": list(torch.cuda.get_device_capability()),
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "l2": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+        }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found | clocks()
+
+
+def watch(command: list[str], path: Path, seconds: float) -> None:
+    """Run the worker until it is done or time is up, again where it ends before."""
+    until = time.time() + seconds
+    fruitless = 0
+    while time.time() < until - 2:
+        before = len(read_json(path)["rows"])
+        process = subprocess.Popen([*command, "--until", str(until - 1)], cwd=ROOT)
+        begin, reason = time.time(), ""
+        try:
+            while process.poll() is None and not reason:
+                time.sleep(0.2)
+                silent = time.time() - max(begin, path.stat().st_mtime)
+                if time.time() > until:
+                    reason = "time was up"
+                elif silent > STALL:
+                    reason = f"no answer within {STALL:.0f} s"
+        finally:
+            if process.poll() is None:
+                process.kill()
+            status = process.wait()
+        reason = reason or f"its process ended with status {status}"
+        result = read_json(path)
+        if status == 0:
+            return
+        running = result.get("running")
+        if running and running["side"]:
+            sides = {**settled(running["sides"]), running["side"]: {"refused": reason}}
+            if reason == "time was up":
+                sides[running["side"]] = {"unavailable": reason}
+            result["ended"][name_of(running["case"])] = sides
+            if reason == "time was up":
+                result["rows"].append(
+                    {"case": running["case"], "sides": sides, "wall_seconds": 0.0}
+                )
+            print(f"{name_of(running['case'])}: {running['side']}: {reason}", flush=True)
+        elif running:
+            row = {"case": running["case"], "sides": {}, "wall_seconds": 0.0}
+            result["rows"].append(row | {"unavailable": reason})
+        useful = running or status == DEAD or len(result["rows"]) > before
+        fruitless = 0 if useful else fruitless + 1
+        result["running"] = None
+        write_json(path, result)
+        if fruitless > 1:
+            result["error"] = reason
+            write_json(path, result)
+            return
+
+
+def refusals(result: dict[str, Any]) -> list[str]:
+    """What was wrong, one line each."""
+    found = [
+        f"{name_of(row['case'])}: {name}: {side['refused']}"
+        for row in result["rows"]
+        for name, side in row["sides"].items()
+        if "refused" in side
+    ]
+    return found + ([result["error"]] if "error" in result else [])
+
+
+# -- results as text and plot ------------------------------------------------------------------
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row on one line, for the terminal."""
+    sides = (f"{n} {_cell(side)}" for n, side in row["sides"].items())
+    return f"{name_of(row['case'])}: " + ", ".join(sides) + row.get("unavailable", "")
+
+
+def _cell(side: dict[str, Any] | None) -> str:
+    if side is None:
+        return ""
+    if "seconds" in side:
+        return tables.cell(side)
+    if "refused" in side:
+        return "refused"
+    return side.get("unavailable", "right")
+
+
+def _rows(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
+    return [
+        row | row["case"] for row in result["rows"] if row["case"]["kind"] in kinds and row["sides"]
+    ]
+
+
+def _comparison(
+    rows: list[dict[str, Any]], first: dict[str, Callable[[dict[str, Any]], str]], share: bool
+) -> str:
+    """Rows by sides; of the first of ours also the peak and the share of the floor."""
+    names = list(dict.fromkeys(name for row in rows for name in row["sides"]))
+    names.sort(key=lambda name: name not in eager.DENSE)
+    mine = [name for name in names if name.split()[0] in registry.IMPLS]
+    more = ["peak", "of the floor"] if share else []
+    body = []
+    for row in rows:
+        ours = [row["sides"][name] for name in mine if "seconds" in row["sides"].get(name, {})]
+        ours.sort(key=lambda side: side["seconds"])
+        best = ours[0] if ours else {}
+        extra = [
+            tables.mebibytes(best["peak_bytes"]) if "peak_bytes" in best else "",
+            f"{best['floor_share']:.0%}" if "floor_share" in best else "",
+        ]
+        cells = [_cell(row["sides"].get(name)) for name in names]
+        body.append([*(make(row) for make in first.values()), *cells, *(extra if share else [])])
+    return tables.markdown([*first, *(f"`{n}`" if n in mine else n for n in names), *more], body)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: steps, operators at the first density, the covariance against int8 products."""
+    parts = []
+    steps, graphs = _rows(result, "step"), _rows(result, "graph")
+    objective = {"objective": lambda row: row["objective"], "N, d, F": tables.shape}
+    captured = {"objective": lambda row: row["objective"] + ", graph", "N, d, F": tables.shape}
+    if steps:
+        parts.append("A training step in bf16:\n\n" + _comparison(steps, objective, True))
+    if graphs:
+        parts.append(
+            "The same replayed from a CUDA graph:\n\n" + _comparison(graphs, captured, True)
+        )
+    for kind, title in (("operator", "Operators"), ("pairs", "The covariance forward, no signs")):
+        rows = _rows(result, kind)
+        if rows:
+            rows = [row for row in rows if kind == "pairs" or row["density"] == rows[0]["density"]]
+            first = {
+                "operator": lambda row: row.get("operator", "covariance").replace("_", " "),
+                "N, d, F" if kind == "operator" else "N, F": (
+                    tables.shape if kind == "operator" else lambda row: f"{row['n']}, {row['f']}"
+                ),
+                "density": tables.density,
+            }
+            parts.append(f"{title}:\n\n" + _comparison(rows, first, True))
+    return "\n\n".join([*parts, _notes(result)])
+
+
+def _notes(result: dict[str, Any]) -> str:
+    e, c = result["environment"], result.get("ceilings")
+    own = e["device"]
+    texts = [
+        "Medians of device times with a cold L2 cache, in brackets how many times faster than the "
+        "first column; every call checked first. peak and share of the floor "
+        "(products at the measured bf16 rate, counts at the faster of the rates below, memory and "
+        "Adam at the speed of a copy) are those of the fastest of ours."
+    ]
+    if c:
+        counted = f"int8 products {c['bit_macs']['int8'] / 1e12:,.0f} T multiply-adds/s"
+        if "b1" in c["bit_macs"]:
+            counted += f", 1-bit ones {c['bit_macs']['b1'] / 1e12:,.0f} (reported, not measured)"
+        texts.append(
+            f"Measured there: bf16 product {c['gemm_bfloat16'] / 1e12:,.0f} TFLOP/s, copy "
+            f"{c['copy'] / 1e12:.2f} TB/s, {counted}."
+        )
+    for row in _rows(result, "warmup"):
+        for name, side in row["sides"].items():
+            if "warm_seconds" in side:
+                texts.append(
+                    f'`bf.warmup("{name}")` takes {side["cold_seconds"]:.0f} s, '
+                    f"{side['warm_seconds']:.0f} s with its kernels on disk."
+                )
+    wrong = refusals(result)
+    if wrong:
+        texts.append(f"Refused: {len(wrong)}; see `bench/results/device.json`.")
+    if result["skipped"]:
+        texts.append(f"Cases left out for time: {len(result['skipped'])}.")
+    for name, reason in result["impls"].items():
+        if reason != "available":
+            texts.append(f"`{name}`: {reason}.")
+    versions = f"torch {e['torch']}"
+    if own.get("triton"):
+        versions += f", triton {own['triton']}"
+    if "driver_version" in own:
+        versions += f", driver {own['driver_version']}"
+    texts.append(f"{own['name']}, {versions}.")
+    return " ".join(texts)
+
+
+def plot(result: dict[str, Any]) -> bytes | None:
+    """Milliseconds of the paper's step against N, a panel a (d, F); None without a step."""
+    from bae_fast.report.series import Panel, Series, plot_panels
+
+    found: dict[tuple[int, int], dict[str, list[tuple[int, tuple[float, float, float]]]]] = {}
+    for row in _rows(result, "step", "graph"):
+        if row["objective"] != "paper":
+            continue
+        for name, side in row["sides"].items():
+            if "seconds" in side:
+                label = name + (", graph" if row["kind"] == "graph" else "")
+                times = (side["seconds"] * 1e3, side["least"] * 1e3, side["most"] * 1e3)
+                panel = found.setdefault((row["d"], row["f"]), {})
+                panel.setdefault(label, []).append((row["n"], times))
+                if name.split()[0] in registry.IMPLS and "floor_seconds" in side:
+                    floor = (side["floor_seconds"] * 1e3,) * 3
+                    points = panel.setdefault("floor", [])
+                    if row["n"] not in [n for n, _ in points]:
+                        points.append((row["n"], floor))
+    panels = [
+        Panel(
+            f"d = {d}, F = {f}", "rows N", "ms a step",
+            [
+                Series(name, *zip(*sorted(points), strict=True), dashed=name == "floor")
+                for name, points in series.items()
+            ],
+            logarithmic=True,
+        )
+        for (d, f), series in sorted(found.items())
+    ]  # fmt: skip
+    return plot_panels(panels) if panels else None
+
+
+def report(folder: Path, readme: Path) -> None:
+    """Plot and table from the JSON; the README's only for the committed results."""
+    result = read_json(folder / "device.json")
+    try:
+        image = plot(result)
+    except ImportError as error:
+        print(error)
+    else:
+        if image is not None:
+            (folder / "device.png").write_bytes(image)
+    print(table(result))
+    if folder.resolve() == RESULTS.resolve() and readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        if "<!-- bench:device -->" in text:
+            write_text(readme, tables.splice(text, "device", table(result)))
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m bench device", description=(__doc__ or "").splitlines()[0]
+    )
+    found.add_argument("--out", type=Path, default=RESULTS, help="folder of device.json, .png")
+    found.add_argument("--seconds", type=float, default=SECONDS, help="of the whole (540)")
+    found.add_argument("--impl", nargs="+", default=list(IMPLS), help="triton cuda")
+    found.add_argument("--report-only", action="store_true", help="table and plot of device.json")
+    for name, more in {
+        "--device": {"default": "cuda", "choices": ["cuda", "cpu"]},  # for tests of this program
+        "--tiny": {"action": "store_true"},
+        "--worker": {"action": "store_true"},
+        "--until": {"type": float, "default": 0.0},
+    }.items():
+        found.add_argument(name, help=argparse.SUPPRESS, **more)
+    return found
+
+
+def main(
+    arguments: list[str],
+    environment: Callable[[], dict[str, Any]] = dict,
+    readme: Path = ROOT / "README.md",
+    command: tuple[str, ...] = (sys.executable, "-m", "bench", "device"),
+) -> int:
+    """See the module. ``command`` starts the worker."""
+    options = parser().parse_args(arguments)
+    path = options.out / "device.json"
+    if options.report_only:
+        report(options.out, readme)
+        return 0
+    if options.device == "cuda" and not (torch.cuda.is_available() and torch.version.cuda):
+        print("python -m bench device needs an NVIDIA GPU; torch sees none", file=sys.stderr)
+        return 2
+    plan = TINY if options.tiny else FULL
+    if options.worker:
+        return work(path, options.impl, options.device, plan, options.until)
+
+    begin = time.time()
+    request = registry.Request(options.device, torch.bfloat16)
+    reasons = {n: "; ".join(registry.reasons_against(n, request)) for n in options.impl}
+    impls = [name for name, reason in reasons.items() if not reason]
+    result = {
+        "environment": environment() | {"device": chip(options.device)},
+        "impls": {name: reason or "available" for name, reason in reasons.items()},
+        "seconds": options.seconds, "complete": False, "running": None,
+        "rows": [], "skipped": [], "ended": {},
+    }  # fmt: skip
+    write_json(path, result)
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name}: {reason}", flush=True)
+    more = ["--worker", "--out", str(options.out.resolve()), "--device", options.device]
+    more += ["--tiny"] if options.tiny else []
+    more += ["--impl", *impls]
+    if not impls:
+        return 1
+    watch([*command, *more], path, options.seconds - SPARE - (time.time() - begin))
+    result = read_json(path)
+    result["spent"] = time.time() - begin
+    write_json(path, result)
+    report(options.out, readme)
+    wrong = refusals(result)
+    for text in wrong:
+        print(f"refused: {text}", file=sys.stderr)
+    return 1 if wrong else 0

@@ -1,0 +1,350 @@
+"""``python -m bench device`` without a GPU: the whole program on tiny sizes by the host's clock."""
+
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from bae_fast.files import read_json, write_json
+from bae_fast.ops import registry
+from bench import device, eager
+from bench.__main__ import main
+
+# what a worker's process runs: the command itself, with a fault where it is asked for
+WORKER = """
+import os, sys
+from bench import device, eager
+from bae_fast.ops import registry
+eager.COMPILER = "eager"  # no C++ compiler, no minutes
+ops = registry.BACKENDS["torch"].ops
+right = ops["decode"]
+def dies(words, *args):
+    if words.shape[0] == device.TINY.head[0]:
+        os._exit(66)
+    return right(words, *args)
+def hangs(*args):
+    import time
+    time.sleep(600)
+fault = {"dies": dies, "hangs": hangs}.get(sys.argv[1])
+if fault:
+    ops["decode"] = fault
+    kinds = ("step", "pairs") if fault is dies else ("operator", "pairs")
+    every = device.cases(device.TINY, ["torch"], "cpu")
+    few = [case for case in every if case["kind"] in kinds][:3]
+    device.cases = lambda *_: few
+sys.exit(device.main(sys.argv[2:]))
+"""
+SMALL = device.TINY._replace(checked=[(66, 24, 331)], more=[(32, 24, 256)])
+
+
+def command(folder, *more, fault="", seconds=300.0):
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    arguments = ["--device", "cpu", "--tiny", "--impl", "torch", "--out", str(folder)]
+    return device.main(
+        [*arguments, "--seconds", str(seconds), *more],
+        environment=lambda: {"torch": torch.__version__},
+        readme=folder / "README.md",
+        command=(sys.executable, str(script), fault),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(device.ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def worked(tmp_path, monkeypatch):
+    """Some cases in this process; returns the result."""
+
+    def run(*wanted, impls=("torch",), until=None, rows=(), ended=None):
+        path = tmp_path / "device.json"
+        blank = {"environment": {"torch": "", "device": {"name": "none"}}, "impls": {}}
+        lists = {"rows": list(rows), "skipped": [], "ended": ended or {}}
+        write_json(path, {**blank, **lists, "running": None, "complete": False})
+        monkeypatch.setattr(device, "cases", lambda plan, impls, kind: list(wanted))
+        status = device.work(
+            path, list(impls), "cpu", SMALL, time.time() + 100 if until is None else until
+        )
+        return status, read_json(path)
+
+    return run
+
+
+def case(kind, **more):
+    return {"kind": kind, **more, **dict(zip("ndf", SMALL.head, strict=True))}
+
+
+STEP = case("step", objective="paper")
+DECODE = case("operator", operator="decode", density=0.5)
+LAYER = {"kind": "layer", "impl": "torch", "dtype": "bf16"}
+CHECK = case("check", operator="decode", density=0.5)
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys):
+    begin = time.time()
+    assert command(tmp_path) == 0, capsys.readouterr()
+    result = read_json(tmp_path / "device.json")
+    assert result["complete"]
+    assert result["running"] is None
+    expected = device.cases(device.TINY, ["torch"], "cpu")
+    assert [row["case"] for row in result["rows"]] == expected
+    assert all(row["sides"] for row in result["rows"] if row["case"]["kind"] != "ceilings")
+    # everything is checked before anything is timed
+    kinds = [row["case"]["kind"] for row in result["rows"]]
+    last = max(i for i, kind in enumerate(kinds) if kind in ("layer", "check"))
+    assert not {"step", "operator", "pairs"} & set(kinds[:last])
+    for row in result["rows"]:
+        if row["case"]["kind"] in ("step", "operator", "pairs"):
+            assert all(side["seconds"] > 0 for side in row["sides"].values()), row
+    assert result["ceilings"]["gemm_bfloat16"] > 0
+    assert result["ceilings"]["bit_macs"]["int8"] > 0
+    assert result["spent"] < time.time() - begin + 1
+    text = capsys.readouterr().out
+    assert "| paper | 64, 24, 256 |" in text
+    assert (tmp_path / "device.png").read_bytes().startswith(b"\x89PNG")
+    # again from the file alone
+    (tmp_path / "device.png").unlink()
+    readme = tmp_path / "README.md"
+    assert device.main(["--report-only", "--out", str(tmp_path)], readme=readme) == 0
+    assert (tmp_path / "device.png").is_file()
+    assert capsys.readouterr().out.strip() in text
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys):
+    assert command(tmp_path, fault="dies") == 1
+    result = read_json(tmp_path / "device.json")
+    rows = {device.name_of(row["case"]): row["sides"] for row in result["rows"]}
+    hit = rows[device.name_of(case("step", objective="paper", compiled=True))]
+    assert hit["torch bf16"] == {"refused": "its process ended with status 66"}
+    assert hit["autocast"]["seconds"] > 0
+    # what does not decode is timed all the same
+    pairs = [s for n, s in rows.items() if n.startswith("pairs")]
+    assert pairs
+    assert all("seconds" in s["torch"] for s in pairs)
+    assert "status 66" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "STALL", 8.0)
+    assert command(tmp_path, fault="hangs") == 1
+    rows = read_json(tmp_path / "device.json")["rows"]
+    hung = [row["sides"]["torch bf16"] for row in rows if row["case"].get("operator") == "decode"]
+    assert hung == [{"refused": "no answer within 8 s"}]
+    assert rows[-1]["case"] != hung
+    assert len(rows) == 3
+
+
+def test_time_that_is_up_leaves_a_whole_file(tmp_path):
+    begin = time.time()
+    command(tmp_path, fault="hangs", seconds=device.SPARE + 12)
+    assert time.time() - begin < device.SPARE + 16
+    result = read_json(tmp_path / "device.json")
+    assert result["running"] is None
+    assert not result["complete"]
+    assert device.table(result)
+
+
+# -- sides ---------------------------------------------------------------------------------------
+
+
+def test_a_wrong_side_is_refused_and_never_timed(worked, monkeypatch):
+    right = registry.BACKENDS["torch"].ops["decode"]
+    monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", lambda *a: 1.05 * right(*a))
+    status, result = worked(DECODE)
+    assert status == 0
+    (row,) = result["rows"]
+    assert row["sides"]["torch bf16"].keys() == {"refused"}
+    assert row["sides"]["autocast"]["seconds"] > 0
+    assert device.refusals(result) == [
+        f"{device.name_of(DECODE)}: torch bf16: {row['sides']['torch bf16']['refused']}"
+    ]
+    assert "recon is off by" in device.refusals(result)[0]
+    assert "| refused |" in device.table(result)
+
+
+def test_what_the_checks_refuse_is_not_timed_although_it_would_pass(worked, monkeypatch):
+    wrong = {"case": CHECK, "sides": {"torch bf16": {"refused": "off"}}, "wall_seconds": 1.0}
+    _, result = worked(DECODE, STEP, case("pairs", density=0.5), rows=[wrong])
+    _, decode, step, pairs = result["rows"]
+    for row in (decode, step):
+        assert row["sides"]["torch bf16"] == {"refused": "wrong in the checks"}
+        assert row["sides"]["autocast"]["seconds"] > 0
+    assert pairs["sides"]["torch"]["seconds"] > 0
+
+
+def test_a_side_that_raises_is_reported_with_its_first_line(worked, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such luck\nand a long story")
+
+    monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", broken)
+    _, result = worked(DECODE, case("pairs", density=0.5), LAYER)
+    decode, pairs, layer = result["rows"]
+    assert decode["sides"]["torch bf16"]["refused"].startswith("RuntimeError: no such luck")
+    assert pairs["sides"]["torch"]["seconds"] > 0
+    assert layer["sides"]["torch bf16"] == {"refused": "RuntimeError: no such luck"}
+
+
+def test_a_device_that_no_longer_answers_is_left_to_the_next_process(worked, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(registry.BACKENDS["torch"].ops, "decode", broken)
+        patch.setattr(device.Machine, "answers", lambda machine: False)
+        status, result = worked(DECODE)
+    assert status == device.DEAD
+    assert result["rows"] == []
+    name = device.name_of(DECODE)
+    assert "illegal memory access" in result["ended"][name]["torch bf16"]["refused"]
+    status, again = worked(DECODE, ended=result["ended"])
+    assert status == 0
+    (row,) = again["rows"]
+    assert row["sides"]["torch bf16"] == result["ended"][name]["torch bf16"]
+    assert row["sides"]["autocast"]["seconds"] > 0
+
+
+def test_memory_that_is_not_there_is_said_and_refuses_nothing(worked, monkeypatch):
+    def greedy(bits):
+        raise torch.OutOfMemoryError("tried to allocate 70 GiB")
+
+    monkeypatch.setattr(eager, "absolute_covariance", greedy)
+    _, result = worked(STEP)
+    (row,) = result["rows"]
+    assert row["sides"]["autocast"] == {"unavailable": "out of memory"}
+    assert row["sides"]["torch bf16"]["seconds"] > 0
+    assert device.refusals(result) == []
+    assert "out of memory" in device.table(result)
+
+
+def test_inputs_that_do_not_fit_leave_the_next_case_to_be_run(worked, monkeypatch):
+    def greedy(*args):
+        raise torch.OutOfMemoryError("tried to allocate 70 GiB")
+
+    monkeypatch.setitem(device.operators.OPERATORS, "decode", greedy)
+    _, result = worked(DECODE, case("pairs", density=0.5))
+    assert result["rows"][0]["unavailable"] == "out of memory"
+    assert result["rows"][1]["sides"]["torch"]["seconds"] > 0
+
+
+def test_a_layer_that_is_wrong_is_refused_by_name(worked, monkeypatch):
+    right = registry.BACKENDS["torch"].ops["encoder_backward"]
+
+    def wrong(*args):
+        grad_x, grad_W, grad_b = right(*args)
+        return grad_x, grad_W, grad_b * 1.5
+
+    monkeypatch.setitem(registry.BACKENDS["torch"].ops, "encoder_backward", wrong)
+    _, result = worked(LAYER)
+    assert "b_enc is off by" in result["rows"][0]["sides"]["torch bf16"]["refused"]
+
+
+@pytest.mark.parametrize("density", [0.5, 0.01])
+def test_int8_products_are_checked_against_integers(density, monkeypatch):
+    monkeypatch.setattr(device, "PAIRS_BLOCK", 96)
+    comparison = device.pairs(64, 256, density, ["torch"])
+    for name, side in comparison.sides.items():
+        result = side.run()
+        comparison.check(name, result)
+        wrong = (result[0] + 2,) if isinstance(result, tuple) else result + 1
+        with pytest.raises(device.WrongResultError):
+            comparison.check(name, wrong)
+
+
+# -- time ----------------------------------------------------------------------------------------
+
+
+def test_a_case_that_would_not_fit_is_left_out_and_said(worked):
+    seen = {"case": DECODE, "sides": {}, "wall_seconds": 60.0}
+    other = DECODE | {"density": 0.1}
+    _, result = worked(other, case("pairs", density=0.5), rows=[seen], until=time.time() + 20)
+    assert [row["case"]["kind"] for row in result["rows"]] == ["operator", "pairs"]
+    (left_out,) = result["skipped"]
+    assert left_out["case"] == other
+    assert "expected" in left_out["reason"]
+    assert not result["complete"]
+    assert "left out for time: 1" in device.table(result)
+
+
+def test_a_wrong_covariance_spoils_the_steps_of_its_implementation():
+    check = CHECK | {"operator": "covariance"}
+    rows = [{"case": check, "sides": {"torch": {"refused": "off"}, "cpp": {}}}]
+    assert "torch bf16" in device.spoiled(rows, STEP)
+    assert device.spoiled(rows, case("pairs", density=0.5)) == {"torch"}
+    assert device.spoiled(rows, DECODE) == set()
+
+
+def test_a_larger_case_is_expected_to_take_longer():
+    assert device.size_of(STEP | {"f": 512}) > 2 * device.size_of(STEP)
+    assert device.size_of(STEP) > device.size_of(STEP | {"objective": "no covariance"})
+
+
+def test_a_worker_goes_on_where_the_one_before_ended(worked, monkeypatch):
+    done = {"case": DECODE, "sides": {"torch bf16": {"seconds": 1.0}}, "wall_seconds": 0.1}
+    _, result = worked(DECODE, case("pairs", density=0.5), rows=[done])
+    assert result["rows"][0] == done
+    assert len(result["rows"]) == 2
+
+
+# -- where there is nothing to measure -----------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys):
+    assert main(["device", "--out", str(tmp_path)]) == 2
+    streams = capsys.readouterr()
+    assert streams.err.strip() == "python -m bench device needs an NVIDIA GPU; torch sees none"
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_implementation_that_cannot_run_is_said(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--tiny", "--impl", "cuda", "--out", str(tmp_path)]
+    assert device.main(arguments) == 1
+    assert read_json(tmp_path / "device.json")["impls"]["cuda"] != "available"
+    assert "cuda: " in capsys.readouterr().out
+
+
+def test_every_case_has_a_name_of_its_own():
+    names = [device.name_of(c) for c in device.cases(device.FULL, ["triton", "torch"], "cuda")]
+    assert len(set(names)) == len(names)
+
+
+# -- Triton's interpreter ------------------------------------------------------------------------
+
+INTERPRETED = """
+import sys
+from bench import device, operators
+import torch
+device.check_layer("triton", torch.bfloat16, 34, 9, 70, surrogate="rectangle", surrogate_width=2.5)
+for name in operators.OPERATORS:
+    plain = name.startswith("covariance")
+    sides = ["eager", "autocast", "triton", *([] if plain else ["triton bf16", "triton fp16"])]
+    comparison = operators.build(name, 34, 24, 70, 0.5, sides)
+    for side in sides:
+        device.timing.verify(comparison, side)
+print("right")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    registry.BACKENDS["triton"].unavailable is not None, reason="triton cannot run here"
+)
+def test_the_checks_pass_for_triton_in_its_interpreter():
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=device.ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "right", done.stderr
