@@ -240,7 +240,8 @@ def test_killed_halfway_against_a_real_server_nothing_is_paid_twice(folder, tmp_
         )  # fmt: skip
 
     def calls():
-        return log.read_text(errors="replace").count("POST /v1/chat/completions HTTP/1.1")
+        # as they come in: uvicorn's own line is missing where the client has gone
+        return log.read_text(errors="replace").count("[Request received]")
 
     concurrency = 4
     out = tmp_path / "out"
