@@ -8,6 +8,7 @@ from bae_fast.baselines.model import (
     SAEConfig,
     SAEOutput,
     SparseAutoencoder,
+    load_autoencoder,
     make_baseline,
 )
 from bae_fast.training import TrainingConfig
@@ -35,5 +36,6 @@ __all__ = [
     "SparseAutoencoder",
     "SparseEvaluation",
     "evaluate_baseline",
+    "load_autoencoder",
     "make_baseline",
 ]

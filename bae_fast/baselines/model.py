@@ -38,6 +38,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bae_fast.model import BinaryAutoencoder
 from bae_fast.normalization import Normalized
 from bae_fast.pretrained import load_tensors_, read_pretrained, write_pretrained
 from bae_fast.training import TrainingConfig
@@ -666,3 +667,16 @@ def make_baseline(
         metadata=dict(metadata or {}),
     )
     return cls(config, transcoder=d_out is not None, device=device, dtype=dtype)
+
+
+def load_autoencoder(
+    folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> BinaryAutoencoder | SparseAutoencoder:
+    """Load whichever autoencoder of the package a folder holds, in eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``from_pretrained`` of the two.
+    """
+    if read_pretrained(folder)[0].get("architecture") in METHODS:
+        return SparseAutoencoder.from_pretrained(folder, device=device)
+    return BinaryAutoencoder.from_pretrained(folder, device=device)

@@ -25,11 +25,12 @@ from bae_fast.analysis.metrics import FVUAccumulator
 from bae_fast.baselines import (
     METHODS,
     TRAINING,
-    SparseAutoencoder,
     evaluate_baseline,
+    load_autoencoder,
     make_baseline,
 )
 from bae_fast.cli import demo
+from bae_fast.cli.interpret import add_judge_arguments
 from bae_fast.cli.runs import environment, once
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.model import BinaryAutoencoder
@@ -172,8 +173,57 @@ def substitution_scorer(context: Context) -> Scorer | None:
     )
 
 
+def comsem_scorer(context: Context) -> Scorer | None:
+    """How well a judge can name the features, beside what it says of other features' names."""
+    arguments = context.arguments
+    if arguments.judge is None:
+        return None
+    from bae_fast.cli.interpret import make_judge
+    from bae_fast.interpret.comsem import ComSemConfig, score_model
+
+    config = ComSemConfig(n_features=arguments.judge_features, n_negatives=8, shuffled=True)
+    judge = make_judge(arguments, arguments.judge, arguments.judge_model)
+
+    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        from bae_fast.lm import DEFAULT_MODEL, load_tokenizer
+
+        cache = context.cache
+        if method == "transcoder":
+            cache = hook_rows(arguments, context.stages, transcoder_hooks(arguments)[0])
+        # the same windows of either module
+        first = int(context.cache.row_window[context.heldout.start])
+        rows = range(int((cache.row_window < first).sum()), cache.n_rows)
+        found = score_model(
+            model,
+            cache,
+            rows,
+            load_tokenizer(arguments.model or DEFAULT_MODEL),
+            judge,
+            config=config,
+            answers=arguments.out / "answers.sqlite",
+            progress=not arguments.no_progress,
+        )
+        means = {
+            name: None if found[name] is None else found[name]["mean"]
+            for name in ("comsem", "shuffled", "detection", "auc")
+        }
+        return means | {"counts": found["counts"], "details": found["features"]}
+
+    return Scorer(
+        "comsem",
+        {"judge": judge.identity, "config": dataclasses.asdict(config)},
+        score,
+        [
+            Column("comsem", "ComSem", "{:.2f}"),
+            Column("shuffled", "others' names", "{:.2f}"),
+            Column("detection", "detection", "{:.2f}"),
+            Column("auc", "AUC", "{:.2f}"),
+        ],
+    )
+
+
 # each makes a scorer of a command, or None where the command line leaves it out
-SCORERS: list[Callable[[Context], Scorer | None]] = [substitution_scorer]
+SCORERS: list[Callable[[Context], Scorer | None]] = [substitution_scorer, comsem_scorer]
 
 
 def add_parser(commands: Any) -> None:
@@ -212,6 +262,10 @@ def add_parser(commands: Any) -> None:
         default=2048,
         help="held-out tokens on which the language model runs with each reconstruction in the "
         "place of its state; 0: none",
+    )
+    add_judge_arguments(parser, default=None)
+    parser.add_argument(
+        "--judge-features", type=int, default=30, help="features that --judge names, a method"
     )
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
     parser.add_argument(
@@ -406,12 +460,9 @@ def saved_model(context: Context, run: dict[str, Any]) -> Any:
     """
     folder: Path = context.arguments.out / run["model"]
     device = context.arguments.device
-    binary = run["method"] in BINARY
     if not folder.is_dir():
         raise _NoModelError(f"{folder} is gone; not scored")
-    model: Any = (BinaryAutoencoder if binary else SparseAutoencoder).from_pretrained(
-        folder, device=device
-    )
+    model: Any = load_autoencoder(folder, device=device)
     rows = context.cache.rows[context.heldout.start : context.heldout.stop]
     x, y = rows, rows
     if run["method"] == "transcoder":
@@ -437,6 +488,13 @@ def transcoder_hooks(arguments: argparse.Namespace) -> list[str]:
     return [f"{arguments.hook}.post_attention_layernorm", f"{arguments.hook}.mlp"]
 
 
+def hook_rows(arguments: argparse.Namespace, stages: demo.Stages, hook: str) -> ActivationCache:
+    """Hidden states of another module over the same text."""
+    other = copy.copy(arguments)
+    other.hook = hook
+    return demo.harvest_rows(other, stages, arguments.batch_size)[0]
+
+
 def transcoder_rows(
     arguments: argparse.Namespace,
     stages: demo.Stages,
@@ -445,11 +503,7 @@ def transcoder_rows(
     heldout_start: int,
 ) -> dict[str, Tensor]:
     """Inputs and targets at the same tokens, split by the same windows as the other methods."""
-    caches = []
-    for hook in transcoder_hooks(arguments):
-        other = copy.copy(arguments)
-        other.hook = hook
-        caches.append(demo.harvest_rows(other, stages, arguments.batch_size)[0])
+    caches = [hook_rows(arguments, stages, hook) for hook in transcoder_hooks(arguments)]
     places = [cache.row_window.long() * cache.context_size + cache.row_position for cache in caches]
     # a row that either cache dropped for its norm is in neither
     kept = [torch.isin(places[i], places[1 - i]) for i in (0, 1)]

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bae_fast.baselines import load_autoencoder
 from bae_fast.cli import demo
 from bae_fast.cli.runs import environment
 from bae_fast.files import write_json, write_text
 from bae_fast.model import BinaryAutoencoder
-from bae_fast.pretrained import read_pretrained
 
 if TYPE_CHECKING:
     from bae_fast.baselines import SparseAutoencoder
@@ -63,28 +63,11 @@ def add_parser(commands: Any) -> None:
         help="also judge against other features' phrases: what this judge says to nonsense",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--judge", choices=JUDGES, default="local")
-    parser.add_argument(
-        "--judge-model", default=None,
-        help="local: as --model, default SmolLM2-135M-Instruct; openai: the name at the server",
-    )  # fmt: skip
-    parser.add_argument("--base-url", default=None, help="of an OpenAI-compatible server")
-    parser.add_argument(
-        "--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key"
-    )
+    add_judge_arguments(parser, default="local")
     parser.add_argument(
         "--second-judge", choices=JUDGES, default=None, help="for the agreement of two judges"
     )
     parser.add_argument("--second-model", default=None, help="of --second-judge")
-    parser.add_argument(
-        "--temperature", type=_temperature, default=0.0,
-        help="of the openai judge; 'default' sends none",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-tokens", type=int, default=None, help="of an answer of the openai judge"
-    )
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a request")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
     parser.add_argument(
         "--budget-calls", type=int, default=None, help="ask at most this many questions"
     )
@@ -98,8 +81,36 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="count calls and tokens, and ask nothing"
     )
+    parser.add_argument(
+        "--delphi", type=Path, default=None, metavar="FOLDER",
+        help="also write the features as delphi's cache of latents",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/interpret"))
     parser.set_defaults(run=run)
+
+
+def add_judge_arguments(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Which judge, and how it is reached; ``default`` None: none."""
+    parser.add_argument(
+        "--judge", choices=JUDGES, default=default, help="who names features and judges the names"
+    )
+    parser.add_argument(
+        "--judge-model", default=None,
+        help="local: as --model, default SmolLM2-135M-Instruct; openai: the name at the server",
+    )  # fmt: skip
+    parser.add_argument("--base-url", default=None, help="of an OpenAI-compatible server")
+    parser.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key"
+    )
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0,
+        help="of the openai judge; 'default' sends none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=int, default=None, help="of an answer of the openai judge"
+    )
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a request")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
 
 
 def _temperature(text: str) -> float | None:
@@ -146,6 +157,11 @@ def run(arguments: argparse.Namespace) -> int:
     with stages.stage("collect tokens"):
         found = feature_tokens(model, cache.rows[rows.start : rows.stop], k=arguments.k)
         print(f"   {len(found.tokens.rows):,} tokens of {found.tokens.n_features:,} features")
+    if arguments.delphi is not None:
+        from bae_fast.interpret.delphi import write_delphi_cache
+
+        with stages.stage("write delphi's cache"):
+            print(f"   {write_delphi_cache(arguments.delphi, model, cache, rows)}")
     passages = Passages(cache, rows, tokenizer, config)
     if judge is None:
         return dry_run(arguments, config, found, passages, prices, tokenizer)
@@ -232,20 +248,6 @@ def make_judge(arguments: argparse.Namespace, kind: str, model: str | None) -> J
 # -- the model ---------------------------------------------------------------------------------
 
 
-def load_model(folder: Path, device: str | None = None) -> BinaryAutoencoder | SparseAutoencoder:
-    """A Binary Autoencoder or a baseline, whichever the folder holds, in eval mode.
-
-    Raises:
-        FileNotFoundError, ValueError: see their ``from_pretrained``.
-    """
-    from bae_fast.baselines import METHODS, SparseAutoencoder
-
-    architecture = read_pretrained(folder)[0].get("architecture")
-    if architecture in METHODS:
-        return SparseAutoencoder.from_pretrained(folder, device=device)
-    return BinaryAutoencoder.from_pretrained(folder, device=device)
-
-
 def find_model(
     arguments: argparse.Namespace,
 ) -> tuple[BinaryAutoencoder | SparseAutoencoder, Path]:
@@ -259,7 +261,7 @@ def find_model(
         folder = Path("results/demo")
         if not (folder / "cfg.json").is_file():
             train_as_demo(arguments, folder)
-    model = load_model(folder, arguments.device)
+    model = load_autoencoder(folder, device=arguments.device)
     metadata = model.config.metadata
     hooks = metadata.get("transcoder_hooks") or [metadata.get("hook_name")]
     if arguments.hook is None:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bae_fast.baselines import load_autoencoder
 from bae_fast.cli import demo
 from bae_fast.cli.runs import environment
-from bae_fast.cli.steer import load_autoencoder
 from bae_fast.files import write_json, write_text
 
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.rows < 2:
         raise ValueError(f"--rows must be at least 2; got {arguments.rows}")
-    models = [load_autoencoder(folder, arguments.device) for folder in arguments.folders]
+    models = [load_autoencoder(folder, device=arguments.device) for folder in arguments.folders]
     if any(model.is_transcoder for model in models):
         raise ValueError("FOLDER must be of an autoencoder of --hook; a transcoder reads elsewhere")
     stages = demo.Stages()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.baselines import METHODS, SparseAutoencoder
+from bae_fast.baselines import load_autoencoder
 from bae_fast.cli import demo
 from bae_fast.cli.runs import environment
 from bae_fast.entropy.icl import label_tokens, make_prompts
@@ -128,21 +128,6 @@ def check(arguments: argparse.Namespace) -> None:
         )
 
 
-def load_autoencoder(folder: Path, device: str) -> Any:
-    """A saved autoencoder of the package, whichever it is, in eval mode.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: another kind of file.
-    """
-    from bae_fast.pretrained import read_pretrained
-
-    binary = read_pretrained(folder)[0].get("architecture") not in METHODS
-    return (BinaryAutoencoder if binary else SparseAutoencoder).from_pretrained(
-        folder, device=device
-    )
-
-
 def train_autoencoder(arguments: argparse.Namespace) -> BinaryAutoencoder:
     """Train as the demo does and save beside the results."""
     stages = demo.Stages()
@@ -213,7 +198,7 @@ def steer(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.load is None:
         autoencoder = train_autoencoder(arguments)
     else:
-        autoencoder = load_autoencoder(arguments.load, arguments.device)
+        autoencoder = load_autoencoder(arguments.load, device=arguments.device)
     with stages.stage("load the language model"):
         lm = lm_tools.load_language_model(
             arguments.model or lm_tools.DEFAULT_MODEL, device=arguments.device
