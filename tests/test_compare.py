@@ -165,6 +165,25 @@ def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeyp
     write_json(out / "compare.json", before)
 
 
+def test_a_judge_names_the_features_of_every_method(arguments, capsys):
+    methods = ["bae", "topk", "transcoder"]
+    judged = [*arguments, "--methods", *methods, "--judge", "rule", "--judge-features", "4"]
+    assert main(judged) == 0
+    out = folder_of(arguments, "--out")
+    result = json.loads((out / "compare.json").read_text())
+    for run in result["runs"]:
+        found = run["scores"]["comsem"]
+        assert 0 <= found["comsem"] <= 1
+        assert 0 <= found["detection"] <= 1
+        assert 1 <= len(found["details"]) <= 4
+    header = (out / "compare.md").read_text().splitlines()[0]
+    assert "ComSem" in header
+    assert "JS, bits" in header
+    capsys.readouterr()
+    assert main(judged) == 0
+    assert "comsem-" not in capsys.readouterr().out  # nothing is asked again
+
+
 def test_a_further_scorer_adds_its_result_and_its_columns(arguments, monkeypatch, tmp_path):
     seen = []
 
