@@ -173,6 +173,7 @@ LAYERS = (
         "pretrained",
         "files",
         "devices",
+        "progress",
         "_version",
     },
 )

@@ -14,8 +14,9 @@ from torch import Tensor
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.training import init_from_rows_
 
-# eigenvalues of the covariance below this share of the largest are rounding
-_RANK_BELOW = 1e-6
+# Eigenvalues of the covariance below this share of the largest are rounding: that of float32 rows
+# is about 1e-14, and the least of d Gaussian directions in d dimensions about 1 / (4 d^2).
+_RANK_BELOW = 1e-9
 
 _ITERATIONS = 200
 _TOLERANCE = 1e-5
@@ -34,12 +35,7 @@ def independent_components(
     Raises:
         ValueError: fewer than two rows, or rows without variance.
     """
-    if x.dim() != 2 or len(x) < 2:
-        raise ValueError(f"x must have shape [n, d] with n >= 2; got {list(x.shape)}")
-    centred = x.double() - x.double().mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
-    if float(values[-1]) <= 0:
-        raise ValueError("x must vary: its covariance is zero")
+    centred, values, vectors = _axes(x)
     kept = int((values > _RANK_BELOW * values[-1]).sum())
     kept = kept if max_components is None else min(kept, max_components)
     whitening = vectors[:, -kept:] / values[-kept:].sqrt()
@@ -61,6 +57,23 @@ def independent_components(
         if float(change) < _TOLERANCE:
             break
     return rotation @ whitening.T.float()
+
+
+def rank(x: Tensor) -> int:
+    """Rank of the covariance of rows ``[n, d]``, n >= 2."""
+    _, values, _ = _axes(x)
+    return int((values > _RANK_BELOW * values[-1]).sum())
+
+
+def _axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred rows, and the eigenvalues (rising) and vectors of their covariance: float64."""
+    if x.dim() != 2 or len(x) < 2:
+        raise ValueError(f"x must have shape [n, d] with n >= 2; got {list(x.shape)}")
+    centred = x.double() - x.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    if float(values[-1]) <= 0:
+        raise ValueError("x must vary: its covariance is zero")
+    return centred, values, vectors
 
 
 def _nearest_rotation(matrix: Tensor) -> Tensor:
