@@ -58,8 +58,9 @@ def _finish(
     make: Callable[[argparse.Namespace], list[dict[str, Any]]],
     flat: Callable[[dict[str, Any]], list[dict[str, Any]]],
     panels: Callable[[list[dict[str, Any]]], list[Any]],
+    table: Callable[[list[dict[str, Any]]], str],
 ) -> int:
-    """Run or read, then write the three files; the CSV has a row for each measured entropy."""
+    """Run or read, write the three files, print the table; the CSV has a row for each entropy."""
     out: Path = arguments.out
     if arguments.report_only:
         result = read_json(out / f"{name}.json")
@@ -81,6 +82,7 @@ def _finish(
 
     save_png(out / f"{name}.png", plot_panels(panels(rows)))
     print(f"{out / name}.json, .csv, .png")
+    print(table(rows))
     return 0
 
 
@@ -97,6 +99,11 @@ def _spread(rows: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
     """Mean, least and largest over rows."""
     values = [float(row[key]) for row in rows]
     return sum(values) / len(values), min(values), max(values)
+
+
+def _range(form: str, *values: float) -> str:
+    mean, low, high = (form.format(value).replace("-0.0%", "+0.0%") for value in values)
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 # -- synthetic ---------------------------------------------------------------------------------
@@ -124,14 +131,9 @@ def _add_synthetic(parts: Any) -> None:
 
 
 def run_synthetic_command(arguments: argparse.Namespace) -> int:
-    code = _finish(arguments, "synthetic", _synthetic_runs, _synthetic_rows, _synthetic_panels)
-    rows = [
-        row
-        for one in read_json(arguments.out / "synthetic.json")["runs"]
-        for row in _synthetic_rows(one)
-    ]
-    print(synthetic_table(rows))
-    return code
+    return _finish(
+        arguments, "synthetic", _synthetic_runs, _synthetic_rows, _synthetic_panels, synthetic_table
+    )
 
 
 def _synthetic_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -220,11 +222,6 @@ def synthetic_table(rows: list[dict[str, Any]]) -> str:
             cells += [_range("{:+.1%}", *_spread(some, key)) for key in _ERRORS]
             lines.append(f"| {what} | {start} | {n_train} | {d} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _range(form: str, *values: float) -> str:
-    mean, low, high = (form.format(value).replace("-0.0%", "+0.0%") for value in values)
-    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _synthetic_panels(rows: list[dict[str, Any]]) -> list[Any]:
@@ -329,7 +326,7 @@ def _add_layers(parts: Any) -> None:
 
 
 def run_layers_command(arguments: argparse.Namespace) -> int:
-    return _finish(arguments, "layers", _layer_runs, _layer_rows, _layer_panels)
+    return _finish(arguments, "layers", _layer_runs, _layer_rows, _layer_panels, layers_table)
 
 
 def _layer_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -411,6 +408,25 @@ def _layer_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def layers_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the tree's bits, mean and range over seeds, and the mean FVU, by position."""
+    positions = sorted({row["position"] for row in rows})
+    lines = [
+        "| module | windows | autoencoder | " + " | ".join(f"position {p}" for p in positions)
+        + " | FVU |",
+        "|---" * (len(positions) + 4) + "|",
+    ]  # fmt: skip
+    for (hook, windows, fit), part in _grouped(rows, ("hook", "windows", "fit")).items():
+        at = _grouped(part, ("position",))
+        cells = [
+            _range("{:.0f}", *_spread(at[p,], "tree")) if (p,) in at else "" for p in positions
+        ]
+        cells.append(f"{_spread(part, 'fvu')[0]:.2f}")
+        what = "one for all" if fit == "shared" else "one each"
+        lines.append(f"| {hook} | {windows} | {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _layer_panels(rows: list[dict[str, Any]]) -> list[Any]:
     from bae_fast.report.series import Panel, Series
 
@@ -466,7 +482,7 @@ def _add_icl(parts: Any) -> None:
 
 
 def run_icl_command(arguments: argparse.Namespace) -> int:
-    return _finish(arguments, "icl", _icl_runs, _icl_rows, _icl_panels)
+    return _finish(arguments, "icl", _icl_runs, _icl_rows, _icl_panels, icl_table)
 
 
 def _hub_task(arguments: argparse.Namespace) -> Task:
@@ -540,6 +556,26 @@ def _icl_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
     settings = one["settings"]
     base = {"task": settings["task"], "seed": settings["training"]["seed"]}
     return [{**base, **cell} for cell in one["cells"]]
+
+
+def icl_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: bits of the state by shots, then accuracy and next-token bits, first to last."""
+    shots = sorted({row["shots"] for row in rows})
+    lines = [
+        "| task | module | demonstrations | labels | "
+        + " | ".join(f"{k} shots" for k in shots)
+        + f" | accuracy, {shots[0]} to {shots[-1]} | next token, bits |",
+        "|---" * (len(shots) + 6) + "|",
+    ]
+    keys = ("task", "hook", "draw", "labels")
+    for group, part in _grouped(rows, keys).items():
+        at = _grouped(part, ("shots",))
+        cells = [_range("{:.0f}", *_spread(at[k,], "tree")) for k in shots]
+        for key, form in (("accuracy", "{:.2f}"), ("next_token_bits", "{:.1f}")):
+            ends = (form.format(_spread(at[k,], key)[0]) for k in (shots[0], shots[-1]))
+            cells.append(" to ".join(ends))
+        lines.append("| " + " | ".join([*group, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def _icl_panels(rows: list[dict[str, Any]]) -> list[Any]:

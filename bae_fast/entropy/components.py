@@ -18,8 +18,15 @@ from bae_fast.training import init_from_rows_
 # is about 1e-14, and the least of d Gaussian directions in d dimensions about 1 / (4 d^2).
 _RANK_BELOW = 1e-9
 
+# rows that thresholds and first decoder are read from
+_THRESHOLD_ROWS = 16384
+
 _ITERATIONS = 200
 _TOLERANCE = 1e-5
+
+# Gaussian directions turn among themselves for ever: it is over when this many iterations raise
+# the sum of what is maximised by less than this share.
+_SETTLED_OVER, _SETTLED_BELOW = 10, 1e-4
 
 
 def independent_components(
@@ -42,6 +49,7 @@ def independent_components(
     white = (centred @ whitening).float()
     draws = torch.randn(kept, kept, generator=generator).to(white)
     rotation = _nearest_rotation(draws)
+    reached: list[float] = []
     for _ in range(_ITERATIONS):
         projected = white @ rotation.T
         # the gradient of skew^2 / 12 + kurtosis^2 / 48 (Jones and Sibson 1987), all rows at once:
@@ -49,6 +57,10 @@ def independent_components(
         squares = projected.square()
         skew = (squares * projected).mean(0)
         kurtosis = squares.square().mean(0) - 3
+        reached.append(float((skew.square() / 12 + kurtosis.square() / 48).sum()))
+        earlier = max(reached[:-_SETTLED_OVER], default=-1.0)
+        if reached[-1] < (1 + _SETTLED_BELOW) * earlier:
+            break
         by_square = squares.T @ white / len(white)
         by_cube = (squares * projected).T @ white / len(white) - 3 * rotation
         moved = _nearest_rotation(skew[:, None] * by_square / 2 + kurtosis[:, None] * by_cube / 6)
@@ -111,6 +123,7 @@ def init_from_components_(
     directions = independent_components(
         rows, max_components=bae.config.d_sae, generator=generator
     ).to(rows)
+    rows = rows[:_THRESHOLD_ROWS]
     projected = rows @ directions.T
     mean = projected.mean(0)
     sign = torch.where((projected - mean).pow(3).mean(0) < 0, -1.0, 1.0).to(rows)
