@@ -564,15 +564,15 @@ def icl_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| task | module | demonstrations | labels | "
         + " | ".join(f"{k} shots" for k in shots)
-        + f" | accuracy, {shots[0]} to {shots[-1]} | next token, bits |",
+        + f" | accuracy, {shots[0]} to {shots[-1]} shots | next token, bits |",
         "|---" * (len(shots) + 6) + "|",
     ]
     keys = ("task", "hook", "draw", "labels")
     for group, part in _grouped(rows, keys).items():
         at = _grouped(part, ("shots",))
-        cells = [_range("{:.0f}", *_spread(at[k,], "tree")) for k in shots]
+        cells = [_range("{:.0f}", *_spread(at[k,], "tree")) if (k,) in at else "" for k in shots]
         for key, form in (("accuracy", "{:.2f}"), ("next_token_bits", "{:.1f}")):
-            ends = (form.format(_spread(at[k,], key)[0]) for k in (shots[0], shots[-1]))
+            ends = (form.format(_spread(at[k], key)[0]) for k in (min(at), max(at)))
             cells.append(" to ".join(ends))
         lines.append("| " + " | ".join([*group, *cells]) + " |")
     return "\n".join(lines)
