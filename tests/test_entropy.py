@@ -15,10 +15,11 @@ import torch
 from tiny_lm import save_tiny_model
 
 from bae_fast import BinaryAutoencoder, BinaryCode
+from bae_fast.analysis.pairs import pair_counts
 from bae_fast.cli import main
-from bae_fast.entropy import estimate
-from bae_fast.entropy.components import independent_components, init_from_components_
-from bae_fast.entropy.estimate import estimate_entropy, pair_counts
+from bae_fast.entropy import chain, estimate
+from bae_fast.entropy.components import independent_components, init_from_components_, rank
+from bae_fast.entropy.estimate import estimate_entropy
 from bae_fast.entropy.fit import TRAINING, run_synthetic
 from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.entropy.layers import run_layer, usual_rows
@@ -95,6 +96,17 @@ def correlated(n=4000, k=9, seed=0):
     return (hidden @ mixing + 0.3 * torch.randn(n, k, generator=g)) > 0.2
 
 
+def test_counts_of_pairs_are_the_integers_whatever_the_blocks(monkeypatch):
+    bits = correlated(n=301, k=33)
+    code, columns = BinaryCode.from_dense(bits), torch.tensor([0, 3, 4, 31, 32, 8, 9])
+    whole = estimate_entropy(code)
+    monkeypatch.setattr("bae_fast.analysis.pairs.ROW_BLOCK", 37)
+    monkeypatch.setattr("bae_fast.analysis.pairs.COLUMN_BLOCK", 5)
+    chosen = bits[:, columns].long()
+    assert torch.equal(pair_counts(code, columns).long(), chosen.T @ chosen)
+    assert estimate_entropy(code) == whole
+
+
 def test_the_tree_is_the_maximum_spanning_tree_of_the_mutual_information():
     bits = correlated()
     n, k = bits.shape
@@ -142,8 +154,108 @@ def test_a_tree_of_dependence_is_exact():
     assert found.edges == 18
 
 
+def conditional(bits, j, given):
+    """H(b_j | given) and its Miller-Madow term, from how often patterns occur."""
+    columns = bits[:, [j, *given]]
+    rest = bits[:, list(given)] if given else torch.zeros(len(bits), 1, dtype=torch.bool)
+    extra = len(np.unique(columns.numpy(), axis=0)) - len(np.unique(rest.numpy(), axis=0))
+    return pattern_entropy(columns) - pattern_entropy(rest), extra
+
+
+def chance(gain, degrees, n):
+    """Tail of chi^2 at a gain in bits."""
+    statistic = torch.tensor(max(gain, 0.0) * n * math.log(2), dtype=torch.float64)
+    return float(torch.special.gammaincc(torch.tensor(degrees / 2).double(), statistic))
+
+
+def slow_chain(bits, order, parents):
+    """The definition: tree neighbour, then the best pair, then the best third, if beyond chance."""
+    n, k = bits.shape
+    pairs, thirds = sum(i * (i - 1) // 2 for i in range(k)), k * (k - 1) // 2
+    total = 0.0
+    for place, j in enumerate(order):
+        before = order[:place]
+        best = conditional(bits, j, [parents[j]] if j in parents else [])
+        options = [
+            (*conditional(bits, j, pair), pair) for pair in itertools.combinations(before, 2)
+        ]
+        if options:
+            h, extra, pair = min(options)
+            degrees = 2 if j in parents else 3
+            if chance(best[0] - h, degrees, n) < 0.01 / pairs:
+                best = h, extra
+                rest = [
+                    conditional(bits, j, [*pair, third]) for third in before if third not in pair
+                ]
+                if rest and chance(h - min(rest)[0], 4, n) < 0.01 / thirds:
+                    best = min(rest)
+        total += best[0] + best[1] / (2 * n * math.log(2))
+    return total
+
+
+def test_the_chain_is_its_definition(monkeypatch):
+    bits = correlated(n=3000, k=9)
+    bits = torch.cat([bits, bits[:, :1] ^ bits[:, 4:5], bits[:, 1:2] & bits[:, 5:6]], 1)
+    made = []
+    monkeypatch.setattr(
+        chain, "candidates", lambda joint, order, of=chain.candidates: made.append(order) or
+        of(joint, order),
+    )  # fmt: skip
+    found = estimate_entropy(BinaryCode.from_dense(bits))
+    order = made[0].tolist()
+    assert sorted(order) == list(range(11))
+    assert found.edges == 10
+    parents = {
+        j: max(order[:place], key=lambda i: information(bits[:, i], bits[:, j]))
+        for place, j in enumerate(order) if place
+    }  # fmt: skip
+    assert found.chain == pytest.approx(slow_chain(bits, order, parents), abs=1e-5)
+    assert pattern_entropy(bits) < found.chain < found.tree - 0.5
+    monkeypatch.setattr(chain, "_SCRATCH", 1000)  # many blocks of columns and of rows
+    assert estimate_entropy(BinaryCode.from_dense(bits)).chain == found.chain
+
+
+def test_functions_of_two_or_three_bits_have_no_entropy_of_their_own():
+    g = torch.Generator().manual_seed(0)
+    fair = torch.rand(5000, 9, generator=g) < 0.5
+    a, b, c = fair[:, :3], fair[:, 3:6], fair[:, 6:]
+    alone = estimate_entropy(BinaryCode.from_dense(fair))
+    assert alone.chain == alone.tree == alone.marginal
+    found = estimate_entropy(BinaryCode.from_dense(torch.cat([fair, a ^ b, b & c], 1)))
+    assert found.chain == pytest.approx(alone.marginal, abs=0.01)
+    assert found.tree > alone.marginal + 3  # parities look independent, two at a time
+    majority = (a.int() + b.int() + c.int()) >= 2
+    found = estimate_entropy(BinaryCode.from_dense(torch.cat([fair, majority], 1)))
+    assert found.chain == pytest.approx(alone.marginal, abs=0.01)
+
+
+@pytest.mark.parametrize(("group", "exact"), [(4, True), (8, False)])
+def test_one_of_four_is_exact_and_one_of_eight_is_bounded(group, exact):
+    spec = SyntheticSpec("exclusive", 32, 4, group=group)
+    found = estimate_entropy(BinaryCode.from_dense(spec.sample(20_000, seed=0)[1]))
+    if exact:
+        assert found.chain == pytest.approx(spec.joint_bits, rel=0.002)
+        assert found.tree > 1.4 * spec.joint_bits
+    else:
+        assert 1.1 * spec.joint_bits < found.chain < found.tree - 0.5
+
+
+def test_wide_codes_try_the_columns_of_most_information(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    fair = torch.rand(4000, 60, generator=g) < 0.5
+    bits = torch.cat([fair, fair[:, :30] & fair[:, 30:]], 1)
+    every = estimate_entropy(BinaryCode.from_dense(bits))
+    monkeypatch.setattr(chain, "_ALL_UP_TO", 10)
+    monkeypatch.setattr(chain, "_MOST_INFORMATIVE", 5)
+    few = estimate_entropy(BinaryCode.from_dense(bits))
+    assert every.chain == pytest.approx(60, abs=0.05)
+    # a column that tells nothing alone may be missed: b of (a & b, a, b) in this order
+    assert every.chain <= few.chain < few.tree - 0.5
+    assert every.tree == few.tree
+
+
 def test_independent_bits_get_no_edges_and_no_bias():
-    errors, edges = [], 0
+    errors, edges, chained = [], 0, 0
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
         p = 0.02 + 0.5 * torch.rand(200, generator=g)
@@ -152,8 +264,10 @@ def test_independent_bits_get_no_edges_and_no_bias():
         truth = float(-(p * p.log2() + (1 - p) * (1 - p).log2()).double().sum())
         errors.append((found.plugin - truth, found.marginal - truth))
         edges += found.edges
+        chained += found.chain < found.tree
     plugin, corrected = (sum(part) / 20 for part in zip(*errors, strict=True))
     assert edges <= 3
+    assert chained <= 3
     # 200 columns lose 1 / (2 N ln 2) bits each
     assert plugin == pytest.approx(-200 / (2 * 500 * math.log(2)), abs=0.08)
     assert abs(corrected) < 0.08
@@ -167,18 +281,6 @@ def test_columns_that_do_not_vary_are_left_out():
     ) == dataclasses.replace(estimate_entropy(BinaryCode.from_dense(bits)), plugin=0.0)
     alone = estimate_entropy(BinaryCode.from_dense(torch.ones(5, 3)))
     assert (alone.live, alone.tree, alone.edges) == (0, 0.0, 0)
-
-
-def test_counts_of_pairs_are_the_integers_whatever_the_blocks(monkeypatch):
-    monkeypatch.setattr(estimate, "_ROW_BLOCK", 37)
-    monkeypatch.setattr(estimate, "_COLUMN_BLOCK", 5)
-    bits = correlated(n=301, k=33)
-    columns = torch.tensor([0, 3, 4, 31, 32, 8, 9])
-    chosen = bits[:, columns].long()
-    assert torch.equal(pair_counts(BinaryCode.from_dense(bits), columns).long(), chosen.T @ chosen)
-    blocked = estimate_entropy(BinaryCode.from_dense(bits))
-    monkeypatch.undo()
-    assert blocked == estimate_entropy(BinaryCode.from_dense(bits))
 
 
 def test_what_cannot_be_estimated_is_refused(monkeypatch):
@@ -249,6 +351,15 @@ def test_the_start_along_components_reads_the_bits():
     assert set(wrong.argmin(1).tolist()) == set(range(12))
 
 
+def test_the_rank_is_that_of_the_bits_however_near_to_square():
+    for r, d in ((12, 20), (48, 48), (60, 48)):
+        x, _ = SyntheticSpec("fair", r, d).sample(1000, seed=2)
+        assert rank(x) == min(r, d)
+        assert len(independent_components(x)) == min(r, d)
+    x, _ = SyntheticSpec("noise", 12, 20).sample(1000, seed=2)
+    assert rank(x) == 20
+
+
 def test_components_of_no_variance_are_refused():
     with pytest.raises(ValueError, match="its covariance is zero"):
         independent_components(torch.ones(5, 3))
@@ -260,7 +371,7 @@ def test_components_of_no_variance_are_refused():
 
 
 def synthetic(kind, r, d, **options):
-    given = {"d_sae": 2 * d, "seed": 0, "n_train": 4096, "n_heldout": 4096, "steps": 200}
+    given = {"expansion": 2, "seed": 0, "n_train": 4096, "n_heldout": 4096, "steps": 200}
     return run_synthetic(SyntheticSpec(kind, r, d, noise=0.005), **(given | options))
 
 
@@ -325,9 +436,9 @@ def test_rows_of_outlying_norm_are_left_out():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_has_hundreds_of_examples_spread_over_its_labels(name):
+def test_a_task_has_many_examples_spread_over_its_labels(name):
     task = load_task(name)
-    assert len(task.examples) >= 200
+    assert len(task.examples) >= 1500
     assert len(set(task.examples)) == len(task.examples)
     assert len({text for text, _ in task.examples}) == len(task.examples)
     share = [sum(label == word for _, label in task.examples) for word in task.labels]
@@ -349,6 +460,8 @@ def test_prompts_hold_the_demonstrations_asked_for():
     shown = "".join(fixed + fresh).count
     assert not any(f"Sentence: {question}\nTense: " in "".join(fresh) for question in questions)
     assert shown("Tense: past") > 0
+    other, _ = make_prompts(task, 40, 3, draw="fixed", labels="true", seed=0, sample=1)
+    assert {prompt.rpartition("Sentence:")[0] for prompt in other}.isdisjoint(demonstrations)
     # one more demonstration is added at the end of the others
     two, _ = make_prompts(task, 40, 2, draw="fresh", labels="true", seed=0)
     assert all(b.startswith(a.rpartition("Sentence:")[0]) for a, b in zip(two, fresh, strict=True))
@@ -431,10 +544,40 @@ def test_states_are_those_of_the_sequence_alone(language_model):
         assert torch.allclose(after[i], out.logits[0, -1].log_softmax(-1), atol=1e-5)
     with pytest.raises(ValueError, match="positions must lie in 0 to 2"):
         states_at(lm, sequences, hooks, positions=[3])
+    with pytest.raises(ValueError, match="share_prefix must be False"):
+        states_at(lm, sequences, hooks, positions=[0], share_prefix=True)
     with pytest.raises(ValueError, match=r"model\.layers\.0"):
         match_hooks(lm, ["model.layer.*"])
     with pytest.raises(ValueError, match="none of them empty"):
         states_at(lm, [[1], []], hooks)
+
+
+@pytest.mark.parametrize("next_token", [True, False])
+def test_a_shared_prefix_changes_nothing(language_model, next_token):
+    from bae_fast.lm import load_language_model, states_at
+
+    lm = load_language_model(str(language_model), dtype="float32")
+    g = torch.Generator().manual_seed(0)
+    prefix = torch.randint(1, 100, (9,), generator=g).tolist()
+    sequences = [
+        [*prefix, *torch.randint(1, 100, (n,), generator=g).tolist()] for n in (3, 1, 6, 2, 4)
+    ]
+    sequences.append(prefix)  # one that has nothing of its own
+    seen = []
+    handle = lm.model.get_input_embeddings().register_forward_hook(
+        lambda _module, ids, _out: seen.append(ids[0].numel())
+    )
+    options = {"next_token": next_token, "batch_tokens": 16}
+    alone = states_at(lm, sequences, ["model.layers.0"], **options)
+    n_alone, seen[:] = sum(seen), []
+    shared = states_at(lm, sequences, ["model.layers.0"], share_prefix=True, **options)
+    handle.remove()
+    assert seen[0] == len(prefix) - 1
+    assert max(seen[1:]) <= 16
+    assert sum(seen) < n_alone
+    assert torch.allclose(shared[0]["model.layers.0"], alone[0]["model.layers.0"], atol=1e-5)
+    if next_token:
+        assert torch.allclose(shared[1], alone[1], atol=1e-5)
 
 
 # -- the commands ------------------------------------------------------------------------------
@@ -459,7 +602,9 @@ def test_the_synthetic_command_goes_on_where_it_was(tmp_path, capsys):
     result, rows = outputs(tmp_path, "synthetic")
     assert len(rows) == 8
     assert {row["kind"] for row in rows} == {"fair", "copies"}
-    assert "| fair | components | 16 | 8 | 8.0 |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| copies, of 4 | components | 1024 | 16 | 8 | 3.7 |" in table
+    assert "| fair | components | 1024 | 16 | 4" in table
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert main([*command, "--seeds", "0", "1", "2"]) == 0
     for path, at in times.items():
@@ -497,12 +642,15 @@ def test_the_icl_command(language_model, tmp_path):
     command = [
         "entropy", "icl", "--model", str(language_model), "--tasks", "sentiment", "tense",
         "--hooks", "model.layers.1", "--shots", "0", "2", "--prompts", "60", "--steps", "15",
-        "--batch-size", "32", "--expansion", "2", "--seeds", "0", "--out", str(tmp_path),
-        "--device", "cpu",
+        "--fixed-samples", "3", "--batch-size", "32", "--expansion", "2", "--seeds", "0",
+        "--out", str(tmp_path), "--device", "cpu",
     ]  # fmt: skip
     assert main(command) == 0
     _, rows = outputs(tmp_path, "icl")
-    assert len(rows) == 2 * 2 * 2 * 2
+    assert len(rows) == 2 * 2 * 2 * (3 + 1)  # tasks, labels, shots, draws
+    shown = [row for row in rows if row["draw"] == "fixed" and row["shots"] == "2"]
+    assert {row["sample"] for row in shown} == {"0", "1", "2"}
+    assert len({row["prompt_tokens"] for row in shown if row["task"] == "tense"}) > 1
     none = [row for row in rows if row["shots"] == "0" and row["task"] == "tense"]
     assert len({(row["tree"], row["accuracy"]) for row in none}) == 1
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)

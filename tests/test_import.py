@@ -184,6 +184,7 @@ LAYERS = (
         "pretrained",
         "files",
         "devices",
+        "progress",
         "_version",
     },
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,9 @@ def _finish(
     make: Callable[[argparse.Namespace], list[dict[str, Any]]],
     flat: Callable[[dict[str, Any]], list[dict[str, Any]]],
     panels: Callable[[list[dict[str, Any]]], list[Any]],
+    table: Callable[[list[dict[str, Any]]], str],
 ) -> int:
-    """Run or read, then write the three files; the CSV has a row for each measured entropy."""
+    """Run or read, write the three files, print the table; the CSV has a row for each entropy."""
     out: Path = arguments.out
     if arguments.report_only:
         result = read_json(out / f"{name}.json")
@@ -80,6 +82,7 @@ def _finish(
 
     save_png(out / f"{name}.png", plot_panels(panels(rows)))
     print(f"{out / name}.json, .csv, .png")
+    print(table(rows))
     return 0
 
 
@@ -98,18 +101,27 @@ def _spread(rows: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
     return sum(values) / len(values), min(values), max(values)
 
 
+def _range(form: str, *values: float) -> str:
+    mean, low, high = (form.format(value).replace("-0.0%", "+0.0%") for value in values)
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 # -- synthetic ---------------------------------------------------------------------------------
 
 
 def _add_synthetic(parts: Any) -> None:
     parser = parts.add_parser("synthetic", help="sets of known entropy: estimate against truth")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--r", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="bits")
+    parser.add_argument(
+        "--r", type=int, nargs="+", default=[16, 32, 64, 96, 128, 192, 256], help="bits"
+    )
     parser.add_argument("--d", type=int, nargs="+", default=[64, 256, 1024], help="width")
-    parser.add_argument("--expansion", type=int, default=2, help="features over width, F / d")
+    parser.add_argument(
+        "--expansion", type=int, default=2, help="features over the dimensions that the rows span"
+    )
     parser.add_argument("--start", choices=sorted(STARTS), default="components")
     parser.add_argument("--steps", type=int, default=None, help="default: the start's own")
-    parser.add_argument("--rows", type=int, default=16384, help="to train on")
+    parser.add_argument("--rows", type=int, default=65536, help="to train on")
     parser.add_argument("--heldout", type=int, default=8192, help="rows measured")
     parser.add_argument("--p", type=float, default=0.1, help="of sparse bits")
     parser.add_argument("--group", type=int, default=4, help="bits that depend on each other")
@@ -119,14 +131,9 @@ def _add_synthetic(parts: Any) -> None:
 
 
 def run_synthetic_command(arguments: argparse.Namespace) -> int:
-    code = _finish(arguments, "synthetic", _synthetic_runs, _synthetic_rows, _synthetic_panels)
-    rows = [
-        row
-        for one in read_json(arguments.out / "synthetic.json")["runs"]
-        for row in _synthetic_rows(one)
-    ]
-    print(synthetic_table(rows))
-    return code
+    return _finish(
+        arguments, "synthetic", _synthetic_runs, _synthetic_rows, _synthetic_panels, synthetic_table
+    )
 
 
 def _synthetic_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,7 +148,7 @@ def _synthetic_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 )  # fmt: skip
                 for seed in arguments.seeds:
                     options: dict[str, Any] = {
-                        "d_sae": arguments.expansion * d,
+                        "expansion": arguments.expansion,
                         "seed": seed,
                         "n_train": arguments.rows,
                         "n_heldout": arguments.heldout,
@@ -162,39 +169,58 @@ def _synthetic_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _synthetic_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
     settings, estimate = one["settings"], one["estimate"]
-    names = ("kind", "r", "d", "start", "steps", "seed", "d_sae", "n_train", "n_heldout")
+    names = ("kind", "r", "d", "group", "start", "steps", "seed", "n_train", "n_heldout")
     truth = one["joint_bits"]
     return [
         {name: settings[name] for name in names}
         | {
+            "d_sae": one["d_sae"],
             "joint_bits": truth,
             "marginal_bits": one["marginal_bits"],
             "true_bits_marginal": one["of_true_bits"]["marginal"],
             "true_bits_tree": one["of_true_bits"]["tree"],
+            "true_bits_chain": one["of_true_bits"]["chain"],
             **estimate,
             "marginal_error": estimate["marginal"] / truth - 1,
             "tree_error": estimate["tree"] / truth - 1,
+            "chain_error": estimate["chain"] / truth - 1,
+            "seconds": one["seconds"],
         }
     ]
 
 
+_ERRORS = ("marginal_error", "tree_error", "chain_error")
+
+# errors below this are one row of the table for several r
+_EXACT = 0.005
+
+
 def synthetic_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean and range over seeds."""
+    """Markdown: relative errors, mean and range over seeds; neighbouring r without error as one."""
     lines = [
-        "| set | start | d | r | truth | sum of marginals | tree | tree of the true bits | FVU "
-        "| error of the tree |",
+        "| set | start | rows | d | r | truth, bits | FVU | error of the sum of marginals "
+        "| of the tree | of the chain |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (kind, start, d, r), group in _grouped(rows, ("kind", "start", "d", "r")).items():
-        cells = []
-        forms = (
-            ("joint_bits", "{:.1f}"), ("marginal", "{:.1f}"), ("tree", "{:.1f}"),
-            ("true_bits_tree", "{:.1f}"), ("fvu", "{:.3f}"), ("tree_error", "{:+.1%}"),
-        )  # fmt: skip
-        for key, form in forms:
-            mean, low, high = (form.format(value) for value in _spread(group, key))
-            cells.append(mean if low == high else f"{mean} ({low} to {high})")
-        lines.append(f"| {kind} | {start} | {d} | {r} | " + " | ".join(cells) + " |")
+    keys = ("kind", "group", "start", "n_train", "d")
+    for (kind, group, start, n_train, d), part in _grouped(rows, keys).items():
+        together: list[list[dict[str, Any]]] = []
+        exact_before = False
+        for _, of_r in sorted(_grouped(part, ("r",)).items()):
+            exact = all(abs(row[key]) < _EXACT for row in of_r for key in _ERRORS)
+            if exact and exact_before:
+                together[-1].extend(of_r)
+            else:
+                together.append(list(of_r))
+            exact_before = exact
+        what = f"{kind}, of {group}" if kind in ("copies", "exclusive") else kind
+        for some in together:
+            cells = [", ".join(str(r) for (r,) in _grouped(some, ("r",)))]
+            truth = [f"{bits:.1f}" for (bits,) in _grouped(some, ("joint_bits",))]
+            cells.append(truth[0] if len(truth) == 1 else f"{truth[0]} to {truth[-1]}")
+            cells.append(_range("{:.3f}", *_spread(some, "fvu")))
+            cells += [_range("{:+.1%}", *_spread(some, key)) for key in _ERRORS]
+            lines.append(f"| {what} | {start} | {n_train} | {d} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -202,14 +228,15 @@ def _synthetic_panels(rows: list[dict[str, Any]]) -> list[Any]:
     from bae_fast.report.series import Panel, Series
 
     panels = []
-    for (kind, start), of_kind in _grouped(rows, ("kind", "start")).items():
+    keys = ("kind", "group", "start", "n_train")
+    for (kind, group, start, n_train), of_kind in _grouped(rows, keys).items():
         series = []
         dependent = any(row["marginal_bits"] > 1.01 * row["joint_bits"] for row in of_kind)
-        for key, what in (("tree", "tree"), ("marginal", "sum of marginals")):
-            if key == "marginal" and not dependent:
+        for key, what in (("chain", "chain"), ("tree", "tree"), ("marginal", "sum of marginals")):
+            if key != "chain" and not dependent:
                 continue
-            for (d,), group in _grouped(of_kind, ("d",)).items():
-                points = sorted(_grouped(group, ("joint_bits",)).items())
+            for (d,), of_d in _grouped(of_kind, ("d",)).items():
+                points = sorted(_grouped(of_d, ("joint_bits",)).items())
                 x = [truth for (truth,), _ in points]
                 y = [_spread(part, key) for _, part in points]
                 series.append(Series(f"{what}, d = {d}", x, y))
@@ -219,8 +246,10 @@ def _synthetic_panels(rows: list[dict[str, Any]]) -> list[Any]:
         if dependent:
             y = [(m, m, m) for _, m in exact]
             series.append(Series("sum of marginals of the true bits", x, y, dashed=True))
+        title = f"{kind}, of {group}" if dependent else kind
+        title += f", {n_train} rows" + (", random start" if start == "random" else "")
         panels.append(
-            Panel(f"{kind}, start {start}", "joint entropy, bits", "estimate, bits", series,
+            Panel(title, "joint entropy, bits", "estimate, bits", series,
                   logarithmic=True)
         )  # fmt: skip
     return panels
@@ -278,10 +307,13 @@ def _add_layers(parts: Any) -> None:
     parser = parts.add_parser("layers", help="a language model's layers and token positions")
     _add_model_arguments(parser, ["model.layers.*"])
     parser.add_argument(
-        "--text", nargs="+", default=None, help="text files; default: the standard library's topics"
-    )
+        "--text", nargs="+", default=None,
+        help="text files; default: the standard library's topics and docstrings",
+    )  # fmt: skip
     parser.add_argument("--context", type=int, default=64, help="tokens a window")
-    parser.add_argument("--windows", type=int, default=None, help="at most this many windows")
+    parser.add_argument(
+        "--windows", type=int, default=None, help="this many, evenly spaced in the text"
+    )
     parser.add_argument(
         "--positions", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 63],
         help="of a window, from 0; at 0 many models keep a state of outlying norm",
@@ -294,26 +326,29 @@ def _add_layers(parts: Any) -> None:
 
 
 def run_layers_command(arguments: argparse.Namespace) -> int:
-    return _finish(arguments, "layers", _layer_runs, _layer_rows, _layer_panels)
+    return _finish(arguments, "layers", _layer_runs, _layer_rows, _layer_panels, layers_table)
 
 
 def _layer_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from bae_fast import lm as lm_tools
     from bae_fast.entropy.layers import run_layer
 
-    name, load = _lazy_model(arguments)
-    tokenizer = lm_tools.load_tokenizer(name)
-    if arguments.text is None:
-        text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
-    else:
-        text, text_name = lm_tools.read_text(arguments.text), " ".join(arguments.text)
-    windows = lm_tools.windows(tokenizer, text, arguments.context)
-    if arguments.windows is not None:
-        windows = windows[: arguments.windows]
     if max(arguments.positions) >= arguments.context or min(arguments.positions) < 0:
         raise ValueError(
             f"--positions must lie in 0 to {arguments.context - 1}; got {arguments.positions}"
         )
+    name, load = _lazy_model(arguments)
+    tokenizer = lm_tools.load_tokenizer(name)
+    if arguments.text is None:
+        text = lm_tools.standard_library_text() + "\n\n" + lm_tools.standard_library_docstrings()
+        text_name = "the standard library's topics and docstrings"
+    else:
+        text = lm_tools.read_text(arguments.text)
+        text_name = " ".join(Path(path).name for path in arguments.text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    windows = lm_tools.windows(tokenizer, text, arguments.context)
+    if arguments.windows is not None and arguments.windows < len(windows):
+        windows = windows[torch.arange(arguments.windows) * len(windows) // arguments.windows]
     sequences = windows[:, : max(arguments.positions) + 1].tolist()
     hooks = arguments.hooks
     if any(set(hook) & set("*?[") for hook in hooks):
@@ -337,6 +372,7 @@ def _layer_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             settings = {
                 "model": name,
                 "text": text_name,
+                "text_sha256": digest,
                 "context": arguments.context,
                 "windows": len(sequences),
                 "hook": hook,
@@ -362,19 +398,48 @@ def _layer_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _layer_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
     settings = one["settings"]
-    base = {"hook": settings["hook"], "seed": settings["training"]["seed"]}
+    base = {
+        "hook": settings["hook"],
+        "windows": settings["windows"],
+        "seed": settings["training"]["seed"],
+    }
     return [
         {**base, "fit": fit, **found} for fit in ("shared", "own") for found in one.get(fit, [])
     ]
 
 
+def layers_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the tree's bits, mean and range over seeds, and the mean FVU, by position."""
+    positions = sorted({row["position"] for row in rows})
+    lines = [
+        "| module | windows | autoencoder | " + " | ".join(f"position {p}" for p in positions)
+        + " | FVU |",
+        "|---" * (len(positions) + 4) + "|",
+    ]  # fmt: skip
+    for (hook, windows, fit), part in _grouped(rows, ("hook", "windows", "fit")).items():
+        at = _grouped(part, ("position",))
+        cells = [
+            _range("{:.0f}", *_spread(at[p,], "tree")) if (p,) in at else "" for p in positions
+        ]
+        cells.append(f"{_spread(part, 'fvu')[0]:.2f}")
+        what = "one for all" if fit == "shared" else "one each"
+        lines.append(f"| {hook} | {windows} | {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _layer_panels(rows: list[dict[str, Any]]) -> list[Any]:
     from bae_fast.report.series import Panel, Series
 
+    most = max(row["windows"] for row in rows)
+    rows = [row for row in rows if row["windows"] == most]
     titles = {"shared": "one autoencoder for all positions", "own": "one for each position"}
     panels = []
     for (fit,), of_fit in _grouped(rows, ("fit",)).items():
-        for key, what in (("marginal", "sum of marginals"), ("tree", "tree")):
+        for key, what in (
+            ("marginal", "sum of marginals"),
+            ("tree", "tree"),
+            ("chain", "chain"),
+        ):
             series = []
             for (hook,), group in _grouped(of_fit, ("hook",)).items():
                 by_position = sorted(_grouped(group, ("position",)).items())
@@ -407,13 +472,17 @@ def _add_icl(parts: Any) -> None:
     parser.add_argument("--label-column", default="label", help="of --dataset")
     parser.add_argument("--shots", type=int, nargs="+", default=list(range(9)))
     parser.add_argument("--prompts", type=int, default=1024, help="half of them measured")
+    parser.add_argument(
+        "--fixed-samples", type=int, default=4,
+        help="draws of the demonstrations that all prompts share, each measured alone",
+    )  # fmt: skip
     parser.add_argument("--draws", nargs="+", choices=DRAWS, default=list(DRAWS))
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
     _common(parser, "icl", run_icl_command)
 
 
 def run_icl_command(arguments: argparse.Namespace) -> int:
-    return _finish(arguments, "icl", _icl_runs, _icl_rows, _icl_panels)
+    return _finish(arguments, "icl", _icl_runs, _icl_rows, _icl_panels, icl_table)
 
 
 def _hub_task(arguments: argparse.Namespace) -> Task:
@@ -436,6 +505,8 @@ def _hub_task(arguments: argparse.Namespace) -> Task:
 def _icl_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from bae_fast.lm import match_hooks
 
+    if arguments.fixed_samples < 1:
+        raise ValueError(f"--fixed-samples must be at least 1; got {arguments.fixed_samples}")
     if min(arguments.shots) < 0:
         raise ValueError(f"--shots must not be negative; got {arguments.shots}")
     tasks = [load_task(name) for name in arguments.tasks]
@@ -453,6 +524,7 @@ def _icl_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "expansion": arguments.expansion,
                 "draws": arguments.draws,
                 "labels": arguments.labels,
+                "fixed_samples": arguments.fixed_samples,
             }
             settings = {
                 "model": name,
@@ -486,6 +558,26 @@ def _icl_rows(one: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**base, **cell} for cell in one["cells"]]
 
 
+def icl_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: bits of the state by shots, then accuracy and next-token bits, first to last."""
+    shots = sorted({row["shots"] for row in rows})
+    lines = [
+        "| task | module | demonstrations | labels | "
+        + " | ".join(f"{k} shots" for k in shots)
+        + f" | accuracy, {shots[0]} to {shots[-1]} shots | next token, bits |",
+        "|---" * (len(shots) + 6) + "|",
+    ]
+    keys = ("task", "hook", "draw", "labels")
+    for group, part in _grouped(rows, keys).items():
+        at = _grouped(part, ("shots",))
+        cells = [_range("{:.0f}", *_spread(at[k,], "tree")) if (k,) in at else "" for k in shots]
+        for key, form in (("accuracy", "{:.2f}"), ("next_token_bits", "{:.1f}")):
+            ends = (form.format(_spread(at[k], key)[0]) for k in (min(at), max(at)))
+            cells.append(" to ".join(ends))
+        lines.append("| " + " | ".join([*group, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def _icl_panels(rows: list[dict[str, Any]]) -> list[Any]:
     from bae_fast.report.series import Panel, Series
 
@@ -507,7 +599,7 @@ def _icl_panels(rows: list[dict[str, Any]]) -> list[Any]:
         for (hook,), part in _grouped(of_task, ("hook",)).items():
             panels.append(
                 Panel(f"{task}, {hook}", "demonstrations", "entropy of the state, bits",
-                      curves(part, "tree"))
+                      curves(part, "chain"))
             )  # fmt: skip
         first = next(iter(_grouped(of_task, ("hook",)).values()))
         panels.append(Panel(task, "demonstrations", "accuracy", curves(first, "accuracy")))

@@ -14,11 +14,19 @@ from torch import Tensor
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.training import init_from_rows_
 
-# eigenvalues of the covariance below this share of the largest are rounding
-_RANK_BELOW = 1e-6
+# Eigenvalues of the covariance below this share of the largest are rounding: that of float32 rows
+# is about 1e-14, and the least of d Gaussian directions in d dimensions about 1 / (4 d^2).
+_RANK_BELOW = 1e-9
+
+# rows that thresholds and first decoder are read from
+_THRESHOLD_ROWS = 16384
 
 _ITERATIONS = 200
 _TOLERANCE = 1e-5
+
+# Gaussian directions turn among themselves for ever: it is over when this many iterations raise
+# the sum of what is maximised by less than this share.
+_SETTLED_OVER, _SETTLED_BELOW = 10, 1e-4
 
 
 def independent_components(
@@ -34,18 +42,14 @@ def independent_components(
     Raises:
         ValueError: fewer than two rows, or rows without variance.
     """
-    if x.dim() != 2 or len(x) < 2:
-        raise ValueError(f"x must have shape [n, d] with n >= 2; got {list(x.shape)}")
-    centred = x.double() - x.double().mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
-    if float(values[-1]) <= 0:
-        raise ValueError("x must vary: its covariance is zero")
+    centred, values, vectors = _axes(x)
     kept = int((values > _RANK_BELOW * values[-1]).sum())
     kept = kept if max_components is None else min(kept, max_components)
     whitening = vectors[:, -kept:] / values[-kept:].sqrt()
     white = (centred @ whitening).float()
     draws = torch.randn(kept, kept, generator=generator).to(white)
     rotation = _nearest_rotation(draws)
+    reached: list[float] = []
     for _ in range(_ITERATIONS):
         projected = white @ rotation.T
         # the gradient of skew^2 / 12 + kurtosis^2 / 48 (Jones and Sibson 1987), all rows at once:
@@ -53,6 +57,10 @@ def independent_components(
         squares = projected.square()
         skew = (squares * projected).mean(0)
         kurtosis = squares.square().mean(0) - 3
+        reached.append(float((skew.square() / 12 + kurtosis.square() / 48).sum()))
+        earlier = max(reached[:-_SETTLED_OVER], default=-1.0)
+        if reached[-1] < (1 + _SETTLED_BELOW) * earlier:
+            break
         by_square = squares.T @ white / len(white)
         by_cube = (squares * projected).T @ white / len(white) - 3 * rotation
         moved = _nearest_rotation(skew[:, None] * by_square / 2 + kurtosis[:, None] * by_cube / 6)
@@ -61,6 +69,23 @@ def independent_components(
         if float(change) < _TOLERANCE:
             break
     return rotation @ whitening.T.float()
+
+
+def rank(x: Tensor) -> int:
+    """Rank of the covariance of rows ``[n, d]``, n >= 2."""
+    _, values, _ = _axes(x)
+    return int((values > _RANK_BELOW * values[-1]).sum())
+
+
+def _axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred rows, and the eigenvalues (rising) and vectors of their covariance: float64."""
+    if x.dim() != 2 or len(x) < 2:
+        raise ValueError(f"x must have shape [n, d] with n >= 2; got {list(x.shape)}")
+    centred = x.double() - x.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    if float(values[-1]) <= 0:
+        raise ValueError("x must vary: its covariance is zero")
+    return centred, values, vectors
 
 
 def _nearest_rotation(matrix: Tensor) -> Tensor:
@@ -98,6 +123,7 @@ def init_from_components_(
     directions = independent_components(
         rows, max_components=bae.config.d_sae, generator=generator
     ).to(rows)
+    rows = rows[:_THRESHOLD_ROWS]
     projected = rows @ directions.T
     mean = projected.mean(0)
     sign = torch.where((projected - mean).pow(3).mean(0) < 0, -1.0, 1.0).to(rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bae_fast.analysis.metrics import fvu
 from bae_fast.codes import BinaryCode
-from bae_fast.entropy.components import init_from_components_
+from bae_fast.entropy.components import init_from_components_, rank
 from bae_fast.entropy.estimate import estimate_entropy
 from bae_fast.entropy.synthetic import SyntheticSpec
 from bae_fast.model import BinaryAutoencoder
@@ -95,7 +95,7 @@ def measure(bae: BinaryAutoencoder, rows: Tensor) -> dict[str, Any]:
 def run_synthetic(
     spec: SyntheticSpec,
     *,
-    d_sae: int,
+    expansion: int,
     seed: int,
     n_train: int,
     n_heldout: int,
@@ -103,6 +103,8 @@ def run_synthetic(
     steps: int | None = None,
 ) -> dict[str, Any]:
     """One set of known entropy: the truth, the estimate on held-out rows, and what bounds it.
+
+    The code has ``expansion`` features for each dimension that the rows span, at least 8.
 
     Returns:
         ``joint_bits`` and ``marginal_bits`` of the definition, ``estimate`` (see :func:`measure`),
@@ -112,10 +114,12 @@ def run_synthetic(
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
     x, bits = spec.sample(n_train + n_heldout, seed)
-    bae = fit_bae(x[:n_train], d_sae, config, start=start)
+    spanned = rank(x[: min(n_train, max(2 * spec.d, 1024))])
+    bae = fit_bae(x[:n_train], max(expansion * spanned, 8), config, start=start)
     return {
         "joint_bits": spec.joint_bits,
         "marginal_bits": spec.marginal_bits,
+        "d_sae": bae.config.d_sae,
         "estimate": measure(bae, x[n_train:]),
         "of_true_bits": estimate_entropy(BinaryCode.from_dense(bits[n_train:])).summary(),
     }

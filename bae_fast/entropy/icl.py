@@ -35,13 +35,16 @@ LABELS = ("true", "random")
 
 
 def make_prompts(
-    task: Task, n_prompts: int, shots: int, *, draw: str, labels: str, seed: int
+    task: Task, n_prompts: int, shots: int, *, draw: str, labels: str, seed: int, sample: int = 0
 ) -> tuple[list[str], list[str]]:
     """Prompts and the true answers of their questions.
 
     The questions are the first examples of the task, the same in every condition, again from the
     first where they run out; demonstrations come from the quarter at the end. For a seed, the
     demonstrations of k shots begin with those of k - 1.
+
+    Args:
+        sample: which of the draws of demonstrations that all prompts share.
 
     Raises:
         ValueError: too few examples for the shots, or an unknown condition.
@@ -58,7 +61,7 @@ def make_prompts(
     prompts, answers = [], []
     for i in range(n_prompts):
         text, answer = questions[i % len(questions)]
-        which = 0 if draw == "fixed" else i + 1
+        which = -sample if draw == "fixed" else i + 1
         # strings seed alike on every machine; one order a prompt, cut after k
         order, noise = random.Random(f"{seed} {which}"), random.Random(f"labels {seed} {which}")
         shown = order.sample(pool, len(pool))[:shots]
@@ -96,51 +99,60 @@ def run_task(
     config: TrainingConfig,
     draws: Sequence[str] = DRAWS,
     labels: Sequence[str] = LABELS,
+    fixed_samples: int = 1,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Every condition of one task: an entry a hook, condition and number of demonstrations.
+    """Every condition of one task: an entry a hook, condition, draw and number of demonstrations.
 
-    Without demonstrations all conditions are one prompt: run once, entered for each.
-    ``config.seed`` also draws the demonstrations.
+    Fixed demonstrations are one draw out of many: ``fixed_samples`` draws, each measured alone
+    ("sample" of an entry). Without demonstrations all conditions are one prompt: run once, entered
+    for each. ``config.seed`` also draws the demonstrations.
     """
     answers_at = label_tokens(lm.tokenizer, task.labels)
-    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
-    states: dict[tuple[str, str, int], dict[str, Tensor]] = {}
-    for draw in draws:
-        for kind in labels:
-            for k in shots:
-                key = (draw, kind, k)
-                first = (draws[0], labels[0], 0)
-                if k == 0 and key != first:
-                    cells[key], states[key] = cells[first], states[first]
-                    continue
-                prompts, answers = make_prompts(
-                    task, n_prompts, k, draw=draw, labels=kind, seed=config.seed
-                )
-                tokens = [
-                    lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-                    for prompt in prompts
-                ]
-                found, after = states_at(lm, tokens, hooks, next_token=True, progress=progress)
-                assert after is not None
-                states[key] = {hook: part[:, 0] for hook, part in found.items()}
-                guess = after[:, answers_at].argmax(1)
-                truth = torch.tensor([task.labels.index(answer) for answer in answers])
-                entropy = -(after.exp() * after).sum(1) / math.log(2)
-                cells[key] = {
-                    "accuracy": float((guess == truth).double().mean()),
-                    "next_token_bits": float(entropy.double().mean()),
-                    "label_mass": float(after[:, answers_at].exp().sum(1).double().mean()),
-                    "prompt_tokens": sum(map(len, tokens)) / len(tokens),
-                }
+    keys = [
+        (draw, kind, sample, k)
+        for draw in draws
+        for kind in labels
+        for sample in range(fixed_samples if draw == "fixed" else 1)
+        for k in shots
+    ]
+    first = (draws[0], labels[0], 0, 0)  # stands for every prompt without demonstrations
+    cells: dict[tuple[str, str, int, int], dict[str, Any]] = {}
+    states: dict[tuple[str, str, int, int], dict[str, Tensor]] = {}
+    for key in keys:
+        draw, kind, sample, k = key
+        if k == 0 and key != first:
+            continue
+        prompts, answers = make_prompts(
+            task, n_prompts, k, draw=draw, labels=kind, seed=config.seed, sample=sample
+        )
+        tokens = [lm.tokenizer(one, add_special_tokens=False)["input_ids"] for one in prompts]
+        found, after = states_at(
+            lm, tokens, hooks, next_token=True, share_prefix=draw == "fixed", progress=progress
+        )
+        assert after is not None
+        states[key] = {hook: part[:, 0] for hook, part in found.items()}
+        guess = after[:, answers_at].argmax(1)
+        truth = torch.tensor([task.labels.index(answer) for answer in answers])
+        entropy = -(after.exp() * after).sum(1) / math.log(2)
+        cells[key] = {
+            "accuracy": float((guess == truth).double().mean()),
+            "next_token_bits": float(entropy.double().mean()),
+            "label_mass": float(after[:, answers_at].exp().sum(1).double().mean()),
+            "prompt_tokens": sum(map(len, tokens)) / len(tokens),
+        }
+    # a question is on one side only, however often it is asked
+    n_questions = len(task.examples) - max(len(task.examples) // 4, 1)
+    question = torch.arange(n_prompts) % n_questions
+    heldout = question % 2 == 1
     results = []
     for hook in hooks:
-        # a question is on one side only, however often it is asked
-        n_questions = len(task.examples) - max(len(task.examples) // 4, 1)
-        train_side = (torch.arange(n_prompts) % n_questions) % 2 == 0
-        unique = [key for key in states if key[2] > 0 or key[:2] == (draws[0], labels[0])]
-        rows = torch.cat([states[key][hook][train_side] for key in unique])
-        rows, limit = usual_rows(rows)
+        parts = []
+        for key, found in states.items():
+            # all draws of fixed demonstrations together weigh as much as fresh ones
+            share = fixed_samples if key[0] == "fixed" and key[3] > 0 else 1
+            parts.append(found[hook][~heldout & (question // 2 % share == key[2] % share)])
+        rows, limit = usual_rows(torch.cat(parts))
         bae = fit_bae(
             rows,
             expansion * rows.shape[1],
@@ -148,10 +160,15 @@ def run_task(
             start="random",
             surrogate_width=MODEL_PRESETS["sparse"]["surrogate_width"],
         )
-        for (draw, kind, k), cell in cells.items():
-            held = usual_rows(states[draw, kind, k][hook][~train_side], limit)[0]
+        measured = {
+            key: measure(bae, usual_rows(found[hook][heldout], limit)[0])
+            for key, found in states.items()
+        }
+        for key in keys:
+            draw, kind, sample, k = key
+            same = key if k else first
             results.append(
-                {"hook": hook, "draw": draw, "labels": kind, "shots": k, **cell}
-                | measure(bae, held)
+                {"hook": hook, "draw": draw, "labels": kind, "sample": sample, "shots": k}
+                | {"n_train": len(rows), **cells[same], **measured[same]}
             )
     return results

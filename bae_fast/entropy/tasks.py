@@ -1,6 +1,6 @@
 """Small labelled tasks for in-context learning, made from word lists of our own.
 
-Every task is a list of (text, label) with a label word each, a few hundred examples, the same on
+Every task is a list of (text, label) with a label word each, 1,500 examples or so, the same on
 every machine. They are easy for a person and learnable from a few demonstrations; being made from
 templates they are poorer than natural text, which any Hugging Face dataset given by name is for.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # examples a task is cut to, drawn evenly over its labels
-N_EXAMPLES = 400
+N_EXAMPLES = 1600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ _PRAISE = (
     "is the best I have come across in years", "worked perfectly and looked lovely",
     "won me over within minutes",
 )  # fmt: skip
+_OPENINGS = ("", "Honestly, ", "In short, ", "My sister says ", "As everyone agreed, ")
 _BLAME = (
     "was a waste of money", "bored us to tears", "fell apart within a day",
     "was far worse than expected", "left a bitter taste", "was rude, slow and overpriced",
@@ -86,6 +87,13 @@ _KINDS: dict[str, tuple[str, ...]] = {
 _SCENES = (
     "We saw the {} yesterday", "She drew the {} on the board", "Nobody noticed the {} at first",
     "He asked me about the {}", "The poem mentions the {}", "They talked about the {} all day",
+    "I dreamt of the {} again", "The child pointed at the {}", "Someone took a photo of the {}",
+    "There is a picture of the {} on the wall", "We had read about the {} before",
+    "Her story begins with the {}", "The prize was named after the {}", "He could not find the {}",
+    "The article described the {} in detail", "I forgot to mention the {}",
+    "They had never come across the {} until then", "The {} was in the news",
+    "My uncle told us about the {}", "The riddle was about the {}", "We waited for the {}",
+    "The whole village knew the {}", "She remembered the {} well", "The film opens with the {}",
 )  # fmt: skip
 
 _PEOPLE = ("engineer", "queen", "painter", "sailor", "composer", "doctor", "goalkeeper", "baker")
@@ -97,10 +105,14 @@ _DEEDS = (
 _EVENTS = (
     "the summer fair", "the school play", "the harvest market", "the chess final",
     "the boat race", "the spring concert", "the night train", "the council meeting",
+    "the poetry evening", "the flea market", "the bicycle tour", "the charity dinner",
 )  # fmt: skip
 _STUFF = (
     "eggs", "windows", "chairs", "islands", "students", "bricks", "letters", "bridges", "coins",
+    "lamps", "apples", "boats",
 )  # fmt: skip
+_ENDINGS = ("", " this year", ", as far as you know", ", according to the guide", ", after all",
+            ", by the way")  # fmt: skip
 _PLACES = ("the basket", "the tower", "this lake", "the village", "the hall", "that album")
 
 _WHO = ("my neighbour", "the pilot", "our teacher", "the twins", "the old gardener", "a stranger")
@@ -118,16 +130,20 @@ _ACTS: tuple[tuple[str, str, str], ...] = (
     ("drew a map", "draws a map", "will draw a map"),
     ("kept the secret", "keeps the secret", "will keep the secret"),
 )
-_TAILS = ("", " with a friend", " in the rain", " without a word", " before lunch")
+_TAILS = ("", " with a friend", " in the rain", " without a word", " before lunch",
+          " against all advice", " to everyone's surprise", " as a favour", " for a good reason",
+          )  # fmt: skip
 
 
 def _sentiment() -> list[tuple[str, str]]:
-    return [
-        (f"The {thing} {verdict}.", label)
+    found = [
+        (f"{opening}the {thing} {verdict}.", label)
         for label, verdicts in (("positive", _PRAISE), ("negative", _BLAME))
         for thing in _THINGS
         for verdict in verdicts
+        for opening in _OPENINGS
     ]
+    return [(text[0].upper() + text[1:], label) for text, label in found]
 
 
 def _category() -> list[tuple[str, str]]:
@@ -140,16 +156,16 @@ def _category() -> list[tuple[str, str]]:
 
 
 def _question() -> list[tuple[str, str]]:
-    found = [(f"Which {person} {deed}?", "person") for person in _PEOPLE for deed in _DEEDS]
-    found += [(f"Who {deed}?", "person") for deed in _DEEDS]
-    found += [(f"How many {stuff} are in {place}?", "number") for stuff in _STUFF
+    found = [(f"Which {person} {deed}", "person") for person in _PEOPLE for deed in _DEEDS]
+    found += [(f"Who {deed}", "person") for deed in _DEEDS]
+    found += [(f"How many {stuff} are in {place}", "number") for stuff in _STUFF
               for place in _PLACES]  # fmt: skip
     for event in _EVENTS:
         for how in ("starts", "ends", "was cancelled", "is announced", "takes place", "is over"):
-            found += [(f"When do we hear whether {event} {how}?", "time")]
+            found += [(f"When do we hear whether {event} {how}", "time")]
         for how in ("held", "announced", "moved to", "prepared", "advertised", "filmed"):
-            found += [(f"Where is {event} {how}?", "place")]
-    return found
+            found += [(f"Where is {event} {how}", "place")]
+    return [(f"{text}{ending}?", label) for text, label in found for ending in _ENDINGS]
 
 
 def _tense() -> list[tuple[str, str]]:

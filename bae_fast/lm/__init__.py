@@ -13,7 +13,12 @@ from bae_fast.lm.loading import (
     resolve_dtype,
 )
 from bae_fast.lm.states import match_hooks, states_at
-from bae_fast.lm.text import read_text, standard_library_text, windows
+from bae_fast.lm.text import (
+    read_text,
+    standard_library_docstrings,
+    standard_library_text,
+    windows,
+)
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -30,6 +35,7 @@ __all__ = [
     "match_hooks",
     "read_text",
     "resolve_dtype",
+    "standard_library_docstrings",
     "standard_library_text",
     "states_at",
     "windows",

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from bae_fast.files import write_safetensors
 from bae_fast.lm.loading import LanguageModel
+from bae_fast.progress import progress_bar
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
@@ -447,19 +447,20 @@ def _run(
         return rows, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
 
     norms = []
-    update, close = _bar(token_windows.numel(), progress)
     handle = module.register_forward_hook(_stop)
     try:
         batches = token_windows.split(batch_size)
         # closing: workers end before the hook that stops the model early is taken away.
-        with contextlib.closing(_in_order(forward, batches, lm.device.type)) as results:
+        with (
+            progress_bar(token_windows.numel(), what="harvest", unit="tok", show=progress) as bar,
+            contextlib.closing(_in_order(forward, batches, lm.device.type)) as results,
+        ):
             for batch, (rows, norm) in zip(batches, results, strict=True):
                 norms.append(norm)
                 file.append(rows)
-                update(batch.numel())
+                bar.update(batch.numel())
     finally:
         handle.remove()
-        close()
     return torch.cat(norms)
 
 
@@ -504,24 +505,6 @@ def _keep(norms: Tensor, max_norm_ratio: float) -> tuple[Tensor, dict[str, int]]
     keep = finite & (norms <= limit)
     dropped = {"not_finite": int((~finite).sum()), "norm": int((finite & ~keep).sum())}
     return keep, dropped
-
-
-def _bar(total: int, progress: bool) -> tuple[Callable[[int], Any], Callable[[], Any]]:
-    if progress:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            bar = tqdm(
-                total=total,
-                desc="harvest",
-                unit="tok",
-                unit_scale=True,
-                disable=not sys.stderr.isatty(),
-            )
-            return bar.update, bar.close
-    return (lambda _n: None), (lambda: None)
 
 
 def _find_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:

@@ -6,6 +6,8 @@ of every prompt. What comes back lies in memory.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.harvest import _bar, _find_module, _Stop
+from bae_fast.lm.harvest import _find_module, _Stop
 from bae_fast.lm.loading import LanguageModel
+from bae_fast.progress import progress_bar
 
 
 @torch.inference_mode()
@@ -25,7 +28,8 @@ def states_at(
     *,
     positions: Sequence[int] | None = None,
     next_token: bool = False,
-    batch_tokens: int = 4096,
+    share_prefix: bool = False,
+    batch_tokens: int = 1024,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Run the model over sequences and keep the outputs of modules at some positions.
@@ -39,7 +43,11 @@ def states_at(
         hooks: paths of modules whose output (or its first part) is [batch, length, d].
         positions: kept of every sequence, from 0; None: the last token alone.
         next_token: also log-probabilities of the token after the last.
-        batch_tokens: at most this many tokens a batch, padding included (but one sequence).
+        share_prefix: run the tokens that all sequences begin with once and keep their keys and
+            values; the last token alone is kept. The same states up to rounding.
+        batch_tokens: at most this many tokens a batch, padding included (but one sequence). On a
+            CPU small batches are the quicker ones: 2,000 tokens/s on one core at 1,024 tokens
+            (SmolLM2-135M, windows of 64), 1,200 at 4,096.
 
     Returns:
         hook -> ``[n, P, d]`` in the model's dtype (P = 1 for the last token), and float32
@@ -60,6 +68,8 @@ def states_at(
             f"positions must lie in 0 to {shortest - 1}, the shortest sequence's last; "
             f"got {list(positions)}"
         )
+    if share_prefix and positions is not None:
+        raise ValueError("share_prefix must be False where positions are given")
     found: dict[str, Tensor] = {}
     wanted = len(hooks) if not next_token else None
 
@@ -76,51 +86,90 @@ def states_at(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     states: dict[str, list[Tensor]] = {name: [] for name in hooks}
     after: list[Tensor] = []
-    update, close = _bar(sum(map(len, sequences)), progress)
+    total = sum(map(len, sequences))
+    prefix: Sequence[int] = []
+    cache = None
     try:
-        for batch in _batches(order, sequences, batch_tokens):
-            lengths = torch.tensor([len(sequences[i]) for i in batch])
-            width = int(lengths[-1])
-            ids = torch.zeros(len(batch), width, dtype=torch.int64)
-            for row, i in enumerate(batch):
-                ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
-            mask = torch.arange(width) < lengths[:, None]
-            found.clear()
-            last = None
-            try:
-                out = lm.model.base_model(
-                    input_ids=ids.to(lm.device),
-                    attention_mask=mask.to(lm.device).long(),
-                    use_cache=False,
-                )
-                last = out.last_hidden_state
-            except _Stop:
-                pass
-            if len(found) < len(hooks):
-                missing = ", ".join(name for name in hooks if name not in found)
-                raise RuntimeError(f"the model finished without calling {missing}")
-            rows = torch.arange(len(batch))[:, None].to(lm.device)
-            at = (
-                (lengths - 1)[:, None]
-                if positions is None
-                else torch.tensor(list(positions))[None].expand(len(batch), -1)
-            ).to(lm.device)
-            for name in hooks:
-                states[name].append(found[name][rows, at].cpu())
-            if next_token:
-                assert last is not None
-                head = lm.model.get_output_embeddings()
-                logits = head(last[rows[:, 0], (lengths - 1).to(lm.device)])
-                after.append(logits.float().log_softmax(-1).cpu())
-            update(int(lengths.sum()))
+        if share_prefix and len(prefix := _common_prefix(sequences)):
+            cache = _keys_and_values(lm, prefix)
+            sequences = [sequence[len(prefix) :] for sequence in sequences]
+        with progress_bar(total, what="states", unit="tok", show=progress) as bar:
+            for batch in _batches(order, sequences, batch_tokens):
+                lengths = torch.tensor([len(sequences[i]) for i in batch])
+                width = int(lengths[-1])
+                ids = torch.zeros(len(batch), width, dtype=torch.int64)
+                for row, i in enumerate(batch):
+                    ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
+                mask = torch.arange(width) < lengths[:, None]
+                mask = torch.nn.functional.pad(mask, (len(prefix), 0), value=True)
+                found.clear()
+                last = None
+                try:
+                    out = lm.model.base_model(
+                        input_ids=ids.to(lm.device),
+                        attention_mask=mask.to(lm.device).long(),
+                        past_key_values=_repeated(cache, len(batch)),
+                        use_cache=cache is not None,
+                    )
+                    last = out.last_hidden_state
+                except _Stop:
+                    pass
+                if len(found) < len(hooks):
+                    missing = ", ".join(name for name in hooks if name not in found)
+                    raise RuntimeError(f"the model finished without calling {missing}")
+                rows = torch.arange(len(batch))[:, None].to(lm.device)
+                at = (
+                    (lengths - 1)[:, None]
+                    if positions is None
+                    else torch.tensor(list(positions))[None].expand(len(batch), -1)
+                ).to(lm.device)
+                for name in hooks:
+                    states[name].append(found[name][rows, at].cpu())
+                if next_token:
+                    assert last is not None
+                    head = lm.model.get_output_embeddings()
+                    logits = head(last[rows[:, 0], (lengths - 1).to(lm.device)])
+                    after.append(logits.float().log_softmax(-1).cpu())
+                bar.update(int(lengths.sum()) + len(prefix) * len(batch))
     finally:
         for handle in handles:
             handle.remove()
-        close()
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
     kept = {name: torch.cat(parts)[back] for name, parts in states.items()}
     return kept, torch.cat(after)[back] if next_token else None
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The tokens that all sequences begin with, the last of the shortest left out."""
+    first, last = min(map(list, sequences)), max(map(list, sequences))
+    most = min(map(len, sequences)) - 1
+    same = 0
+    while same < most and first[same] == last[same]:
+        same += 1
+    return first[:same]
+
+
+def _keys_and_values(lm: LanguageModel, prefix: Sequence[int]) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=lm.model.config)
+    with contextlib.suppress(_Stop):  # blocks after the last hook are not run later either
+        lm.model.base_model(
+            input_ids=torch.tensor([list(prefix)], device=lm.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return cache
+
+
+def _repeated(cache: Any, n: int) -> Any:
+    """A copy that a batch may extend."""
+    if cache is None:
+        return None
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(n)
+    return cache
 
 
 def match_hooks(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:

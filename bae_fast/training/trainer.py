@@ -24,6 +24,7 @@ from torch import Tensor
 from bae_fast.codes import BinaryCode
 from bae_fast.devices import has_bfloat16
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.progress import progress_bar
 from bae_fast.statistics import entropy_bits
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.recipe import (
@@ -437,7 +438,7 @@ class Trainer:
 
         Args:
             log: JSONL file to append a line to every ``log_every`` steps (and at the last).
-            progress: show a progress bar (needs tqdm).
+            progress: show a progress bar, see :func:`bae_fast.progress.progress_bar`.
             on_log: called with each line.
 
         Returns:
@@ -454,7 +455,9 @@ class Trainer:
         start = time.perf_counter()
         self.bae.train()
         try:
-            with _bar(self.config.steps, self.step, progress) as bar:
+            with progress_bar(
+                self.config.steps, what="train", unit="step", initial=self.step, show=progress
+            ) as bar:
                 while self.step < self.config.steps:
                     lr = self.learning_rate(self.step)
                     with _whole():
@@ -543,22 +546,3 @@ def _whole() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if held:
         before(*held[0])
-
-
-@contextlib.contextmanager
-def _bar(total: int, initial: int, show: bool) -> Iterator[Any]:
-    if show:
-        from tqdm import tqdm
-
-        with tqdm(total=total, initial=initial, desc="train", unit="step") as bar:
-            yield bar
-    else:
-        yield _NoBar()
-
-
-class _NoBar:
-    def update(self, n: int) -> None:
-        pass
-
-    def set_postfix(self, **values: str) -> None:
-        pass
