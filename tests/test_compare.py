@@ -172,7 +172,7 @@ def test_a_judge_names_the_features_of_every_method(arguments, capsys):
     out = folder_of(arguments, "--out")
     result = json.loads((out / "compare.json").read_text())
     for run in result["runs"]:
-        found = run["scores"]["comsem"]
+        found = run["scores"]["comsem-rule"]
         assert 0 <= found["comsem"] <= 1
         assert 0 <= found["detection"] <= 1
         assert 1 <= len(found["details"]) <= 4

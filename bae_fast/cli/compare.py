@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from bae_fast.baselines import (
     make_baseline,
 )
 from bae_fast.cli import demo
-from bae_fast.cli.interpret import add_judge_arguments
+from bae_fast.cli.interpret import JUDGES, add_judge_arguments
 from bae_fast.cli.runs import environment, once
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.model import BinaryAutoencoder
@@ -173,16 +174,16 @@ def substitution_scorer(context: Context) -> Scorer | None:
     )
 
 
-def comsem_scorer(context: Context) -> Scorer | None:
+def comsem_scorer(context: Context, kind: str) -> Scorer | None:
     """How well a judge can name the features, beside what it says of other features' names."""
     arguments = context.arguments
-    if arguments.judge is None:
+    if kind not in arguments.judge:
         return None
     from bae_fast.cli.interpret import make_judge
     from bae_fast.interpret.comsem import ComSemConfig, score_model
 
     config = ComSemConfig(n_features=arguments.judge_features, n_negatives=8, shuffled=True)
-    judge = make_judge(arguments, arguments.judge, arguments.judge_model)
+    judge = make_judge(arguments, kind, arguments.judge_model)
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
         from bae_fast.lm import DEFAULT_MODEL, load_tokenizer
@@ -210,20 +211,22 @@ def comsem_scorer(context: Context) -> Scorer | None:
         return means | {"counts": found["counts"], "details": found["features"]}
 
     return Scorer(
-        "comsem",
+        f"comsem-{kind}",
         {"judge": judge.identity, "config": dataclasses.asdict(config)},
         score,
         [
-            Column("comsem", "ComSem", "{:.2f}"),
+            Column("comsem", f"ComSem, {kind}", "{:.2f}"),
             Column("shuffled", "others' names", "{:.2f}"),
             Column("detection", "detection", "{:.2f}"),
-            Column("auc", "AUC", "{:.2f}"),
         ],
     )
 
 
 # each makes a scorer of a command, or None where the command line leaves it out
-SCORERS: list[Callable[[Context], Scorer | None]] = [substitution_scorer, comsem_scorer]
+SCORERS: list[Callable[[Context], Scorer | None]] = [
+    substitution_scorer,
+    *(functools.partial(comsem_scorer, kind=kind) for kind in JUDGES),
+]
 
 
 def add_parser(commands: Any) -> None:
@@ -263,9 +266,9 @@ def add_parser(commands: Any) -> None:
         help="held-out tokens on which the language model runs with each reconstruction in the "
         "place of its state; 0: none",
     )
-    add_judge_arguments(parser, default=None)
+    add_judge_arguments(parser, nargs="+", default=[])
     parser.add_argument(
-        "--judge-features", type=int, default=30, help="features that --judge names, a method"
+        "--judge-features", type=int, default=30, help="features that a judge names, a method"
     )
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
     parser.add_argument(

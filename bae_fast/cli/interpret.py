@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bae_fast.interpret.answers import Prices
     from bae_fast.interpret.comsem import ComSemConfig, FeatureTokens
     from bae_fast.interpret.judges import Judge
-    from bae_fast.lm import ActivationCache
+    from bae_fast.lm import ActivationCache, LanguageModel
 
 JUDGES = ("rule", "local", "openai")
 
@@ -82,6 +82,11 @@ def add_parser(commands: Any) -> None:
         "--dry-run", action="store_true", help="count calls and tokens, and ask nothing"
     )
     parser.add_argument(
+        "--no-lens", action="store_true",
+        help="leave out the vocabulary tokens that features point to, for which the language model "
+        "is loaded",
+    )  # fmt: skip
+    parser.add_argument(
         "--delphi", type=Path, default=None, metavar="FOLDER",
         help="also write the features as delphi's cache of latents",
     )  # fmt: skip
@@ -89,10 +94,10 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_judge_arguments(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """Which judge, and how it is reached; ``default`` None: none."""
+def add_judge_arguments(parser: argparse.ArgumentParser, **judge: Any) -> None:
+    """Which judge, and how it is reached; ``judge``: default and number of ``--judge``."""
     parser.add_argument(
-        "--judge", choices=JUDGES, default=default, help="who names features and judges the names"
+        "--judge", choices=JUDGES, help="who names features and judges the names", **judge
     )
     parser.add_argument(
         "--judge-model", default=None,
@@ -197,7 +202,11 @@ def run(arguments: argparse.Namespace) -> int:
     write_text(out / "summary.md", text)
     lines = [json.dumps(one, allow_nan=False) for one in features]
     write_text(out / "features.jsonl", "\n".join(lines) + "\n")
-    page = write_page(out, model, cache, rows, tokenizer, found, features, facts, text)
+    lens = None
+    if not arguments.no_lens:
+        with stages.stage("logit lens"):
+            lens = language_model(arguments, judge)
+    page = write_page(out, model, cache, rows, tokenizer, found, features, facts, text, lens)
     print("\n" + text)
     print_features(features)
     if result["budget_spent"]:
@@ -243,6 +252,17 @@ def make_judge(arguments: argparse.Namespace, kind: str, model: str | None) -> J
         timeout=arguments.timeout,
         concurrency=arguments.concurrency,
     )
+
+
+def language_model(arguments: argparse.Namespace, judge: Judge) -> LanguageModel:
+    """The model that was harvested; the judge's own where it is the same."""
+    from bae_fast.interpret.judges import TransformersJudge
+    from bae_fast.lm import DEFAULT_MODEL, load_language_model
+
+    name = arguments.model or DEFAULT_MODEL
+    if isinstance(judge, TransformersJudge) and judge.name == name:
+        return judge.lm
+    return load_language_model(name, device=arguments.device)
 
 
 # -- the model ---------------------------------------------------------------------------------
@@ -341,6 +361,7 @@ def write_page(
     features: list[dict[str, Any]],
     facts: dict[str, Any],
     summary: str,
+    lens: LanguageModel | None,
 ) -> Path:
     """All features as one page to look through, the named ones with their phrases and scores."""
     from bae_fast.interpret.comsem import ordered_rows
@@ -358,6 +379,8 @@ def write_page(
         windows=windows,
         values=(see(block.to(model.W_enc)) for block in states),
         positive_only=not binary,
+        W_dec=None if lens is None else model.W_dec,
+        model=None if lens is None else lens.model,
     )
     shown = {one["feature"]: one for one in features if one["phrase"]}
     labels = {
