@@ -171,9 +171,9 @@ def test_auxk_is_the_share_of_the_error_that_dead_features_leave():
     top = torch.where(dead, pre, -torch.inf).topk(k_aux)
     aux = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ model.W_dec
     expected = (error - aux).square().sum() / error.square().sum()
-    assert float(out.parts["auxk"].detach()) == pytest.approx(float(expected), rel=1e-4)
-    assert float(out.loss) == pytest.approx(
-        float(out.parts["mse"] + out.parts["auxk"] / 32), rel=1e-6
+    assert float(out.parts["auxk"].detach()) == pytest.approx(expected.item(), rel=1e-4)
+    assert out.loss.item() == pytest.approx(
+        (out.parts["mse"] + out.parts["auxk"] / 32).item(), rel=1e-6
     )
     # its gradient reaches dead features, and the error is a constant to it
     model.zero_grad()
@@ -202,7 +202,7 @@ def test_the_penalty_of_relu_is_lambda_times_the_sum_of_features():
     model = make("relu", x)
     out = model(x)
     expected = out.parts["mse"] + 2 / D * model.encode(x).sum(1).mean()
-    assert float(out.loss) == pytest.approx(float(expected), rel=1e-6)
+    assert out.loss.item() == pytest.approx(float(expected), rel=1e-6)
     assert float(model(x, warmup=0.0).loss) == pytest.approx(float(out.parts["mse"]), rel=1e-6)
 
 

@@ -492,7 +492,9 @@ def test_it_serves_the_chips_that_have_the_instruction(capability, device):
     device(capability)
     request = registry.Request("cuda", torch.bfloat16)
     assert registry.reasons_against("cuda", request) == []
-    assert registry.choose("auto", "cuda", torch.bfloat16, 64, 1) == "cuda"
+    assert registry.choose("cuda", "cuda", torch.bfloat16, 64, 1) == "cuda"
+    # until a device has shown that it is right and faster
+    assert registry.choose("auto", "cuda", torch.bfloat16, 64, 1) == "triton"
 
 
 @needs_kernels
@@ -505,9 +507,8 @@ def test_it_leaves_later_chips_to_triton(capability, device):
 
 
 @needs_kernels
-def test_without_nvrtc_auto_falls_back_and_the_reason_is_said(device):
+def test_without_nvrtc_the_reason_is_said(device):
     device((9, 0), "the library libnvrtc is not found")
-    assert registry.choose("auto", "cuda", torch.float32, 64, 1) == "triton"
     with pytest.raises(bf.BackendUnavailableError, match="libnvrtc is not found"):
         registry.choose("cuda", "cuda", torch.float32, 64, 1)
 

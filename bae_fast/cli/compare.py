@@ -204,11 +204,11 @@ def comsem_scorer(context: Context, kind: str) -> Scorer | None:
             answers=arguments.out / "answers.sqlite",
             progress=not arguments.no_progress,
         )
-        means = {
-            name: None if found[name] is None else found[name]["mean"]
-            for name in ("comsem", "shuffled", "detection", "auc")
-        }
-        return means | {"counts": found["counts"], "details": found["features"]}
+        scores: dict[str, Any] = {"counts": found["counts"]}
+        for name in ("comsem", "shuffled", "detection", "auc"):
+            value = found[name] or {"mean": None, "low": None, "high": None}
+            scores |= {name: value["mean"], f"{name}_interval": [value["low"], value["high"]]}
+        return scores
 
     return Scorer(
         f"comsem-{kind}",
