@@ -203,7 +203,7 @@ def test_the_penalty_of_relu_is_lambda_times_the_sum_of_features():
     out = model(x)
     expected = out.parts["mse"] + 2 / D * model.encode(x).sum(1).mean()
     assert out.loss.item() == pytest.approx(float(expected), rel=1e-6)
-    assert float(model(x, warmup=0.0).loss) == pytest.approx(float(out.parts["mse"]), rel=1e-6)
+    assert model(x, warmup=0.0).loss.item() == pytest.approx(out.parts["mse"].item(), rel=1e-6)
 
 
 def test_gated_penalises_the_gate_alone_and_its_auxiliary_loss_leaves_the_decoder():
@@ -220,7 +220,7 @@ def test_gated_penalises_the_gate_alone_and_its_auxiliary_loss_leaves_the_decode
     assert torch.allclose(out.features, features, atol=1e-5)
     through = gate.relu() @ model.W_dec + model.b_dec
     auxiliary = (model.normalize(x) - through).square().mean()
-    assert float(out.parts["auxiliary"]) == pytest.approx(float(auxiliary), rel=1e-5)
+    assert out.parts["auxiliary"].item() == pytest.approx(auxiliary.item(), rel=1e-5)
     out.parts["auxiliary"].backward()
     assert model.W_dec.grad is None
     assert model.r_mag.grad is None

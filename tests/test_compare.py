@@ -126,7 +126,7 @@ def test_what_the_language_model_loses_stands_in_every_run(arguments):
             # the module's input is that norm's output
             assert test.run(f"{HOOK}.mlp", model).js_bits == again.js_bits
     head, _, *lines = (out / "compare.md").read_text().splitlines()
-    assert head.endswith("| JS, bits | KL, bits | loss recovered | beside the mean |")
+    assert head.endswith("| JS, bits | KL, bits | loss recovered |")
     assert all(line.count("|") == head.count("|") for line in lines if line.startswith("|"))
 
 
@@ -161,7 +161,7 @@ def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeyp
         else:
             assert new["scores"] == old["scores"]
     line = next(x for x in (out / "compare.md").read_text().splitlines() if "| ReLU k=3 |" in x)
-    assert line.endswith("|  |  |  |  |")
+    assert line.endswith("|  |  |  |")
     write_json(out / "compare.json", before)
 
 

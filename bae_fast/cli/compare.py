@@ -168,8 +168,8 @@ def substitution_scorer(context: Context) -> Scorer | None:
         [
             Column("js_bits", "JS, bits", "{:.4f}"),
             Column("kl_bits", "KL, bits", "{:.4f}"),
-            Column("recovered_zero", "loss recovered", "{:.4f}"),
-            Column("recovered_mean", "beside the mean", "{:.4f}"),
+            # that beside zeros is near 1 for anything: in the file only
+            Column("recovered_mean", "loss recovered", "{:.4f}"),
         ],
     )
 
@@ -182,7 +182,14 @@ def comsem_scorer(context: Context, kind: str) -> Scorer | None:
     from bae_fast.cli.interpret import make_judge
     from bae_fast.interpret.comsem import ComSemConfig, score_model
 
-    config = ComSemConfig(n_features=arguments.judge_features, n_negatives=8, shuffled=True)
+    numbers = arguments.judge_features
+    if len(numbers) not in (1, len(arguments.judge)):
+        raise ValueError(
+            f"--judge-features must be one number or {len(arguments.judge)}, one a judge; "
+            f"got {len(numbers)}"
+        )
+    n_features = dict(zip(arguments.judge, numbers * len(arguments.judge), strict=False))[kind]
+    config = ComSemConfig(n_features=n_features, n_negatives=8, shuffled=True)
     judge = make_judge(arguments, kind, arguments.judge_model)
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
@@ -268,7 +275,11 @@ def add_parser(commands: Any) -> None:
     )
     add_judge_arguments(parser, nargs="+", default=[])
     parser.add_argument(
-        "--judge-features", type=int, default=30, help="features that a judge names, a method"
+        "--judge-features",
+        type=int,
+        nargs="+",
+        default=[30],
+        help="features of a method that a judge names: one number, or one for each judge",
     )
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
     parser.add_argument(
@@ -589,7 +600,19 @@ def table(result: dict[str, Any]) -> str:
             f" JS and KL: divergence of the next-token distribution with every state of "
             f"`{data['hook_name']}` replaced by its reconstruction, mean of {max(tokens):,} "
             "held-out tokens; loss recovered: 1 where that costs nothing, 0 where it costs what "
-            "zeros, or the mean state, in the same places cost."
+            "the mean state in the same places costs."
+        )
+    named = {
+        f"{found['counts']['chosen']} ({name.removeprefix('comsem-')})"
+        for one_run in result["runs"]
+        for name, found in one_run.get("scores", {}).items()
+        if name.startswith("comsem-")
+    }
+    if named:
+        lines[-1] += (
+            f" ComSem: share of Yes of a judge shown a feature's tokens and its name, mean of "
+            f"{' or '.join(sorted(named))} features; others' names: with another feature's "
+            "name; detection: balanced accuracy, tokens of other features among them."
         )
     if any(one_run["method"] == "transcoder" for one_run in result["runs"]):
         lines.append(
