@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 BINARY = {"bae": "sparse", "bae_paper": "paper"}
 
-# rows from which quantisers take their ranges
-_RANGE_ROWS = 16384
-
 # rows reconstructed at a time
 _FVU_ROWS = 4096
 
@@ -422,7 +419,7 @@ def one(
         else:
             found = evaluate_baseline(
                 model, x_held, y_held,
-                training_rows=x[:_RANGE_ROWS], value_bits=arguments.value_bits,
+                training_rows=x, value_bits=arguments.value_bits,
             ).summary()  # fmt: skip
         return {
             "heldout": found,
