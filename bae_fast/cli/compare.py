@@ -608,7 +608,7 @@ def table(result: dict[str, Any]) -> str:
     if named:
         lines[-1] += (
             f" ComSem: share of Yes of a judge shown a feature's tokens and its name, mean of "
-            f"{' or '.join(sorted(named))} features; others' names: with another feature's "
+            f"{', '.join(sorted(named))} features; others' names: with another feature's "
             "name; detection: balanced accuracy, tokens of other features among them."
         )
     if any(one_run["method"] == "transcoder" for one_run in result["runs"]):
