@@ -12,6 +12,7 @@ from bae_fast._version import __version__
 from bae_fast.ops.registry import (
     AUTO_ORDER,
     BACKENDS,
+    BY_NAME,
     IMPLS,
     Request,
     choose,
@@ -37,7 +38,7 @@ def info() -> dict[str, Any]:
     for name in IMPLS[2:]:
         reasons = []
         for device, order in AUTO_ORDER.items():
-            if name in order:
+            if name in (*order, *BY_NAME.get(device, ())):
                 reasons += reasons_against(name, Request(device, torch.float32))
         backends[name] = "available" if not reasons else "; ".join(dict.fromkeys(reasons))
     # what our own kernels use; torch's, where none are compiled

@@ -506,6 +506,10 @@ def test_it_leaves_later_chips_to_triton(capability, device):
     assert registry.choose("auto", "cuda", torch.bfloat16, 64, 1) == "triton"
 
 
+def test_info_says_why_not_where_there_is_no_gpu():
+    assert bf.info()["backends"]["cuda"] != "available" or torch.cuda.is_available()
+
+
 @needs_kernels
 def test_without_nvrtc_the_reason_is_said(device):
     device((9, 0), "the library libnvrtc is not found")

@@ -21,9 +21,10 @@ import bae_fast.backends
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
-# order of preference of impl="auto" on each device type; "cuda" is only asked for by name until a
-# device has shown that it is right and faster
+# order of preference of impl="auto" on each device type
 AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
+# only asked for by name, until a device has shown that it is right and faster
+BY_NAME = {"cuda": ("cuda",)}
 ENV_IMPL = "BAE_FAST_IMPL"
 
 
