@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_lm import save_tiny_model
+from tiny_lm import Same, save_tiny_model
 from torch import nn
 
 import bae_fast as bf
@@ -25,16 +25,6 @@ pytest.importorskip("transformers")
 
 WORDS = [f"word{i}" for i in range(60)]
 PATH = "model.layers.0"
-
-
-class Same:
-    """An autoencoder that is the identity."""
-
-    def encode(self, x):
-        return x
-
-    def decode(self, features):
-        return features
 
 
 @pytest.fixture(scope="module")

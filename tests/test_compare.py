@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_lm import save_tiny_model
+from tiny_lm import Same, save_tiny_model
 
 import bae_fast as bf
 from bae_fast.analysis import fvu
@@ -22,16 +22,6 @@ pytest.importorskip("matplotlib")
 
 WORDS = [f"word{i}" for i in range(60)]
 HOOK = "model.layers.0"
-
-
-class Same:
-    """An autoencoder that is the identity."""
-
-    def encode(self, x):
-        return x
-
-    def decode(self, features):
-        return features
 
 
 @pytest.fixture(scope="module")

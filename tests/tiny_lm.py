@@ -1,8 +1,18 @@
-"""A random language model of two blocks with one token a word, saved as a Hugging Face folder."""
+"""A random language model of two blocks with one token a word, and an autoencoder that is none."""
 
 from pathlib import Path
 
 import torch
+
+
+class Same:
+    """An autoencoder that is the identity."""
+
+    def encode(self, x):
+        return x
+
+    def decode(self, features):
+        return features
 
 
 def save_tiny_model(folder: Path, words: list[str]) -> Path:

@@ -311,11 +311,7 @@ def _fit_right(text: str, width: int) -> str:
 
 
 def _check(code: BinaryCode, cache: ActivationCache, rows: range, features: Tensor) -> None:
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= cache.n_rows:
-        raise ValueError(
-            f"rows={rows!r} is not allowed: a range in steps of 1 within the cache's "
-            f"{cache.n_rows:,} rows"
-        )
+    cache.check_rows(rows)
     if len(code.shape) != 2 or code.shape[0] != len(rows):
         raise ValueError(
             f"code has shape {tuple(code.shape)}: [{len(rows)}, F] is needed, a row for each of "

@@ -103,6 +103,7 @@ class Context:
         arguments: the command line.
         cache: hidden states of ``--hook`` and the tokens they belong to.
         heldout: row numbers of the cache that nothing was trained on.
+        tokenizer: of the language model.
         pair: rows of the transcoder, empty where there is none.
     """
 
@@ -111,14 +112,26 @@ class Context:
         arguments: argparse.Namespace,
         stages: demo.Stages,
         cache: ActivationCache,
+        tokenizer: Any,
         pair: dict[str, Tensor],
     ) -> None:
         self.arguments = arguments
         self.stages = stages
         self.cache = cache
+        self.tokenizer = tokenizer
         self.heldout = cache.split(demo.N_HELDOUT).heldout
         self.pair = pair
         self._lm: LanguageModel | None = None
+        self._source: ActivationCache | None = None
+
+    def read_by(self, method: str) -> ActivationCache:
+        """Hidden states of the module that a method reads, opened once."""
+        if method != "transcoder":
+            return self.cache
+        if self._source is None:
+            hook = transcoder_hooks(self.arguments)[0]
+            self._source = hook_rows(self.arguments, self.stages, hook)
+        return self._source
 
     def windows(self, n_tokens: int) -> Tensor:
         """Held-out windows of at least so many tokens if there are, from the first."""
@@ -190,11 +203,7 @@ def comsem_scorer(context: Context, kind: str) -> Scorer | None:
     judge = make_judge(arguments, kind, arguments.judge_model)
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        from bae_fast.lm import DEFAULT_MODEL, load_tokenizer
-
-        cache = context.cache
-        if method == "transcoder":
-            cache = hook_rows(arguments, context.stages, transcoder_hooks(arguments)[0])
+        cache = context.read_by(method)
         # the same windows of either module
         first = int(context.cache.row_window[context.heldout.start])
         rows = range(int((cache.row_window < first).sum()), cache.n_rows)
@@ -202,7 +211,7 @@ def comsem_scorer(context: Context, kind: str) -> Scorer | None:
             model,
             cache,
             rows,
-            load_tokenizer(arguments.model or DEFAULT_MODEL),
+            context.tokenizer,
             judge,
             config=config,
             answers=arguments.out / "answers.sqlite",
@@ -310,7 +319,7 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"--{name.replace('_', '-')} must be at least 1; got {getattr(arguments, name)}"
             )
     stages = demo.Stages()
-    cache, _, facts = demo.harvest_rows(arguments, stages, arguments.batch_size)
+    cache, tokenizer, facts = demo.harvest_rows(arguments, stages, arguments.batch_size)
     split = cache.split(demo.N_HELDOUT)
     train = cache.rows[split.train.start : split.train.stop]
     heldout = cache.rows[split.heldout.start : split.heldout.stop]
@@ -328,7 +337,7 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Any]:
                         one(arguments, facts, method, k, seed, train, heldout, pair)
                         | {"method": method, "k": k, "seed": seed}
                     )
-    context = Context(arguments, stages, cache, pair)
+    context = Context(arguments, stages, cache, tokenizer, pair)
     scorers = [scorer for make in SCORERS if (scorer := make(context)) is not None]
     if scorers:
         with stages.stage("score"):

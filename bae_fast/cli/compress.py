@@ -104,15 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_model(bae, cache.d_in, folder)
     else:
         with stages.stage("train"):
-            torch.manual_seed(arguments.seed)
-            bae = BinaryAutoencoder(
-                cache.d_in,
-                arguments.expansion * cache.d_in,
-                preset=arguments.preset,
-                impl=arguments.impl,
-                metadata=facts,
-                device=arguments.device,
-            ).fit_normalization_(train)
+            bae = demo.new_autoencoder(arguments, train, facts)
             Trainer(bae, train, config).fit(progress=not arguments.no_progress)
             folder = bae.save_pretrained(out / "model")
             bae.eval()

@@ -27,6 +27,8 @@ from bae_fast.training import PRESETS as TRAINING_PRESETS
 from bae_fast.training import Trainer, TrainingConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bae_fast.analysis.evaluation import Evaluation
     from bae_fast.analysis.features import FeatureSummary
     from bae_fast.lm import ActivationCache
@@ -200,6 +202,22 @@ def harvest_rows(
     return cache, tokenizer, facts
 
 
+def new_autoencoder(
+    arguments: argparse.Namespace, rows: Tensor, metadata: dict[str, Any]
+) -> BinaryAutoencoder:
+    """A module with the options' random weights, normalised for the rows it will be trained on."""
+    torch.manual_seed(arguments.seed)
+    d_in = rows.shape[1]
+    return BinaryAutoencoder(
+        d_in,
+        arguments.expansion * d_in,
+        preset=arguments.preset,
+        impl=arguments.impl,
+        metadata=metadata,
+        device=arguments.device,
+    ).fit_normalization_(rows)
+
+
 def estimate(trainer: Trainer) -> float:
     """About how many seconds training will take, from a few passes over real rows."""
     bae, config = trainer.bae, trainer.config
@@ -244,15 +262,7 @@ def run(arguments: argparse.Namespace) -> int:
     heldout = cache.rows[heldout_range.start : heldout_range.stop]
 
     with stages.stage("train"):
-        torch.manual_seed(arguments.seed)
-        bae = BinaryAutoencoder(
-            cache.d_in,
-            arguments.expansion * cache.d_in,
-            preset=arguments.preset,
-            impl=arguments.impl,
-            metadata=facts,
-            device=arguments.device,
-        ).fit_normalization_(rows)
+        bae = new_autoencoder(arguments, rows, facts)
         trainer = Trainer(bae, rows, config)
         precision = "bfloat16 products" if trainer.bfloat16 else "float32"
         print(

@@ -85,7 +85,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--report-only", action="store_true", help="table and plot from --out/steer.json"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, preset="sparse", impl="auto")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -137,10 +137,7 @@ def train_autoencoder(arguments: argparse.Namespace) -> BinaryAutoencoder:
     cache, _, facts = demo.harvest_rows(arguments, stages, config.batch_size)
     rows = cache.rows[: cache.split(demo.N_HELDOUT).train.stop]
     with stages.stage("train"):
-        torch.manual_seed(arguments.seed)
-        bae = BinaryAutoencoder(
-            cache.d_in, arguments.expansion * cache.d_in, metadata=facts, device=arguments.device
-        ).fit_normalization_(rows)
+        bae = demo.new_autoencoder(arguments, rows, facts)
         Trainer(bae, rows, config).fit(progress=not arguments.no_progress)
         bae.save_pretrained(arguments.out / "model")
     return bae.eval()

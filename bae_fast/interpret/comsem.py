@@ -390,11 +390,7 @@ def score_model(
         ValueError: arguments that do not fit together, or no feature with enough tokens.
         JudgeError: the judge cannot be reached; what it answered is kept.
     """
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= cache.n_rows:
-        raise ValueError(
-            f"rows={rows!r} is not allowed: a range in steps of 1 within the cache's "
-            f"{cache.n_rows:,} rows"
-        )
+    cache.check_rows(rows)
     config = config or ComSemConfig()
     found = feature_tokens(model, cache.rows[rows.start : rows.stop], k=k)
     with Answers(answers) as kept:

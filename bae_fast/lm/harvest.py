@@ -175,6 +175,14 @@ class ActivationCache:
             train=range(int(first_rows[k - 1])), heldout=range(int(first_rows[k]), self.n_rows)
         )
 
+    def check_rows(self, rows: range) -> None:
+        """Raise ValueError where a range of row numbers has steps or leaves the cache."""
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.n_rows:
+            raise ValueError(
+                f"rows={rows!r} is not allowed: a range in steps of 1 within the cache's "
+                f"{self.n_rows:,} rows"
+            )
+
     def token_context(self, row: int, before: int = 8, after: int = 4) -> TokenContext:
         """The token of a row with up to `before` and `after` neighbours from its own window.
 
