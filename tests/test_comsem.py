@@ -28,7 +28,7 @@ from bae_fast.interpret.comsem import (
     table,
 )
 from bae_fast.interpret.judges import Answer, RuleJudge
-from bae_fast.lm.harvest import ActivationCache
+from bae_fast.lm.cache import ActivationCache
 
 WORDS = ["cat", "dog", "tree", "stone", "river", "cloud", "«", "line\nbreak"]
 CONTEXT = 16

@@ -24,7 +24,7 @@ from bae_fast.entropy.fit import TRAINING, run_synthetic
 from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.entropy.layers import run_layer, usual_rows
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
-from bae_fast.entropy.tasks import TASKS, Task, load_task, task_from_dataset
+from bae_fast.lm.tasks import TASKS, Task, load_task, task_from_dataset
 from bae_fast.report.series import Panel, plot_panels
 
 # -- sets of known entropy ---------------------------------------------------------------------

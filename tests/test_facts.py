@@ -242,7 +242,7 @@ class Cache:
     row_position = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4])
 
     def token_context(self, row, before, after):
-        from bae_fast.lm.harvest import TokenContext
+        from bae_fast.lm.cache import TokenContext
 
         window, at = self.tokens[self.row_window[row]].tolist(), int(self.row_position[row])
         return TokenContext(

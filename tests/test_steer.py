@@ -26,8 +26,8 @@ from bae_fast.causal import (
 )
 from bae_fast.cli import main
 from bae_fast.entropy.icl import make_prompts
-from bae_fast.entropy.tasks import load_task
 from bae_fast.lm import load_language_model, states_at
+from bae_fast.lm.tasks import load_task
 
 pytest.importorskip("transformers")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.harvest import ActivationCache
+from bae_fast.lm.cache import ActivationCache
 
 _BLOCK_BYTES = 1 << 26  # of unpacked bits at a time
 _CANDIDATES = 16  # contexts looked at for each one shown, so that repeats can be passed over

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.harvest import _find_module
+from bae_fast.lm.hooks import find_module
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.normalization import Normalized
@@ -252,7 +252,7 @@ def replaced_output(
             raise TypeError(f"mask must be bool; got {mask.dtype}")
     elif mask not in (None, "last"):
         raise ValueError(f"mask must be a bool tensor, 'last' or None; got {mask!r}")
-    module = _find_module(whole, path)
+    module = find_module(whole, path)
     place, done = _Place(), Splice(path)
 
     def keep(x: Tensor, y: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ def replaced_output(
         handles = [base.register_forward_pre_hook(before, with_kwargs=True)]
         hooks.callback(lambda: [handle.remove() for handle in handles])
         if source is not None:
-            handles.append(_find_module(whole, source).register_forward_hook(see))
+            handles.append(find_module(whole, source).register_forward_hook(see))
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield done
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bae_fast.causal.splice import Splice, norm_bounds, replaced_output, spliced
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.harvest import _in_order
+from bae_fast.lm.hooks import in_order
 from bae_fast.lm.loading import LanguageModel
 
 # logits of one model held at a time: 32 MiB in fp32
@@ -217,7 +217,7 @@ class SubstitutionTest:
         batches = windows.split(self.batch_size)
         with (
             replaced(),
-            contextlib.closing(_in_order(forward, batches, self.lm.device.type)) as results,
+            contextlib.closing(in_order(forward, batches, self.lm.device.type)) as results,
         ):
             return torch.cat([out for out, _ in results])
 

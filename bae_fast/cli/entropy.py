@@ -27,8 +27,8 @@ from bae_fast.entropy.fit import STARTS, run_synthetic
 from bae_fast.entropy.icl import DRAWS, LABELS, run_task
 from bae_fast.entropy.layers import TRAINING as LAYER_TRAINING
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
-from bae_fast.entropy.tasks import TASKS, Task, load_task, task_from_dataset
 from bae_fast.files import read_json, write_json, write_text
+from bae_fast.lm.tasks import TASKS, Task, load_task, task_from_dataset
 from bae_fast.training import TrainingConfig
 
 

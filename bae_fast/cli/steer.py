@@ -19,8 +19,8 @@ from bae_fast.baselines import load_autoencoder
 from bae_fast.cli import demo
 from bae_fast.cli.runs import environment
 from bae_fast.entropy.icl import label_tokens, make_prompts
-from bae_fast.entropy.tasks import TASKS, load_task
 from bae_fast.files import read_json, write_json, write_text
+from bae_fast.lm.tasks import TASKS, load_task
 from bae_fast.model import ARCHITECTURE, BinaryAutoencoder
 from bae_fast.training import PRESETS as TRAINING_PRESETS
 from bae_fast.training import Trainer

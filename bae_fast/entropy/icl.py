@@ -24,9 +24,9 @@ from torch import Tensor
 
 from bae_fast.entropy.fit import fit_bae, measure
 from bae_fast.entropy.layers import usual_rows
-from bae_fast.entropy.tasks import Task
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.states import states_at
+from bae_fast.lm.tasks import Task
 from bae_fast.model import PRESETS as MODEL_PRESETS
 from bae_fast.training import TrainingConfig
 

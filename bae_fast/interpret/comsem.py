@@ -33,7 +33,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.interpret.answers import Answers, Asker, Prices
 from bae_fast.interpret.collect import SalientTokens, collect_code, collect_scores
 from bae_fast.interpret.judges import JUDGE_TOKENS, NAME_TOKENS, Answer, Judge, Request
-from bae_fast.lm.harvest import ActivationCache
+from bae_fast.lm.cache import ActivationCache
 from bae_fast.model import BinaryAutoencoder
 
 NAMING = """\

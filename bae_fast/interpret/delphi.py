@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bae_fast.baselines import SparseAutoencoder
 from bae_fast.files import write_json, write_safetensors
-from bae_fast.lm.harvest import ActivationCache
+from bae_fast.lm.cache import ActivationCache
 from bae_fast.model import BinaryAutoencoder
 
 # pre-activations made at a time

@@ -31,7 +31,7 @@ from bae_fast import packing
 from bae_fast.analysis.features import TokenLift, token_lifts, token_text
 from bae_fast.analysis.pairs import joint_counts
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.harvest import ActivationCache
+from bae_fast.lm.cache import ActivationCache
 from bae_fast.report.browser import FeatureContext, FeatureRecord, Histogram
 
 # elements of a dense block at a time

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from bae_fast.lm.harvest import _in_order
+from bae_fast.lm.hooks import in_order
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -207,7 +207,7 @@ class TransformersJudge:
         if not parts:
             return
         sequences = [[ids[i] for i in part] for part in parts]
-        with contextlib.closing(_in_order(forward, sequences, self.lm.device.type)) as results:
+        with contextlib.closing(in_order(forward, sequences, self.lm.device.type)) as results:
             yield from zip(parts, results, strict=True)
 
     @torch.inference_mode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bae_fast.lm.harvest import ActivationCache, Split, TokenContext, cache_key, harvest
+from bae_fast.lm.cache import ActivationCache, Split, TokenContext, cache_key
+from bae_fast.lm.harvest import harvest
+from bae_fast.lm.hooks import find_module, match_hooks
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -12,7 +14,7 @@ from bae_fast.lm.loading import (
     load_tokenizer,
     resolve_dtype,
 )
-from bae_fast.lm.states import match_hooks, states_at
+from bae_fast.lm.states import states_at
 from bae_fast.lm.text import (
     read_text,
     standard_library_docstrings,
@@ -29,6 +31,7 @@ __all__ = [
     "TokenContext",
     "cache_key",
     "find_language_model",
+    "find_module",
     "harvest",
     "load_language_model",
     "load_tokenizer",

@@ -1,303 +1,43 @@
 """Harvest hidden states: run a language model up to one module and keep that module's output.
 
-What is kept is an `ActivationCache`, a folder of three files:
-
-    manifest.json       what the rows are: model, hook, tokens, dtype, sizes, what was dropped
-    rows.safetensors    rows [n_rows, d_in], in the dtype the model ran in (nothing is lost)
-    index.safetensors   row_window, row_position int32 [n_rows]; tokens int32 [n_windows, context]
-
-The rows are one memory-mapped tensor of any size: opening a cache reads none of them, and
-harvesting holds one batch of them. A folder is written under a temporary name and renamed at the
-end, so an interrupted harvest leaves nothing that looks like a cache.
+What is kept is a `bae_fast.lm.cache.ActivationCache`. Harvesting holds one batch of its rows. Its
+folder is written under a temporary name and renamed at the end, so an interrupted harvest leaves
+nothing that looks like a cache.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
 import json
-import os
-import re
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bae_fast.files import write_safetensors
+from bae_fast.lm.cache import (
+    DTYPE_NAMES,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    ROWS_NAME,
+    SPLIT_RULE,
+    ActivationCache,
+    RowsFile,
+    cache_key,
+    tokens_digest,
+)
+from bae_fast.lm.hooks import StopForward, find_module, in_order, stop_here
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.progress import progress_bar
 
-_Batch = TypeVar("_Batch")
-_Result = TypeVar("_Result")
-
-FORMAT = "bae_fast.activation_cache"
-FORMAT_VERSION = 1
-SPLIT_RULE = (
-    "held out: the whole windows among the last n_heldout kept rows; "
-    "left out: the window before them; training: everything before that window"
-)
-
-# Workers beyond this many would cost memory (one batch each) and gain little: with more cores each
-# worker gets several.
-_MAX_WORKERS = 8
-
 # a harvest writes all the time; its folder that nothing wrote to for a day belongs to nobody
 _ABANDONED_SECONDS = 24 * 3600
-
-_MEND = "remove that folder and harvest again"
-_MANIFEST, _ROWS, _INDEX = "manifest.json", "rows.safetensors", "index.safetensors"
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
-_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-
-
-class Split(NamedTuple):
-    """Rows to train on and rows to evaluate on, as ranges of row numbers; see `SPLIT_RULE`."""
-
-    train: range
-    heldout: range
-
-    def as_dict(self) -> dict[str, Any]:
-        """The split as plain numbers, to be written beside the results it led to."""
-        return {
-            "rule": SPLIT_RULE,
-            "train": [self.train.start, self.train.stop],
-            "heldout": [self.heldout.start, self.heldout.stop],
-            "n_train": len(self.train),
-            "n_heldout": len(self.heldout),
-            "n_left_out": self.heldout.start - self.train.stop,
-        }
-
-
-class TokenContext(NamedTuple):
-    """A row's token and its neighbours in the window, as token ids in reading order."""
-
-    before: list[int]
-    token: int
-    after: list[int]
-
-
-@dataclass(frozen=True)
-class ActivationCache:
-    """Hidden states of one module over a text, and the token each of them belongs to.
-
-    Attributes:
-        folder: where it lies.
-        manifest: the contents of manifest.json.
-        rows: [n_rows, d_in] in the harvest dtype, memory-mapped, in the order of the text. The
-            mapping is private: writing to the tensor does not change the file.
-        row_window: int32 [n_rows], the window a row comes from.
-        row_position: int32 [n_rows], its position in that window.
-        tokens: int32 [n_windows, context_size], the windows the model was run on.
-    """
-
-    folder: Path
-    manifest: dict[str, Any]
-    rows: Tensor
-    row_window: Tensor
-    row_position: Tensor
-    tokens: Tensor
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows kept."""
-        return int(self.rows.shape[0])
-
-    @property
-    def d_in(self) -> int:
-        """Width of a row."""
-        return int(self.rows.shape[1])
-
-    @property
-    def context_size(self) -> int:
-        """Tokens per window."""
-        return int(self.tokens.shape[1])
-
-    @property
-    def n_windows(self) -> int:
-        """Number of windows the model was run on."""
-        return int(self.tokens.shape[0])
-
-    def __len__(self) -> int:
-        return self.n_rows
-
-    def __repr__(self) -> str:
-        m = self.manifest
-        return (
-            f"ActivationCache({self.n_rows:,} rows of {self.d_in}, {m['dtype']}, "
-            f"{m['model_name']} {m['hook_name']}, {self.n_windows:,} windows of "
-            f"{self.context_size})"
-        )
-
-    def split(self, n_heldout: int = 4096) -> Split:
-        """Divide the rows so that no window, and so no text, is on both sides.
-
-        Held out are the whole windows among the last `n_heldout` kept rows: they begin with the
-        first window that starts at row n_rows - n_heldout or later. The window before them, which
-        is the one cut by that bound if any is, belongs to neither side. Everything before it is
-        for training. With windows of 256, position 0 dropped, and 4096, that is 16 windows
-        (4080 rows where no norm outlier was dropped) and one window left out.
-
-        Args:
-            n_heldout: rows looked at, from the end; at least one window's worth.
-
-        Raises:
-            ValueError: the bound leaves no whole window held out, or none to train on.
-        """
-        if not isinstance(n_heldout, int) or n_heldout < 1:
-            raise ValueError(f"n_heldout={n_heldout!r} is not allowed: an integer of at least 1")
-        window = self.row_window
-        starts = torch.ones(self.n_rows, dtype=torch.bool)
-        starts[1:] = window[1:] != window[:-1]
-        first_rows = starts.nonzero().squeeze(1)  # the first kept row of every window
-        k = int(torch.searchsorted(first_rows, max(self.n_rows - n_heldout, 0)))
-        if k >= len(first_rows) or k < 2:
-            side = "hold out" if k >= len(first_rows) else "train on"
-            raise ValueError(
-                f"n_heldout={n_heldout} leaves no whole window to {side}: this cache has "
-                f"{self.n_rows:,} rows in {len(first_rows):,} windows"
-            )
-        return Split(
-            train=range(int(first_rows[k - 1])), heldout=range(int(first_rows[k]), self.n_rows)
-        )
-
-    def check_rows(self, rows: range) -> None:
-        """Raise ValueError where a range of row numbers has steps or leaves the cache."""
-        if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.n_rows:
-            raise ValueError(
-                f"rows={rows!r} is not allowed: a range in steps of 1 within the cache's "
-                f"{self.n_rows:,} rows"
-            )
-
-    def token_context(self, row: int, before: int = 8, after: int = 4) -> TokenContext:
-        """The token of a row with up to `before` and `after` neighbours from its own window.
-
-        Raises:
-            IndexError: no such row.
-        """
-        if not -self.n_rows <= row < self.n_rows:
-            raise IndexError(f"row={row} is not allowed: this cache has {self.n_rows:,} rows")
-        window = self.tokens[int(self.row_window[row])].tolist()
-        at = int(self.row_position[row])
-        return TokenContext(
-            before=window[max(at - before, 0) : at],
-            token=window[at],
-            after=window[at + 1 : at + 1 + after],
-        )
-
-    @classmethod
-    def open(cls, folder: str | Path) -> ActivationCache:
-        """Open a cache; the rows are mapped, not read.
-
-        Raises:
-            ValueError: no such folder, not a cache, another format version, or files that do not
-                agree with the manifest.
-        """
-        folder = Path(folder)
-        manifest = _read_manifest(folder)
-        shapes = {
-            _ROWS: {"rows": [manifest["n_rows"], manifest["d_in"]]},
-            _INDEX: {
-                "row_window": [manifest["n_rows"]],
-                "row_position": [manifest["n_rows"]],
-                "tokens": [manifest["n_windows"], manifest["context_size"]],
-            },
-        }
-        dtypes = {_ROWS: _SAFETENSORS_DTYPES.get(manifest["dtype"]), _INDEX: "I32"}
-        found: dict[str, Tensor] = {}
-        for name, expected in shapes.items():
-            found.update(_read_tensors(folder, name, expected, dtypes[name]))
-        cache = cls(
-            folder=folder,
-            manifest=manifest,
-            rows=found["rows"],
-            row_window=found["row_window"],
-            row_position=found["row_position"],
-            tokens=found["tokens"],
-        )
-        cache._check_index()
-        return cache
-
-    @classmethod
-    def open_or_none(cls, folder: str | Path, key: str) -> ActivationCache | None:
-        """Open the cache that `harvest` would make under this key, or None where there is none.
-
-        Args:
-            folder: the folder given to `harvest`.
-            key: see `cache_key`.
-
-        Raises:
-            ValueError: something lies there that is not that cache.
-        """
-        path = Path(folder) / key
-        if not path.exists():
-            return None
-        cache = cls.open(path)
-        if cache.manifest["key"] != key:
-            raise ValueError(
-                f"folder={str(path)!r} holds the cache {cache.manifest['key']!r}: "
-                "remove it, or give another folder"
-            )
-        return cache
-
-    def _check_index(self) -> None:
-        w, p = self.row_window.long(), self.row_position.long()
-        place = w * self.context_size + p
-        fine = (
-            self.n_rows > 0
-            and _tokens_digest(self.tokens) == self.manifest["tokens_sha256"]
-            and bool(((w >= 0) & (w < self.n_windows)).all())
-            and bool(((p >= 0) & (p < self.context_size)).all())
-            and bool((place[1:] > place[:-1]).all())
-        )
-        if not fine:
-            raise ValueError(f"folder={str(self.folder)!r}: {_INDEX} is corrupt; {_MEND}")
-
-
-def cache_key(
-    name: str,
-    revision: str,
-    dtype: torch.dtype,
-    token_windows: Tensor,
-    hook: str,
-    *,
-    drop_positions: int = 1,
-    max_norm_ratio: float = 5.0,
-) -> str:
-    """The name of the folder that `harvest` makes for these arguments.
-
-    It depends on the model's name, revision and dtype, the hook, the tokens and what is dropped;
-    not on the batch size or the device.
-    """
-    settings = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "model": name,
-        "revision": revision,
-        "dtype": _DTYPE_NAMES.get(dtype, str(dtype)),
-        "hook": hook,
-        "tokens": _tokens_digest(token_windows),
-        "shape": list(token_windows.shape),
-        "drop_positions": drop_positions,
-        "max_norm_ratio": float(max_norm_ratio),
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(name).name}-{hook}").strip("-.")[:64]
-    return f"{readable}-{digest}"
 
 
 def harvest(
@@ -335,7 +75,7 @@ def harvest(
         RuntimeError: the model finished without calling the module.
     """
     _check_arguments(lm, token_windows, batch_size, drop_positions, max_norm_ratio)
-    module = _find_module(lm.model, hook)
+    module = find_module(lm.model, hook)
     key = cache_key(
         lm.name,
         lm.revision,
@@ -355,7 +95,7 @@ def harvest(
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
         n_windows, context_size = token_windows.shape
-        with _RowsFile(temporary / _ROWS) as file:
+        with RowsFile(temporary / ROWS_NAME) as file:
             norms = _run(
                 lm, module, hook, token_windows, file, batch_size, drop_positions, progress
             )
@@ -379,8 +119,8 @@ def harvest(
             "hook_name": hook,
             "context_size": context_size,
             "n_windows": n_windows,
-            "tokens_sha256": _tokens_digest(token_windows),
-            "dtype": _DTYPE_NAMES[file.dtype],
+            "tokens_sha256": tokens_digest(token_windows),
+            "dtype": DTYPE_NAMES[file.dtype],
             "d_in": file.width,
             "n_rows": len(kept),
             "drop_positions": drop_positions,
@@ -388,23 +128,19 @@ def harvest(
             "dropped": dropped,
             "split_rule": SPLIT_RULE,
         }
-        write_safetensors(temporary / _INDEX, index, {})
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_safetensors(temporary / INDEX_NAME, index, {})
+        (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         # mkdtemp makes a folder for this user alone; the cache gets the rights of its parent.
         temporary.chmod(root.stat().st_mode & 0o777)
         try:
             temporary.rename(root / key)
         except OSError:
             # Another process finished the same harvest first: its cache is as good.
-            if not (root / key / _MANIFEST).is_file():
+            if not (root / key / MANIFEST_NAME).is_file():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return ActivationCache.open(root / key)
-
-
-# ---------------------------------------------------------------------------------------------
-# running the model
 
 
 def _remove_abandoned(root: Path) -> None:
@@ -414,23 +150,12 @@ def _remove_abandoned(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Stop(Exception):  # noqa: N818 (no error: the way out)
-    """Carries the hooked module's output out of the model's forward, which ends there."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-def _stop(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-    raise _Stop(output[0] if isinstance(output, tuple) else output)
-
-
 def _run(
     lm: LanguageModel,
     module: torch.nn.Module,
     hook: str,
     token_windows: Tensor,
-    file: _RowsFile,
+    file: RowsFile,
     batch_size: int,
     drop_positions: int,
     progress: bool,
@@ -441,7 +166,7 @@ def _run(
         try:
             with torch.inference_mode():
                 lm.model(input_ids=batch.to(lm.device, torch.int64), use_cache=False)
-        except _Stop as stop:
+        except StopForward as stop:
             out = stop.output
         else:
             raise RuntimeError(f"hook={hook!r}: the model's forward never called this module")
@@ -455,13 +180,13 @@ def _run(
         return rows, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
 
     norms = []
-    handle = module.register_forward_hook(_stop)
+    handle = module.register_forward_hook(stop_here)
     try:
         batches = token_windows.split(batch_size)
         # closing: workers end before the hook that stops the model early is taken away.
         with (
             progress_bar(token_windows.numel(), what="harvest", unit="tok", show=progress) as bar,
-            contextlib.closing(_in_order(forward, batches, lm.device.type)) as results,
+            contextlib.closing(in_order(forward, batches, lm.device.type)) as results,
         ):
             for batch, (rows, norm) in zip(batches, results, strict=True):
                 norms.append(norm)
@@ -470,38 +195,6 @@ def _run(
     finally:
         handle.remove()
     return torch.cat(norms)
-
-
-def _in_order(
-    forward: Callable[[_Batch], _Result], batches: Sequence[_Batch], device: str
-) -> Generator[_Result, None, None]:
-    """The results of `forward` in the order of the batches, on a CPU several at a time.
-
-    Whole batches side by side, one core each, instead of all cores in every operator: operators
-    of this size end in a barrier every few milliseconds, and one core that another program holds
-    up then holds up all of them. Measured on two cores of which one was busy elsewhere, blocks 1
-    to 12 of SmolLM2-135M in bfloat16: 4,700 tokens/s side by side, 700 with both cores in
-    every operator. The rows are then also the same for any number of threads.
-    """
-    n_threads = torch.get_num_threads()
-    n_workers = min(n_threads, _MAX_WORKERS, len(batches)) if device == "cpu" else 1
-    if n_workers == 1:
-        yield from map(forward, batches)
-        return
-    # Threads started from here on take this number: it is read when a thread first needs it.
-    torch.set_num_threads(n_threads // n_workers)
-    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="harvest")
-    try:
-        waiting: deque[Future[_Result]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(forward, batch))
-            if len(waiting) > n_workers:  # one in reserve: no core waits, memory stays bounded
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_threads)
 
 
 def _keep(norms: Tensor, max_norm_ratio: float) -> tuple[Tensor, dict[str, int]]:
@@ -513,15 +206,6 @@ def _keep(norms: Tensor, max_norm_ratio: float) -> tuple[Tensor, dict[str, int]]
     keep = finite & (norms <= limit)
     dropped = {"not_finite": int((~finite).sum()), "norm": int((finite & ~keep).sum())}
     return keep, dropped
-
-
-def _find_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
-    names = dict(model.named_modules())
-    if hook in names and hook:
-        return names[hook]
-    # Three good suggestions beat one: layer numbers differ in a single character.
-    near = difflib.get_close_matches(str(hook), names, n=3, cutoff=0.5) or list(names)[1:4]
-    raise ValueError(f"hook={hook!r} is not a module of this model: near it are {', '.join(near)}")
 
 
 def _check_arguments(
@@ -555,141 +239,3 @@ def _check_arguments(
         raise ValueError(
             f"token_windows has ids from {low} to {high}: 0 to {n_vocabulary - 1} are allowed"
         )
-
-
-# ---------------------------------------------------------------------------------------------
-# files
-
-
-class _RowsFile:
-    """rows.safetensors, written row by row without holding the rows.
-
-    safetensors' own writer takes whole tensors in memory. The format is a little-endian uint64,
-    the length of a JSON header, then the header, then the data; the header may end in spaces. So
-    its place is kept free, rows are appended, those to be dropped are closed up in place, and the
-    header is written last, when the number of rows is known.
-    """
-
-    _HEADER = 512  # bytes, the leading length included: keeps the data aligned
-    _CHUNK = 1 << 16  # rows moved at a time when closing up
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.dtype = torch.float32
-        self.width = 0
-        self.n_rows = 0
-        self._file = path.open("w+b")
-        self._file.write(bytes(self._HEADER))
-
-    def __enter__(self) -> _RowsFile:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._file.close()
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.width * self.dtype.itemsize
-
-    def append(self, rows: Tensor) -> None:
-        if self.n_rows == 0:
-            if rows.dtype not in _DTYPE_NAMES:
-                allowed = ", ".join(_DTYPE_NAMES.values())
-                raise ValueError(f"hook gives {rows.dtype}: {allowed} are allowed")
-            self.dtype, self.width = rows.dtype, rows.shape[1]
-        # NumPy has no bfloat16: the rows go as bytes.
-        self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
-        self.n_rows += len(rows)
-
-    def finish(self, keep: Tensor) -> None:
-        """Drop the rows where `keep` (bool [n_rows]) is false and write the header."""
-        n_kept = int(keep.sum())
-        if n_kept < self.n_rows:
-            self._file.flush()
-            data = np.memmap(
-                self._file,
-                dtype=np.uint8,
-                mode="r+",
-                offset=self._HEADER,
-                shape=(self.n_rows, self._row_bytes),
-            )
-            mask, end = keep.numpy(), 0
-            for start in range(0, self.n_rows, self._CHUNK):
-                # The target never lies behind the source, and the selection is a copy.
-                chunk = data[start : start + self._CHUNK][mask[start : start + self._CHUNK]]
-                data[end : end + len(chunk)] = chunk
-                end += len(chunk)
-            data.flush()
-            del data
-        size = n_kept * self._row_bytes
-        header = {
-            "rows": {
-                "dtype": _SAFETENSORS_DTYPES[_DTYPE_NAMES[self.dtype]],
-                "shape": [n_kept, self.width],
-                "data_offsets": [0, size],
-            }
-        }
-        text = json.dumps(header).encode().ljust(self._HEADER - 8)
-        self._file.seek(0)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._HEADER + size)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    where = f"folder={str(folder)!r}"
-    if not folder.is_dir():
-        raise ValueError(f"{where} is not a folder: an activation cache is needed")
-    if not path.is_file():
-        raise ValueError(f"{where} has no {_MANIFEST}: not an activation cache")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{where}: {_MANIFEST} is corrupt ({error}); {_MEND}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{where}: {_MANIFEST} is not of an activation cache ({FORMAT})")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{where} has format version {manifest.get('version')!r}: this program reads "
-            f"{FORMAT_VERSION}; {_MEND}"
-        )
-    kinds: dict[str, type] = {
-        "key": str, "model_name": str, "hook_name": str, "tokens_sha256": str, "dtype": str,
-        "context_size": int, "n_windows": int, "d_in": int, "n_rows": int, "dropped": dict,
-    }  # fmt: skip
-    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
-    if wrong:
-        raise ValueError(f"{where}: {_MANIFEST} lacks {', '.join(wrong)}; {_MEND}")
-    return manifest
-
-
-def _read_tensors(
-    folder: Path, name: str, shapes: dict[str, list[int]], dtype: str | None
-) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    where = f"folder={str(folder)!r}"
-    if not (folder / name).is_file():
-        raise ValueError(f"{where} has no {name}; {_MEND}")
-    try:
-        with safe_open(str(folder / name), framework="pt") as file:
-            have = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            for key, shape in shapes.items():
-                if key not in have:
-                    raise ValueError(f"{where}: {name} has no {key}; {_MEND}")
-                found = (list(have[key].get_shape()), have[key].get_dtype())
-                if found != (shape, dtype):
-                    raise ValueError(
-                        f"{where}: {key} is {found[1]} {found[0]}, but {_MANIFEST} says "
-                        f"{dtype} {shape}; {_MEND}"
-                    )
-            return {key: file.get_tensor(key) for key in shapes}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{where}: {name} is corrupt ({error}); {_MEND}") from error
-
-
-def _tokens_digest(tokens: Tensor) -> str:
-    plain = tokens.to("cpu", torch.int32).contiguous()
-    return hashlib.sha256(plain.numpy().astype("<i4").tobytes()).hexdigest()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bae_fast.lm.harvest import _find_module, _Stop
+from bae_fast.lm.hooks import StopForward, find_module
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.progress import progress_bar
 
@@ -77,11 +76,11 @@ def states_at(
         def hook(_module: Any, _arguments: Any, output: Any) -> None:
             found[name] = output[0] if isinstance(output, tuple) else output
             if len(found) == wanted:
-                raise _Stop(None)
+                raise StopForward(None)
 
         return hook
 
-    modules = {name: _find_module(lm.model, name) for name in hooks}
+    modules = {name: find_module(lm.model, name) for name in hooks}
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     states: dict[str, list[Tensor]] = {name: [] for name in hooks}
@@ -112,7 +111,7 @@ def states_at(
                         use_cache=cache is not None,
                     )
                     last = out.last_hidden_state
-                except _Stop:
+                except StopForward:
                     pass
                 if len(found) < len(hooks):
                     missing = ", ".join(name for name in hooks if name not in found)
@@ -154,7 +153,7 @@ def _keys_and_values(lm: LanguageModel, prefix: Sequence[int]) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=lm.model.config)
-    with contextlib.suppress(_Stop):  # blocks after the last hook are not run later either
+    with contextlib.suppress(StopForward):  # blocks after the last hook are not run later either
         lm.model.base_model(
             input_ids=torch.tensor([list(prefix)], device=lm.device),
             past_key_values=cache,
@@ -170,28 +169,6 @@ def _repeated(cache: Any, n: int) -> Any:
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(n)
     return cache
-
-
-def match_hooks(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:
-    """Paths of modules that match, in the model's order; ``*`` stands for one part of a path.
-
-    Raises:
-        ValueError: a pattern that matches no module.
-    """
-    names = [name for name, _ in lm.model.named_modules()]
-    matched: set[str] = set()
-    for pattern in patterns:
-        parts = pattern.split(".")
-        found = [
-            name
-            for name in names
-            if len(name.split(".")) == len(parts)
-            and all(map(fnmatch.fnmatchcase, name.split("."), parts))
-        ]
-        if not found:
-            _find_module(lm.model, pattern)  # its error names what is near
-        matched.update(found)
-    return [name for name in names if name in matched]
 
 
 def _batches(
