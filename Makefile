@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/*.cu* tests/csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/*.cu* tests/backends/csrc/*
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

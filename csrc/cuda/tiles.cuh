@@ -1,6 +1,6 @@
 // Where everything lies: tiles of the result, operands in shared memory, fragments of the matrix
 // instruction, bits of the signs. Integer functions only, for the device, for the emulation and for
-// tests on a CPU (tests/csrc/cuda_driver.cpp).
+// tests on a CPU (tests/backends/csrc/cuda_emulated.cpp).
 //
 // A product is C[m][n] = popc(A_m & B_n) summed over words, both operands contiguous along the
 // summed bits. Rows of operands pass through shared memory in stages of 512 bits, four chunks of

@@ -1,8 +1,8 @@
 """Tile sizes by chip family, kernel and size: data, read by :mod:`bae_fast.kernels.launch`.
 
 Chosen by what compiles: matrix instructions in the loop, no spill, shared memory within the chip's
-limit (``tests/test_triton_compile.py``); not timed on a device. Entries go by the number of rows of
-the kernel's first operand.
+limit (``tests/backends/test_triton_compile.py``); not timed on a device. Entries go by the number
+of rows of the kernel's first operand.
 """
 
 from __future__ import annotations

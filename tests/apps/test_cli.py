@@ -82,7 +82,7 @@ def test_an_interrupt_during_training_leaves_a_loadable_model(arguments, tmp_pat
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=Path(__file__).resolve().parents[2],
         # a shell's background jobs inherit an ignored interrupt
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

@@ -17,7 +17,7 @@ from bae_fast.ops import registry
 from bae_fast.packing import pack_rows, unpack_rows
 
 CPP = registry.BACKENDS["cpp"]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
 )

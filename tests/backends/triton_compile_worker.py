@@ -5,8 +5,8 @@ is compiled is what would be started: the same arguments, dtypes, alignments and
 row a compiled kernel: registers, spills and stack from the assembler, shared memory, and which
 matrix instructions its PTX and SASS hold.
 
-    python tests/triton_compile_worker.py sm_90 bfloat16
-    python tests/triton_compile_worker.py sm_90 uncovered     what steps start and warm-up does not
+    python tests/backends/triton_compile_worker.py sm_90 bfloat16
+    python tests/backends/triton_compile_worker.py sm_90 uncovered   what warm-up leaves out
 """
 
 import itertools

@@ -28,7 +28,7 @@ from bae_fast.interpret.judges import (
     TransformersJudge,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-a-secret-that-must-not-be-seen-0123456789"
 
 

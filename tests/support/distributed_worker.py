@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: ``python distributed_worker.py RANK STORE RESULT``.
+"""One rank of tests/layer/test_distributed.py: ``python distributed_worker.py RANK STORE RESULT``.
 
 Runs every case on one process group, so that processes are started once, and saves what each
 gave: case name -> result. The test compares with a single process. Rank r's rows come from

@@ -1,7 +1,7 @@
 """The compiled objects: what instructions they hold, and that kernels keep to their memory.
 
 The extension is built twice in a temporary folder by setup.py itself, as it ships and with
-sanitizers; tests/csrc/kernels_driver.cpp runs the kernels of both builds without torch,
+sanitizers; tests/backends/csrc/kernels_driver.cpp runs the kernels of both builds without torch,
 and those for ARM under an emulator, against plain loops.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from test_cpp import levels
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = ROOT / "tests" / "csrc" / "kernels_driver.cpp"
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = ROOT / "tests" / "backends" / "csrc" / "kernels_driver.cpp"
 CXX = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
 # ends by a signal, so that the driver names the case
@@ -130,7 +130,7 @@ def test_operators_run_clean_under_sanitizers(sanitized, tmp_path, level):
     shutil.copy(sanitized / "bae_fast" / "_C.abi3.so", tmp_path / "bae_fast")
     done = run(
         sys.executable,
-        ROOT / "tests" / "guard_pages.py",
+        ROOT / "tests" / "support" / "guard_pages.py",
         "heap",
         PYTHONPATH=str(tmp_path),
         LD_PRELOAD=runtime("libasan.so"),

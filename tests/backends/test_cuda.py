@@ -1,7 +1,8 @@
 """impl="cuda" without a GPU: its kernels' text run on a CPU, its compiler, when it refuses.
 
-tests/csrc/cuda_emulation.h gives the few instructions that the kernels need, so that g++ compiles
-csrc/cuda as it is; the launchers run unchanged, with the emulation in place of CUDA's driver.
+tests/backends/csrc/cuda_emulation.h gives the few instructions that the kernels need, so that g++
+compiles csrc/cuda as it is; the launchers run unchanged, with the emulation in place of CUDA's
+driver.
 ``test_cuda_compile.py`` compiles the same files for real chips.
 """
 
@@ -23,7 +24,7 @@ import bae_fast as bf
 from bae_fast.ops import registry
 from bae_fast.packing import columns_to_features, n_words, pack_rows, rows_to_columns, unpack_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 CXX = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-x", "c++")
@@ -39,10 +40,18 @@ if CUDA.unavailable is None:
 
 
 def build(target, source, *flags):
-    """Compile one file of tests/csrc; fails the test with what the compiler wrote."""
+    """Compile one file of tests/backends/csrc; fails the test with what the compiler wrote."""
     if shutil.which(shlex.split(CXX)[0]) is None:
         pytest.skip(f"needs the C++ compiler {CXX}")
-    command = (*shlex.split(CXX), *FLAGS, *flags, f"-I{ROOT}/tests/csrc", source, "-o", target)
+    command = (
+        *shlex.split(CXX),
+        *FLAGS,
+        *flags,
+        f"-I{ROOT}/tests/backends/csrc",
+        source,
+        "-o",
+        target,
+    )
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return target
@@ -51,7 +60,7 @@ def build(target, source, *flags):
 def emulation_of(sources, folder, optimize="-O2"):
     """The kernels as a library with the functions of CUDA's driver."""
     flags = (optimize, "-fPIC", "-shared", "-Wno-clobbered", f"-I{sources}")
-    return build(folder / "emulated.so", ROOT / "tests/csrc/cuda_emulated.cpp", *flags)
+    return build(folder / "emulated.so", ROOT / "tests/backends/csrc/cuda_emulated.cpp", *flags)
 
 
 def emulate(library, patch):
@@ -317,7 +326,7 @@ def test_the_emulation_finds_what_is_wrong(name, emulated, tmp_path, monkeypatch
 
 
 def test_places_of_tiles_fragments_and_signs(tmp_path):
-    program = build(tmp_path / "tiles", ROOT / "tests/csrc/cuda_tiles.cpp", f"-I{SOURCES}")
+    program = build(tmp_path / "tiles", ROOT / "tests/backends/csrc/cuda_tiles.cpp", f"-I{SOURCES}")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if CUDA.unavailable is None:
@@ -331,7 +340,11 @@ def test_places_of_tiles_fragments_and_signs(tmp_path):
 def process(program, *args, **variables):
     """What a program prints that sees this file and the repository."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BAE_FAST_")}
-    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", **variables}
+    environment |= {
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/backends:{ROOT}/tests/support",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     done = subprocess.run(
         [sys.executable, "-c", program, *args],
         capture_output=True,

@@ -28,7 +28,7 @@ from bae_fast.cli import main
 from bae_fast.compression import CompressedCode, compress, decompress
 from bae_fast.lm import ActivationCache
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def independent(n_rows, p, seed=0):

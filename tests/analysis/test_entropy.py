@@ -313,7 +313,7 @@ def test_memory_is_the_matrix_and_sixteen_kibibytes_a_column():
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[2],
     )  # fmt: skip
     # making the code left room that was given back; 8 MiB for the allocator
     assert int(done.stdout) * 1024 < 4 * k * k + 16 * 1024 * k + 8 * 2**20

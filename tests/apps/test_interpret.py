@@ -27,7 +27,7 @@ from bae_fast.lm import harvest, load_language_model, windows
 
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["Yes", "No", *(f"word{i}" for i in range(40))]
 
 

@@ -17,7 +17,7 @@ from bae_fast.ops import registry
 from bae_fast.packing import pack_rows, unpack_rows
 
 CPP = registry.BACKENDS["cpp"]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if CPP.unavailable is not None:
     pytest.skip(f"impl='cpp' cannot run: {CPP.unavailable}", allow_module_level=True)
 

@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+        [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     )
     processes, logs = [], []
     for rank in range(WORLD):
-        command = [sys.executable, str(HERE / "distributed_worker.py"), str(rank)]
+        command = [
+            sys.executable,
+            str(ROOT / "tests" / "support" / "distributed_worker.py"),
+            str(rank),
+        ]
         command += [str(folder / "store"), str(folder / f"result{rank}")]
         logs.append(folder / f"log{rank}")
         with logs[-1].open("w") as log:

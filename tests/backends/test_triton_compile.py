@@ -14,7 +14,7 @@ import pytest
 
 from bae_fast.ops import registry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRITON = registry.BACKENDS["triton"]
 pytestmark = [
     pytest.mark.slow,
@@ -54,7 +54,7 @@ def worker(chip, what, folder):
     }
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "tests/triton_compile_worker.py", chip, what],
+        [sys.executable, "tests/backends/triton_compile_worker.py", chip, what],
         capture_output=True,
         text=True,
         env=environment,

@@ -14,7 +14,7 @@ import pytest
 
 from bae_fast.ops import registry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = registry.BACKENDS["cuda"]
 pytestmark = [
     pytest.mark.slow,

@@ -17,7 +17,7 @@ import torch
 import bae_fast as bf
 from bae_fast.ops import registry
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 TRITON = registry.BACKENDS["triton"]
 needs_triton = pytest.mark.skipif(
     TRITON.unavailable is not None, reason=f"impl='triton' cannot run: {TRITON.unavailable}"
@@ -29,13 +29,13 @@ def process(*command, **variables):
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
     }
-    environment |= {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", **variables}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         env=environment,
-        cwd=HERE.parent,
+        cwd=ROOT,
         check=False,
     )
 
@@ -44,7 +44,7 @@ def process(*command, **variables):
 @pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     done = process(
-        "-m", "pytest", "tests/triton_interpreted.py", "-x", "-o", "addopts=",
+        "-m", "pytest", "tests/backends/triton_interpreted.py", "-x", "-o", "addopts=",
         "-p", "no:cacheprovider", TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def test_the_kernels_in_the_interpreter():
 @pytest.mark.slow
 def test_its_operators_pass_opcheck_in_the_interpreter():
     done = process(
-        "-m", "pytest", "tests/test_compile.py", "-k", "triton", "-o", "addopts=",
+        "-m", "pytest", "tests/layer/test_compile.py", "-k", "triton", "-o", "addopts=",
         "-p", "no:cacheprovider", TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

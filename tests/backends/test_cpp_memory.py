@@ -14,7 +14,7 @@ import bae_fast as bf
 from bae_fast.backends.cpp import extension
 from bae_fast.packing import pack_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
 )
@@ -31,7 +31,7 @@ def level(request):
 def test_operators_touch_nothing_beside_their_tensors(name):
     """In a process of its own: a fault ends it, and the last line names the case."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "guard_pages.py"), "back", "front"],
+        [sys.executable, str(ROOT / "tests" / "support" / "guard_pages.py"), "back", "front"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAE_FAST_SIMD": name},
