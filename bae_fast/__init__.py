@@ -1,5 +1,6 @@
 """bae_fast: the Binary Autoencoder of arXiv 2509.20997 on packed codes, fast and exact."""
 
+from bae_fast import backends  # noqa: F401 (they register themselves)
 from bae_fast._version import __version__
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput, binary_autoencoder, decode, encode

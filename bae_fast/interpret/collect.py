@@ -179,21 +179,21 @@ def collect_code(
     _check_k(k)
     code = code.flatten()
     n, f = code.shape
-    name = registry.choose(impl, code.device.type, torch.float32, f, 1)
-    faster = {} if name == "reference" else registry.BACKENDS[name].extras
+    faster = registry.extras(impl, code.device.type)
     if density is None:
-        count = faster.get("column_counts", _column_counts)
+        count = faster.column_counts or _column_counts
         density = count(code.words, f).double() / code.n_rows()
         density = density.nan_to_num()  # no row: no entry either
     order, keys = _table(density.to(code.device), f, on_only)
     k = min(k, f)
-    select = faster.get("salient", _select)
+    select = faster.salient or _select
     places = select(code.words, order, f, k)
     if code.row_mask is not None:
         places[~code.row_mask] = len(order)
     # one entry more: where a row has no further
     features = torch.cat([order >> 1, order.new_tensor([f])]).to(torch.int32)
-    offsets, at = faster.get("grouped", _grouped)(features[places].flatten(), f)
+    group = faster.grouped or _grouped
+    offsets, at = group(features[places].flatten(), f)
     salience = (keys + EPSILON).log2().float()[places.flatten()[at]]
     return SalientTokens(offsets, (at // k).to(_row_dtype(n)), salience, k, n)
 
@@ -226,9 +226,8 @@ def collect_scores(blocks: Iterable[Tensor], *, k: int = 10) -> SalientTokens:
     if f is None:
         raise ValueError("blocks must not be empty")
     features, rows, scores = (torch.cat(list(kind)) for kind in zip(*parts, strict=True))
-    name = registry.choose("auto", features.device.type, torch.float32, f, 1)
-    faster = {} if name == "reference" else registry.BACKENDS[name].extras
-    offsets, at = faster.get("grouped", _grouped)(features, f)
+    faster = registry.extras("auto", features.device.type)
+    offsets, at = (faster.grouped or _grouped)(features, f)
     return SalientTokens(offsets, rows[at].to(_row_dtype(n)), scores[at], min(k, f), n)
 
 

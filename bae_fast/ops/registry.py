@@ -1,23 +1,19 @@
 """Which backend serves a call: by the tensor's device, dtype and shape, at call time.
 
-A backend is a folder ``bae_fast/backends/<name>/`` whose ``__init__`` has ``BACKEND``, an
-instance of :class:`Backend`; nothing else needs to change when one is added. Importing that
-module must be cheap and must not need the backend's toolchain: a backend that cannot run says so
-through :attr:`Backend.unavailable`.
+Backends register themselves here (:func:`register`); this module knows none of them. Registering
+must be cheap and must not need the backend's toolchain: a backend that cannot run says so through
+:attr:`Backend.unavailable`.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-import bae_fast.backends
+from torch import Tensor
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
@@ -59,6 +55,23 @@ def _no_reasons(request: Request) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Extras:
+    """Functions on packed words beyond the contract; None: the caller's own in plain torch serves.
+
+    Attributes:
+        column_counts: (words int32 ``[N, W]``, K) -> ones in each column, int64 ``[K]``.
+        salient: (words, order int64 ``[m]``, K, k) -> places in ``order`` of the first k entries
+            that hold in each row, int32 ``[N, k]``; m where a row has fewer.
+        grouped: (numbers int32 ``[M]``, G) -> offsets int64 ``[G + 1]`` and the rising indices of
+            each number in 0 .. G-1; other numbers are left out.
+    """
+
+    column_counts: Callable[[Tensor, int], Tensor] | None = None
+    salient: Callable[[Tensor, Tensor, int, int], Tensor] | None = None
+    grouped: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
 class Backend:
     """One implementation of every operator in :mod:`bae_fast.ops.schemas`.
 
@@ -69,7 +82,7 @@ class Backend:
         not_supported_reasons: every reason against serving a request; empty to accept it.
         warmup: compiles what a first call on a device would, or None where nothing is compiled.
         simd: name of the CPU instruction set in use, or None where there is no such choice.
-        extras: functions beyond the contract by name; whoever asks for one has it in plain torch.
+        extras: functions beyond the contract.
     """
 
     name: str
@@ -78,17 +91,24 @@ class Backend:
     not_supported_reasons: Callable[[Request], list[str]] = _no_reasons
     warmup: Callable[[torch.device], None] | None = None
     simd: Callable[[], str] | None = None
-    extras: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    extras: Extras = Extras()  # frozen
 
 
-def _discover() -> dict[str, Backend]:
-    found = {}
-    for module in pkgutil.iter_modules(bae_fast.backends.__path__):
-        found[module.name] = importlib.import_module(f"bae_fast.backends.{module.name}").BACKEND
-    return found
+BACKENDS: dict[str, Backend] = {}
 
 
-BACKENDS: dict[str, Backend] = _discover()
+def register(backend: Backend) -> Backend:
+    """Add a backend, and return it.
+
+    Raises:
+        ValueError: its name is no value of ``impl=``, or is taken.
+    """
+    if backend.name not in IMPLS[2:]:
+        raise ValueError(f"backend must be one of {', '.join(IMPLS[2:])}; got {backend.name!r}")
+    if backend.name in BACKENDS:
+        raise ValueError(f"backend {backend.name!r} must be registered once; got it twice")
+    BACKENDS[backend.name] = backend
+    return backend
 
 
 def reasons_against(name: str, request: Request) -> list[str]:
@@ -140,6 +160,18 @@ def choose(
     if reasons:
         raise BackendUnavailableError(f"impl={impl!r} cannot serve {request}: {'; '.join(reasons)}")
     return impl
+
+
+def extras(impl: str, device_type: str) -> Extras:
+    """What serves beyond the contract on a device, where ``impl`` is chosen as for a float32 call.
+
+    ``reference`` has none.
+
+    Raises:
+        ValueError, BackendUnavailableError: as :func:`choose`.
+    """
+    name = choose(impl, device_type, torch.float32, None, 1)
+    return Extras() if name == "reference" else BACKENDS[name].extras
 
 
 # What torch.compiler.assume_constant_result(choose) sets: under torch.compile the choice is made

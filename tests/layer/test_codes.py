@@ -1,5 +1,6 @@
 """BinaryCode against dense tensors, and its file."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import bae_fast as bf
+from bae_fast import packing
+from bae_fast.ops import registry
 
 
 def make(shape=(70, 100), density=0.3, **options):
@@ -189,3 +192,47 @@ def test_constructor_names_what_is_wrong():
         bf.BinaryCode(words, 40, n_bits=3)
     with pytest.raises(ValueError, match="row_mask must be bool"):
         bf.BinaryCode(words, 40, row_mask=torch.ones(4, dtype=torch.bool))
+
+
+def counting(monkeypatch):
+    """What was counted by a backend rather than in plain torch, filled as it happens."""
+    calls = []
+
+    def count(words, n_columns):
+        calls.append(n_columns)
+        return packing.column_counts(words, n_columns)
+
+    backend = registry.BACKENDS["torch"]
+    extras = dataclasses.replace(backend.extras, column_counts=count)
+    monkeypatch.setitem(registry.BACKENDS, "torch", dataclasses.replace(backend, extras=extras))
+    return calls
+
+
+def test_counts_reach_what_the_backend_has_for_them(monkeypatch):
+    calls = counting(monkeypatch)
+    code = bf.BinaryCode.from_dense(torch.rand(3, 5, 40) < 0.4)
+    right = code.to_dense(torch.int64).sum((0, 1))
+    monkeypatch.setenv("BAE_FAST_IMPL", "torch")
+    assert torch.equal(code.counts(), right)
+    assert calls == [40]
+    monkeypatch.setenv("BAE_FAST_IMPL", "reference")
+    assert torch.equal(code.counts(), right)
+    assert calls == [40]
+
+
+@pytest.mark.parametrize("shape", [(0, 70), (1, 31), (130, 70), (2, 3, 64)])
+def test_counts_are_the_same_by_every_choice(monkeypatch, shape):
+    bits = torch.rand(shape) < 0.3
+    right = bits.reshape(-1, shape[-1]).sum(0)
+    for impl in ("auto", *registry.IMPLS[1:]):  # those for other devices count in plain torch
+        monkeypatch.setenv("BAE_FAST_IMPL", impl)
+        assert torch.equal(bf.BinaryCode.from_dense(bits).counts(), right), impl
+
+
+def test_counts_are_traced_in_plain_torch():
+    @torch.compile(fullgraph=True, backend="eager")
+    def double(words):
+        return 2 * bf.BinaryCode(words, 70).counts()
+
+    bits = torch.rand(20, 70) < 0.3
+    assert torch.equal(double(packing.pack_rows(bits)), 2 * bits.sum(0))

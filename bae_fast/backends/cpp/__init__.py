@@ -28,10 +28,10 @@ def _bodies() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _extras() -> dict[str, Callable[..., Any]]:
+def _extras() -> registry.Extras:
     from bae_fast.backends.cpp.salient import column_counts, grouped, salient
 
-    return {"column_counts": column_counts, "grouped": grouped, "salient": salient}
+    return registry.Extras(column_counts=column_counts, grouped=grouped, salient=salient)
 
 
 def _not_supported(request: registry.Request) -> list[str]:
@@ -55,4 +55,4 @@ def _make() -> registry.Backend:
     )
 
 
-BACKEND = _make()
+BACKEND = registry.register(_make())

@@ -53,4 +53,4 @@ def _make() -> registry.Backend:
     )
 
 
-BACKEND = _make()
+BACKEND = registry.register(_make())

@@ -27,4 +27,4 @@ schemas.implement(
     "torch", {name: raw(body) for name, body in _BODIES.items()}, "CompositeExplicitAutograd"
 )
 
-BACKEND = registry.Backend(name="torch", ops=schemas.overloads("torch"))
+BACKEND = registry.register(registry.Backend(name="torch", ops=schemas.overloads("torch")))

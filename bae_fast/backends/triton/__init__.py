@@ -46,4 +46,4 @@ def _make() -> registry.Backend:
     )
 
 
-BACKEND = _make()
+BACKEND = registry.register(_make())
