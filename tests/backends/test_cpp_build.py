@@ -111,7 +111,7 @@ def test_kernels_equal_plain_loops_and_touch_nothing_beside_their_buffers(shippe
     assert set(re.findall(r"(\w+): \d{4,} cases", done)) >= {"scalar", *levels()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_run_clean_under_sanitizers(sanitized, driver):
     """Overflow, shifts, alignment, and the heap: scratch and tensors end with their block.
 
@@ -122,7 +122,7 @@ def test_kernels_run_clean_under_sanitizers(sanitized, driver):
     assert set(re.findall(r"(\w+): \d{4,} cases", done)) >= {"scalar", *levels()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("level", sorted({"scalar", *levels()[-1:]}))  # the simplest, the best
 def test_operators_run_clean_under_sanitizers(sanitized, tmp_path, level):
     """The operators' own allocations, results and scratch, which guard pages do not reach."""
