@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,26 @@ if TYPE_CHECKING:
 
 # elements upcast to float64 at a time
 _CHUNK_ELEMENTS = 16 * 2**20
+
+
+def check_rows(name: str, rows: Any, width: int) -> None:
+    """Refuse what is no tensor of hidden states ``[n, width]``.
+
+    Raises:
+        TypeError: no tensor, or one that is not of floating point.
+        ValueError: another shape, or no rows.
+    """
+    if not isinstance(rows, Tensor):
+        hint = ""
+        if isinstance(getattr(rows, "rows", None), Tensor):
+            hint = f"; its rows are {name}.rows"
+        elif type(rows).__module__.partition(".")[0] == "numpy":
+            hint = f"; torch.from_numpy({name}) makes one of it"
+        raise TypeError(f"{name} must be a tensor [n, {width}]; got {type(rows).__name__}{hint}")
+    if rows.dim() != 2 or rows.shape[1] != width or not len(rows):
+        raise ValueError(f"{name} must have shape [n, {width}]; got {list(rows.shape)}")
+    if not rows.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point; got {rows.dtype}")
 
 
 class Normalized(nn.Module):

@@ -11,22 +11,10 @@ from bae_fast.baselines.model import (
     load_autoencoder,
     make_baseline,
 )
-from bae_fast.training import TrainingConfig
+from bae_fast.training import SparseConfig
 
-# what Trainer is given for a baseline: Adam as the methods' papers have it, and nothing of the
-# Binary Autoencoder's objective
-TRAINING = TrainingConfig(
-    lr=1e-3,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    decoder_lr_scale=1.0,
-    entropy_weight=0.0,
-    init="none",
-    bank_batches=0,
-    multilinear=False,
-    revive_every=0,
-    refit=False,
-)
+# what Trainer is given for a baseline: Adam as the methods' papers have it
+TRAINING = SparseConfig()
 
 __all__ = [
     "METHODS",

@@ -1,12 +1,28 @@
 """Training an autoencoder on rows of hidden states."""
 
 from bae_fast.training.bank import CodeBank
+from bae_fast.training.config import PRESETS, LoopConfig, SparseConfig, TrainingConfig
+from bae_fast.training.objective import (
+    BinaryObjective,
+    Loss,
+    Objective,
+    SparseObjective,
+    Step,
+    Trainable,
+)
 from bae_fast.training.recipe import init_from_rows_, refit_decoder_, revive_
-from bae_fast.training.trainer import PRESETS, Trainable, Trainer, TrainingConfig
+from bae_fast.training.trainer import Trainer
 
 __all__ = [
     "PRESETS",
+    "BinaryObjective",
     "CodeBank",
+    "LoopConfig",
+    "Loss",
+    "Objective",
+    "SparseConfig",
+    "SparseObjective",
+    "Step",
     "Trainable",
     "Trainer",
     "TrainingConfig",

@@ -1,210 +1,50 @@
 """The training loop: rows of hidden states in, a trained autoencoder out.
 
-The loop (order of the rows, learning rate, precision, dead features, log, Ctrl-C, resume) serves
-the Binary Autoencoder, whose objective is here, and every :class:`Trainable`, which brings its own.
+The loop owns the order of the rows, the learning rate, the precision, the count of dead features,
+the log, interrupts and checkpoints. What is minimised comes from the configuration as an
+:class:`bae_fast.training.Objective`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import hashlib
 import json
 import math
+import os
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bae_fast.codes import BinaryCode
 from bae_fast.devices import has_bfloat16
-from bae_fast.model import BinaryAutoencoder
+from bae_fast.files import replacing, write_text
+from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
-from bae_fast.statistics import entropy_bits
-from bae_fast.training.bank import CodeBank
-from bae_fast.training.recipe import (
-    MAX_REFIT_FEATURES,
-    START_ROWS,
-    init_from_rows_,
-    refit_decoder_,
-    residual,
-    revive_,
-)
+from bae_fast.training.config import LoopConfig
+from bae_fast.training.objective import Loss, Step
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
 
+# bytes of rows, evenly spaced, by which a resumed run knows its rows again
+_FINGERPRINT_BYTES = 64 * 2**20
 
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """Every constant of a training run.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: rows a step, N.
-        lr, betas, eps: of Adam.
-        decoder_lr_scale: the learning rate of W_dec is lr times this.
-        decay_from: share of the steps after which the learning rate falls to zero as a cosine;
-            1 keeps it constant.
-        entropy_weight, covariance_weight: a_e and a_c; the loss is mse (mean over rows and
-            dimensions, normalised units) + a_e H + a_c D.
-        entropy_from: share of the steps before which a_e is zero (step schedule).
-        init: "rows" (features start along rows of the data), "density" (random weights, bits on
-            in ``density`` of the rows) or "none" (as the module is).
-        density: share of ones at the start.
-        decoder_norm: norm of the decoder's rows at the start, for ``init="rows"``.
-        bank_batches: past batches counted together with each batch by the entropy and the
-            covariance.
-        multilinear: pass exact differences of the error to the bits instead of slopes, see
-            :func:`bae_fast.binary_autoencoder`.
-        revive_every: steps between revivals of dead features (0: never), until
-            ``revive_until`` of the steps.
-        dead_below: a feature is dead if fewer than this share of rows had it since last time.
-        revive_quantile, revive_decoder_scale: see :func:`bae_fast.training.revive_`.
-        refit: replace the decoder by its least-squares optimum at the end. After 2,000 steps of
-            the demo it lowers the FVU by 0.0003, after 200 by 0.015.
-        precision: "bfloat16" (autocast), "float32", or "auto" (bfloat16 where it is native).
-        seed: of the draws of rows, start and revival.
-    """
-
-    steps: int = 2000
-    batch_size: int = 512
-    lr: float = 4e-3
-    betas: tuple[float, float] = (0.7, 0.9)
-    eps: float = 1e-12
-    decoder_lr_scale: float = 2.0
-    decay_from: float = 0.2
-    entropy_weight: float = 1.5e-4
-    covariance_weight: float = 0.0
-    entropy_from: float = 0.0
-    init: str = "rows"
-    density: float = 0.02
-    decoder_norm: float = 1.44
-    bank_batches: int = 32
-    multilinear: bool = True
-    revive_every: int = 50
-    revive_until: float = 0.9
-    dead_below: float = 3e-4
-    revive_quantile: float = 0.99
-    revive_decoder_scale: float = 0.3
-    refit: bool = True
-    precision: str = "auto"
-    seed: int = 0
-
-    def check_size(self, d_sae: int) -> None:
-        """Raise ValueError where the refit cannot serve that many features."""
-        if self.refit and d_sae > MAX_REFIT_FEATURES:
-            raise ValueError(
-                f"refit must be False for d_sae > {MAX_REFIT_FEATURES}, as it solves an F x F "
-                f"system; got d_sae={d_sae}"
-            )
-
-    def __post_init__(self) -> None:
-        integers = {"steps": 1, "batch_size": 1, "bank_batches": 0, "revive_every": 0, "seed": 0}
-        for name, least in integers.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be an int; got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
-        bounds = {
-            "entropy_weight": (0.0, math.inf),
-            "covariance_weight": (0.0, math.inf),
-            "lr": (0.0, math.inf),
-            "eps": (0.0, math.inf),
-            "decoder_lr_scale": (0.0, math.inf),
-            "decoder_norm": (0.0, math.inf),
-            "decay_from": (0.0, 1.0),
-            "entropy_from": (0.0, 1.0),
-            "density": (0.0, 1.0),
-            "revive_until": (0.0, 1.0),
-            "dead_below": (0.0, 1.0),
-            "revive_quantile": (0.0, 1.0),
-            "revive_decoder_scale": (0.0, math.inf),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and low <= value <= high and math.isfinite(value)):
-                allowed = "not be negative" if high == math.inf else f"lie in [{low:g}, {high:g}]"
-                raise ValueError(f"{name} must {allowed} and be finite; got {value!r}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive; got {self.lr}")
-        if self.init not in ("rows", "density", "none"):
-            raise ValueError(f"init must be rows, density or none; got {self.init!r}")
-        if self.precision not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"precision must be auto, bfloat16 or float32; got {self.precision!r}")
+# signals that wait for the end of a step
+_HELD = (signal.SIGINT, signal.SIGTERM)
 
 
-PRESETS: dict[str, TrainingConfig] = {
-    "sparse": TrainingConfig(),
-    # the released program's README: Adam 5e-4, a_e = a_c = 1e-7, entropy from a quarter on
-    "paper": TrainingConfig(
-        lr=5e-4,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        decoder_lr_scale=1.0,
-        decay_from=1.0,
-        entropy_weight=1e-7,
-        covariance_weight=1e-7,
-        entropy_from=0.25,
-        init="none",
-        bank_batches=0,
-        multilinear=False,
-        revive_every=0,
-        refit=False,
-        precision="float32",
-    ),
-}
+Config = TypeVar("Config", bound=LoopConfig)
 
 
-@runtime_checkable
-class Trainable(Protocol):
-    """An autoencoder that brings its own objective, such as those of :mod:`bae_fast.baselines`.
-
-    It is also an ``nn.Module`` with ``W_enc [d_in, d_sae]``, ``W_dec`` and ``is_transcoder``;
-    whatever a step changes besides parameters lies in its buffers, so that runs resume exactly.
-    """
-
-    def training_loss(
-        self, x: Tensor, target: Tensor | None, *, dead: Tensor, done: float
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(loss ``[]``, its parts by name with ``mse``, rows in which each feature is on ``[F]``).
-
-        Args:
-            x, target: raw rows; the target is None unless the trainer has targets.
-            dead: bool ``[F]``, features that were off for the last 200 steps.
-            done: share of the steps done.
-        """
-
-    def before_update(self) -> None:
-        """Between the backward pass and the optimizer's step."""
-
-    def after_update(self) -> None:
-        """After the optimizer's step, to put back what the parameters must satisfy."""
-
-    def finish(self, x: Tensor) -> None:
-        """After the last step, with all raw rows."""
-
-
-# what only the Binary Autoencoder's objective has, and its value for other models
-_BINARY_ONLY: dict[str, Any] = {
-    "entropy_weight": 0.0,
-    "covariance_weight": 0.0,
-    "init": "none",
-    "bank_batches": 0,
-    "multilinear": False,
-    "revive_every": 0,
-    "refit": False,
-}
-
-
-class Trainer:
+class Trainer(Generic[Config]):
     """Trains a module on rows held in memory (or memory-mapped).
 
     Example::
@@ -213,103 +53,119 @@ class Trainer:
         trainer.fit(log=Path("run/log.jsonl"))
 
     The module's normalisation should be fitted first. :meth:`state_dict` and
-    :meth:`load_state_dict` resume a run exactly: the same batches, the same optimizer state.
+    :meth:`load_state_dict` (or :meth:`save` and :meth:`load`, with a file) resume a run exactly:
+    the same batches, the same optimizer state.
+
+    Gradients are switched on inside, whatever the caller's setting. A module of float16 or
+    bfloat16 parameters is trained as a float32 copy, whose rounded values the module gets after
+    every step: steps of Adam would be lost in the rounding of half precision.
+
+    Attributes:
+        model: the caller's module.
+        objective: what is minimised, see :mod:`bae_fast.training.objective`.
+        step: steps done.
     """
 
     def __init__(
         self,
-        bae: Any,
+        model: nn.Module,
         rows: Tensor,
-        config: TrainingConfig,
+        config: Config,
         *,
         targets: Tensor | None = None,
     ) -> None:
         """Prepare the start of the features, the optimizer and the order of the rows.
 
         Args:
-            bae: a Binary Autoencoder, or a :class:`Trainable`.
-            rows: raw hidden states ``[n, d_in]``, on any device; batches are moved to bae's.
+            model: what the configuration's objective can train: a Binary Autoencoder for a
+                :class:`TrainingConfig`, a :class:`Trainable` for a :class:`SparseConfig`.
+            rows: raw hidden states ``[n, d_in]``, floating point and finite, on any device;
+                batches are moved to the module's.
             targets: of a transcoder, ``[n, d_out]``, row by row.
 
         Raises:
-            TypeError: bae is neither.
+            TypeError: a module that the objective cannot train, or rows that are no tensor of
+                floats.
             ValueError: rows of another width, fewer rows than a batch, targets that do not fit,
-                or for a Trainable a constant that only the Binary Autoencoder's objective has.
+                a module without a parameter to train, or a constant that does not fit the module.
         """
-        self.own_objective = not isinstance(bae, BinaryAutoencoder)
-        if self.own_objective:
-            if not isinstance(bae, Trainable):
-                raise TypeError(
-                    f"bae must be a BinaryAutoencoder or a Trainable; got {type(bae).__name__}"
+        if not isinstance(config, LoopConfig):
+            raise TypeError(
+                f"config must be a TrainingConfig or a SparseConfig; got {type(config).__name__}"
+            )
+        with _learning():
+            self.model, self.config = model, config
+            narrow = any(p.element_size() < 4 for p in model.parameters())
+            self._trained = copy.deepcopy(model).float() if narrow else model
+            self.objective = config.objective(self._trained)
+            _check_parameters(model)
+            shapes: Any = model.config
+            if model.is_transcoder != (targets is not None):
+                raise ValueError(
+                    f"targets must {'be given' if model.is_transcoder else 'be None'}: "
+                    "d_out decides"
                 )
-            for name, value in _BINARY_ONLY.items():
-                if getattr(config, name) != value:
+            check_rows("rows", rows, shapes.d_in)
+            if targets is not None:
+                check_rows("targets", targets, shapes.d_out)
+                if len(targets) != len(rows):
                     raise ValueError(
-                        f"{name} must be {value!r} for {type(bae).__name__}, which brings its own "
-                        f"objective (bae_fast.baselines.TRAINING); got {getattr(config, name)!r}"
+                        f"targets must have shape [{len(rows)}, {shapes.d_out}]; "
+                        f"got {list(targets.shape)}"
                     )
-        if bae.is_transcoder != (targets is not None):
-            raise ValueError(
-                f"targets must {'be given' if bae.is_transcoder else 'be None'}: d_out decides"
+            if len(rows) < config.batch_size:
+                raise ValueError(
+                    f"rows must hold at least one batch of {config.batch_size}; got {len(rows)}"
+                )
+            self.rows = rows.detach()
+            self.targets = None if targets is None else targets.detach()
+            first = next(self._trained.parameters())
+            self.device, self._dtype = first.device, first.dtype
+            self.step = 0
+            self.generator = torch.Generator().manual_seed(config.seed)
+            self._order = torch.empty(0, dtype=torch.int64)
+            self._last_fired = torch.zeros(
+                self.objective.n_columns, dtype=torch.int64, device=self.device
             )
-        if targets is not None and targets.shape != (len(rows), bae.config.d_out):
-            raise ValueError(
-                f"targets must have shape [{len(rows)}, {bae.config.d_out}]; "
-                f"got {list(targets.shape)}"
+            self._in_step = False
+            self.bfloat16 = config.precision == "bfloat16" or (
+                config.precision == "auto"
+                and has_bfloat16(self.device)
+                and self._dtype == torch.float32
             )
-        if rows.dim() != 2 or rows.shape[1] != bae.config.d_in:
-            raise ValueError(f"rows must have shape [n, {bae.config.d_in}]; got {list(rows.shape)}")
-        if len(rows) < config.batch_size:
-            raise ValueError(
-                f"rows must hold at least one batch of {config.batch_size}; got {len(rows)}"
-            )
-        config.check_size(bae.config.d_sae)
-        if config.covariance_weight and config.batch_size < 2:
-            raise ValueError("batch_size must be at least 2 with a covariance_weight; got 1")
-        self.bae, self.rows, self.targets, self.config = bae, rows, targets, config
-        self.device = bae.W_enc.device
-        self.step = 0
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._fired = torch.zeros(bae.W_enc.shape[1], dtype=torch.int64, device=self.device)
-        self._seen = 0
-        self._last_fired = torch.zeros_like(self._fired)
-        self.bank = CodeBank(config.bank_batches) if config.bank_batches else None
-        self.bfloat16 = config.precision == "bfloat16" or (
-            config.precision == "auto"
-            and has_bfloat16(self.device)
-            and bae.W_enc.dtype == torch.float32
-        )
-        self._start()
-        rest = [p for p in bae.parameters() if p is not bae.W_dec and p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            [
+            self.objective.start(self._sample, self.generator)
+            decoder = [p for n, p in self._trained.named_parameters() if n == "W_dec"]
+            rest = [
+                p for n, p in self._trained.named_parameters() if n != "W_dec" and p.requires_grad
+            ]
+            groups = [
                 {"params": rest, "scale": 1.0},
-                {"params": [bae.W_dec], "scale": config.decoder_lr_scale},
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-
-    def _start(self) -> None:
-        config, bae = self.config, self.bae
-        if config.init == "none":
-            return
-        n = max(START_ROWS, bae.config.d_sae)
-        picked = torch.randperm(len(self.rows), generator=self.generator)[:n]
-        rows = self.rows[picked].to(self.device, bae.W_enc.dtype)
-        if config.init == "rows":
-            init_from_rows_(
-                bae,
-                rows,
-                config.density,
-                decoder_norm=config.decoder_norm,
-                generator=self.generator,
+                {"params": decoder, "scale": config.decoder_lr_scale},
+            ]
+            self.optimizer = torch.optim.Adam(
+                [group for group in groups if group["params"]],
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                fused=self.device.type in ("cpu", "cuda"),
             )
-        else:
-            bae.init_density_(rows, config.density)
+            self._publish()
+
+    @property
+    def bae(self) -> Any:
+        """The caller's module, by the name it had when only Binary Autoencoders were trained."""
+        return self.model
+
+    def _sample(self, n: int) -> Tensor:
+        return self.rows[torch.randperm(len(self.rows), generator=self.generator)[:n]]
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Give the caller's module the values of its float32 copy, where there is one."""
+        if self._trained is not self.model:
+            own = self.model.state_dict()
+            for name, value in self._trained.state_dict().items():
+                own[name].copy_(value)
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -325,13 +181,21 @@ class Trainer:
         if len(self._order) < n:
             self._order = torch.randperm(len(self.rows), generator=self.generator)
         picked, self._order = self._order[:n], self._order[n:]
-        return self._batch(self.rows[picked]), (
-            None if self.targets is None else self._batch(self.targets[picked])
+        return self._batch("rows", self.rows, picked), (
+            None if self.targets is None else self._batch("targets", self.targets, picked)
         )
 
-    def _batch(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.device)
-        return rows if self.bfloat16 else rows.to(self.bae.W_enc.dtype)
+    def _batch(self, name: str, rows: Tensor, picked: Tensor) -> Tensor:
+        batch = rows[picked.to(rows.device)]
+        if batch.device.type == "cpu":  # elsewhere it would wait for the device: mse tells later
+            finite = batch.isfinite().all(1)
+            if not bool(finite.all()):
+                row = int(picked[int((~finite).int().argmax())])
+                raise ValueError(
+                    f"{name} must be finite; got NaN or Inf in row {row}, met at step {self.step}"
+                )
+        batch = batch.to(self.device)
+        return batch if self.bfloat16 else batch.to(self._dtype)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a forward pass: autocast where products are bfloat16."""
@@ -340,89 +204,38 @@ class Trainer:
         return contextlib.nullcontext()
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; returns the parts of its loss, entropy and L0 as device tensors."""
-        config = self.config
-        x, target = self._next_batch()
-        lr = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        objective = self._own_loss if self.own_objective else self._binary_loss
-        loss, result, counts = objective(x, target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.own_objective:
-            self.bae.before_update()
-        self.optimizer.step()
-        if self.own_objective:
-            self.bae.after_update()
+        """One optimizer step; returns the parts of its loss, entropy and L0 as device tensors.
 
-        self._fired += counts
-        self._seen += len(x)
-        self.step += 1
-        self._last_fired.masked_fill_(counts > 0, self.step)
-        result = {name: value.detach() for name, value in result.items()}
-        result["l0"] = counts.sum() / len(x)
-        result["dead_share"] = self._dead(min(DEAD_WINDOW, self.step)).double().mean()
-        if config.revive_every and self.step % config.revive_every == 0:
-            self._revive(x)
+        Raises:
+            ValueError: a row of the batch holds NaN or Inf.
+        """
+        config = self.config
+        with _learning():
+            x, target = self._next_batch()
+            self._in_step = True
+            lr = self.learning_rate(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            at = Step(self.step, self.step / config.steps, self._dead(DEAD_WINDOW))
+            with self.autocast():
+                loss: Loss = self.objective.loss(x, target, at)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()
+            self.objective.before_update()
+            self.optimizer.step()
+            self.step += 1
+            self.objective.after_update(x, self.optimizer, self.step, self.generator)
+            self._last_fired.masked_fill_(loss.counts > 0, self.step)
+            self._publish()
+            self._in_step = False
+            result = {name: value.detach() for name, value in loss.parts.items()}
+            result["l0"] = loss.counts.sum() / len(x)
+            result["dead_share"] = self._dead(min(DEAD_WINDOW, self.step)).double().mean()
         return result
 
     def _dead(self, window: int) -> Tensor:
         """Columns without a one in the last steps, bool ``[K]``."""
         return self.step - self._last_fired >= window
-
-    def _own_loss(
-        self, x: Tensor, target: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        with self.autocast():
-            loss, parts, counts = self.bae.training_loss(
-                x, target, dead=self._dead(DEAD_WINDOW), done=self.step / self.config.steps
-            )
-        n_rows = torch.full_like(counts[:1].sum(), len(x))
-        return loss, {**parts, "entropy_bits": entropy_bits(counts, n_rows)}, counts
-
-    def _binary_loss(
-        self, x: Tensor, target: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        config, bae = self.config, self.bae
-        a_e = config.entropy_weight if self.step >= config.entropy_from * config.steps else 0.0
-        a_c = config.covariance_weight
-        past = None
-        if self.bank is not None and len(self.bank):
-            past = self.bank.statistics(words=a_c > 0)
-        with self.autocast():
-            out = bae(x, covariance=a_c > 0, past=past, multilinear=config.multilinear)
-            mse = bae.mse(out, x if target is None else target)
-        terms = a_e * out.entropy
-        if out.covariance is not None:
-            terms = terms + a_c * out.covariance
-        if past is not None:
-            # a row's gradient is that of one among all rows counted; the batch stands for them
-            terms = terms * (1 + past.n_rows / len(x))
-        if self.bank is not None:
-            self.bank.append(out.code)
-        parts = {"mse": mse, "entropy_bits": out.entropy}
-        if out.covariance is not None:
-            parts["covariance"] = out.covariance
-        return mse + terms, parts, out.code.counts()
-
-    def _revive(self, x: Tensor) -> None:
-        config, bae = self.config, self.bae
-        if self.step < config.revive_until * config.steps and not bae.is_transcoder:
-            fired = self._fired.unflatten(0, (-1, bae.config.n_bits)).sum(1)
-            rows, error = residual(bae, x.to(bae.W_enc.dtype))
-            revive_(
-                bae,
-                fired < config.dead_below * self._seen,
-                rows,
-                error,
-                self.optimizer,
-                quantile=config.revive_quantile,
-                decoder_scale=config.revive_decoder_scale,
-                generator=self.generator,
-            )
-        self._fired.zero_()
-        self._seen = 0
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -433,13 +246,19 @@ class Trainer:
         log_every: int = 10,
         progress: bool = False,
         on_log: Callable[[dict[str, float]], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 0,
     ) -> list[dict[str, float]]:
-        """Run the remaining steps, then the refit.
+        """Run the remaining steps, then what the objective does at the end (the refit).
 
         Args:
-            log: JSONL file to append a line to every ``log_every`` steps (and at the last).
+            log: JSONL file to append a line to every ``log_every`` steps (and at the last). Lines
+                of later steps than this run has done are dropped first where it was resumed.
             progress: show a progress bar, see :func:`bae_fast.progress.progress_bar`.
             on_log: called with each line.
+            checkpoint: file for :meth:`save`, written when the run is interrupted; remove it when
+                the result is on disk.
+            checkpoint_every: also write it every so many steps; 0: only when interrupted.
 
         Returns:
             The lines: step, lr, seconds, mse, entropy_bits (pooled over the bank), l0,
@@ -448,12 +267,20 @@ class Trainer:
         Raises:
             KeyboardInterrupt: Ctrl-C; in the main thread it waits for the end of the step (or
                 refit) in hand, so that the module and :meth:`state_dict` are whole. A second one
-                does not wait.
+                does not wait. The same holds for SIGTERM, where the caller has given it a handler
+                that raises.
+            ValueError: a row holds NaN or Inf.
             RuntimeError: the loss is not finite any more.
         """
+        if not isinstance(log_every, int) or log_every < 1:
+            raise ValueError(f"log_every must be an int >= 1; got {log_every!r}")
+        if not isinstance(checkpoint_every, int) or checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must be an int >= 0; got {checkpoint_every!r}")
         lines: list[dict[str, float]] = []
         start = time.perf_counter()
-        self.bae.train()
+        if log is not None and self.step:
+            _drop_later_lines(log, self.step)
+        self._train(True)
         try:
             with progress_bar(
                 self.config.steps, what="train", unit="step", initial=self.step, show=progress
@@ -463,86 +290,209 @@ class Trainer:
                     with _whole():
                         result = self.train_step()
                     bar.update(1)
-                    if self.step % log_every and self.step != self.config.steps:
-                        continue
-                    seconds = time.perf_counter() - start
-                    line: dict[str, float] = {"step": self.step, "lr": lr, "seconds": seconds}
-                    line.update({name: float(value) for name, value in result.items()})
-                    if not math.isfinite(line["mse"]):
-                        raise RuntimeError(
-                            f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, or "
-                            "lr is too high"
+                    if self.step % log_every == 0 or self.step == self.config.steps:
+                        seconds = time.perf_counter() - start
+                        line: dict[str, float] = {"step": self.step, "lr": lr, "seconds": seconds}
+                        line.update({name: float(value) for name, value in result.items()})
+                        if not math.isfinite(line["mse"]):
+                            raise RuntimeError(
+                                f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, "
+                                "or lr is too high"
+                            )
+                        lines.append(line)
+                        bar.set_postfix(
+                            mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}"
                         )
-                    lines.append(line)
-                    bar.set_postfix(mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}")
-                    if log is not None:
-                        log.parent.mkdir(parents=True, exist_ok=True)
-                        with log.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(line) + "\n")
-                    if on_log is not None:
-                        on_log(line)
-            with _whole():
-                if self.own_objective:
-                    self.bae.finish(self.rows)
-                elif self.config.refit and not self.bae.is_transcoder:
-                    refit_decoder_(self.bae, self.rows)
+                        if log is not None:
+                            log.parent.mkdir(parents=True, exist_ok=True)
+                            with log.open("a", encoding="utf-8") as file:
+                                file.write(json.dumps(line) + "\n")
+                        if on_log is not None:
+                            on_log(line)
+                    if checkpoint and checkpoint_every and self.step % checkpoint_every == 0:
+                        with _whole():
+                            self.save(checkpoint)
+            with _whole(), _learning():
+                self.objective.finish(self.rows)
+                self._publish()
+        except (KeyboardInterrupt, SystemExit):
+            if checkpoint is not None and not self._in_step:
+                with _whole():
+                    self.save(checkpoint)
+            raise
         finally:
-            self.bae.eval()
+            self._train(False)
         return lines
+
+    def _train(self, mode: bool) -> None:
+        self.model.train(mode)
+        self._trained.train(mode)
 
     # -- resume --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly, but the rows and the configuration; a copy."""
+        """Everything needed to go on exactly, but the rows; a copy.
+
+        It carries what it belongs to: the constants, the module's sizes, and a digest of at most
+        64 MiB of rows.
+        """
         live = {
-            "bae": self.bae.state_dict(),
+            "model": self._trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
             "step": self.step,
             "generator": self.generator.get_state(),
             "order": self._order,
-            "fired": self._fired,
-            "seen": self._seen,
             "last_fired": self._last_fired,
-            "bank": [] if self.bank is None else [code.words for code in self.bank.codes],
+            "belongs_to": self._belongs_to(),
         }
         return copy.deepcopy(live)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a trainer with the same rows and configuration."""
-        self.bae.load_state_dict(state["bae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self._seen = state["step"], state["seen"]
-        self.generator.set_state(state["generator"])
-        self._order = state["order"].clone()
-        self._fired = state["fired"].clone()
-        self._last_fired = state["last_fired"].clone()
-        if self.bank is not None:
-            self.bank = CodeBank(self.config.bank_batches)
-            n_columns, n_bits = self.bae.W_enc.shape[1], self.bae.config.n_bits
-            for words in state["bank"]:
-                self.bank.append(BinaryCode(words, n_columns, n_bits=n_bits))
+        """Go on from :meth:`state_dict` of a trainer with the same rows and configuration.
+
+        Raises:
+            ValueError: the state of a run with other constants, another module or other rows, or
+                one that lacks a part; nothing is changed then.
+        """
+        lacking = sorted(
+            {"model", "optimizer", "objective", "step", "generator", "order", "last_fired",
+             "belongs_to"} - set(state)
+        )  # fmt: skip
+        if lacking:
+            raise ValueError(
+                f"state must be what state_dict of a Trainer gave; it lacks {', '.join(lacking)}"
+            )
+        theirs, ours = state["belongs_to"], self._belongs_to()
+        differing = [
+            f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
+            for name in {**theirs, **ours}
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                "state must be of a run with the same module, constants and rows; it is of one "
+                f"with {', '.join(differing)}"
+            )
+        with _learning():
+            self._trained.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.objective.load_state_dict(state["objective"])
+            self.step = state["step"]
+            self.generator.set_state(state["generator"].cpu())
+            self._order = state["order"].cpu().clone()
+            self._last_fired = state["last_fired"].to(self.device, copy=True)
+            self._in_step = False
+            self._publish()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write :meth:`state_dict` into a file, whole or not at all."""
+        with replacing(path) as temporary:
+            torch.save(self.state_dict(), temporary)
+        return Path(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file of :meth:`save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of another kind, or see :meth:`load_state_dict`.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} must hold a checkpoint; got {type(state).__name__}")
+        self.load_state_dict(state)
+
+    def _belongs_to(self) -> dict[str, Any]:
+        """What a state fits: constants, module and rows."""
+        found: dict[str, Any] = {
+            "module": type(self._trained).__name__,
+            "parameters": {
+                name: list(tensor.shape) for name, tensor in self._trained.state_dict().items()
+            },
+            **self.config.settings(),
+            "rows": _fingerprint(self.rows),
+        }
+        if self.targets is not None:
+            found["targets"] = _fingerprint(self.targets)
+        return found
+
+
+def _check_parameters(model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    if any(p.is_inference() for p in parameters.values()):
+        raise ValueError(
+            "model must be made outside of torch.inference_mode(): its parameters cannot be "
+            "trained; got inference tensors"
+        )
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            "model must have a parameter that requires a gradient (model.requires_grad_(True)); "
+            f"got none of {len(parameters)}"
+        )
+
+
+@contextlib.contextmanager
+def _learning() -> Iterator[None]:
+    """Gradients on and inference mode off, whatever the caller's setting."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _fingerprint(rows: Tensor) -> str:
+    """Shape and dtype of rows, and a digest of at most 64 MiB of them, evenly spaced."""
+    size = max(rows.shape[1] * rows.element_size(), 1)
+    kept = min(len(rows), max(_FINGERPRINT_BYTES // size, 1))
+    at = torch.arange(kept) * len(rows) // kept
+    data = rows[at.to(rows.device)].cpu().contiguous().view(torch.uint8)
+    digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+    return f"{list(rows.shape)} {str(rows.dtype).removeprefix('torch.')} {digest}"
+
+
+def _drop_later_lines(log: Path, step: int) -> None:
+    """Keep the lines of a log up to a step: those after it are about to be written again."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            known = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off while it was written
+        if known:
+            kept.append(line + "\n")
+    write_text(log, "".join(kept))
 
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Hold back one Ctrl-C until the block is done; the second goes through."""
+    """Hold back one interrupt of each kind until the block is done; a second goes through."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before):  # ignored, or not Python's
-        yield
-        return
+    # a signal that is ignored, or that ends the process at once, is not ours to hold
+    before = {number: signal.getsignal(number) for number in _HELD}
     held: list[tuple[int, Any]] = []
 
     def hold(number: int, frame: Any) -> None:
         held.append((number, frame))
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[signal.Signals(number)])
 
-    signal.signal(signal.SIGINT, hold)
+    ours = [kind for kind, handler in before.items() if callable(handler)]
+    for kind in ours:
+        signal.signal(kind, hold)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        before(*held[0])
+        for kind in ours:
+            signal.signal(kind, before[kind])
+    for number, frame in held:
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)

@@ -329,11 +329,14 @@ def test_a_run_resumes_exactly(method):
         assert torch.equal(tensor, second.bae.state_dict()[name]), name
 
 
-def test_constants_of_another_objective_are_refused():
+def test_the_configuration_of_another_objective_is_refused():
     x = rows()
-    with pytest.raises(ValueError, match=r"entropy_weight must be 0.0 for TopK.* got 0.00015"):
+    with pytest.raises(TypeError, match=r"model must be a BinaryAutoencoder .* got TopK"):
         Trainer(make("topk", x), x, PRESETS["sparse"])
-    with pytest.raises(TypeError, match="bae must be a BinaryAutoencoder or a Trainable; got Line"):
+    bae = bf.BinaryAutoencoder(D, F)
+    with pytest.raises(TypeError, match=r"got BinaryAutoencoder, which lacks training_loss"):
+        Trainer(bae, x, SMALL)
+    with pytest.raises(TypeError, match=r"got Linear, which lacks training_loss, before_update"):
         Trainer(torch.nn.Linear(D, F), x, SMALL)
 
 

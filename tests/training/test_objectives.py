@@ -1,0 +1,357 @@
+"""Objectives as objects, and what the trainer refuses, resumes and survives."""
+
+import dataclasses
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.baselines import TRAINING, make_baseline
+from bae_fast.training import (
+    PRESETS,
+    LoopConfig,
+    Loss,
+    Objective,
+    SparseConfig,
+    Trainer,
+    TrainingConfig,
+)
+
+SMALL = TrainingConfig(steps=40, batch_size=64, precision="float32", revive_every=20)
+
+
+def synthetic(n=900, d=16, r=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    active = (torch.rand(n, r, generator=g) < 0.1).float()
+    clean = active @ torch.randn(r, d, generator=g) + 3.0
+    return clean + 0.05 * torch.randn(n, d, generator=g)
+
+
+def module(x, f=48, **options):
+    return bf.BinaryAutoencoder(x.shape[1], f, **options).fit_normalization_(x.float())
+
+
+# -- an objective of one's own -----------------------------------------------------------------
+
+
+class Median(Objective):
+    """An objective that the package does not know: absolute errors."""
+
+    def __init__(self, model, config):
+        self.model, self.config, self.n_columns = model, config, model.config.d_sae
+        self.seen = []
+
+    def start(self, sample, generator):
+        self.seen.append(("start", len(sample(5))))
+
+    def loss(self, x, target, step):
+        out = self.model(x, covariance=False)
+        self.seen.append(("loss", step.number))
+        error = (out.recon - x).abs().mean()
+        return Loss(error, {"mse": error, "entropy_bits": out.entropy}, out.code.counts())
+
+    def after_update(self, x, optimizer, step, generator):
+        self.seen.append(("after", step))
+
+    def finish(self, rows):
+        self.seen.append(("finish", len(rows)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MedianConfig(LoopConfig):
+    def objective(self, model):
+        return Median(model, self)
+
+
+def test_an_objective_of_ones_own_needs_no_change_of_the_trainer():
+    x = synthetic()
+    trainer = Trainer(module(x), x, MedianConfig(steps=2, batch_size=64, precision="float32"))
+    lines = trainer.fit(log_every=1)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert trainer.objective.seen == [
+        ("start", 5), ("loss", 0), ("after", 1), ("loss", 1), ("after", 2), ("finish", 900),
+    ]  # fmt: skip
+
+
+def test_settings_name_a_run_as_files_of_results_always_did():
+    """A key that appeared or went would make every kept result look as if it were another's."""
+    assert json.loads(json.dumps(PRESETS["sparse"].settings())) == {
+        "steps": 2000, "batch_size": 512, "lr": 0.004, "betas": [0.7, 0.9], "eps": 1e-12,
+        "decoder_lr_scale": 2.0, "decay_from": 0.2, "entropy_weight": 0.00015,
+        "covariance_weight": 0.0, "entropy_from": 0.0, "init": "rows", "density": 0.02,
+        "decoder_norm": 1.44, "bank_batches": 32, "multilinear": True, "revive_every": 50,
+        "revive_until": 0.9, "dead_below": 0.0003, "revive_quantile": 0.99,
+        "revive_decoder_scale": 0.3, "refit": True, "precision": "auto", "seed": 0,
+    }  # fmt: skip
+    assert json.loads(json.dumps(TRAINING.settings())) == {
+        "steps": 2000, "batch_size": 512, "lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-08,
+        "decoder_lr_scale": 1.0, "decay_from": 0.2, "entropy_weight": 0.0,
+        "covariance_weight": 0.0, "entropy_from": 0.0, "init": "none", "density": 0.02,
+        "decoder_norm": 1.44, "bank_batches": 0, "multilinear": False, "revive_every": 0,
+        "revive_until": 0.9, "dead_below": 0.0003, "revive_quantile": 0.99,
+        "revive_decoder_scale": 0.3, "refit": False, "precision": "auto", "seed": 0,
+    }  # fmt: skip
+
+
+def test_a_baseline_has_no_constants_of_the_binary_objective():
+    with pytest.raises(TypeError, match="entropy_weight"):
+        SparseConfig(entropy_weight=1.0)
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+class Cache:
+    def __init__(self, rows):
+        self.rows = rows
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "message"),
+    [
+        (lambda x: x.numpy(), TypeError, r"rows must be a tensor .* got ndarray; torch.from_numpy"),
+        (lambda x: Cache(x), TypeError, r"got Cache; its rows are rows\.rows"),
+        (lambda x: x.tolist(), TypeError, "rows must be a tensor .* got list"),
+        (lambda x: x.long(), TypeError, "rows must be floating point; got torch.int64"),
+        (lambda x: x[0], ValueError, r"rows must have shape \[n, 16\]; got \[16\]"),
+    ],
+)
+def test_rows_that_are_none_are_named(spoil, kind, message):
+    x = synthetic()
+    with pytest.raises(kind, match=message):
+        Trainer(module(x), spoil(x), SMALL)
+
+
+def test_a_configuration_that_is_none_is_named():
+    x = synthetic()
+    with pytest.raises(TypeError, match=r"config must be a TrainingConfig .* got dict"):
+        Trainer(module(x), x, {"steps": 3})
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (0.9, "a"), 0.9])
+def test_betas_out_of_range_are_refused(betas):
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\)"):
+        TrainingConfig(betas=betas)
+
+
+def test_a_constant_too_large_for_a_float_is_refused():
+    with pytest.raises(ValueError, match="entropy_weight must not be negative and be finite"):
+        TrainingConfig(entropy_weight=10**400)
+
+
+def test_a_frozen_module_is_refused():
+    x = synthetic()
+    bae = module(x).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"W_enc must require a gradient, or init and revive"):
+        Trainer(bae, x, SMALL)
+    off = dataclasses.replace(SMALL, init="none", revive_every=0, refit=False)
+    with pytest.raises(ValueError, match=r"model must have a parameter .* got none of 4"):
+        Trainer(bae, x, off)
+    sae = make_baseline("topk", 16, 48, k=4).requires_grad_(False)
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
+        Trainer(sae, x, dataclasses.replace(TRAINING, steps=1, batch_size=64))
+
+
+def test_a_frozen_decoder_stays_where_nothing_else_would_change_it():
+    x = synthetic()
+    bae = module(x)
+    bae.W_dec.requires_grad_(False)
+    with pytest.raises(ValueError, match="got requires_grad=False for W_dec"):
+        Trainer(bae, x, SMALL)
+    before = bae.W_dec.clone()
+    off = dataclasses.replace(SMALL, init="none", revive_every=0, refit=False, steps=5)
+    encoder = bae.W_enc.detach().clone()
+    Trainer(bae, x, off).fit()
+    assert torch.equal(bae.W_dec, before)
+    assert not torch.equal(bae.W_enc, encoder)
+
+
+def test_a_module_made_in_inference_mode_is_refused():
+    x = synthetic()
+    with torch.inference_mode():
+        bae = bf.BinaryAutoencoder(16, 48)
+    with pytest.raises(ValueError, match=r"made outside of torch.inference_mode"):
+        Trainer(bae, x, dataclasses.replace(SMALL, init="none"))
+
+
+# -- gradients, dtypes -------------------------------------------------------------------------
+
+
+def weights(make):
+    torch.manual_seed(0)
+    x = synthetic()
+    trainer = make(x)
+    trainer.fit()
+    return trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_training_does_not_depend_on_the_callers_gradient_mode(context):
+    expected = weights(lambda x: Trainer(module(x), x, SMALL))
+    torch.manual_seed(0)
+    x = synthetic()
+    bae = module(x)
+    with context():
+        Trainer(bae, x, SMALL).fit()
+    for name, value in expected.items():
+        assert torch.equal(bae.state_dict()[name], value), name
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["bae", "topk"])
+def test_a_half_precision_module_gets_the_rounded_weights_of_its_float32_run(dtype, method):
+    def make(x, kind):
+        if method == "bae":
+            model, config = bf.BinaryAutoencoder(16, 48), SMALL
+        else:
+            model = make_baseline("topk", 16, 48, k=4)
+            config = dataclasses.replace(TRAINING, steps=40, batch_size=64, precision="float32")
+        model = model.fit_normalization_(x).to(dtype).to(kind)  # the same rounded start
+        return Trainer(model, x.to(dtype), config)
+
+    wide = weights(lambda x: make(x, torch.float32))
+    half = weights(lambda x: make(x, dtype))
+    for name, value in wide.items():
+        assert half[name].dtype == dtype
+        assert torch.equal(half[name], value.to(dtype)), name
+
+
+def test_a_half_precision_run_resumes_from_its_unrounded_weights(tmp_path):
+    def new():
+        torch.manual_seed(0)
+        x = synthetic().half()
+        return Trainer(module(x).half(), x, SMALL)
+
+    whole, first, second = new(), new(), new()
+    whole.fit()
+    for _ in range(15):
+        first.train_step()
+    first.save(tmp_path / "run.pt")
+    second.load(tmp_path / "run.pt")
+    second.fit()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+# -- going on ----------------------------------------------------------------------------------
+
+
+def test_a_state_of_other_rows_or_constants_is_refused():
+    x = synthetic()
+    trainer = Trainer(module(x), x, SMALL)
+    trainer.train_step()
+    state = trainer.state_dict()
+
+    def refusal(rows=x, f=48, **changes):
+        other = Trainer(module(rows, f), rows, dataclasses.replace(SMALL, **changes))
+        before = {name: value.clone() for name, value in other.model.state_dict().items()}
+        with pytest.raises(ValueError, match="state must be of a run with the same") as caught:
+            other.load_state_dict(state)
+        assert other.step == 0
+        for name, value in other.model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        return str(caught.value)
+
+    assert "batch_size 64 (here 32)" in refusal(batch_size=32)
+    assert "lr 0.004 (here 0.01), seed 0 (here 7)" in refusal(lr=1e-2, seed=7)
+    assert "rows '[900, 16] float32" in refusal(rows=x[:700])
+    changed = x.clone()
+    changed[17, 3] += 1
+    assert "rows" in refusal(rows=changed)
+    assert "parameters" in refusal(f=40)
+    with pytest.raises(ValueError, match="it lacks belongs_to, generator"):
+        trainer.load_state_dict({"model": {}, "step": 3})
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path):
+    x = synthetic()
+    trainer = Trainer(module(x), x, SMALL)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
+        trainer.load(tmp_path / "none.pt")
+    trainer.save(tmp_path / "run.pt")
+    whole = (tmp_path / "run.pt").read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        (tmp_path / "cut.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cut\.pt is not a readable checkpoint") as caught:
+            trainer.load(tmp_path / "cut.pt")
+        assert "\n" not in str(caught.value)
+
+
+class Stopped(SystemExit):
+    """What a handler of SIGTERM raises."""
+
+
+@pytest.fixture
+def terminating():
+    def handler(number, frame):
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("terminating")
+def test_sigterm_ends_a_step_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
+    def new():
+        torch.manual_seed(1)
+        x = synthetic()
+        return Trainer(module(x), x, SMALL)
+
+    whole = new()
+    whole.fit(log=tmp_path / "whole.jsonl", log_every=3)
+    cut = new()
+    step = cut.optimizer.step
+
+    def terminated_step():
+        if cut.step == 25:
+            signal.raise_signal(signal.SIGTERM)
+        return step()
+
+    cut.optimizer.step = terminated_step
+    with pytest.raises(Stopped):
+        cut.fit(log=tmp_path / "log.jsonl", log_every=3, checkpoint=tmp_path / "run.pt")
+    assert cut.step == 26
+    with (tmp_path / "log.jsonl").open("a") as file:  # a line of a step that will be done again
+        file.write(json.dumps({"step": 27}) + "\n" + '{"step": 3')
+    resumed = new()
+    resumed.load(tmp_path / "run.pt")
+    assert resumed.step == 26
+    resumed.fit(log=tmp_path / "log.jsonl", log_every=3)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+    def logged(name):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+    assert logged("log.jsonl") == logged("whole.jsonl")
+
+
+def test_checkpoints_are_written_every_so_many_steps(tmp_path):
+    x = synthetic()
+    trainer = Trainer(module(x), x, SMALL)
+    seen = []
+    save = trainer.save
+
+    def watched(path):
+        seen.append(trainer.step)
+        return save(path)
+
+    trainer.save = watched
+    trainer.fit(checkpoint=tmp_path / "run.pt", checkpoint_every=15)
+    assert seen == [15, 30]
+    again = Trainer(module(x), x, SMALL)
+    again.load(tmp_path / "run.pt")
+    assert again.step == 30
+
+
+def test_a_numpy_array_can_be_trained_on_as_the_message_says():
+    x = synthetic().numpy()
+    assert isinstance(x, np.ndarray)
+    rows = torch.from_numpy(x)
+    assert Trainer(module(rows), rows, dataclasses.replace(SMALL, steps=2)).fit()
