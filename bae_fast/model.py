@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bae_fast import functional
+from bae_fast.autoencoder import (
+    Autoencoder,
+    check_metadata,
+    check_rows,
+    check_sizes,
+    load_tensors_,
+    read_pretrained,
+    register_architecture,
+)
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput
 from bae_fast.info import warmup
-from bae_fast.normalization import Normalized
 from bae_fast.ops.registry import check_impl
-from bae_fast.pretrained import load_tensors_, read_pretrained, write_pretrained
+from bae_fast.packing import bit_weights
+from bae_fast.reference import Step
 from bae_fast.statistics import CodeStatistics
 from bae_fast.surrogates import resolve_surrogate
 
@@ -46,6 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # pre-activations made at a time where a function looks at all rows
 _CHUNK_ELEMENTS = 16 * 2**20
+
+# rows encoded at a time where their code stays packed
+_PACKED_ROWS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,34 +125,24 @@ class BAEConfig:
 
     def check(self, source: str = "config") -> None:
         """Raise ValueError where a value is out of range."""
-        for name in ("d_in", "d_sae", "d_out", "n_bits"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{source}: {name} must be an int >= 1; got {value!r}")
+        check_sizes(self, ("d_in", "d_sae", "d_out", "n_bits"), source)
         if self.n_bits > 16:
             raise ValueError(f"{source}: n_bits must be at most 16; got {self.n_bits}")
         if self.preset not in PRESETS:
             raise ValueError(
                 f"{source}: preset must be one of {', '.join(PRESETS)}; got {self.preset!r}"
             )
-        n_weights = self.n_bits * self.d_sae * max(self.d_in, self.d_out)
-        if n_weights >= 2**56:
-            raise ValueError(
-                f"{source}: n_bits x d_sae x d_in (and d_out) must be below 2^56; got {n_weights}"
-            )
         if not isinstance(self.covariance, bool):
             raise ValueError(f"{source}: covariance must be bool; got {self.covariance!r}")
-        try:
-            json.dumps(self.metadata, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: metadata must hold JSON values only: {error}") from None
+        check_metadata(self.metadata, source)
         try:
             resolve_surrogate(self.surrogate, self.surrogate_width or None)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
 
-class BinaryAutoencoder(Normalized):
+@register_architecture(ARCHITECTURE)
+class BinaryAutoencoder(Autoencoder):
     """Binary Autoencoder (Cho et al., arXiv 2509.20997) on packed codes.
 
     A drop-in layer: raw hidden states in, raw reconstruction out. ``W_enc [d_in, n_bits d_sae]``,
@@ -157,6 +159,10 @@ class BinaryAutoencoder(Normalized):
         loss = bae.mse(out, x) + 3e-4 * out.entropy
         loss.backward()
     """
+
+    is_binary: ClassVar[bool] = True
+    ranks_bits: ClassVar[bool] = True
+    config: BAEConfig
 
     def __init__(
         self,
@@ -190,7 +196,7 @@ class BinaryAutoencoder(Normalized):
             metadata: kept in cfg.json.
 
         Raises:
-            ValueError: a size below 1, an unknown preset, surrogate or impl.
+            ValueError: a size below 1 or too large, an unknown preset, surrogate or impl.
         """
         super().__init__()
         if preset not in PRESETS:
@@ -223,9 +229,10 @@ class BinaryAutoencoder(Normalized):
         self.b_enc = nn.Parameter(torch.empty(n_columns, **kind))  # type: ignore[arg-type]
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, **kind))  # type: ignore[arg-type]
         self.b_dec = nn.Parameter(torch.empty(d_out, **kind))  # type: ignore[arg-type]
-        self._register_normalization(
+        self.register_normalization(
             d_in, d_out if self.is_transcoder else None, device=device, dtype=dtype
         )
+        self._hinted = False
         self.reset_parameters()
 
     @torch.no_grad()
@@ -259,6 +266,8 @@ class BinaryAutoencoder(Normalized):
         """
         if not 0 < density < 1:
             raise ValueError(f"density must lie between 0 and 1; got {density!r}")
+        if not isinstance(x, Tensor):
+            check_rows("x", x, self.config.d_in)
         rows = self.normalize(x).reshape(-1, self.config.d_in).to(self.W_enc.dtype)
         if len(rows) < 2:
             raise ValueError(f"x must hold at least 2 rows; got {len(rows)}")
@@ -301,6 +310,11 @@ class BinaryAutoencoder(Normalized):
         """
         if covariance is None:
             covariance = self.config.covariance and self.training and torch.is_grad_enabled()
+            if covariance and isinstance(x, Tensor) and x.shape[:-1].numel() == 1:
+                raise ValueError(
+                    "x must hold at least 2 rows for the covariance, which this module computes "
+                    "while it trains; got 1 (covariance=False, or eval(), does without)"
+                )
         out = functional.binary_autoencoder(
             self.normalize(x),
             self.W_enc,
@@ -318,9 +332,51 @@ class BinaryAutoencoder(Normalized):
             impl=self.impl,
             check_finite=self.check_finite,
         )
+        if self.training and not torch.compiler.is_compiling() and not self._hinted:
+            self._hint(out.code)
         # not out._replace(...): torch 2.11 cannot return its result from a compiled graph
         recon = self.denormalize(out.recon)
         return BAEOutput(recon, out.entropy, out.covariance, out.code, out.variance)
+
+    def _hint(self, code: BinaryCode) -> None:
+        """Say once, at the first training batch, that the start has another density than meant."""
+        self._hinted = True
+        if code.device.type != "cpu" or self.is_normalized():
+            return  # a device would be waited for
+        density, meant = float(code.density().mean()), PRESETS[self.config.preset]["init_density"]
+        if not meant / 4 <= density <= 4 * meant:
+            warnings.warn(
+                f"{density:.3f} of the bits are on at the start, where preset "
+                f"{self.config.preset!r} means {meant}, and x was not normalised: call "
+                f"fit_normalization_(x) and init_density_(x, {meant}) before training",
+                stacklevel=4,
+            )
+
+    def loss(
+        self,
+        out: BAEOutput,
+        target: Tensor,
+        *,
+        entropy_weight: float = 0.0,
+        covariance_weight: float = 0.0,
+    ) -> Tensor:
+        """mse + a_e H + a_c D, ``[]``, of what a forward pass gave.
+
+        Args:
+            out: of this module; with ``covariance=True`` where D has a weight.
+            target: see :meth:`mse`.
+            entropy_weight, covariance_weight: a_e and a_c.
+
+        Raises:
+            ValueError: a covariance_weight for an output without covariance.
+        """
+        if covariance_weight and out.covariance is None:
+            raise ValueError(
+                "covariance_weight must be 0 for an output without covariance, which the module "
+                f"gives when it is called with covariance=True; got {covariance_weight!r}"
+            )
+        total = self.mse(out, target) + entropy_weight * out.entropy
+        return total if out.covariance is None else total + covariance_weight * out.covariance
 
     def mse(self, out: BAEOutput, target: Tensor) -> Tensor:
         """Mean over rows and dimensions of (target - recon)^2 in normalised units, ``[]``.
@@ -335,7 +391,7 @@ class BinaryAutoencoder(Normalized):
                 f"target must have shape {list(out.recon.shape)}; got {list(target.shape)}"
             )
         wide = torch.promote_types(out.recon.dtype, torch.float32)
-        error = (out.recon.to(wide) - target.to(wide)) / self._target_scale.to(wide)
+        error = (out.recon.to(wide) - target.to(wide)) / self.target_scale.to(wide)
         n: int | Tensor = error.numel()
         mask = out.code.row_mask
         if mask is not None:
@@ -367,6 +423,60 @@ class BinaryAutoencoder(Normalized):
             raise ValueError(f"code must have n_bits={self.config.n_bits}; got {code.n_bits}")
         return self.denormalize(functional.decode(code, self.W_dec, self.b_dec, impl=self.impl))
 
+    # -- features ------------------------------------------------------------------------------
+
+    @property
+    def n_bits(self) -> int:
+        """Bits a feature."""
+        return self.config.n_bits
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Feature values ``[..., d_sae]`` of raw x, those of :meth:`encode`; with gradient they
+        carry the surrogate's of the pre-activation."""
+        config, dtype = self.config, self.W_dec.dtype
+        values = self.encode(x).values(dtype)
+        learned = x.requires_grad or self.W_enc.requires_grad
+        if not (torch.is_grad_enabled() and learned):
+            return values
+        soft = Step.apply(self.preactivation(x), config.surrogate, config.surrogate_width)
+        weights = bit_weights(config.n_bits, soft.dtype, soft.device)
+        soft = soft.unflatten(-1, (-1, config.n_bits)) @ weights
+        return values + (soft - soft.detach()).to(dtype)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Raw reconstruction ``[..., d_out]`` of raw x, differentiable in x too."""
+        if torch.is_grad_enabled():
+            recon: Tensor = self(x, covariance=False).recon  # decode has no gradient of x
+            return recon
+        return self.decode(self.encode(x))
+
+    def strength(self, x: Tensor) -> Tensor:
+        """The margin of each bit that is on, float32 ``[..., F]``; 0 where it is off.
+
+        Raises:
+            ValueError: several bits a feature, which have no one margin.
+        """
+        if self.config.n_bits != 1:
+            raise ValueError(f"strength needs n_bits=1; got {self.config.n_bits}")
+        # a bit is on by the encoder's own sum, whose last digits may differ from this one's
+        margin = self.preactivation(x).float().clamp_min(torch.finfo(torch.float16).tiny)
+        return torch.where(self.encode(x).to_dense(torch.bool), margin, 0)
+
+    @torch.no_grad()
+    def active(self, rows: Tensor) -> BinaryCode:
+        """Which features are on in raw rows ``[n, d_in]``: for one bit a feature, their code."""
+        if self.config.n_bits > 1:
+            return super().active(rows)
+        return BinaryCode.cat(self.encode(block) for block in self.blocks(rows, dense=False))
+
+    def blocks(self, rows: Tensor, *, dense: bool = True) -> Iterator[Tensor]:
+        """See :meth:`Autoencoder.blocks`; a packed code needs no dense features."""
+        if dense:
+            yield from super().blocks(rows)
+        else:
+            for block in rows.split(_PACKED_ROWS):
+                yield self.as_own(block)
+
     def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """x W_enc + b_enc of normalised x, dense: ``[..., K]``, or only the given columns.
 
@@ -396,17 +506,39 @@ class BinaryAutoencoder(Normalized):
 
     # -- files ---------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``cfg.json`` and ``sae_weights.safetensors`` into a folder.
+    def config_values(self) -> dict[str, Any]:
+        """The content of ``cfg.json``."""
+        return {
+            **self.config.to_dict(),
+            "transcoder": self.is_transcoder,
+            "sae_lens_version": FILE_FORMAT,
+        }
 
-        Each file appears whole or not at all, and the weights carry the configuration they were
-        saved with: a process killed between the two files leaves a loadable model.
+    @classmethod
+    def from_config(
+        cls, values: dict[str, Any], source: str, *, impl: str = "auto"
+    ) -> BinaryAutoencoder:
+        """A module on the meta device from the content of ``cfg.json``.
+
+        Raises:
+            ValueError: see :meth:`BAEConfig.from_dict`.
         """
-        values = self.config.to_dict()
-        values["dtype"] = str(self.W_enc.dtype).removeprefix("torch.")
-        values["transcoder"] = self.is_transcoder
-        values["sae_lens_version"] = FILE_FORMAT
-        return write_pretrained(folder, self, values)
+        config = BAEConfig.from_dict(values, source)
+        if not isinstance(values.get("transcoder", False), bool):
+            raise ValueError(f"{source}: transcoder must be bool; got {values['transcoder']!r}")
+        return cls(
+            config.d_in,
+            config.d_sae,
+            d_out=config.d_out if values.get("transcoder", False) else None,
+            n_bits=config.n_bits,
+            preset=config.preset,
+            surrogate=config.surrogate,
+            surrogate_width=config.surrogate_width or None,
+            covariance=config.covariance,
+            impl=impl,
+            metadata=config.metadata,
+            device="meta",
+        )
 
     @classmethod
     def from_pretrained(
@@ -423,21 +555,6 @@ class BinaryAutoencoder(Normalized):
             ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
         """
         values, source, tensors = read_pretrained(folder)
-        config = BAEConfig.from_dict(values, str(source))
-        if not isinstance(values.get("transcoder", False), bool):
-            raise ValueError(f"{source}: transcoder must be bool; got {values['transcoder']!r}")
-        bae = cls(
-            config.d_in,
-            config.d_sae,
-            d_out=config.d_out if values.get("transcoder", False) else None,
-            n_bits=config.n_bits,
-            preset=config.preset,
-            surrogate=config.surrogate,
-            surrogate_width=config.surrogate_width or None,
-            covariance=config.covariance,
-            impl=impl,
-            metadata=config.metadata,
-            device="meta",
-        )
+        bae = cls.from_config(values, str(source), impl=impl)
         load_tensors_(bae, tensors, folder)
         return bae.to(device).eval() if device is not None else bae.eval()

@@ -35,7 +35,7 @@ class DenseOutput(NamedTuple):
     bits: Tensor
 
 
-class _Step(torch.autograd.Function):
+class Step(torch.autograd.Function):
     """[pre > 0] with a surrogate gradient (see :mod:`bae_fast.surrogates`)."""
 
     @staticmethod
@@ -98,7 +98,7 @@ def binary_autoencoder(
         past: statistics of other rows that this call's are added to.
     """
     pre = x @ W_enc + b_enc
-    bits = _Step.apply(pre, surrogate, width)
+    bits = Step.apply(pre, surrogate, width)
     if mask is not None:
         bits = bits * mask[:, None]
 

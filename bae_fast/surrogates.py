@@ -16,7 +16,9 @@ name            gradient at pre                             width
 
 from __future__ import annotations
 
-import math
+import sys
+
+_LARGEST = sys.float_info.max
 
 DEFAULT_WIDTH: dict[str, float] = {
     "identity": 0.0,
@@ -45,6 +47,6 @@ def resolve_surrogate(surrogate: str, width: float | None) -> tuple[str, float]:
         raise ValueError(f"surrogate_width must be None for surrogate {surrogate!r}; got {width!r}")
     # comparisons only: torch.compile cannot trace math.isfinite
     number = isinstance(width, (int, float)) and not isinstance(width, bool)
-    if not (number and 0 < width < math.inf):
+    if not (number and 0 < width <= _LARGEST):
         raise ValueError(f"surrogate_width must be a positive finite number; got {width!r}")
     return surrogate, float(width)

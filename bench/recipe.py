@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from bae_fast import BinaryAutoencoder
-from bae_fast.analysis.evaluation import evaluate
-from bae_fast.baselines import TRAINING, evaluate_baseline, make_baseline
-from bae_fast.baselines.evaluation import VALUE_BITS
+from bae_fast.analysis.evaluation import VALUE_BITS, evaluate
+from bae_fast.baselines import TRAINING, make_baseline
 from bae_fast.cli.demo import N_HELDOUT, default_cache
 from bae_fast.lm import (
     ActivationCache,
@@ -103,7 +102,7 @@ def train_topk(
     ).fit()
     seconds = time.perf_counter() - start
     name = {"name": f"TopK k={k}", "steps": steps, "seed": seed, "seconds": round(seconds, 1)}
-    return name | evaluate_baseline(sae, heldout, training_rows=train).summary()
+    return name | evaluate(sae, heldout, training_rows=train).summary()
 
 
 def run() -> dict[str, Any]:

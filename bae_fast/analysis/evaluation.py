@@ -1,4 +1,16 @@
-"""Held-out evaluation of a Binary Autoencoder."""
+"""Held-out evaluation of an autoencoder, the same for bits and for features with values.
+
+Description length of a row, in bits: a code must say which features are on and what their values
+are,
+
+    bits = sum_j H2(p_j) + b L0,
+
+p_j the share of held-out rows in which column j of the code is on, H2 the entropy of a bit, L0 the
+mean number of features on, b the bits of a value (0 for codes of bits). The first term is what an
+independent entropy coder of the active set needs. The b bits are really taken: ``fvu_quantized``
+is that of values rounded to 2^b levels, evenly spaced between the least and the largest value that
+the feature takes on training rows.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +21,40 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis import metrics
+from bae_fast.analysis.quantisers import quantize, value_ranges
+from bae_fast.autoencoder import Autoencoder, as_code, check_rows
 from bae_fast.codes import BinaryCode
-from bae_fast.model import BinaryAutoencoder
 
-# rows reconstructed at a time
-_ROW_BLOCK = 8192
+VALUE_BITS = 5
+
+# what `Evaluation.summary` leaves out: no number for a table
+_LARGE = ("code", "density", "spectrum")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a code does with rows it was not trained on.
+    """What an autoencoder does with rows it was not trained on.
 
     Attributes:
-        fvu: fraction of variance unexplained, sum (x - recon)^2 / sum (x - mean)^2.
-        bits: entropy of the code in bits a row, summed over columns, pooled over all rows.
-        gaussian_bound_bits: rate of a Gaussian with the covariance of the rows evaluated, at this
-            FVU (reverse water-filling): no code of Gaussian rows needs fewer bits; one of real
-            rows may.
+        fvu: fraction of variance unexplained of the target, sum (x - recon)^2 / sum (x - mean)^2,
+            with values as they are.
+        bits: description length of a row, see the module's text. For a code of bits it is its
+            entropy, summed over columns and pooled over all rows.
+        gaussian_bound_bits: rate of a Gaussian with the covariance of the target at this FVU
+            (reverse water-filling): no code of Gaussian rows needs fewer bits; one of real rows
+            may.
         l0: mean ones in a row.
         dead_share, dense_share, always_on_share: of the columns; never on, on in more than 10 %,
             on in more than 90 % of the rows.
         max_density: the largest share of rows a column is on in.
         n_rows: rows evaluated.
-        code: their code, ``[n, K]``.
+        fvu_quantized: FVU with values of ``value_bits`` bits; ``fvu`` for codes of bits, None
+            where no training rows were given.
+        support_bits: the first term of ``bits``, the entropy of the active set.
+        value_bits: bits of a value, 0 for codes of bits.
+        code: which columns are on, ``[n, K]``.
         density: share of ones, float64 ``[K]``.
-        spectrum: eigenvalues of the rows' covariance, float64 ``[d_in]``.
+        spectrum: eigenvalues of the target's covariance, float64 ``[d_out]``.
     """
 
     fvu: float
@@ -45,6 +66,9 @@ class Evaluation:
     always_on_share: float
     max_density: float
     n_rows: int
+    fvu_quantized: float | None
+    support_bits: float
+    value_bits: int
     code: BinaryCode
     density: Tensor
     spectrum: Tensor
@@ -54,7 +78,7 @@ class Evaluation:
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("code", "density", "spectrum")
+            if field.name not in _LARGE
         }
 
 
@@ -72,33 +96,79 @@ def activity(code: BinaryCode) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(bae: BinaryAutoencoder, rows: Tensor) -> Evaluation:
+def evaluate(
+    model: Autoencoder,
+    rows: Tensor,
+    targets: Tensor | None = None,
+    *,
+    training_rows: Tensor | None = None,
+    value_bits: int = VALUE_BITS,
+) -> Evaluation:
     """Encode and decode rows in the module's own dtype and measure the code.
 
     Args:
+        model: in eval mode if it has values (BatchTopK would look at whole batches).
         rows: raw hidden states ``[n, d_in]``, any floating dtype, n >= 2; read in blocks.
+        targets: ``[n, d_out]``, of a transcoder.
+        training_rows: ``[m, d_in]``, from which the quantiser of values takes its ranges; a code
+            of bits needs none.
+        value_bits: bits of a value, 0 to 16; ignored for codes of bits.
 
     Raises:
-        ValueError: rows of another width, fewer than two, or a transcoder.
+        TypeError: rows that are no tensor of floats.
+        ValueError: rows of another width, fewer than two, rows that hold NaN or Inf, a model in
+            training mode, targets missing, not wanted or of another length, or value_bits out of
+            range.
     """
-    if bae.is_transcoder:
-        raise ValueError("evaluate needs d_out=None: a transcoder is judged against its target")
-    error = metrics.FVUAccumulator()
-    codes = []
-    for block in rows.split(_ROW_BLOCK):
-        block = block.to(bae.W_enc.device, bae.W_enc.dtype)
-        code = bae.encode(block)
-        error.update(block, bae.decode(code))
-        codes.append(code)
+    check_rows("rows", rows, model.d_in, least=2)
+    binary = model.is_binary
+    if model.training and not binary:
+        raise ValueError("model must be in eval mode: call model.eval() first")
+    if model.is_transcoder != (targets is not None):
+        raise ValueError(
+            f"targets must {'be given' if model.is_transcoder else 'be None'}: d_out decides"
+        )
+    goals = rows if targets is None else targets
+    if targets is not None:
+        check_rows("targets", targets, model.d_out)
+        if len(targets) != len(rows):
+            raise ValueError(f"targets must have {len(rows)} rows; got {len(targets)}")
+    if not isinstance(value_bits, int) or not 0 <= value_bits <= 16:
+        raise ValueError(f"value_bits must lie in [0, 16]; got {value_bits!r}")
+    ranges = None
+    if training_rows is not None and not binary:
+        check_rows("training_rows", training_rows, model.d_in)
+        ranges = value_ranges(model, training_rows)
+    error, quantized = metrics.FVUAccumulator(), metrics.FVUAccumulator()
+    codes, first = [], 0
+    for block in model.blocks(rows, dense=not binary):
+        goal = model.as_own(goals[first : first + len(block)])
+        finite = block.isfinite().all(1) & goal.isfinite().all(1)
+        if not bool(finite.all()):
+            row = first + int((~finite).int().argmax())
+            raise ValueError(f"rows (and targets) must be finite; got NaN or Inf in row {row}")
+        features = model.encode(block)
+        error.update(goal, model.decode(features))
+        if ranges is not None and isinstance(features, Tensor):
+            quantized.update(goal, model.decode(quantize(features, *ranges, value_bits)))
+        codes.append(as_code(features))
+        first += len(block)
     code = BinaryCode.cat(codes)
-    spectrum = metrics.covariance_eigenvalues(rows)
-    fvu = error.compute()
+    measured = activity(code)
+    fvu, support = error.compute(), code.entropy().item()
+    fvu_quantized = None if ranges is None else quantized.compute()
+    if binary:
+        value_bits, fvu_quantized = 0, fvu
+    spectrum = metrics.covariance_eigenvalues(goals)
     return Evaluation(
         fvu=fvu,
-        bits=code.entropy().item(),
+        bits=support + value_bits * measured["l0"],
         gaussian_bound_bits=float(metrics.gaussian_rate_distortion_bits(spectrum, fvu)),
-        **activity(code),
+        **measured,
         n_rows=len(rows),
+        fvu_quantized=fvu_quantized,
+        support_bits=support,
+        value_bits=value_bits,
         code=code,
         density=code.density(),
         spectrum=spectrum,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from bae_fast.baselines.evaluation import SparseEvaluation, evaluate_baseline
-from bae_fast.baselines.model import (
+from bae_fast.autoencoder import load_autoencoder
+from bae_fast.baselines import methods as _methods  # noqa: F401 - gives the methods their names
+from bae_fast.baselines.base import (
     METHODS,
     SAEConfig,
     SAEOutput,
     SparseAutoencoder,
-    load_autoencoder,
     make_baseline,
+    register_method,
 )
 from bae_fast.training import SparseConfig
 
@@ -22,8 +23,7 @@ __all__ = [
     "SAEConfig",
     "SAEOutput",
     "SparseAutoencoder",
-    "SparseEvaluation",
-    "evaluate_baseline",
     "load_autoencoder",
     "make_baseline",
+    "register_method",
 ]

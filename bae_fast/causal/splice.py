@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from bae_fast import packing
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.hooks import find_module
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.model import BinaryAutoencoder
-from bae_fast.normalization import Normalized
-from bae_fast.reference import _Step
+from bae_fast.reference import Step as _Step
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -200,11 +200,11 @@ def norm_bounds(autoencoder: Any, max_norm_ratio: float | None) -> tuple[float, 
     Infinite where there is no ratio, or nothing was fitted (mean 0 and scale 1).
     """
     bounds = [math.inf, math.inf]
-    if max_norm_ratio is not None and isinstance(autoencoder, Normalized):
+    if max_norm_ratio is not None and isinstance(autoencoder, Autoencoder):
         for i, (mean, scale) in enumerate(
             (
                 (autoencoder.x_mean, autoencoder.x_scale),
-                (autoencoder._target_mean, autoencoder._target_scale),
+                (autoencoder.target_mean, autoencoder.target_scale),
             )
         ):
             if bool(mean.any()) or float(scale) != 1:

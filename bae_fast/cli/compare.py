@@ -26,7 +26,6 @@ from bae_fast.analysis.metrics import FVUAccumulator
 from bae_fast.baselines import (
     METHODS,
     TRAINING,
-    evaluate_baseline,
     load_autoencoder,
     make_baseline,
 )
@@ -387,7 +386,7 @@ def one(
         "k": k,
         "d_sae": arguments.expansion * d,
         "value_bits": arguments.value_bits,
-        "training": dataclasses.asdict(config),
+        "training": config.settings(),
         "data": data,
     }
     name = f"{method}{'' if k is None else f'-k{k}'}-s{seed}"
@@ -418,18 +417,9 @@ def one(
         model.fit_normalization_(x, y)
         log = Trainer(model, x, config, targets=y).fit(progress=not arguments.no_progress)
         folder = model.save_pretrained(arguments.out / "models" / name)
-        if method in BINARY:
-            found = evaluate(model, x_held).summary()
-            found |= {
-                "fvu_quantized": found["fvu"],
-                "support_bits": found["bits"],
-                "value_bits": 0,
-            }
-        else:
-            found = evaluate_baseline(
-                model, x_held, y_held,
-                training_rows=x, value_bits=arguments.value_bits,
-            ).summary()  # fmt: skip
+        found = evaluate(
+            model, x_held, y_held, training_rows=x, value_bits=arguments.value_bits
+        ).summary()
         return {
             "heldout": found,
             "last_line": log[-1],
@@ -490,8 +480,7 @@ def saved_model(context: Context, run: dict[str, Any]) -> Any:
     error = FVUAccumulator()
     with torch.no_grad():
         for block, goal in zip(x.split(_FVU_ROWS), y.split(_FVU_ROWS), strict=True):
-            block = block.to(model.W_dec)
-            error.update(goal.to(model.W_dec), model.decode(model.encode(block)))
+            error.update(model.as_own(goal), model.decode(model.encode(model.as_own(block))))
     fvu, expected = error.compute(), run["heldout"]["fvu"]
     if not math.isclose(fvu, expected, rel_tol=_SAME_FVU):
         raise _NoModelError(f"{folder} is another run's (FVU {fvu:.4f}, not {expected:.4f})")

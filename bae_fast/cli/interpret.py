@@ -14,14 +14,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines import load_autoencoder
 from bae_fast.cli import demo
 from bae_fast.cli.runs import environment
 from bae_fast.files import write_json, write_text
-from bae_fast.model import BinaryAutoencoder
 
 if TYPE_CHECKING:
-    from bae_fast.baselines import SparseAutoencoder
     from bae_fast.interpret.answers import Prices
     from bae_fast.interpret.comsem import ComSemConfig, FeatureTokens
     from bae_fast.interpret.judges import Judge
@@ -270,7 +269,7 @@ def language_model(arguments: argparse.Namespace, judge: Judge) -> LanguageModel
 
 def find_model(
     arguments: argparse.Namespace,
-) -> tuple[BinaryAutoencoder | SparseAutoencoder, Path]:
+) -> tuple[Autoencoder, Path]:
     """The model to interpret, trained now where there is none, and its folder.
 
     Fills in what the command line leaves open from the model's metadata: language model, hook and
@@ -353,7 +352,7 @@ def dry_run(
 
 def write_page(
     out: Path,
-    model: BinaryAutoencoder | SparseAutoencoder,
+    model: Autoencoder,
     cache: ActivationCache,
     rows: range,
     tokenizer: Any,
@@ -371,15 +370,15 @@ def write_page(
     part = slice(rows.start, rows.stop)
     states = cache.rows[part].split(4096)
     windows = cache.row_window[part].long()
-    binary = isinstance(model, BinaryAutoencoder)
-    see = model.preactivation if isinstance(model, BinaryAutoencoder) else model.encode
+    binary = model.ranks_bits
+    see = model.preactivation if binary else model.activations
     gathered = gather_facts(
         found.code,
         row_tokens=cache.tokens[windows, cache.row_position[part].long()],
         windows=windows,
-        values=(see(block.to(model.W_enc)) for block in states),
+        values=(see(model.as_own(block)) for block in states),
         positive_only=not binary,
-        W_dec=None if lens is None else model.W_dec,
+        W_dec=None if lens is None else model.directions(),
         model=None if lens is None else lens.model,
     )
     shown = {one["feature"]: one for one in features if one["phrase"]}

@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.features import _columns, _text, choose_features, visible_text
-from bae_fast.baselines.model import SparseAutoencoder
+from bae_fast.autoencoder import Autoencoder, as_code, check_rows
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.answers import Answers, Asker, Prices
 from bae_fast.interpret.collect import SalientTokens, collect_code, collect_scores
 from bae_fast.interpret.judges import JUDGE_TOKENS, NAME_TOKENS, Answer, Judge, Request
 from bae_fast.lm.cache import ActivationCache
-from bae_fast.model import BinaryAutoencoder
 
 NAMING = """\
 Below are passages of text. In each of them one token is marked, «like this».
@@ -58,8 +57,6 @@ ORDERS = ("corpus", "strongest")
 _RESAMPLES = 10_000
 _PHRASE_CHARACTERS = 200
 _QUOTES = "\"'`*\u201c\u201d\u2018\u2019 "
-# elements of dense features at a time
-_BLOCK_ELEMENTS = 2**24
 # what a phrase is taken to be long before there is one
 _PLACEHOLDER = "words that stand for a quantity or a size"
 
@@ -127,9 +124,7 @@ class FeatureTokens:
 
 
 @torch.no_grad()
-def feature_tokens(
-    model: BinaryAutoencoder | SparseAutoencoder, rows: Tensor, *, k: int = 10
-) -> FeatureTokens:
+def feature_tokens(model: Autoencoder, rows: Tensor, *, k: int = 10) -> FeatureTokens:
     """Give every row to its k most salient features: by burstiness, or by a baseline's scores.
 
     Args:
@@ -138,33 +133,31 @@ def feature_tokens(
         k: features a row.
 
     Raises:
+        TypeError: rows that are no tensor of floats.
         ValueError: rows of another width, a model in training mode or of several bits a feature.
     """
     if model.training:
         raise ValueError("model must be in eval mode: call model.eval() first")
-    if rows.dim() != 2 or rows.shape[1] != model.config.d_in or not len(rows):
-        raise ValueError(f"rows must be [n, {model.config.d_in}]; got {list(rows.shape)}")
-    kind: dict[str, Any] = {"dtype": model.W_enc.dtype, "device": model.W_enc.device}
-    blocks = rows.split(max(_BLOCK_ELEMENTS // model.W_enc.shape[1], 1))
-    if isinstance(model, BinaryAutoencoder):
-        if model.config.n_bits != 1:
-            raise ValueError(f"model must have n_bits=1; got {model.config.n_bits}")
-        code = BinaryCode.cat([model.encode(block.to(**kind)) for block in blocks])
+    check_rows("rows", rows, model.d_in)
+    if model.n_bits != 1:
+        raise ValueError(f"model must have n_bits=1; got {model.n_bits}")
+    if model.ranks_bits:
+        code = model.active(rows)
 
         def margin(feature: int, chosen: Tensor) -> Tensor:
             """How far the state lies from the threshold, on either side."""
-            column = torch.tensor([feature], device=kind["device"])
-            return model.preactivation(rows[chosen].to(**kind), column)[:, 0].abs().cpu()
+            states = model.as_own(rows[chosen])
+            column = torch.tensor([feature], device=states.device)
+            return model.preactivation(states, column)[:, 0].abs().cpu()
 
         return FeatureTokens(collect_code(code, k=k), code, margin, either_way=True)
     codes: list[BinaryCode] = []
-    plain = type(model).scores is SparseAutoencoder.scores  # the features themselves
 
     def scores() -> Iterator[Tensor]:
-        for block in blocks:
-            features = model.encode(block.to(**kind))
-            codes.append(BinaryCode.from_dense(features > 0))
-            yield features if plain else model.scores(block.to(**kind))
+        for block in model.blocks(rows):
+            features = model.activations(block)
+            codes.append(as_code(features))
+            yield model.scores(block, features)
 
     tokens = collect_scores(scores(), k=k)
     return FeatureTokens(tokens, BinaryCode.cat(codes))
@@ -355,7 +348,7 @@ def count_questions(
 
 
 def score_model(
-    model: BinaryAutoencoder | SparseAutoencoder,
+    model: Autoencoder,
     cache: ActivationCache,
     rows: range,
     tokenizer: Any,

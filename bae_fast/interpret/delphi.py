@@ -14,33 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bae_fast.baselines import SparseAutoencoder
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import write_json, write_safetensors
 from bae_fast.lm.cache import ActivationCache
-from bae_fast.model import BinaryAutoencoder
-
-# pre-activations made at a time
-_CHUNK_ELEMENTS = 16 * 2**20
 
 _SMALLEST = torch.finfo(torch.float16).tiny
-
-
-def _strengths(model: BinaryAutoencoder | SparseAutoencoder, x: Tensor) -> Tensor:
-    """How strongly each feature is on, float32 ``[n, F]``; 0 where it is off."""
-    if isinstance(model, SparseAutoencoder):
-        return model.encode(x.to(model.W_enc.dtype)).float()
-    x = x.to(model.W_enc.dtype)
-    # a bit is on by the encoder's own sum, whose last digits may differ from this one's
-    margin = model.preactivation(x).float().clamp_min(_SMALLEST)
-    return torch.where(model.encode(x).to_dense(), margin, 0)
 
 
 @torch.no_grad()
 def write_delphi_cache(
     folder: str | os.PathLike[str],
-    model: BinaryAutoencoder | SparseAutoencoder,
+    model: Autoencoder,
     cache: ActivationCache,
     rows: range | None = None,
     *,
@@ -68,18 +53,19 @@ def write_delphi_cache(
             f"rows must be a range in steps of 1 within the cache's {cache.n_rows:,} rows; "
             f"got {rows!r}"
         )
-    n_features = model.config.d_sae
+    n_features = model.d_sae
     if not 1 <= n_splits <= n_features:
         raise ValueError(f"n_splits must lie in [1, {n_features}]; got {n_splits!r}")
-    if isinstance(model, BinaryAutoencoder) and model.config.n_bits != 1:
-        raise ValueError(f"model must have n_bits=1; got {model.config.n_bits}")
+    if model.n_bits != 1:
+        raise ValueError(f"model must have n_bits=1; got {model.n_bits}")
 
     first_window = int(cache.row_window[rows.start])
     places, values = [], []
-    step = max(_CHUNK_ELEMENTS // n_features, 1)
-    for start in range(rows.start, rows.stop, step):
-        part = slice(start, min(start + step, rows.stop))
-        strength = _strengths(model, cache.rows[part].to(model.W_enc.device))
+    start = rows.start
+    for block in model.blocks(cache.rows[rows.start : rows.stop]):
+        part = slice(start, start + len(block))
+        start += len(block)
+        strength = model.strength(block)
         at = strength.nonzero().cpu()
         window, position = cache.row_window[part][at[:, 0]], cache.row_position[part][at[:, 0]]
         places.append(torch.stack([window - first_window, position, at[:, 1].int()], dim=1))

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bae_fast.training.recipe import MAX_REFIT_FEATURES
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from bae_fast.autoencoder import Autoencoder
     from bae_fast.training.objective import Objective
 
 PRECISIONS = ("auto", "bfloat16", "float32")
@@ -88,7 +87,7 @@ class LoopConfig:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be auto, bfloat16 or float32; got {self.precision!r}")
 
-    def objective(self, model: nn.Module) -> Objective:
+    def objective(self, model: Autoencoder) -> Objective:
         """The objective that these constants belong to, for a module.
 
         Raises:
@@ -179,7 +178,7 @@ class TrainingConfig(LoopConfig):
                 f"system; got d_sae={d_sae}"
             )
 
-    def objective(self, model: nn.Module) -> Objective:
+    def objective(self, model: Autoencoder) -> Objective:
         """:class:`bae_fast.training.BinaryObjective`."""
         from bae_fast.training.objective import BinaryObjective
 
@@ -193,7 +192,7 @@ class SparseConfig(LoopConfig):
     The defaults are Adam as the papers of the baselines have it.
     """
 
-    def objective(self, model: nn.Module) -> Objective:
+    def objective(self, model: Autoencoder) -> Objective:
         """:class:`bae_fast.training.SparseObjective`."""
         from bae_fast.training.objective import SparseObjective
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput
 from bae_fast.model import BinaryAutoencoder
@@ -69,7 +70,7 @@ class Objective(ABC):
         n_columns: columns K of its code, of which the loss counts the ones.
     """
 
-    model: nn.Module
+    model: Autoencoder
     n_columns: int
 
     def start(self, sample: Sample, generator: torch.Generator) -> None:  # noqa: B027
@@ -115,7 +116,7 @@ class BinaryTrainable(Protocol):
 class BinaryObjective(Objective):
     """mse + a_e H + a_c D of a Binary Autoencoder, with its start, bank, revival and refit."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: Autoencoder, config: TrainingConfig) -> None:
         """Check that the module and the constants fit together.
 
         Raises:
@@ -251,8 +252,8 @@ class BinaryObjective(Objective):
 class Trainable(Protocol):
     """An autoencoder that brings its own objective, such as those of :mod:`bae_fast.baselines`.
 
-    It is also an ``nn.Module`` with ``d_sae`` features; whatever a step changes besides parameters
-    lies in its buffers, so that runs resume exactly.
+    It is also an :class:`bae_fast.autoencoder.Autoencoder`; whatever a step changes besides
+    parameters lies in its buffers, so that runs resume exactly.
     """
 
     def training_loss(
@@ -279,7 +280,7 @@ class Trainable(Protocol):
 class SparseObjective(Objective):
     """The objective that a :class:`Trainable` brings along."""
 
-    def __init__(self, model: nn.Module, config: LoopConfig) -> None:
+    def __init__(self, model: Autoencoder, config: LoopConfig) -> None:
         """Wrap a module.
 
         Raises:
@@ -292,9 +293,9 @@ class SparseObjective(Objective):
                 f"model must have training_loss, before_update, after_update and finish for "
                 f"{type(config).__name__}; got {type(model).__name__}, which lacks {lacking}"
             )
-        self.model: nn.Module = cast(nn.Module, model)
+        self.model: Autoencoder = cast(Autoencoder, model)
         self.trainable: Trainable = model
-        self.n_columns = int(self.model.config.d_sae)  # type: ignore[union-attr, arg-type]
+        self.n_columns = self.model.d_sae
 
     def loss(self, x: Tensor, target: Tensor | None, step: Step) -> Loss:
         total, parts, counts = self.trainable.training_loss(

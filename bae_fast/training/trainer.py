@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bae_fast.autoencoder import Autoencoder, check_rows
 from bae_fast.devices import has_bfloat16
 from bae_fast.files import replacing, write_text
-from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
 from bae_fast.training.config import LoopConfig
 from bae_fast.training.objective import Loss, Step
@@ -68,7 +68,7 @@ class Trainer(Generic[Config]):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Autoencoder,
         rows: Tensor,
         config: Config,
         *,
@@ -99,18 +99,17 @@ class Trainer(Generic[Config]):
             self._trained = copy.deepcopy(model).float() if narrow else model
             self.objective = config.objective(self._trained)
             _check_parameters(model)
-            shapes: Any = model.config
             if model.is_transcoder != (targets is not None):
                 raise ValueError(
                     f"targets must {'be given' if model.is_transcoder else 'be None'}: "
                     "d_out decides"
                 )
-            check_rows("rows", rows, shapes.d_in)
+            check_rows("rows", rows, model.d_in)
             if targets is not None:
-                check_rows("targets", targets, shapes.d_out)
+                check_rows("targets", targets, model.d_out)
                 if len(targets) != len(rows):
                     raise ValueError(
-                        f"targets must have shape [{len(rows)}, {shapes.d_out}]; "
+                        f"targets must have shape [{len(rows)}, {model.d_out}]; "
                         f"got {list(targets.shape)}"
                     )
             if len(rows) < config.batch_size:
@@ -424,7 +423,7 @@ class Trainer(Generic[Config]):
         return found
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: Autoencoder) -> None:
     parameters = dict(model.named_parameters())
     if any(p.is_inference() for p in parameters.values()):
         raise ValueError(

@@ -10,7 +10,7 @@ from tiny_lm import Same, save_tiny_model
 
 import bae_fast as bf
 from bae_fast.analysis import fvu
-from bae_fast.baselines.model import SparseAutoencoder
+from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.causal import SubstitutionTest
 from bae_fast.cli import compare, main
 from bae_fast.cli.demo import Stages

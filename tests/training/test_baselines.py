@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import bae_fast as bf
-from bae_fast.analysis import fvu
-from bae_fast.baselines import METHODS, TRAINING, evaluate_baseline, make_baseline
-from bae_fast.baselines.evaluation import quantize
-from bae_fast.baselines.model import SparseAutoencoder
+from bae_fast.analysis import evaluate, fvu
+from bae_fast.analysis.quantisers import quantize
+from bae_fast.baselines import METHODS, TRAINING, make_baseline
+from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.statistics import entropy_bits
 from bae_fast.training import PRESETS, Trainer
 
@@ -238,7 +238,7 @@ def test_jumprelu_has_the_straight_through_gradients_of_its_paper():
     # 4 K of F features, as normal quantile
     start = -torch.special.ndtri(torch.tensor(4 * K / F))
     assert torch.allclose(model.threshold, start.expand(F))
-    from bae_fast.baselines.model import _Jump, _Step
+    from bae_fast.baselines.base import _Jump, _Step
 
     threshold = torch.ones(5, requires_grad=True)
     pre.requires_grad_()
@@ -290,7 +290,7 @@ def test_a_transcoder_learns_a_map_to_another_width():
         Trainer(model, x, SMALL, targets=y[:3])
     with pytest.raises(ValueError, match="target must be given"):
         model(x)
-    found = evaluate_baseline(model, x, y, training_rows=x)
+    found = evaluate(model, x, y, training_rows=x)
     assert 0 < found.fvu < 0.4
 
 
@@ -351,7 +351,7 @@ def test_a_log_line_names_the_parts_of_the_loss():
 def test_description_length_is_the_entropy_of_the_active_set_plus_the_values():
     x = rows()
     model, _ = trained("topk", x)
-    found = evaluate_baseline(model, x, training_rows=x, value_bits=6)
+    found = evaluate(model, x, training_rows=x, value_bits=6)
     on = model.encode(x) > 0
     support = float(entropy_bits(on.sum(0), torch.tensor(len(x))))
     assert found.support_bits == pytest.approx(support, rel=1e-9)
@@ -366,11 +366,8 @@ def test_description_length_is_the_entropy_of_the_active_set_plus_the_values():
 def test_values_are_really_rounded_and_more_bits_cost_less_error():
     x = rows()
     model, _ = trained("topk", x)
-    found = [
-        evaluate_baseline(model, x, training_rows=x, value_bits=b).fvu_quantized
-        for b in (1, 3, 5, 12)
-    ]
-    plain = evaluate_baseline(model, x, training_rows=x).fvu
+    found = [evaluate(model, x, training_rows=x, value_bits=b).fvu_quantized for b in (1, 3, 5, 12)]
+    plain = evaluate(model, x, training_rows=x).fvu
     assert found == sorted(found, reverse=True)
     assert found[0] > plain + 1e-3
     assert found[-1] == pytest.approx(plain, abs=1e-4)
@@ -390,7 +387,7 @@ def test_a_quantised_value_is_the_middle_of_its_step():
 def test_codes_of_bits_pay_nothing_for_values():
     x = rows()
     model, _ = trained("binary_topk", x)
-    found = evaluate_baseline(model, x, training_rows=x)
+    found = evaluate(model, x, training_rows=x)
     assert found.bits == found.support_bits
     assert found.fvu == found.fvu_quantized
     assert found.value_bits == 0
@@ -458,7 +455,7 @@ def test_bad_tensors_are_named():
     with pytest.raises(ValueError, match="target must be None"):
         model(x, x)
     with pytest.raises(ValueError, match="model must be in eval mode"):
-        evaluate_baseline(model, x, training_rows=x)
+        evaluate(model, x, training_rows=x)
     model.eval()
     with pytest.raises(ValueError, match="value_bits must lie"):
-        evaluate_baseline(model, x, training_rows=x, value_bits=40)
+        evaluate(model, x, training_rows=x, value_bits=40)

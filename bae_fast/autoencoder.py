@@ -1,0 +1,533 @@
+"""The contract that every autoencoder of the package keeps, its normalisation and its two files.
+
+Training, evaluation, interventions, names of features and comparison ask an autoencoder only what
+stands in :class:`Autoencoder`: a further method is a subclass of it in one file.
+
+A saved model is ``cfg.json`` and ``sae_weights.safetensors``. Each file appears whole or not at
+all, and the weights carry the configuration they were saved with: a process killed between the two
+leaves a loadable model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bae_fast.codes import BinaryCode
+from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CONFIG_NAME = "cfg.json"
+WEIGHTS_NAME = "sae_weights.safetensors"
+
+# elements of dense features, or of rows upcast to float64, held at a time
+_CHUNK_ELEMENTS = 16 * 2**20
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+def check_rows(name: str, rows: Any, width: int, *, least: int = 1) -> None:
+    """Refuse what is no tensor of hidden states ``[n, width]``.
+
+    Raises:
+        TypeError: no tensor, or one that is not of floating point.
+        ValueError: another shape, or fewer than ``least`` rows.
+    """
+    if not isinstance(rows, Tensor):
+        hint = ""
+        if isinstance(getattr(rows, "rows", None), Tensor):
+            hint = f"; its rows are {name}.rows"
+        elif type(rows).__module__.partition(".")[0] == "numpy":
+            hint = f"; torch.from_numpy({name}) makes one of it"
+        raise TypeError(f"{name} must be a tensor [n, {width}]; got {type(rows).__name__}{hint}")
+    if rows.dim() != 2 or rows.shape[1] != width or not len(rows):
+        raise ValueError(f"{name} must have shape [n, {width}]; got {list(rows.shape)}")
+    if not rows.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point; got {rows.dtype}")
+    if len(rows) < least:
+        raise ValueError(f"{name} must hold at least {least} rows; got {len(rows)}")
+
+
+def check_sizes(config: Any, names: tuple[str, ...], source: str) -> None:
+    """Raise ValueError unless the named sizes are ints >= 1 that a machine could hold.
+
+    ``names`` holds d_in, d_sae and d_out at least; ``n_bits`` counts as a factor of d_sae.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{source}: {name} must be an int >= 1; got {value!r}")
+    columns = config.d_sae * (config.n_bits if "n_bits" in names else 1)
+    n_weights = columns * max(config.d_in, config.d_out)
+    if n_weights >= 2**56:
+        factors = "n_bits x d_sae" if "n_bits" in names else "d_sae"
+        # the number itself may have thousands of digits
+        raise ValueError(
+            f"{source}: {factors} x d_in (and d_out) must be below 2^56; got about "
+            f"2^{n_weights.bit_length() - 1}"
+        )
+
+
+def check_metadata(metadata: Any, source: str) -> None:
+    """Raise ValueError unless metadata is a dict of JSON values."""
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{source}: metadata must be dict; got {metadata!r}")
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: metadata must hold JSON values only: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """The least that an autoencoder's configuration holds.
+
+    Attributes:
+        d_in, d_sae, d_out: widths of x, of the features and of the reconstruction.
+        metadata: where the rows came from; JSON values only.
+    """
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self, source: str) -> None:
+        """Raise ValueError where a value is of the wrong kind or out of range."""
+        check_sizes(self, ("d_in", "d_sae", "d_out"), source)
+        check_metadata(self.metadata, source)
+
+
+# -- the contract ------------------------------------------------------------------------------
+
+
+class Autoencoder(nn.Module):
+    """Raw rows in, features, raw rows out.
+
+    A subclass sets ``config`` (with d_in, d_sae, d_out, metadata), calls
+    :meth:`register_normalization`, and defines :meth:`encode` and :meth:`decode`. It is trained by
+    ``Trainer`` if it has the methods of :class:`bae_fast.training.Trainable`, and loaded by
+    :func:`load_autoencoder` if it is registered (:func:`register_architecture`) and has
+    :meth:`from_config`.
+
+    Buffers ``x_mean [d_in]`` and ``x_scale []`` (``y_mean``, ``y_scale`` for another target)
+    normalise; they are 0 and 1 until :meth:`fit_normalization_`.
+
+    Attributes:
+        is_binary: whether features are bits, whose values cost nothing to write down.
+        is_transcoder: whether the target is something else than x.
+        ranks_bits: whether bits that are off can be what stands out in a row. Features are then
+            given rows by the burstiness of their bits and ``preactivation(x, columns)``, the
+            margin of a bit; else by :meth:`scores`.
+        n_bits: bits a feature; 1 but for a Binary Autoencoder of several.
+    """
+
+    is_binary: ClassVar[bool] = False
+    ranks_bits: ClassVar[bool] = False
+    is_transcoder: bool = False
+    config: Any
+    x_mean: Tensor
+    x_scale: Tensor
+
+    @property
+    def d_in(self) -> int:
+        """Width of x."""
+        return int(self.config.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features F."""
+        return int(self.config.d_sae)
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return int(self.config.d_out)
+
+    @property
+    def n_bits(self) -> int:
+        return 1
+
+    # -- features ------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor) -> BinaryCode | Tensor:
+        """Features of raw x ``[..., d_in]``: a code, or floats ``[..., d_sae]``, none negative."""
+        raise NotImplementedError
+
+    def decode(self, code: Any) -> Tensor:
+        """Raw reconstruction ``[..., d_out]`` of what :meth:`encode` gives, or of dense features
+        ``[..., d_sae]``, which are used as they are."""
+        raise NotImplementedError
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Dense features ``[..., d_sae]`` of raw x, differentiable in x and the parameters."""
+        found = self.encode(x)
+        if not isinstance(found, Tensor):
+            raise NotImplementedError(f"{type(self).__name__} must define activations")
+        return found
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Raw reconstruction ``[..., d_out]`` of raw x, differentiable in x and the parameters."""
+        return self.decode(self.encode(x))
+
+    def strength(self, x: Tensor) -> Tensor:
+        """How strongly each feature is on, float32 ``[n, F]``; 0 exactly where it is off."""
+        return self.activations(x).float()
+
+    def scores(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """By how much each feature stands out in raw x, ``[..., d_sae]``: what tokens are ranked
+        by when features are named.
+
+        Args:
+            features: :meth:`activations` of x where they are known.
+        """
+        return self.activations(x) if features is None else features
+
+    def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """What is compared with a threshold, ``[..., K]``, or only the given columns of it."""
+        raise NotImplementedError(f"{type(self).__name__} has no pre-activation")
+
+    def directions(self) -> Tensor | None:
+        """What each feature adds to the normalised reconstruction, ``[F, d_out]``; None where it
+        is no one direction."""
+        found = getattr(self, "W_dec", None)
+        return found if isinstance(found, Tensor) else None
+
+    @torch.no_grad()
+    def active(self, rows: Tensor) -> BinaryCode:
+        """Which features are on (above 0) in raw rows ``[n, d_in]``, n >= 1: a code ``[n, F]``.
+
+        Read in blocks, in any floating dtype, from any device; without gradient.
+        """
+        blocks = self.blocks(rows)
+        return BinaryCode.cat(BinaryCode.from_dense(self.activations(b) > 0) for b in blocks)
+
+    def as_own(self, rows: Tensor) -> Tensor:
+        """Rows in the dtype and on the device of the parameters, if there are any."""
+        first = next(self.parameters(), None)
+        return rows if first is None else rows.to(first.device, first.dtype)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows whose dense features are held at a time."""
+        return max(_CHUNK_ELEMENTS // self.d_sae, 1)
+
+    def blocks(self, rows: Tensor, *, dense: bool = True) -> Iterator[Tensor]:
+        """Rows ``[m, d_in]`` in blocks, each as :meth:`as_own` gives it.
+
+        Args:
+            dense: whether dense features are made of a block.
+        """
+        for block in rows.split(self.block_rows):
+            yield self.as_own(block)
+
+    # -- normalisation -------------------------------------------------------------------------
+
+    def register_normalization(
+        self,
+        d_in: int,
+        d_out: int | None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the buffers; ``d_out`` is None where the target is x itself."""
+        self.is_transcoder = d_out is not None
+        for name, width in (("x", d_in), ("y", d_out)):
+            if width is not None:
+                self.register_buffer(f"{name}_mean", torch.zeros(width, device=device, dtype=dtype))
+                self.register_buffer(f"{name}_scale", torch.ones((), device=device, dtype=dtype))
+
+    @property
+    def target_mean(self) -> Tensor:
+        """``[d_out]``, the mean of the target."""
+        return self.y_mean if self.is_transcoder else self.x_mean  # type: ignore[return-value]
+
+    @property
+    def target_scale(self) -> Tensor:
+        """``[]``, the unit of the target."""
+        return self.y_scale if self.is_transcoder else self.x_scale  # type: ignore[return-value]
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - x_mean) / x_scale, ``[..., d_in]``, in x's dtype, or in the buffers' where that is
+        wider: rows of a bfloat16 cache go into a float32 layer."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+        if x.shape[-1:] != self.x_mean.shape:
+            raise ValueError(f"x must have shape [..., {len(self.x_mean)}]; got {list(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"x must be floating point; got {x.dtype}")
+        if x.device != self.x_mean.device:
+            raise ValueError(
+                f"x must be on the module's device {self.x_mean.device}; got {x.device}"
+            )
+        own = self.x_mean.dtype
+        dtype = own if torch.promote_types(x.dtype, own) == own else x.dtype
+        return ((x - self.x_mean) / self.x_scale).to(dtype)
+
+    def denormalize(self, recon: Tensor) -> Tensor:
+        """Inverse of the target's normalisation, ``[..., d_out]``, in recon's dtype."""
+        return (recon * self.target_scale + self.target_mean).to(recon.dtype)
+
+    @torch.no_grad()
+    def fit_normalization_(self, x: Tensor, target: Tensor | None = None) -> Self:
+        """Set the buffers so that the rows of x are centred and of unit mean square.
+
+        Args:
+            x: ``[..., d_in]``. Rows with outlying norms should be dropped before.
+            target: ``[..., d_out]``, for a transcoder only.
+
+        Returns:
+            self.
+
+        Raises:
+            TypeError: x or target is not a floating point tensor.
+            ValueError: no rows, non-finite or constant x, or a target missing or not wanted.
+        """
+        if self.is_transcoder != (target is not None):
+            raise ValueError(
+                f"target must {'be given' if self.is_transcoder else 'be None'}: d_out decides"
+            )
+        pairs = [("x", x, self.x_mean, self.x_scale)]
+        if target is not None:
+            pairs.append(("target", target, self.target_mean, self.target_scale))
+        fitted = []
+        for name, rows, mean, _ in pairs:
+            if not isinstance(rows, Tensor):
+                check_rows(name, rows, len(mean))
+            if not rows.dtype.is_floating_point:
+                raise TypeError(f"{name} must be floating point; got {rows.dtype}")
+            if rows.shape[-1:] != mean.shape or rows.numel() == 0:
+                raise ValueError(
+                    f"{name} must have shape [..., {len(mean)}] and rows; got {list(rows.shape)}"
+                )
+            rows = rows.reshape(-1, len(mean))
+            # float64 sums by blocks of rows: no float64 copy of all of x
+            blocks = rows.split(max(_CHUNK_ELEMENTS // len(mean), 1))
+            centre = sum(block.double().sum(0) for block in blocks) / len(rows)
+            square = (
+                sum((block.double() - centre).square().sum() for block in blocks) / rows.numel()
+            )
+            scale = float(torch.as_tensor(square).sqrt())
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(
+                    f"{name} must be finite and not constant; got root mean square {scale}"
+                )
+            fitted.append((centre, scale))
+        for (_, _, mean, scale_buffer), (centre, scale) in zip(pairs, fitted, strict=True):
+            mean.copy_(centre)
+            scale_buffer.fill_(scale)
+        return self
+
+    def is_normalized(self) -> bool:
+        """Whether :meth:`fit_normalization_` was called; on a meta device it counts as called."""
+        if self.x_mean.is_meta:
+            return True
+        return bool(self.x_mean.any()) or float(self.x_scale) != 1
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def config_values(self) -> dict[str, Any]:
+        """The content of ``cfg.json``, JSON values, ``architecture`` among them."""
+        values = dataclasses.asdict(self.config)
+        values.setdefault("architecture", architecture_of(self))
+        return values
+
+    @classmethod
+    def from_config(cls, values: dict[str, Any], source: str) -> Autoencoder:
+        """A module on the meta device from the content of ``cfg.json``.
+
+        Raises:
+            ValueError: values that are missing, of the wrong kind or out of range; ``source`` says
+                where they came from.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define from_config to be loaded")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``cfg.json`` and ``sae_weights.safetensors`` into a folder.
+
+        Each file appears whole or not at all, and the weights carry the configuration they were
+        saved with: a process killed between the two files leaves a loadable model.
+        """
+        first = next(self.parameters())
+        dtype = str(first.dtype).removeprefix("torch.")
+        return write_pretrained(folder, self, {**self.config_values(), "dtype": dtype})
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+    ) -> Autoencoder:
+        """Load what :meth:`save_pretrained` wrote, in eval mode.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
+        """
+        values, source, tensors = read_pretrained(folder)
+        module = cls.from_config(values, str(source))
+        load_tensors_(module, tensors, folder)
+        return module.to(device).eval() if device is not None else module.eval()
+
+
+def as_code(features: BinaryCode | Tensor) -> BinaryCode:
+    """Which features are on, of what an autoencoder's ``encode`` gives."""
+    if isinstance(features, BinaryCode):
+        return features
+    return BinaryCode.from_dense(features.detach() > 0)
+
+
+# -- by name -----------------------------------------------------------------------------------
+
+# architecture in cfg.json -> the class that reads it
+ARCHITECTURES: dict[str, type[Autoencoder]] = {}
+
+Kind = TypeVar("Kind", bound=type[Autoencoder])
+
+
+def register_architecture(name: str) -> Callable[[Kind], Kind]:
+    """A decorator that lets :func:`load_autoencoder` load a class by the name in ``cfg.json``.
+
+    Raises:
+        ValueError: the name belongs to another class.
+    """
+
+    def register(kind: Kind) -> Kind:
+        taken = ARCHITECTURES.get(name)
+        # a module that is imported again (a notebook's cell) brings the same class anew
+        if taken is not None and (taken.__module__, taken.__qualname__) != (
+            kind.__module__,
+            kind.__qualname__,
+        ):
+            raise ValueError(
+                f"architecture {name!r} must be registered once; it belongs to "
+                f"{taken.__module__}.{taken.__qualname__}"
+            )
+        ARCHITECTURES[name] = kind
+        return kind
+
+    return register
+
+
+def architecture_of(model: Autoencoder) -> str:
+    """The name under which a module's class is registered.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name, kind in ARCHITECTURES.items():
+        if kind is type(model):
+            return name
+    raise ValueError(
+        f"{type(model).__name__} must be registered by register_architecture to be saved"
+    )
+
+
+def load_autoencoder(
+    folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> Autoencoder:
+    """Load whichever registered autoencoder a folder holds, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: an architecture that is not registered, or see ``from_pretrained`` of the class.
+    """
+    values, source, _ = read_pretrained(folder)
+    name = values.get("architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(
+            f"{source}: architecture must be one of {', '.join(sorted(ARCHITECTURES))}; "
+            f"got {name!r}"
+        )
+    return ARCHITECTURES[name].from_pretrained(folder, device=device)
+
+
+# -- the two files -----------------------------------------------------------------------------
+
+
+def write_pretrained(
+    folder: str | os.PathLike[str], module: nn.Module, values: dict[str, Any]
+) -> Path:
+    """Write a module's tensors and its configuration (JSON values) into a folder."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
+    content = json.dumps(values, sort_keys=True, allow_nan=False)
+    save_id = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
+    values = {**values, "save_id": save_id}
+    folder = Path(folder)
+    write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
+    write_json(folder / CONFIG_NAME, values)
+    return folder
+
+
+def read_pretrained(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], Path, dict[str, Tensor]]:
+    """Read both files: (configuration, the file it came from, tensors).
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: a corrupt file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist")
+    source = folder / CONFIG_NAME
+    # a first save cut off between the two files leaves the weights, which carry the same
+    values = read_json(source) if source.is_file() else None
+    tensors, header = read_safetensors(folder / WEIGHTS_NAME)
+    try:
+        saved_with = json.loads(header.get("config", "null"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_NAME} holds an invalid configuration: {error}"
+        ) from error
+    if isinstance(saved_with, dict) and (
+        values is None or saved_with.get("save_id") != values.get("save_id")
+    ):
+        # a save was cut off between the two files: the weights' own configuration is theirs
+        values, source = saved_with, folder / WEIGHTS_NAME
+    if values is None:
+        raise FileNotFoundError(f"{source} does not exist")
+    return values, source, tensors
+
+
+def load_tensors_(
+    module: nn.Module, tensors: dict[str, Tensor], folder: str | os.PathLike[str]
+) -> None:
+    """Give a module made on the meta device the tensors read from a folder.
+
+    Raises:
+        ValueError: other names, shapes or kinds than the module's, or parameters of two dtypes.
+    """
+    source = Path(folder) / WEIGHTS_NAME
+    expected = module.state_dict()
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"{source} must hold {sorted(expected)}; got {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{source}: {name} must be floating point {list(expected[name].shape)}; "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    dtypes = {str(tensors[name].dtype) for name, _ in module.named_parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{source}: parameters must have one dtype; got {', '.join(sorted(dtypes))}"
+        )
+    learned = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    module.load_state_dict(tensors, assign=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(learned[name])
