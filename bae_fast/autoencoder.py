@@ -331,6 +331,16 @@ class Autoencoder(nn.Module):
             scale_buffer.fill_(scale)
         return self
 
+    def usual_norms(self) -> tuple[float, float]:
+        """Root mean square norms of the inputs and of the targets that the normalisation was
+        fitted to; infinite where it was not fitted (mean 0 and scale 1)."""
+        norms = []
+        for mean, scale in ((self.x_mean, self.x_scale), (self.target_mean, self.target_scale)):
+            fitted = bool(mean.any()) or float(scale) != 1
+            square = float(mean.double().square().sum()) + len(mean) * float(scale) ** 2
+            norms.append(square**0.5 if fitted else math.inf)
+        return norms[0], norms[1]
+
     def is_normalized(self) -> bool:
         """Whether :meth:`fit_normalization_` was called; on a meta device it counts as called."""
         if self.x_mean.is_meta:
@@ -386,6 +396,55 @@ def as_code(features: BinaryCode | Tensor) -> BinaryCode:
     if isinstance(features, BinaryCode):
         return features
     return BinaryCode.from_dense(features.detach() > 0)
+
+
+class Foreign(Autoencoder):
+    """Anything with ``encode`` (raw rows to dense features) and ``decode`` as an autoencoder.
+
+    It has no sizes, no normalisation and no files; it serves where features are read and changed.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        super().__init__()
+        # no submodule: it keeps its own mode, names and parameters
+        object.__setattr__(self, "wrapped", wrapped)
+        self.is_transcoder = bool(getattr(wrapped, "is_transcoder", False))
+
+    wrapped: Any
+
+    @property
+    def block_rows(self) -> int:
+        found = getattr(getattr(self.wrapped, "config", None), "d_sae", None)
+        return max(_CHUNK_ELEMENTS // (found if isinstance(found, int) else 4096), 1)
+
+    def as_own(self, rows: Tensor) -> Tensor:
+        of = self.wrapped.parameters() if isinstance(self.wrapped, nn.Module) else iter(())
+        first = next(iter(of), None)
+        return rows if first is None else rows.to(first.device, first.dtype)
+
+    def usual_norms(self) -> tuple[float, float]:
+        return math.inf, math.inf
+
+    def encode(self, x: Tensor) -> Tensor:
+        found: Tensor = self.wrapped.encode(x)
+        return found
+
+    def decode(self, code: Any) -> Tensor:
+        found: Tensor = self.wrapped.decode(code)
+        return found
+
+
+def as_autoencoder(model: Any) -> Autoencoder:
+    """An :class:`Autoencoder` as it is; anything with ``encode`` and ``decode`` wrapped as one.
+
+    Raises:
+        TypeError: it lacks one of the two.
+    """
+    if isinstance(model, Autoencoder):
+        return model
+    if not (hasattr(model, "encode") and hasattr(model, "decode")):
+        raise TypeError(f"autoencoder must have encode and decode; got {type(model).__name__}")
+    return Foreign(model)
 
 
 # -- by name -----------------------------------------------------------------------------------

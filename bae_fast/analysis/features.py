@@ -6,7 +6,6 @@ chosen features.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.analysis.text import (
+    cells,
+    context_text,
+    fit_left,
+    fit_right,
+    format_lift,
+    token_text,
+    visible_text,
+    visible_token,
+)
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import ActivationCache
 
@@ -163,7 +172,7 @@ def describe_features(
     """
     features = torch.as_tensor(feature_ids, dtype=torch.int64).reshape(-1).cpu()
     _check(code, cache, rows, features)
-    on = _columns(code, features)
+    on = active_columns(code, features)
     score = None
     if margins is not None:
         score = margins(features).detach().cpu()
@@ -192,7 +201,7 @@ def describe_features(
             if len(contexts) == n_contexts:
                 break
             row = rows.start + i
-            text = _text(tokenizer, *cache.token_context(row, before, after))
+            text = context_text(tokenizer, *cache.token_context(row, before, after))
             if text not in shown:
                 shown.add(text)
                 margin = None if score is None else float(score[i, column])
@@ -227,87 +236,19 @@ def format_feature(summary: FeatureSummary, width: int = 100) -> str:
     line = "  tokens"
     for t in summary.tokens:
         item = f"  {visible_token(t.text)} x{format_lift(t.lift)} ({t.n_on:,}/{t.n_total:,})"
-        if _cells(line + item) > width:
+        if cells(line + item) > width:
             lines.append(line)
             line = "        "
         line += item
-    lines.append(_fit_left(line, width))
+    lines.append(fit_left(line, width))
     half = (width - 4) * 3 // 5
     for c in summary.contexts:
-        token = _fit_left(visible_token(c.token), width // 3)
-        left = _fit_right(visible_text(c.before), half - _cells(token) - 2)
-        pad = " " * (half - _cells(left) - _cells(token) - 2)
-        right = _fit_left(visible_text(c.after), width - 4 - half)
+        token = fit_left(visible_token(c.token), width // 3)
+        left = fit_right(visible_text(c.before), half - cells(token) - 2)
+        pad = " " * (half - cells(left) - cells(token) - 2)
+        right = fit_left(visible_text(c.after), width - 4 - half)
         lines.append(f"    {pad}{left}«{token}»{right}".rstrip())
-    return "\n".join(_fit_left(line, width) for line in lines)
-
-
-def visible_text(text: str) -> str:
-    """Text on one line: breaks and tabs drawn, runs of spaces shortened, controls escaped."""
-    out, i = [], 0
-    while i < len(text):
-        char = text[i]
-        if char == " ":
-            end = i
-            while end < len(text) and text[end] == " ":
-                end += 1
-            out.append(" " * (end - i) if end - i < 3 else "␣")
-            i = end
-            continue
-        out.append(_VISIBLE.get(char) or (char if char.isprintable() else _escape(char)))
-        i += 1
-    return "".join(out)
-
-
-def visible_token(text: str) -> str:
-    """As `visible_text`, with the spaces at either end of the token drawn as ␣."""
-    core = text.strip(" ")
-    if not core:
-        return _spaces(len(text))
-    head = len(text) - len(text.lstrip(" "))
-    tail = len(text) - len(text.rstrip(" "))
-    return _spaces(head) + visible_text(core) + _spaces(tail)
-
-
-def format_lift(lift: float) -> str:
-    """A lift to three digits, written out where it is large."""
-    return f"{lift:,.0f}" if lift >= 100 else f"{lift:.3g}"
-
-
-_VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍", "\u00a0": "␣"}
-
-
-def _spaces(n: int) -> str:
-    return "␣" * n if n < 3 else f"␣x{n}"
-
-
-def _escape(char: str) -> str:
-    # A token may hold any character; one that drives the terminal must not reach it.
-    return char.encode("unicode_escape").decode("ascii")
-
-
-def _cells(text: str) -> int:
-    """Columns that a terminal gives a text: two for wide characters, none for combining ones."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
-
-
-def _fit_left(text: str, width: int) -> str:
-    """Keep the beginning."""
-    if _cells(text) <= width:
-        return text
-    while text and _cells(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
-
-
-def _fit_right(text: str, width: int) -> str:
-    """Keep the end."""
-    if _cells(text) <= width:
-        return text
-    while text and _cells(text) > width - 1:
-        text = text[1:]
-    return "…" + text
+    return "\n".join(fit_left(line, width) for line in lines)
 
 
 def _check(code: BinaryCode, cache: ActivationCache, rows: range, features: Tensor) -> None:
@@ -324,7 +265,7 @@ def _check(code: BinaryCode, cache: ActivationCache, rows: range, features: Tens
         )
 
 
-def _columns(code: BinaryCode, features: Tensor) -> Tensor:
+def active_columns(code: BinaryCode, features: Tensor) -> Tensor:
     """The chosen columns, bool [n, k] on the CPU, unpacked block by block."""
     n, width = code.shape
     step = max(_BLOCK_BYTES // max(width, 1), 1)
@@ -359,29 +300,7 @@ def _lifts(n_on: Tensor, n_total: Tensor, n_rows: int, k: int) -> list[tuple[int
     return [(i, float(lift[i])) for i in best.tolist() if float(rank[i]) > 0]
 
 
-def _text(tokenizer: Any, before: list[int], token: int, after: list[int]) -> tuple[str, str, str]:
-    """Decode the three parts.
-
-    Together, because tokenizers of the SentencePiece kind drop the space before the first word
-    of what they decode; each for itself where a character spans the parts.
-    """
-    until, with_token = _decode(tokenizer, before), _decode(tokenizer, [*before, token])
-    whole = _decode(tokenizer, [*before, token, *after])
-    if with_token.startswith(until) and whole.startswith(with_token):
-        return until, with_token[len(until) :], whole[len(with_token) :]
-    return until, token_text(tokenizer, token), _decode(tokenizer, after)
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """One token as text, with the space that a tokenizer would drop at the start of one."""
-    text = _decode(tokenizer, [token])
-    raw = tokenizer.convert_ids_to_tokens(token)
-    if isinstance(raw, str) and raw.startswith("▁") and not text.startswith(" "):
-        text = " " + text
-    return text
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def decode_tokens(tokenizer: Any, ids: list[int]) -> str:
     if not ids:
         return ""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -29,7 +29,8 @@ def joint_counts(
         ``[k, l]``.
     """
     a, b = left.flatten(), right.flatten()
-    found = torch.zeros(len(left_columns), len(right_columns), device=left.device)
+    shape = (len(left_columns), len(right_columns))
+    found = torch.zeros(shape, dtype=torch.float32, device=left.device)
     for start in range(0, a.shape[0], ROW_BLOCK):
         rows = slice(start, start + ROW_BLOCK)
         bits = packing.unpack_rows(b.words[rows], b.n_columns, torch.uint8)

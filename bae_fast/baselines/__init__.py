@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bae_fast.autoencoder import load_autoencoder
-from bae_fast.baselines import methods as _methods  # noqa: F401 - gives the methods their names
 from bae_fast.baselines.base import (
     METHODS,
     SAEConfig,
@@ -12,12 +11,14 @@ from bae_fast.baselines.base import (
     make_baseline,
     register_method,
 )
+from bae_fast.baselines.methods import AUXK_WEIGHT
 from bae_fast.training import SparseConfig
 
 # what Trainer is given for a baseline: Adam as the methods' papers have it
 TRAINING = SparseConfig()
 
 __all__ = [
+    "AUXK_WEIGHT",
     "METHODS",
     "TRAINING",
     "SAEConfig",

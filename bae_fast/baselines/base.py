@@ -271,7 +271,7 @@ class SparseAutoencoder(Autoencoder):
         counts = (out.features.detach() > 0).flatten(0, -2).sum(0)
         if self.steered and done >= _LAMBDA_WARMUP:
             # dual ascent: lambda rises while there are too many features, falls while too few
-            l0 = counts.sum() / x[..., 0].numel()
+            l0 = counts.sum().float() / x[..., 0].numel()
             step = (l0 / self.config.k).log().clamp(-1, 1) * _LAMBDA_RATE
             self.sparsity_weight.mul_(step.nan_to_num(neginf=-_LAMBDA_RATE).exp())
         return out.loss, out.parts, counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bae_fast.causal.matching import Matching, match_codes, matching_table, shuffled_rows
-from bae_fast.causal.splice import Splice, active_code, features, replaced_output, spliced
+from bae_fast.causal.splice import Splice, replaced_output, spliced
 from bae_fast.causal.steering import (
     Differences,
     FeatureDifference,
@@ -33,10 +33,8 @@ __all__ = [
     "Splice",
     "Substitution",
     "SubstitutionTest",
-    "active_code",
     "divergence",
     "feature_differences",
-    "features",
     "generate",
     "match_codes",
     "matched_controls",

@@ -29,48 +29,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bae_fast import packing
-from bae_fast.autoencoder import Autoencoder
+from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.hooks import find_module
 from bae_fast.lm.loading import LanguageModel
-from bae_fast.model import BinaryAutoencoder
-from bae_fast.reference import Step as _Step
 
 Edit = Callable[[Tensor], Tensor]
-
-# elements of features held at a time
-_CHUNK_ELEMENTS = 16 * 2**20
-
-
-def features(autoencoder: Any, rows: Tensor) -> Tensor:
-    """Dense features ``[n, F]`` of raw rows ``[n, d]`` in the autoencoder's dtype.
-
-    Bits are those of ``encode``; with gradient they carry the surrogate's of ``pre``.
-    """
-    if not isinstance(autoencoder, BinaryAutoencoder):
-        found: Tensor = autoencoder.encode(rows)
-        return found
-    config, dtype = autoencoder.config, autoencoder.W_dec.dtype
-    values = autoencoder.encode(rows).values(dtype)
-    learned = rows.requires_grad or autoencoder.W_enc.requires_grad
-    if not (torch.is_grad_enabled() and learned):
-        return values
-    pre = autoencoder.preactivation(rows)
-    soft = _Step.apply(pre, config.surrogate, config.surrogate_width)
-    weights = packing.bit_weights(config.n_bits, soft.dtype, soft.device)
-    soft = soft.unflatten(-1, (-1, config.n_bits)) @ weights
-    return values + (soft - soft.detach()).to(dtype)
-
-
-@torch.no_grad()
-def active_code(autoencoder: Any, rows: Tensor) -> BinaryCode:
-    """Which features are on (above 0) in raw rows ``[n, d]``, n >= 1: a code ``[n, F]``."""
-    rows = as_parameters(autoencoder, rows)
-    if isinstance(autoencoder, BinaryAutoencoder) and autoencoder.config.n_bits == 1:
-        return autoencoder.encode(rows)
-    parts = rows.split(_rows_at_a_time(autoencoder))
-    return BinaryCode.cat([BinaryCode.from_dense(features(autoencoder, p) > 0) for p in parts])
 
 
 def reconstruct(
@@ -79,8 +43,8 @@ def reconstruct(
     """What stands in the place of rows of a module's output.
 
     Args:
-        autoencoder: a :class:`BinaryAutoencoder`, one of :mod:`bae_fast.baselines`, or anything
-            with ``encode``, raw rows to dense features, and ``decode``, features to raw rows.
+        autoencoder: an :class:`bae_fast.autoencoder.Autoencoder`, or anything with ``encode``, raw
+            rows to dense features, and ``decode``, features to raw rows.
         rows: ``[n, d_in]``, what it encodes.
         target: ``[n, d_out]``, the output itself.
         edit: dense features ``[m, F]`` to features of that shape; None: as they are.
@@ -94,46 +58,28 @@ def reconstruct(
     """
     if edit is None and add_error:
         return target
-    parts = []
-    step = _rows_at_a_time(autoencoder)
-    for part, goal in zip(rows.split(step), target.split(step), strict=True):
-        part = as_parameters(autoencoder, part)
+    model = as_autoencoder(autoencoder)
+    parts, first = [], 0
+    for part in model.blocks(rows):
+        goal = target[first : first + len(part)]
+        first += len(part)
         if edit is None:
-            made = _plain(autoencoder, part)
+            made = model.reconstruct(part)
         else:
-            before = features(autoencoder, part)
+            before = model.activations(part)
             after = edit(before.clone())
             if not isinstance(after, Tensor) or after.shape != before.shape:
                 kind = list(after.shape) if isinstance(after, Tensor) else type(after).__name__
                 raise ValueError(f"edit must return shape {list(before.shape)}; got {kind}")
-            made = autoencoder.decode(after.to(before.dtype))
+            made = model.decode(after.to(before.dtype))
             if add_error:
-                made = goal.to(made) + (made - autoencoder.decode(before))
+                made = goal.to(made) + (made - model.decode(before))
         if made.shape != goal.shape:
             raise ValueError(
                 f"autoencoder must reconstruct {list(goal.shape)}; got {list(made.shape)}"
             )
         parts.append(made.to(goal))
     return torch.cat(parts)
-
-
-def _plain(autoencoder: Any, rows: Tensor) -> Tensor:
-    if isinstance(autoencoder, BinaryAutoencoder) and torch.is_grad_enabled():
-        return autoencoder(rows, covariance=False).recon  # its decode has no gradient of x
-    made: Tensor = autoencoder.decode(autoencoder.encode(rows))
-    return made
-
-
-def as_parameters(autoencoder: Any, rows: Tensor) -> Tensor:
-    """Rows in the dtype and on the device of the autoencoder's parameters, if it has any."""
-    parameters = autoencoder.parameters() if isinstance(autoencoder, nn.Module) else iter(())
-    first = next(iter(parameters), None)
-    return rows if first is None else rows.to(first.device, first.dtype)
-
-
-def _rows_at_a_time(autoencoder: Any) -> int:
-    d_sae = getattr(getattr(autoencoder, "config", None), "d_sae", 4096)
-    return max(_CHUNK_ELEMENTS // d_sae, 1)
 
 
 # -- which tokens ------------------------------------------------------------------------------
@@ -200,16 +146,9 @@ def norm_bounds(autoencoder: Any, max_norm_ratio: float | None) -> tuple[float, 
     Infinite where there is no ratio, or nothing was fitted (mean 0 and scale 1).
     """
     bounds = [math.inf, math.inf]
-    if max_norm_ratio is not None and isinstance(autoencoder, Autoencoder):
-        for i, (mean, scale) in enumerate(
-            (
-                (autoencoder.x_mean, autoencoder.x_scale),
-                (autoencoder.target_mean, autoencoder.target_scale),
-            )
-        ):
-            if bool(mean.any()) or float(scale) != 1:
-                square = float(mean.double().square().sum()) + len(mean) * float(scale) ** 2
-                bounds[i] = max_norm_ratio * square**0.5
+    if max_norm_ratio is not None:
+        for i, norm in enumerate(as_autoencoder(autoencoder).usual_norms()):
+            bounds[i] = max_norm_ratio * norm
     return bounds[0], bounds[1]
 
 
@@ -384,10 +323,7 @@ def spliced(
         ValueError: no such module, an argument out of range, or shapes that do not fit.
         RuntimeError: a source that is called after the module.
     """
-    if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode")):
-        raise TypeError(
-            f"autoencoder must have encode and decode; got {type(autoencoder).__name__}"
-        )
+    as_autoencoder(autoencoder)
     if max_norm_ratio is not None and not max_norm_ratio > 0:
         raise ValueError(f"max_norm_ratio must be over 0 or None; got {max_norm_ratio!r}")
     transcoder = bool(getattr(autoencoder, "is_transcoder", False))
@@ -399,7 +335,9 @@ def spliced(
     def watch(x: Tensor, chosen: Tensor) -> None:
         some = bool(chosen.any())
         # without a token to keep, any row tells the width
-        code = active_code(autoencoder, x[chosen] if some else x.reshape(-1, x.shape[-1])[:1])
+        code = as_autoencoder(autoencoder).active(
+            x[chosen] if some else x.reshape(-1, x.shape[-1])[:1]
+        )
         words = code.words.new_zeros(*chosen.shape, code.words.shape[-1])
         if some:
             words[chosen.to(words.device)] = code.words

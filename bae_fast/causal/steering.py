@@ -23,13 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.causal.splice import (
-    active_code,
-    as_parameters,
-    features,
-    replaced_output,
-    spliced,
-)
+from bae_fast.autoencoder import as_autoencoder
+from bae_fast.causal.splice import replaced_output, spliced
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.states import states_at
 
@@ -141,16 +136,17 @@ def feature_differences(
     if getattr(autoencoder, "is_transcoder", False) and source is None:
         raise ValueError("source must name the module whose output the transcoder encodes")
     read = path if source is None else source
+    model = as_autoencoder(autoencoder)
     counts, sizes, means = [], [], []
     total: Tensor | float = 0.0
     for prompts in (prompts_a, prompts_b):
         states = states_at(lm, prompt_tokens(lm, prompts), [read])[0][read][:, 0]
-        counts.append(active_code(autoencoder, states).counts().cpu())
+        counts.append(model.active(states).counts().cpu())
         sizes.append(len(prompts))
         means.append(states.double().mean(0).cpu())
         with torch.no_grad():
-            for part in states.split(4096):
-                found = features(autoencoder, as_parameters(autoencoder, part))
+            for part in model.blocks(states):
+                found = model.activations(part)
                 total = total + found.sum(0, dtype=torch.float64).cpu()
     on = counts[0] + counts[1]
     value = torch.as_tensor(total) / on.clamp_min(1)
@@ -209,7 +205,7 @@ def steering_edit(
     if not chosen:
         raise ValueError("chosen must hold at least one feature; got none")
     ids = torch.tensor([one.feature for one in chosen])
-    value = torch.tensor([one.value for one in chosen])
+    value = torch.tensor([one.value for one in chosen], dtype=torch.float32)
     up = torch.tensor([one.share_a > one.share_b for one in chosen])
 
     def edit(found: Tensor) -> Tensor:

@@ -339,7 +339,7 @@ class SubstitutionTest:
         """
         if kind not in ("zero", "mean"):
             raise ValueError(f"kind must be 'zero' or 'mean'; got {kind!r}")
-        mean = getattr(autoencoder, "_target_mean", None) if kind == "mean" else None
+        mean = getattr(autoencoder, "target_mean", None) if kind == "mean" else None
         bounds = norm_bounds(autoencoder, self.max_norm_ratio)
         # autoencoders of the same rows share their ablations
         bytes_ = None if mean is None else mean.detach().cpu().float().numpy().tobytes()

@@ -415,7 +415,7 @@ def write_page(
 
 def print_features(features: list[dict[str, Any]], n: int = 20) -> None:
     """The first of the features, best scores first."""
-    from bae_fast.analysis.features import visible_text
+    from bae_fast.analysis.text import visible_text
 
     def cell(value: float | None) -> str:
         return "    -" if value is None else f"{value:5.2f}"

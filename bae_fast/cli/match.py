@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     cache, _, facts = demo.harvest_rows(arguments, stages, 1)
     rows = cache.rows[-arguments.rows :]
     with stages.stage("match"):
-        a, b = (causal.active_code(model, rows).to("cpu") for model in models)
+        a, b = (model.active(rows).to("cpu") for model in models)
         options = {
             "threshold": arguments.threshold,
             "score": arguments.score,

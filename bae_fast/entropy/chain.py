@@ -140,7 +140,7 @@ def _counts(
     """
     n_js, c = among.shape
     shape = (n_js, 2, c + 1, c + 1) if pair is None else (n_js, 8, c + 1)
-    found = torch.zeros(shape, device=among.device)
+    found = torch.zeros(shape, dtype=torch.float32, device=among.device)
     step = max(_SCRATCH // (n_js * (c + 1) * 2), 16)
     for start in range(0, rows.shape[0], step):
         words = rows.words[start : start + step]

@@ -47,7 +47,7 @@ def independent_components(
     kept = kept if max_components is None else min(kept, max_components)
     whitening = vectors[:, -kept:] / values[-kept:].sqrt()
     white = (centred @ whitening).float()
-    draws = torch.randn(kept, kept, generator=generator).to(white)
+    draws = torch.randn(kept, kept, generator=generator, dtype=torch.float32).to(white)
     rotation = _nearest_rotation(draws)
     reached: list[float] = []
     for _ in range(_ITERATIONS):

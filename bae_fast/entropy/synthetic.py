@@ -86,24 +86,29 @@ class SyntheticSpec:
             raise ValueError(f"n must be at least 1; got {n}")
         generator = torch.Generator().manual_seed(seed)
         # V first: it does not depend on n
-        directions = torch.randn(self.r, self.d, generator=generator) / math.sqrt(self.r)
+        directions = torch.randn(
+            self.r, self.d, generator=generator, dtype=torch.float32
+        ) / math.sqrt(self.r)
         groups = self.r // self.group
         if self.kind == "sparse":
-            bits = torch.rand(n, self.r, generator=generator) < self.p
+            bits = torch.rand(n, self.r, generator=generator, dtype=torch.float32) < self.p
         elif self.kind == "copies":
-            first = torch.rand(n, groups, 1, generator=generator) < 0.5
-            flips = torch.rand(n, groups, self.group, generator=generator) < self.flip
+            first = torch.rand(n, groups, 1, generator=generator, dtype=torch.float32) < 0.5
+            flips = (
+                torch.rand(n, groups, self.group, generator=generator, dtype=torch.float32)
+                < self.flip
+            )
             flips[..., 0] = False
             bits = (first ^ flips).flatten(1)
         elif self.kind == "exclusive":
             which = torch.randint(self.group, (n, groups), generator=generator)
             bits = torch.nn.functional.one_hot(which, self.group).bool().flatten(1)
         else:
-            bits = torch.rand(n, self.r, generator=generator) < 0.5
+            bits = torch.rand(n, self.r, generator=generator, dtype=torch.float32) < 0.5
         x = bits.float() @ directions
         if self.kind == "noise":
             scale = math.sqrt(self.noise) * x.std(0).square().mean().sqrt()
-            x += scale * torch.randn(n, self.d, generator=generator)
+            x += scale * torch.randn(n, self.d, generator=generator, dtype=torch.float32)
         return x, bits
 
 

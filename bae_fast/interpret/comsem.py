@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.analysis.features import _columns, _text, choose_features, visible_text
+from bae_fast.analysis.features import active_columns, choose_features
+from bae_fast.analysis.text import context_text, visible_text
 from bae_fast.autoencoder import Autoencoder, as_code, check_rows
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.answers import Answers, Asker, Prices
@@ -190,7 +191,7 @@ def choose_tokens(found: FeatureTokens, config: ComSemConfig) -> list[ChosenToke
     features = choose_features(eligible, config.n_features, generator=generator)
     usual = None
     if config.n_negatives and len(features):
-        on = _columns(found.code, features)
+        on = active_columns(found.code, features)
         usual = on == (density[features] > 0.5) if found.either_way else ~on
     chosen = []
     for column, feature in enumerate(features.tolist()):
@@ -250,7 +251,7 @@ class Passages:
     def __call__(self, row: int) -> tuple[str, str]:
         """(passage, token) of row rows[row] of the cache."""
         ids = self.cache.token_context(self.rows[row], self.before, self.after)
-        before, token, after = _text(self.tokenizer, *ids)
+        before, token, after = context_text(self.tokenizer, *ids)
         bare = token.strip(" ")
         if bare:  # spaces of the token stand outside of the marks
             head = len(token) - len(token.lstrip(" "))

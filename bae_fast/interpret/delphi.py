@@ -75,7 +75,7 @@ def write_delphi_cache(
 
     manifest: dict[str, Any] = cache.manifest
     target = Path(folder) / str(manifest["hook_name"])
-    edges = torch.linspace(0, n_features, steps=n_splits + 1).long().tolist()
+    edges = torch.linspace(0, n_features, steps=n_splits + 1, dtype=torch.float32).long().tolist()
     for first, stop in itertools.pairwise(edges):
         kept = (locations[:, 2] >= first) & (locations[:, 2] < stop)
         own = locations[kept]

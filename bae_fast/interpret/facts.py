@@ -13,8 +13,8 @@
 ``neighbours``  by the phi coefficient of firing together, from exact counts of pairs.
 ``histogram``   of pre-activations, or of an SAE's activations where it is on.
 
-A sparse autoencoder's feature is on where its activation is positive: :func:`firing`. Everything
-goes by blocks; nothing of [N, F] or [F, F] floats is ever whole.
+A sparse autoencoder's feature is on where its activation is positive: ``model.active(rows)``.
+Everything goes by blocks; nothing of [N, F] or [F, F] floats is ever whole.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from bae_fast import packing
-from bae_fast.analysis.features import TokenLift, token_lifts, token_text
+from bae_fast.analysis.features import TokenLift, token_lifts
 from bae_fast.analysis.pairs import joint_counts
+from bae_fast.analysis.text import token_text
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import ActivationCache
 from bae_fast.report.browser import FeatureContext, FeatureRecord, Histogram
@@ -106,21 +107,6 @@ class Histograms:
         """One feature's."""
         low, high = float(self.low[feature]), float(self.high[feature])
         return Histogram(low, high, tuple(self.counts[feature].tolist()))
-
-
-@torch.no_grad()
-def firing(encode: Callable[[Tensor], BinaryCode | Tensor], rows: Tensor) -> BinaryCode:
-    """The rows in which each feature is on, as a code: ``[N, F]``.
-
-    Args:
-        encode: a :class:`BinaryAutoencoder`'s or a baseline's; of the second, positive is on.
-        rows: raw ``[N, d_in]``, taken 4,096 at a time in the dtype they have.
-    """
-    parts = []
-    for block in rows.split(4096):
-        found = encode(block)
-        parts.append(found if isinstance(found, BinaryCode) else BinaryCode.from_dense(found > 0))
-    return BinaryCode.cat(parts)
 
 
 # -- burstiness --------------------------------------------------------------------------------

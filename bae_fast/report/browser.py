@@ -21,7 +21,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bae_fast.analysis.features import TokenLift, visible_text
+from bae_fast.analysis.features import TokenLift
+from bae_fast.analysis.text import visible_text
 from bae_fast.files import write_text
 from bae_fast.report.browser_page import SCRIPT, STYLE
 

@@ -14,10 +14,8 @@ from bae_fast.analysis.features import (
     ContextExample,
     FeatureSummary,
     TokenLift,
-    format_lift,
-    visible_text,
-    visible_token,
 )
+from bae_fast.analysis.text import format_lift, visible_text, visible_token
 from bae_fast.files import write_text
 from bae_fast.report.plots import Point, plot_density, plot_fvu_bits, plot_training, save_png
 

@@ -187,7 +187,7 @@ class BinaryObjective(Objective):
             terms = terms + a_c * out.covariance
         if past is not None:
             # a row's gradient is that of one among all rows counted; the batch stands for them
-            terms = terms * (1 + past.n_rows / len(x))
+            terms = terms * (1 + past.n_rows.float() / len(x))
         if self.bank is not None:
             self.bank.append(out.code)
         parts = {"mse": mse, "entropy_bits": out.entropy}

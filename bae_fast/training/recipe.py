@@ -55,7 +55,9 @@ def init_from_rows_(
     chosen = order.repeat(-(-f // len(rows)))[:f].to(rows.device)
     directions = torch.nn.functional.normalize(rows[chosen], dim=1)
     if f > len(rows):
-        noise = torch.randn(directions.shape, generator=generator).to(directions)
+        noise = torch.randn(directions.shape, generator=generator, dtype=torch.float32).to(
+            directions
+        )
         directions = torch.nn.functional.normalize(
             directions + _JITTER * noise / rows.shape[1] ** 0.5, dim=1
         )

@@ -228,7 +228,7 @@ class Trainer(Generic[Config]):
             self._publish()
             self._in_step = False
             result = {name: value.detach() for name, value in loss.parts.items()}
-            result["l0"] = loss.counts.sum() / len(x)
+            result["l0"] = loss.counts.sum().float() / len(x)
             result["dead_share"] = self._dead(min(DEAD_WINDOW, self.step)).double().mean()
         return result
 

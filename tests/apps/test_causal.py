@@ -12,9 +12,7 @@ import bae_fast as bf
 from bae_fast.baselines import METHODS, make_baseline
 from bae_fast.causal import (
     SubstitutionTest,
-    active_code,
     divergence,
-    features,
     spliced,
 )
 from bae_fast.causal.splice import norm_bounds
@@ -186,10 +184,10 @@ def test_several_bits_a_feature(lm, windows):
     bae = bf.BinaryAutoencoder(16, 20, n_bits=3).fit_normalization_(rows).eval()
     with torch.no_grad():
         values = bae.encode(rows).values()
-    found = features(bae, rows.reshape(-1, 16).requires_grad_())
+    found = bae.activations(rows.reshape(-1, 16).requires_grad_())
     assert torch.equal(found, values.view(-1, 20))
     assert found.requires_grad
-    code = active_code(bae, rows.reshape(-1, 16))
+    code = bae.active(rows.reshape(-1, 16))
     assert torch.equal(code.to_dense(), values.view(-1, 20) > 0)
 
 
@@ -247,7 +245,7 @@ def test_dense_bits_carry_the_same_gradient_as_the_layer(bae):
     for way in ("layer", "dense"):
         bae.zero_grad(set_to_none=True)
         rows = x.clone().requires_grad_()
-        recon = bae(rows).recon if way == "layer" else bae.decode(features(bae, rows))
+        recon = bae(rows).recon if way == "layer" else bae.decode(bae.activations(rows))
         (recon * out_grad).sum().backward()
         found.append([rows.grad, bae.W_enc.grad, bae.b_enc.grad, bae.W_dec.grad, bae.b_dec.grad])
     for a, b in zip(*found, strict=True):

@@ -169,7 +169,7 @@ def test_a_feature_is_on_where_its_activation_is_positive(g, method):
     torch.manual_seed(0)
     module = BinaryAutoencoder(12, 40) if method == "bae" else make_baseline(method, 12, 40, k=5)
     module.eval()
-    found = facts.firing(module.encode, x)
+    found = module.active(x)
     if method == "bae":
         assert found.equal(module.encode(x))
     else:
@@ -185,7 +185,7 @@ def test_facts_of_both_kinds_come_together_as_records(g, method):
     with torch.no_grad():
         values = [module.preactivation(x) if method == "bae" else module.encode(x)]
     found = facts.gather_facts(
-        facts.firing(module.encode, x),
+        module.active(x),
         row_tokens=torch.randint(0, 20, (200,), generator=g),
         windows=torch.arange(200) // 50,
         values=values,
