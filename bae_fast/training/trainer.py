@@ -156,7 +156,10 @@ class Trainer(Generic[Config]):
         return self.model
 
     def _sample(self, n: int) -> Tensor:
-        return self.rows[torch.randperm(len(self.rows), generator=self.generator)[:n]]
+        picked = torch.randperm(len(self.rows), generator=self.generator)[:n]
+        sample = self.rows[picked.to(self.rows.device)]
+        _check_finite("rows", sample, picked)
+        return sample
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -187,12 +190,7 @@ class Trainer(Generic[Config]):
     def _batch(self, name: str, rows: Tensor, picked: Tensor) -> Tensor:
         batch = rows[picked.to(rows.device)]
         if batch.device.type == "cpu":  # elsewhere it would wait for the device: mse tells later
-            finite = batch.isfinite().all(1)
-            if not bool(finite.all()):
-                row = int(picked[int((~finite).int().argmax())])
-                raise ValueError(
-                    f"{name} must be finite; got NaN or Inf in row {row}, met at step {self.step}"
-                )
+            _check_finite(name, batch, picked)
         batch = batch.to(self.device)
         return batch if self.bfloat16 else batch.to(self._dtype)
 
@@ -401,7 +399,9 @@ class Trainer(Generic[Config]):
             raise FileNotFoundError(f"{path} does not exist")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        except (
+            RuntimeError, OSError, pickle.UnpicklingError, EOFError, ValueError, KeyError
+        ) as error:  # fmt: skip
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
         if not isinstance(state, dict):
@@ -435,6 +435,14 @@ def _check_parameters(model: Autoencoder) -> None:
             "model must have a parameter that requires a gradient (model.requires_grad_(True)); "
             f"got none of {len(parameters)}"
         )
+
+
+def _check_finite(name: str, rows: Tensor, numbers: Tensor) -> None:
+    """Refuse NaN and Inf; ``numbers`` are those of the rows among all."""
+    finite = rows.isfinite().all(1)
+    if not bool(finite.all()):
+        row = int(numbers[int((~finite).int().argmax())])
+        raise ValueError(f"{name} must be finite; got NaN or Inf in row {row}")
 
 
 @contextlib.contextmanager

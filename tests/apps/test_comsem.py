@@ -488,7 +488,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="no feature has 6 tokens"):
         score_model(bae, cache, range(4), Words(), RuleJudge())
     wide = BinaryAutoencoder(13, 6).eval()
-    with pytest.raises(ValueError, match=r"rows must be \[n, 13\]; got \[800, 12\]"):
+    with pytest.raises(ValueError, match=r"rows must have shape \[n, 13\]; got \[800, 12\]"):
         score_model(wide, cache, range(cache.n_rows), Words(), RuleJudge())
     many = BinaryAutoencoder(12, 6, n_bits=2).eval()
     with pytest.raises(ValueError, match="n_bits=1"):

@@ -132,7 +132,7 @@ def test_normalisation_is_the_identity_until_it_is_fitted():
 
 
 def test_fitted_rows_are_centred_with_unit_mean_square(monkeypatch):
-    monkeypatch.setattr("bae_fast.normalization._CHUNK_ELEMENTS", 3 * D)  # several blocks of rows
+    monkeypatch.setattr("bae_fast.autoencoder._CHUNK_ELEMENTS", 3 * D)  # several blocks of rows
     x = rows(100)
     bae = bf.BinaryAutoencoder(D, F, dtype=torch.float64)
     assert bae.fit_normalization_(x.view(4, 25, D)) is bae
@@ -573,7 +573,7 @@ def test_a_save_killed_between_the_two_files_leaves_the_new_model_loadable(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("bae_fast.pretrained.write_json", killed)
+        patch.setattr("bae_fast.autoencoder.write_json", killed)
         with pytest.raises(Killed):
             second.save_pretrained(tmp_path)
     back = bf.BinaryAutoencoder.from_pretrained(tmp_path)
@@ -588,7 +588,7 @@ def test_a_first_save_killed_between_the_two_files_leaves_the_model_loadable(tmp
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("bae_fast.pretrained.write_json", killed)
+        patch.setattr("bae_fast.autoencoder.write_json", killed)
         with pytest.raises(Killed):
             bae.save_pretrained(tmp_path)
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path).encode(x).equal(bae.encode(x))

@@ -192,11 +192,10 @@ def test_integer_parameters(parameters, x, name):
         bf.binary_autoencoder(x, **parameters)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rows_of_another_dtype_than_the_module(bae, x, dtype):
+def test_rows_wider_than_the_module(bae, x):
     for call in (bae, bae.encode):
-        with refused(TypeError, "W_enc must have x's dtype", str(dtype), "got torch.float32"):
-            call(x.to(dtype))
+        with refused(TypeError, "W_enc must have x's dtype torch.float64", "got torch.float32"):
+            call(x.double())
 
 
 @pytest.mark.parametrize(

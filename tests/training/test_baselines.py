@@ -238,7 +238,7 @@ def test_jumprelu_has_the_straight_through_gradients_of_its_paper():
     # 4 K of F features, as normal quantile
     start = -torch.special.ndtri(torch.tensor(4 * K / F))
     assert torch.allclose(model.threshold, start.expand(F))
-    from bae_fast.baselines.base import _Jump, _Step
+    from bae_fast.baselines.methods import _Jump, _Step
 
     threshold = torch.ones(5, requires_grad=True)
     pre.requires_grad_()

@@ -169,10 +169,10 @@ def test_rows_that_are_not_finite_end_the_training_with_a_reason():
     bae = module(x)
     bad = x.clone()
     bad[::50, 3] = float("nan")
-    with pytest.raises(ValueError, match="x must be finite"):
+    with pytest.raises(ValueError, match="rows must be finite; got NaN or Inf in row"):
         Trainer(bae, bad, SMALL)
     trainer = Trainer(bae, bad, dataclasses.replace(SMALL, init="none"))
-    with pytest.raises(ValueError, match=r"rows must be finite; got NaN or Inf in row \d+, met at"):
+    with pytest.raises(ValueError, match=r"rows must be finite; got NaN or Inf in row \d+"):
         trainer.fit()
     assert all(p.isfinite().all() for p in bae.parameters())
 
