@@ -1,7 +1,9 @@
 """One contract: an autoencoder that the package does not know goes everywhere the others go."""
 
+import ast
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -403,3 +405,21 @@ def test_nothing_depends_on_the_default_dtype(default_dtype):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == value, name
+
+
+# -- nobody asks a type --------------------------------------------------------------------------
+
+
+def test_no_file_asks_whether_an_autoencoder_is_binary_by_its_type():
+    root = Path(bf.__file__).parent
+    allowed = {"model.py", "experiments/compress.py"}
+    found = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+        and "BinaryAutoencoder" in ast.unparse(node)
+    }
+    assert found <= allowed
