@@ -1,5 +1,10 @@
 """bae_fast: the Binary Autoencoder of arXiv 2509.20997 on packed codes, fast and exact."""
 
+# ruff: noqa: E402 (how threads wait is settled before torch is loaded)
+from bae_fast.waiting import let_commands_sleep
+
+let_commands_sleep()
+
 from bae_fast import backends  # noqa: F401 (they register themselves)
 from bae_fast._version import __version__
 from bae_fast.codes import BinaryCode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The parent folder is made where it is missing. Another process that writes the same path
     wins or loses whole.
+
+    Raises:
+        OSError: naming ``path``, where the system's own error names another file or none.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        raise _naming(error, target) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -38,8 +45,71 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, name, temporary):
+            raise
+        raise _naming(error, target) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _naming(error: OSError, path: Path) -> OSError:
+    """The same error, of a file that a user knows."""
+    if error.errno is None:
+        return OSError(f"{path} cannot be written: {error}")
+    return OSError(error.errno, error.strerror, str(path))
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder and a file in it, which is removed again.
+
+    Raises:
+        OSError: naming the folder, if files cannot be written there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise _naming(error, folder) from error
+    return folder
+
+
+# -- folders of results ------------------------------------------------------------------------
+
+_UNFINISHED, _FINISHED = ".unfinished", ".finished"
+
+
+@contextmanager
+def publishing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder inside ``folder``; put its files in the old ones' stead if all is well.
+
+    Until the block has ended, the files of the last run stay as they are. The new folder, which
+    may be a run's from before, is then renamed, its files are moved up one by one, and a process
+    that is killed between two moves leaves the rest to the next call of :func:`publishing`. Files
+    of ``folder`` that the new folder lacks are left alone.
+    """
+    folder = Path(folder)
+    _move_up(folder)
+    work = folder / _UNFINISHED
+    check_writable(work)
+    yield work
+    os.replace(work, folder / _FINISHED)
+    _move_up(folder)
+
+
+def _move_up(folder: Path) -> None:
+    finished = folder / _FINISHED
+    if not finished.is_dir():
+        return
+    for path in sorted(finished.iterdir()):
+        target = folder / path.name
+        if path.is_dir() and target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    finished.rmdir()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -73,11 +143,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_safetensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> Path:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written, for instance on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # which is no OSError and names no file
+            raise OSError(f"{path} cannot be written: {error}") from error
     return Path(path)
 
 

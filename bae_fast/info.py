@@ -18,6 +18,7 @@ from bae_fast.ops.registry import (
     choose,
     reasons_against,
 )
+from bae_fast.waiting import policy
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
 
@@ -52,6 +53,7 @@ def info() -> dict[str, Any]:
             "machine": platform.machine(),
             "simd": simd[0] if simd else torch.backends.cpu.get_cpu_capability().lower(),
             "threads": torch.get_num_threads(),
+            "wait_policy": policy(),
         },
         "cuda_devices": cuda,
         "backends": {"reference": "available", **backends},
