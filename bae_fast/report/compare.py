@@ -1,0 +1,121 @@
+"""The table and the plot of ``compare``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from bae_fast.report import tables
+from bae_fast.report.plots import Point, plot_fvu_bits
+
+LABELS = {
+    "bae": "BAE (sparse)",
+    "bae_paper": "BAE (paper)",
+    "relu": "ReLU",
+    "rescaled_relu": "rescaled ReLU",
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
+    "transcoder": "transcoder",
+    "binary_topk": "binary top-k",
+    "random": "random",
+}
+
+
+def _label(method: str, k: int | None) -> str:
+    return LABELS[method] + ("" if k is None else f" k={k}")
+
+
+def _groups(result: dict[str, Any]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
+    groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for one_run in result["runs"]:
+        # scores beside the rest, under names that cannot meet
+        row = dict(one_run["heldout"])
+        for name, found in one_run.get("scores", {}).items():
+            row |= {f"{name}.{key}": value for key, value in found.items()}
+        groups.setdefault((one_run["method"], one_run["k"]), []).append(row)
+    return groups
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: mean and range over seeds, a line a method."""
+    extra = [
+        (f"{name}.{key}", header, form) for name, key, header, form in result.get("columns", [])
+    ]
+    columns = [
+        ("l0", "L0", "{:.1f}"),
+        ("fvu", "FVU", "{:.4f}"),
+        ("fvu_quantized", "FVU, values rounded", "{:.4f}"),
+        ("bits", "bits a row", "{:.0f}"),
+        ("support_bits", "of these, which features", "{:.0f}"),
+        ("dead_share", "dead", "{:.1%}"),
+        ("dense_share", "p > 0.1", "{:.1%}"),
+        ("always_on_share", "p > 0.9", "{:.1%}"),
+        *extra,
+    ]
+    lines = tables.table(
+        ["code", *(title for _, title, _ in columns)],
+        (
+            [_label(method, k) + ("*" if method == "transcoder" else "")]
+            + [tables.cell(found, key, form) for key, _, form in columns]
+            for (method, k), found in _groups(result).items()
+        ),
+    )
+    data, first = result["data"], result["runs"][0]["settings"]
+    training = first["training"]
+    seeds = len({one_run["seed"] for one_run in result["runs"]})
+    bits = max(one_run["settings"]["value_bits"] for one_run in result["runs"])
+    lines += [
+        "",
+        f"{data['model_label']}, `{data['hook_name']}`, F = {first['d_sae']}, {training['steps']} "
+        f"steps of {training['batch_size']} rows, {data['split']['n_heldout']} rows held out by "
+        f"whole windows, {seeds} seed{'s' if seeds > 1 else ''}. Bits: entropy of the active set "
+        f"summed over features and pooled over the held-out rows, plus {bits} bits for each value "
+        "of a code that is not of bits; the rounded FVU is that of such values. p: share of the "
+        "rows in which a feature is on.",
+    ]
+    tokens = {
+        one_run["scores"]["substitution"]["n_tokens"]
+        for one_run in result["runs"]
+        if "substitution" in one_run.get("scores", {})
+    }
+    if tokens:
+        lines[-1] += (
+            f" JS and KL: divergence of the next-token distribution with every state of "
+            f"`{data['hook_name']}` replaced by its reconstruction, mean of {max(tokens):,} "
+            "held-out tokens; loss recovered: 1 where that costs nothing, 0 where it costs what "
+            "the mean state in the same places costs."
+        )
+    named = {
+        f"{found['counts']['chosen']} ({name.removeprefix('comsem-')})"
+        for one_run in result["runs"]
+        for name, found in one_run.get("scores", {}).items()
+        if name.startswith("comsem-")
+    }
+    if named:
+        lines[-1] += (
+            f" ComSem: share of Yes of a judge shown a feature's tokens and its name, mean of "
+            f"{', '.join(sorted(named))} features; others' names: with another feature's "
+            "name; detection: balanced accuracy, tokens of other features among them."
+        )
+    if any(one_run["method"] == "transcoder" for one_run in result["runs"]):
+        lines.append(
+            "\\* of another target, the MLP's output, and in its place: not comparable by FVU, nor "
+            "by what the model loses."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any]) -> bytes:
+    """FVU, values rounded, against bits; PNG. The transcoder has another target: left out."""
+    points = []
+    for (method, k), found in _groups(result).items():
+        fvu = sum(row["fvu_quantized"] for row in found) / len(found)
+        bits = sum(row["bits"] for row in found) / len(found)
+        # a code without a bit, or worse than the mean, has no place in the plane
+        if method != "transcoder" and bits > 0 and math.isfinite(fvu) and fvu < 1:
+            points.append(Point(_label(method, k), fvu, bits, k is None))
+    return plot_fvu_bits(torch.tensor(result["spectrum"], dtype=torch.float64), points)
