@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -28,8 +29,16 @@ def say(text: str = "", *, error: bool = False) -> None:
         except UnicodeEncodeError:
             encoding = stream.encoding or "ascii"
             print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+            _say_once(
+                f"note: ? stands for characters that {encoding} lacks (PYTHONIOENCODING=utf-8)"
+            )
     except (OSError, ValueError, LookupError):  # a closed pipe, a full disk, a closed stream
         return
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text, error=True)
 
 
 class Stages:

@@ -21,7 +21,8 @@ import torch
 from bae_fast import BinaryAutoencoder
 from bae_fast.analysis.evaluation import VALUE_BITS, evaluate
 from bae_fast.baselines import TRAINING, make_baseline
-from bae_fast.cli.demo import N_HELDOUT, default_cache
+from bae_fast.experiments.data import N_HELDOUT
+from bae_fast.files import cache_folder
 from bae_fast.lm import (
     ActivationCache,
     harvest,
@@ -49,7 +50,7 @@ def rows() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(training, held-out) rows of each split; harvested once, then from the cache."""
     lm = load_language_model()
     cache: ActivationCache = harvest(
-        lm, windows(lm.tokenizer, standard_library_text()), folder=default_cache()
+        lm, windows(lm.tokenizer, standard_library_text()), folder=cache_folder("activations")
     )
     split = cache.split(N_HELDOUT)
     # the mirror image of the last windows: as many whole windows, and one left out

@@ -1,30 +1,72 @@
-"""The command ``bae-fast`` and its subcommands."""
+"""The command ``bae-fast``: finds the subcommand, reads its options, runs it, prints its report."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from bae_fast._version import __version__
-from bae_fast.cli import compare, compress, demo, entropy, info, interpret, match, steer
+from bae_fast.cli.net import caught, signals
+from bae_fast.progress import say
+
+# subcommand -> what it does; the file of that name has ``run(arguments) -> int``
+COMMANDS = {
+    "demo": "Train on a language model's hidden states and show what was learned.",
+    "compare": "Train sparse autoencoders beside the binary one; write a table and a plot.",
+    "interpret": "Name features by a judge and score the names.",
+    "match": "Show which features of two saved autoencoders are the same.",
+    "steer": "Find features that differ between two sets of prompts, and steer by them.",
+    "compress": "Write hidden states as a file of codes, near the entropy of the code.",
+    "decompress": "Read a file of codes.",
+    "entropy": "Estimate the entropy of sets of vectors.",
+    "info": "Show versions, the SIMD level, the backends and why one is missing.",
+}
+
+
+def usage() -> str:
+    """The list of subcommands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: bae-fast [--version] [--debug] COMMAND [options]",
+            "",
+            "Binary Autoencoder for interpreting language models.",
+            "",
+            *lines,
+            "",
+            "bae-fast COMMAND --help lists a command's options. --debug, or the environment's",
+            "BAE_FAST_DEBUG=1, shows where an error comes from.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; errors a user can mend are one line on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(
-        prog="bae-fast", description="Binary Autoencoder for interpreting language models."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, compare, interpret, match, steer, compress, entropy, info):
-        command.add_parser(commands)
-    arguments = parser.parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"bae-fast {arguments.command}: {error}", file=sys.stderr)
-        return 1
+    """Run a subcommand.
+
+    Every error is one line on standard error.
+
+    Returns:
+        The exit status: 0, 1 for an error, 2 for options that cannot be read, 128 and the number
+        of the signal for an interruption.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [one for one in arguments if one != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        say(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        say(f"bae-fast: COMMAND must be one of {', '.join(COMMANDS)}; got {name}", error=True)
+        return 2
+    with signals():
+        return caught(name, lambda: _run(name, rest), debug=debug)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    return int(importlib.import_module(f"bae_fast.cli.{name}").run(arguments))

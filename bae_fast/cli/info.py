@@ -1,32 +1,37 @@
-"""``bae-fast info``: versions, devices, and which backends run here."""
+"""``bae-fast info``: versions, devices, and which backends run here.
+
+It needs no package beside torch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from bae_fast.info import info
+from bae_fast.progress import say
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("info", help="versions, SIMD level, backends and why not")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    found = info()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
+def run(arguments: list[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bae-fast info", description="Show versions, the SIMD level, and the backends."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    values = info()
+    if parser.parse_args(arguments).json:
+        say(json.dumps(values, indent=2))
         return 0
-    print(f"bae_fast {found['bae_fast']}, Python {found['python']}")
-    packages = found["packages"].items()
-    print("packages  " + ", ".join(f"{name} {version or '(none)'}" for name, version in packages))
-    cpu = found["cpu"]
-    print(f"cpu       {cpu['machine']}, {cpu['simd']}, {cpu['threads']} threads")
-    print("cuda      " + (", ".join(found["cuda_devices"]) or "no device"))
-    print("backends")
-    for name, state in found["backends"].items():
-        print(f"  {name:<10}{state}")
+    packages = values["packages"].items()
+    cpu = values["cpu"]
+    say(f"bae_fast {values['bae_fast']}, Python {values['python']}")
+    say("packages  " + ", ".join(f"{name} {version or '(none)'}" for name, version in packages))
+    say(
+        f"cpu       {cpu['machine']}, {cpu['simd']}, {cpu['threads']} threads, waiting policy "
+        f"{cpu['wait_policy']}"
+    )
+    say("cuda      " + (", ".join(values["cuda_devices"]) or "no device"))
+    say("backends")
+    for name, state in values["backends"].items():
+        say(f"  {name:<10}{state}")
     return 0

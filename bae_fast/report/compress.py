@@ -17,7 +17,9 @@ def table(result: dict[str, Any]) -> str:
 
     def line(name: str, bits: float, error: float | None) -> None:
         shown = "" if error is None else f"{error:.4f}"
-        rows.append([name, f"{bits:,.1f}", f"1 / {raw['bfloat16'] / bits:.1f}", shown])
+        # the Gaussian bound at an FVU of 1 or more is 0
+        ratio = f"1 / {raw['bfloat16'] / bits:.1f}" if bits else "0"
+        rows.append([name, f"{bits:,.1f}", ratio, shown])
 
     line("raw, float32", raw["float32"], 0)
     line("raw, bfloat16", raw["bfloat16"], 0)

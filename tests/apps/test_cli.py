@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from bae_fast.cli import main
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"word{i}" for i in range(60)]
 
 
@@ -48,7 +50,7 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(arguments, tmp_path, c
     names = {path.name for path in out.iterdir()}
     assert names == {
         "cfg.json", "sae_weights.safetensors", "metrics.json", "log.jsonl", "report.html",
-        "training_curves.png", "density_histogram.png", "fvu_bits.png",
+        "training_curves.png", "density_histogram.png", "fvu_bits.png", "resolved.yaml",
     }  # fmt: skip
     found = json.loads((out / "metrics.json").read_text())
     heldout = found["heldout"]
@@ -73,33 +75,74 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(arguments, tmp_path, c
     assert json.loads((out / "metrics.json").read_text())["heldout"] == heldout
 
 
-def test_an_interrupt_during_training_leaves_a_loadable_model(arguments, tmp_path):
-    out = tmp_path / "out"
-    arguments[arguments.index("30")] = "1000000"
+def run_until_logged(arguments, log, n_lines):
+    """The command in a process of its own, once its log has so many lines."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "bae_fast.cli", *arguments],
+        [sys.executable, "-m", "bae_fast", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT,
         # a shell's background jobs inherit an ignored interrupt
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    log = out / "log.jsonl"
     end = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= n_lines):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "too slow"
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
+    arguments, tmp_path, number, capsys
+):
+    out = tmp_path / "out"
+    straight = tmp_path / "straight"
+    assert main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    longer = [*arguments, "--steps", "600", "--entropy-weight", "3e-4"]
+    log = out / ".unfinished" / "log.jsonl"
+    process = run_until_logged(longer, log, 2)
     try:
-        while not (log.is_file() and log.stat().st_size) and time.monotonic() < end:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "was saved in" in error
-    bae = bf.BinaryAutoencoder.from_pretrained(out)
-    assert bae.encode(torch.randn(3, 16)).shape == (3, 32)
+    assert process.returncode == 128 + number
+    (line,) = error.strip().splitlines()
+    assert line.startswith("bae-fast demo: stopped at step ")
+    assert "the same command goes on" in line
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+    capsys.readouterr()
+    assert main(longer) == 0
+    step = int(re.search(r"stopped at step ([\d,]+)", line)[1].replace(",", ""))
+    assert f"goes on from step {step:,}" in capsys.readouterr().out
+    steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 601, 10))
+    # as if nothing had happened
+    assert main([*longer, "--out", str(straight)]) == 0
+    found, expected = (
+        json.loads((folder / "metrics.json").read_text())["heldout"] for folder in (out, straight)
+    )
+    assert found == expected
+    assert not (out / ".unfinished").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys):
+    out = tmp_path / "out"
+    process = run_until_logged(
+        [*arguments, "--steps", "100000"], out / ".unfinished" / "log.jsonl", 1
+    )
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert main(arguments) == 0
+    assert "is of another run" in capsys.readouterr().out
+    steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """``bae-fast compare`` on a tiny language model."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import bae_fast as bf
 from bae_fast.analysis import fvu
 from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.causal import SubstitutionTest
-from bae_fast.cli import compare, main
-from bae_fast.cli.demo import Stages
+from bae_fast.cli import main
+from bae_fast.experiments import compare, runs, scorers
 from bae_fast.files import write_json
 from bae_fast.lm import ActivationCache, load_language_model
+from bae_fast.report import compare as report
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -79,7 +79,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch):
     def fail(*_arguments, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(compare.Trainer, "fit", fail)
+    monkeypatch.setattr(runs.Trainer, "fit", fail)
     assert main(arguments) == 0
     assert json.loads((out / "compare.json").read_text()) == before
     (out / "compare.md").unlink()
@@ -128,7 +128,7 @@ def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeyp
     def fail(*_arguments, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(compare.Trainer, "fit", fail)
+    monkeypatch.setattr(runs.Trainer, "fit", fail)
     # one model is gone, one is of a run with other settings
     gone, other, source = (out / "models" / f"{m}-k3-s0" for m in ("relu", "gated", "random"))
     moved = out / "moved"
@@ -185,10 +185,10 @@ def test_a_further_scorer_adds_its_result_and_its_columns(arguments, monkeypatch
             seen.append((method, k, seed, model.training, context.windows(40).shape))
             return {"good": 0.25, "detail": ["kept"]}
 
-        column = compare.Column("good", "how good", "{:.0%}")
-        return compare.Scorer("judge", {"version": 1}, score, [column])
+        column = scorers.Column("good", "how good", "{:.0%}")
+        return [scorers.Scorer("judge", {"version": 1}, score, [column])]
 
-    monkeypatch.setattr(compare, "SCORERS", [judge])
+    monkeypatch.setattr(compare, "scorer_makers", lambda: [judge])
     change = ["--methods", "bae", "topk", "--out", str(tmp_path)]
     for _ in range(2):
         assert main([*arguments, *change]) == 0
@@ -205,9 +205,9 @@ def test_results_of_before_the_scores_can_be_reported(arguments, tmp_path):
     del result["columns"]
     for run in result["runs"]:
         run.pop("scores")
-    text = compare.table(result)
+    text = report.table(result)
     assert "JS" not in text
-    assert compare.plot(result).startswith(b"\x89PNG")
+    assert report.plot(result).startswith(b"\x89PNG")
     off = [*arguments, "--methods", "topk", "--substitution-tokens", "0", "--out", str(tmp_path)]
     assert main(off) == 0
     assert "scores" not in json.loads((tmp_path / "compare.json").read_text())["runs"][0]
@@ -217,9 +217,11 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
     cache_folder = folder_of(arguments, "--cache")
     lm = load_language_model(str(folder_of(arguments, "--model")))
     base = ActivationCache.open(next(cache_folder.glob("*layers.0-[0-9a-f]*")))
-    parsed = argparse_of(arguments)
+    opened = [ActivationCache.open(folder) for folder in cache_folder.iterdir()]
+    by_hook = {cache.manifest["hook_name"]: cache for cache in opened}
+    caches = [by_hook[f"{HOOK}.{part}"] for part in ("post_attention_layernorm", "mlp")]
     split = base.split(4096)
-    pair = compare.transcoder_rows(parsed, Stages(), base, split.train.stop, split.heldout.start)
+    pair = compare.transcoder_rows(caches, base, split.train.stop, split.heldout.start)
     mlp = lm.model.get_submodule("model.layers.0.mlp")
     with torch.no_grad():
         for side in ("train", "heldout"):
@@ -227,13 +229,6 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
             assert len(x) == len(y) > 1000
             again = mlp(x[:50])
             assert torch.allclose(again.float(), y[:50].float(), atol=2e-2, rtol=2e-2)
-
-
-def argparse_of(arguments):
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    compare.add_parser(commands)
-    return parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize(

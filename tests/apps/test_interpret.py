@@ -20,7 +20,8 @@ from tiny_lm import save_tiny_model
 
 from bae_fast import BinaryAutoencoder
 from bae_fast.baselines import make_baseline
-from bae_fast.cli import interpret, main
+from bae_fast.cli import main
+from bae_fast.experiments import interpret
 from bae_fast.interpret import judges
 from bae_fast.interpret.answers import Answers
 from bae_fast.lm import harvest, load_language_model, windows
@@ -70,6 +71,7 @@ def test_it_leaves_scores_phrases_and_a_page(folder, tmp_path, capsys, model):
     assert main(command(folder, out, *more, model=model)) == 0
     assert {path.name for path in out.iterdir()} == {
         "features.jsonl", "summary.json", "summary.md", "features.html", "answers.sqlite",
+        "resolved.yaml",
     }  # fmt: skip
     summary, features = read(out)
     scored = [one for one in features if one["comsem"] is not None]
@@ -195,17 +197,8 @@ def test_a_transcoder_is_read_where_it_reads(folder):
     metadata = {"hook_name": "model.layers.0", "transcoder_hooks": ["model.norm", "lm_head"]}
     model = make_baseline("transcoder", 16, 32, k=4, d_out=16, metadata=metadata)
     model.save_pretrained(folder / "transcoder")
-    arguments = interpret_arguments(command(folder, "out", model="transcoder"))
-    interpret.find_model(arguments)
-    assert arguments.hook == "model.norm"
-
-
-def interpret_arguments(arguments):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    interpret.add_parser(parser.add_subparsers())
-    return parser.parse_args(arguments)
+    config = interpret.Config(load=folder / "transcoder", device="cpu")
+    assert interpret.find_model(config)[2].hook == "model.norm"
 
 
 # -- the real thing ----------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""Options of a command from the fields of its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+NEEDS = "the commands need jsonargparse and docstring-parser: pip install 'bae-fast[cli]'"
+
+
+class Field(NamedTuple):
+    """What an option is made from.
+
+    Attributes:
+        kind: the type of one value.
+        number: None for one value, "+" or "*" for several, or their number.
+        optional: whether null is a value.
+    """
+
+    kind: Any
+    number: str | int | None
+    optional: bool
+
+
+def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> ArgumentParser:
+    """A parser with an option for every field of a configuration.
+
+    Args:
+        name: of the command, for its usage.
+        config: a dataclass whose docstring describes it and its fields.
+        positional: fields that are given by their place.
+
+    Raises:
+        ImportError: jsonargparse or docstring-parser is missing.
+    """
+    try:
+        from jsonargparse import ActionYesNo, ArgumentParser
+    except ImportError as error:
+        raise ImportError(NEEDS) from error
+    about, helps = documentation(config)
+    parser = ArgumentParser(prog=f"bae-fast {name}", description=about, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file that sets any option.")
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind, count, optional = read_type(hints[field.name])
+        required = field.default is dataclasses.MISSING
+        options: dict[str, Any] = {"help": helps[field.name]}
+        if not required:
+            default = field.default
+            options["default"] = list(default) if isinstance(default, tuple) else default
+        option = "--" + field.name.replace("_", "-")
+        if field.name in positional:
+            option = field.name
+            count = 2 if isinstance(field.default, tuple) else None
+            options["metavar"] = "FILE" if count is None else "FOLDER"
+            options.pop("default", None)
+        if kind is bool:
+            parser.add_argument(option, action=ActionYesNo(no_prefix="no-"), **options)
+            continue
+        if count is not None:
+            options["nargs"] = count
+        elif optional:
+            kind = kind | None if get_origin(kind) is not Literal else typing.Optional[kind]  # noqa: UP045
+        parser.add_argument(option, type=kind, **options)
+    return parser
+
+
+def read(parser: ArgumentParser, config: type, arguments: list[str]) -> Any:
+    """The configuration that a command line and its YAML files give."""
+    found = parser.parse_args(arguments)
+    values = {}
+    for field in dataclasses.fields(config):
+        value = found[field.name]
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config(**values)
+
+
+def read_type(hint: Any) -> Field:
+    """Type, number of values and whether None is allowed, of an annotation."""
+    parts = list(get_args(hint)) if get_origin(hint) in (typing.Union, UnionType) else [hint]
+    optional = type(None) in parts
+    (kind,) = [part for part in parts if part is not type(None)]
+    if get_origin(kind) is not tuple:
+        return Field(kind, None, optional)
+    values = get_args(kind)
+    return Field(values[0], "*" if values[-1] is ... else len(values), optional)
+
+
+@functools.cache
+def documentation(config: type) -> tuple[str, dict[str, str]]:
+    """What a configuration's docstring says of it, and of each field, bases included."""
+    try:
+        from docstring_parser import DocstringStyle, parse
+    except ImportError as error:
+        raise ImportError(NEEDS) from error
+    helps: dict[str, str] = {}
+    about = ""
+    for cls in reversed(config.__mro__):
+        if dataclasses.is_dataclass(cls):
+            found = parse(cls.__doc__ or "", DocstringStyle.GOOGLE)
+            about = found.short_description or about
+            helps |= {p.arg_name: " ".join((p.description or "").split()) for p in found.params}
+    return about, {name: text.replace("%", "%%") for name, text in helps.items()}

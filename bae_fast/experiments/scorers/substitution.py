@@ -1,0 +1,41 @@
+"""What the language model loses with the reconstruction in the state's place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bae_fast.experiments.scorers import Column, Context, Scorer
+
+if TYPE_CHECKING:
+    from bae_fast.causal import SubstitutionTest
+
+ORDER = 0
+
+
+def make(context: Context) -> list[Scorer]:
+    """One scorer where the configuration names held-out tokens to run on."""
+    config = context.config
+    if config.substitution_tokens < 1:
+        return []
+    windows = context.windows(config.substitution_tokens)
+    made: list[SubstitutionTest] = []
+
+    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        from bae_fast.causal import SubstitutionTest
+
+        if not made:
+            lm = context.lm()
+            with context.stages.stage("the language model as it is"):
+                made.append(SubstitutionTest(lm, windows))
+        path, source = config.hook, None
+        if method == "transcoder":
+            source, path = context.transcoder_hooks
+        return made[0].run(path, model, source=source).summary()
+
+    columns = [
+        Column("js_bits", "JS, bits", "{:.4f}"),
+        Column("kl_bits", "KL, bits", "{:.4f}"),
+        # that beside zeros is near 1 for anything: in the file only
+        Column("recovered_mean", "loss recovered", "{:.4f}"),
+    ]
+    return [Scorer("substitution", {"tokens": windows.numel()}, score, columns)]

@@ -1,0 +1,471 @@
+"""What all commands have in common: options, configuration files, errors, signals and streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bae_fast as bf
+from bae_fast import progress
+from bae_fast.cli import COMMANDS, errors, main, net
+from bae_fast.cli.options import documentation, make_parser, read, read_type
+from bae_fast.experiments import runs
+from bae_fast.experiments.judges import JUDGES
+from bae_fast.experiments.training import Training
+from bae_fast.files import check_writable, publishing, replacing, write_json, write_text
+from bae_fast.training import TrainingConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = [
+    "demo", "compare", "interpret", "match", "steer", "compress", "decompress",
+    "entropy.synthetic", "entropy.layers", "entropy.icl", "entropy.rows",
+]  # fmt: skip
+
+
+def config_of(name):
+    return importlib.import_module(f"bae_fast.experiments.{name}").Config
+
+
+def parser_of(name):
+    positional = {"match": ("folders",), "decompress": ("file",)}.get(name, ())
+    return make_parser(name, config_of(name), positional)
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_field_is_an_option_with_a_sentence_of_help(name):
+    _, helps = documentation(config_of(name))
+    shown = parser_of(name).format_help()
+    for field in dataclasses.fields(config_of(name)):
+        text = helps[field.name]
+        assert text[0].isupper(), (field.name, text)
+        assert text.endswith("."), (field.name, text)
+        option = field.name.replace("_", "-")
+        assert f"--{option}" in shown or field.name in ("folders", "file")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_defaults_read_from_a_command_line_are_the_configuration(name):
+    given = {"match": ["a", "b"], "decompress": ["codes.bae"]}.get(name, [])
+    places = {
+        "match": {"folders": (Path("a"), Path("b"))},
+        "decompress": {"file": Path("codes.bae")},
+    }
+    config = config_of(name)
+    assert read(parser_of(name), config, given) == config(**places.get(name, {}))
+
+
+@pytest.mark.parametrize("name", ["demo", "compare", "interpret", "steer", "entropy.layers"])
+def test_a_resolved_configuration_can_be_read_again(name, tmp_path):
+    config = config_of(name)
+    changed = config(out=tmp_path / "out", progress=False)
+    if name == "demo":
+        changed = dataclasses.replace(
+            changed, lr=1e-7, betas=(0.5, 0.25), refit=False, text=("a.txt", "b c.txt")
+        )
+    if name == "compare":
+        changed = dataclasses.replace(changed, k=(3, 4), transcoder_hooks=("a", "b"))
+    path = write_text(tmp_path / "resolved.yaml", runs.resolved(changed))
+    assert read(parser_of(name), config, ["--config", str(path)]) == changed
+    # what stands on the command line wins
+    again = read(parser_of(name), config, ["--config", str(path), "--progress"])
+    assert again == dataclasses.replace(changed, progress=True)
+
+
+def test_the_configuration_is_printed(capsys):
+    assert main(["demo", "--steps", "7", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert "steps: 7\n" in printed
+    assert "hook: model.layers.11\n" in printed
+
+
+def test_every_constant_of_training_is_an_option():
+    constants = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert constants <= {field.name for field in dataclasses.fields(Training)}
+
+
+def test_the_help_names_every_method_and_judge():
+    _, helps = documentation(config_of("compare"))
+    assert all(f" {name}" in helps["methods"] for name in config_of("compare")().methods)
+    assert all(name in helps["judge"] for name in JUDGES)
+
+
+def test_types_of_options():
+    assert read_type(int) == (int, None, False)
+    assert read_type(int | None) == (int, None, True)
+    assert read_type(tuple[int, ...]) == (int, "*", False)
+    assert read_type(tuple[float, float] | None) == (float, 2, True)
+
+
+@pytest.mark.parametrize("command", ["demo", "compare", "entropy synthetic"])
+@pytest.mark.parametrize("change", [["--seeds", "x", "--seed", "x"], ["--nothing", "1"], ["--out"]])
+def test_what_cannot_be_read_is_one_line(command, change, capsys):
+    assert main([*command.split(), *change]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"bae-fast {command.split()[0]}: ")
+    assert change[-2 if len(change) > 1 else -1] in error or "--seed" in error
+    assert "\n" not in error
+
+
+def test_the_commands_are_listed(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["nothing"]) == 2
+    assert "COMMAND must be one of demo, compare" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == bf.__version__
+
+
+def test_info_needs_no_parser_package(monkeypatch, capsys):
+    for name in ("jsonargparse", "docstring_parser"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["info"]) == 0
+    assert main(["demo"]) == 1
+    assert "pip install 'bae-fast[cli]'" in capsys.readouterr().err
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+class NamelessError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("k must\nbe 1"), "k must be 1"),
+        (runs.ConfigError("batch_size", "must be 1; got 0"), "--batch-size must be 1; got 0"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device: 'x'"),
+        (IndexError("index 128 is out of range"), "IndexError: index 128 is out of range"),
+        (KeyError("a"), "KeyError: 'a'"),
+        (NamelessError("what"), "NamelessError: what"),
+        (AssertionError(), "AssertionError:"),
+        (MemoryError(), "out of memory"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "UnicodeDecodeError: 'utf-8'"),
+    ],
+)
+def test_every_error_is_one_line(error, line, capsys, monkeypatch):
+    monkeypatch.delenv(errors.DEBUG, raising=False)
+
+    def fail():
+        raise error
+
+    assert net.caught("demo", fail) == 1
+    printed = capsys.readouterr().err.strip()
+    assert "\n" not in printed
+    assert line in printed
+    assert net.caught("demo", fail, debug=True) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_environment_asks_for_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv(errors.DEBUG, "1")
+    assert main(["decompress", "nowhere.bae"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv(errors.DEBUG, "0")
+    assert main(["decompress", "nowhere.bae"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["--debug", "decompress", "nowhere.bae"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "code"), [(KeyboardInterrupt, 130), (net.TerminatedError, 143)])
+def test_interruptions_have_the_status_of_their_signal(kind, code, capsys):
+    def stop():
+        raise kind
+
+    assert net.caught("demo", stop) == code
+
+    def stop_in_training():
+        try:
+            raise kind
+        except KeyboardInterrupt as error:
+            raise runs.InterruptedRunError("stopped at step 3") from error
+
+    capsys.readouterr()
+    assert net.caught("demo", stop_in_training) == code
+    assert capsys.readouterr().err.strip() == "bae-fast demo: stopped at step 3"
+
+
+def test_sigterm_is_raised_and_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(net.TerminatedError), net.signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+
+def test_printing_never_raises(monkeypatch, capsys):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    progress.say("«é»")
+    progress.say("«é»")
+    assert narrow.buffer.getvalue() == 2 * b"???\n"
+    assert capsys.readouterr().err.count("characters that ascii lacks") == 1
+    narrow.close()
+    progress.say("into a closed stream")
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    progress.say("onto a full disk")
+    monkeypatch.setattr(sys, "stdout", None)
+    progress.say("to nobody")
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "| true", "2>&-"])
+def test_info_ends_well_whatever_becomes_of_its_output(redirection):
+    if redirection == ">/dev/full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    line = f"set -o pipefail; '{sys.executable}' -m bae_fast info {redirection}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_lines_take_the_place_of_a_bar_without_a_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar(1000, what="train", unit="step") as bar:
+        for _ in range(1000):
+            now[0] += 0.1
+            bar.set_postfix(mse="0.5")
+            bar.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 20 of 1,000 step, 2 s, about 98 s left, mse 0.5"
+    assert len(lines) == 10
+    with progress.progress_bar(1000, what="train", unit="step", show=False) as bar:
+        now[0] += 100
+        bar.update(1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "expected"),
+    [
+        (["-m", "bae_fast", "info", "--json"], {}, "PASSIVE"),
+        (["-m", "bae_fast", "info", "--json"], {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        (["-c", "import json, bae_fast; print(json.dumps(bae_fast.info()))"], {}, "not set"),
+    ],
+)
+def test_threads_of_commands_sleep_while_they_wait(program, given, expected):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run(
+        [sys.executable, *program], capture_output=True, text=True, cwd=ROOT, check=True,
+        env=environment,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["cpu"]["wait_policy"] == expected
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def test_results_take_the_old_ones_place_together(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+    write_text(tmp_path / "kept.txt", "kept")
+    (tmp_path / "model").mkdir()
+    write_text(tmp_path / "model" / "old", "old")
+
+    def fail():
+        with publishing(tmp_path) as folder:
+            write_text(folder / "a.txt", "half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    with publishing(tmp_path) as folder:
+        write_text(folder / "a.txt", "new")
+        write_text(folder / "model" / "new", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert (tmp_path / "kept.txt").read_text() == "kept"
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "kept.txt", "model"]
+
+
+def test_a_move_that_was_cut_short_is_finished_by_the_next_run(tmp_path, monkeypatch):
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) == 4:  # a.txt, b.txt, the folder, then the first of the two
+            raise SystemExit
+        replace(source, target)
+
+    write_text(tmp_path / "a.txt", "old")
+    write_text(tmp_path / "b.txt", "old")
+
+    def publish():
+        with publishing(tmp_path) as folder:
+            for name in "ab":
+                write_text(folder / f"{name}.txt", "new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(SystemExit):
+            publish()
+    assert (tmp_path / "b.txt").read_text() == "old"
+    with publishing(tmp_path):
+        assert {(tmp_path / f"{name}.txt").read_text() for name in "ab"} == {"new"}
+
+
+def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match=r"a\.json"), replacing(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    file = write_text(tmp_path / "file", "")
+    with pytest.raises(OSError, match="file"):
+        write_json(file / "below.json", {})
+    with pytest.raises(OSError, match="file"):
+        check_writable(file / "below")
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path):
+    program = (
+        "import resource, signal, sys, bae_fast as bf\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "try: bf.BinaryAutoencoder(64, 512).save_pretrained(sys.argv[1])\n"
+        "except OSError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "sae_weights.safetensors" in done.stdout
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_a_model_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("transformers")
+
+    def fail(*_arguments, **_options):
+        raise AssertionError("looked for the language model")
+
+    monkeypatch.setattr("bae_fast.lm.find_language_model", fail)
+    file = write_text(tmp_path / "file", "")
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["demo", "--cache", str(file / "cache"), *out]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("bae-fast demo: --cache must name a folder that can be written; ")
+    # the user's own cache folder: the way out is named
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert main(["demo", *out]) == 1
+    assert "--cache must name a folder" in capsys.readouterr().err
+
+
+# -- the user's own rows -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Rows of 8 fair bits in 16 dimensions as files, and two models of them."""
+    folder = tmp_path_factory.mktemp("own")
+    g = torch.Generator().manual_seed(0)
+    bits = torch.rand(2000, 8, generator=g) < 0.5
+    rows = bits.float() @ torch.randn(8, 16, generator=g)
+    np.save(folder / "rows.npy", rows.double().numpy())
+    save_file({"rows": rows, "other": torch.ones(1)}, folder / "rows.safetensors")
+    torch.manual_seed(0)
+    bae = bf.BinaryAutoencoder(16, 32).fit_normalization_(rows)
+    bae.init_density_(rows, 0.3).save_pretrained(folder / "bae")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "rows.safetensors"])
+def test_the_entropy_of_ones_own_rows(own, tmp_path, name, capsys):
+    options = ["--states", str(own / name), "--seeds", "0", "--out", str(tmp_path)]
+    assert main(["entropy", "rows", *options]) == 0
+    estimate = json.loads((tmp_path / "rows.json").read_text())["runs"][0]["estimate"]
+    assert estimate["fvu"] < 0.01
+    assert estimate["chain"] == pytest.approx(8, abs=0.2)
+    assert "| 16 | " in capsys.readouterr().out
+
+
+def test_ones_own_rows_are_matched_without_a_language_model(own, tmp_path, monkeypatch):
+    monkeypatch.setattr("bae_fast.lm.find_language_model", None)
+    folders = [str(own / "bae")] * 2
+    options = ["--states", str(own / "rows.npy"), "--out", str(tmp_path), "--device", "cpu"]
+    assert main(["match", *folders, *options]) == 0
+    found = json.loads((tmp_path / "match.json").read_text())
+    assert found["summary"]["a"]["same"] > 20
+    assert found["n_rows"] == 2000
+
+
+def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
+    pytest.importorskip("constriction")
+    pytest.importorskip("matplotlib")
+    options = ["--states", str(own / "rows.npy"), "--out", str(tmp_path), "--device", "cpu"]
+    assert main(["compress", *options, "--load", str(own / "bae")]) == 0
+    from bae_fast.compression import decompress
+
+    bae = bf.BinaryAutoencoder.from_pretrained(own / "bae")
+    rows = torch.from_numpy(np.load(own / "rows.npy")).float()
+    assert decompress(tmp_path / "codes.bae").equal(bae.encode(rows))
+    assert main(["compress", *options, "--steps", "5", "--batch-size", "64"]) == 0
+    assert bf.BinaryAutoencoder.from_pretrained(tmp_path / "model").config.d_in == 16
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: np.save(p / "x.npy", np.zeros(5)), "must be floating point of shape [n, d]"),
+        (lambda p: np.save(p / "x.npy", np.zeros((50, 3), int)), "[50, 3] of int64"),
+        (lambda p: np.save(p / "x.npy", np.full((50, 3), np.nan)), "NaN or Inf in 50 rows"),
+        (lambda p: np.save(p / "x.npy", np.zeros((5, 3))), "must hold at least 20 rows"),
+        (lambda p: np.save(p / "x.npy", np.array([{}]), allow_pickle=True), "not a readable .npy"),
+        (lambda p: (p / "x.npy").write_bytes(b"no"), "not a readable .npy"),
+        (lambda p: None, "does not exist"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_one_line(make, message, tmp_path, capsys):
+    make(tmp_path)
+    states = str(tmp_path / "x.npy")
+    assert main(["entropy", "rows", "--states", states, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "states" in error
+    assert "\n" not in error
+
+
+def test_an_experiment_is_three_lines_of_python(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bae_fast.experiments.entropy import synthetic
+
+    result = synthetic.run(
+        synthetic.Config(
+            kinds=("fair",), r=(4,), d=(8,), seeds=(0,), steps=5, rows=1024, heldout=256,
+            out=tmp_path,
+        )
+    )  # fmt: skip
+    assert result.values["runs"][0]["joint_bits"] == 4
+    assert "| fair |" in result.text
+    assert all(path.is_file() for path in result.files)
+    assert (tmp_path / "resolved.yaml").read_text().startswith('kinds: ["fair"]\n')
