@@ -5,7 +5,6 @@ Drawn through matplotlib's object interface on the Agg canvas: no display, no gl
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ from bae_fast.analysis.metrics import (
     gaussian_rate_distortion_fvu,
 )
 from bae_fast.files import replacing
+from bae_fast.report.style import Ink, as_png, ink_of, new_figure, plain_log_axis, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-DPI = 160
 
 # The rows of a log may carry more, and need not carry all of these.
 _CURVES: tuple[tuple[tuple[str, ...], str, bool], ...] = (
@@ -52,22 +50,6 @@ class Point(NamedTuple):
     fvu: float
     bits: float
     highlight: bool = False
-
-
-class _Ink(NamedTuple):
-    """Colours of one scheme: the page's surfaces, and marks that stand out on them."""
-
-    surface: str
-    text: str
-    muted: str
-    grid: str
-    main: str
-    second: str
-    fill: str
-
-
-_LIGHT = _Ink("#ffffff", "#1d2330", "#667085", "#e4e7ec", "#1f5fbf", "#c2570c", "#eef1f6")
-_DARK = _Ink("#171b23", "#e6e9ef", "#98a2b3", "#2c3340", "#7db0ff", "#f5a35c", "#212733")
 
 
 def plot_training(log: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
@@ -99,14 +81,14 @@ def plot_training(log: Sequence[Mapping[str, Any]], *, dark: bool = False) -> by
     if not curves:
         raise ValueError("log has no row with a step and one of mse, entropy_bits, l0, dead_share")
 
-    ink = _DARK if dark else _LIGHT
+    ink = ink_of(dark)
     curves = curves[:4]
     n_columns = 1 if len(curves) == 1 else 2
     n_rows = -(-len(curves) // n_columns)
-    figure = _figure(ink, 6.6, 2.2 * n_rows + 0.3)
+    figure = new_figure(ink, 6.6, 2.2 * n_rows + 0.3)
     for i, (title, logarithmic, xy) in enumerate(curves):
         ax = figure.add_subplot(n_rows, n_columns, i + 1)
-        _style(ax, ink, title)
+        style_axes(ax, ink, title)
         x, y = xy[:, 0], xy[:, 1]
         window = max(len(y) // 40, 1)
         if window > 1:
@@ -116,13 +98,13 @@ def plot_training(log: Sequence[Mapping[str, Any]], *, dark: bool = False) -> by
         # Under a factor of four a logarithmic axis has too few round numbers to read.
         if logarithmic and xy[:, 1].min() > 0 and xy[:, 1].max() > 4 * xy[:, 1].min():
             ax.set_yscale("log")
-            _plain_log_axis(ax.yaxis, ink)
+            plain_log_axis(ax.yaxis, ink)
         else:
             ax.set_ylim(bottom=0)
         if i >= len(curves) - n_columns:
             ax.set_xlabel("step")
         ax.margins(x=0.01)
-    return _png(figure)
+    return as_png(figure)
 
 
 def plot_density(density: Tensor, *, dark: bool = False) -> bytes:
@@ -140,10 +122,10 @@ def plot_density(density: Tensor, *, dark: bool = False) -> bytes:
         ValueError: see `density_histogram`.
     """
     histogram = density_histogram(density, bins_per_decade=6)
-    ink = _DARK if dark else _LIGHT
-    figure = _figure(ink, 6.6, 3.1)
+    ink = ink_of(dark)
+    figure = new_figure(ink, 6.6, 3.1)
     ax = figure.add_subplot()
-    _style(ax, ink, "")
+    style_axes(ax, ink, "")
     edges, counts = np.array(histogram.edges), np.array(histogram.counts)
     filled = counts.nonzero()[0]
     first = min(int(filled[0]), len(counts) - 12) if len(filled) else len(counts) - 12
@@ -182,7 +164,7 @@ def plot_density(density: Tensor, *, dark: bool = False) -> bytes:
     ax.xaxis.set_major_formatter(lambda value, _position: _share(value))
     ax.set_xlabel("density: share of rows in which a feature is on")
     ax.set_ylabel("features")
-    return _png(figure)
+    return as_png(figure)
 
 
 def plot_fvu_bits(
@@ -209,15 +191,15 @@ def plot_fvu_bits(
             raise ValueError(
                 f"points has {point!r}: a finite FVU of at least 0 and positive bits are needed"
             )
-    ink = _DARK if dark else _LIGHT
+    ink = ink_of(dark)
     all_bits = [p.bits for p in points] or [300.0]
     low, high = min([100.0, *all_bits]) / 1.4, max([1000.0, *all_bits]) * 1.5
     bits = np.geomspace(low, high, 300)
     bound = gaussian_rate_distortion_fvu(eigenvalues, torch.from_numpy(bits)).cpu().numpy()
 
-    figure = _figure(ink, 6.6, 3.9)
+    figure = new_figure(ink, 6.6, 3.9)
     ax = figure.add_subplot()
-    _style(ax, ink, "")
+    style_axes(ax, ink, "")
     ax.set_xscale("log")
     ax.fill_between(bits, bound, color=ink.fill, linewidth=0)
     ax.plot(bits, bound, color=ink.muted, linewidth=1.6)
@@ -242,7 +224,7 @@ def plot_fvu_bits(
     ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     ax.set_xlabel("bits per row")
     ax.set_ylabel("FVU, fraction of variance unexplained")
-    return _png(figure)
+    return as_png(figure)
 
 
 def save_png(path: str | Path, png: bytes) -> Path:
@@ -253,7 +235,7 @@ def save_png(path: str | Path, png: bytes) -> Path:
 
 
 def _label_points(
-    ax: Axes, ink: _Ink, points: Sequence[Point], bits: np.ndarray, bound: np.ndarray
+    ax: Axes, ink: Ink, points: Sequence[Point], bits: np.ndarray, bound: np.ndarray
 ) -> None:
     """Name each point beside it, moved up or down until it covers no point, name or curve."""
     low, high = ax.get_xlim()
@@ -298,52 +280,6 @@ def _label_points(
             fontsize=8.5, color=ink.second if point.highlight else ink.text,
             fontweight="bold" if point.highlight else "normal",
         )  # fmt: skip
-
-
-def _figure(ink: _Ink, width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'bae-fast[report]'") from error
-    figure = Figure(
-        figsize=(width, height),
-        dpi=DPI,
-        facecolor=ink.surface,
-        layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06),
-    )
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(ax: Axes, ink: _Ink, title: str) -> None:
-    ax.set_facecolor(ink.surface)
-    ax.set_title(title, loc="left", fontsize=9.5, color=ink.text)
-    ax.tick_params(which="both", colors=ink.muted, labelsize=8.5, length=0)
-    ax.xaxis.label.set(color=ink.muted, fontsize=9)
-    ax.yaxis.label.set(color=ink.muted, fontsize=9)
-    ax.grid(True, axis="y", color=ink.grid, linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_color(ink.grid)
-
-
-def _plain_log_axis(axis: Any, ink: _Ink) -> None:
-    """Ticks at 1, 2 and 5 of every decade, written as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _position: f"{value:.3g}")
-    axis.set_tick_params(colors=ink.muted)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
-    return buffer.getvalue()
 
 
 def _running_mean(y: np.ndarray, window: int) -> np.ndarray:

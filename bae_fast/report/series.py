@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bae_fast.report.plots import _DARK, _LIGHT, _figure, _plain_log_axis, _png, _style
+from bae_fast.report.style import as_png, ink_of, new_figure, plain_log_axis, style_axes
 
 # told apart by hue and by marker, on light and on dark
 _HUES = ("#1f5fbf", "#c2570c", "#2e8b57", "#8e44ad", "#b8860b", "#c0395b", "#4a90a4", "#667085")
@@ -58,16 +58,16 @@ def plot_panels(panels: Sequence[Panel], *, dark: bool = False) -> bytes:
     panels = [panel for panel in panels if panel.series]
     if not panels:
         raise ValueError("panels must hold at least one curve; got none")
-    ink = _DARK if dark else _LIGHT
+    ink = ink_of(dark)
     n_columns = min(len(panels), 3)
     n_rows = -(-len(panels) // n_columns)
-    figure = _figure(ink, 3.6 * n_columns + 0.6, 2.9 * n_rows + 0.7)
+    figure = new_figure(ink, 3.6 * n_columns + 0.6, 2.9 * n_rows + 0.7)
     names = list(dict.fromkeys(s.name for panel in panels for s in panel.series if not s.dashed))
     references = [s.name for panel in panels for s in panel.series if s.dashed]
     handles: dict[str, Any] = {}
     for i, panel in enumerate(panels):
         ax = figure.add_subplot(n_rows, n_columns, i + 1)
-        _style(ax, ink, panel.title)
+        style_axes(ax, ink, panel.title)
         for series in panel.series:
             points = [
                 (x, *y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y[0])
@@ -88,12 +88,12 @@ def plot_panels(panels: Sequence[Panel], *, dark: bool = False) -> bytes:
         if panel.logarithmic:
             ax.set_xscale("log")
             ax.set_yscale("log")
-            _plain_log_axis(ax.xaxis, ink)
-            _plain_log_axis(ax.yaxis, ink)
+            plain_log_axis(ax.xaxis, ink)
+            plain_log_axis(ax.yaxis, ink)
         ax.set_xlabel(panel.x_label)
         ax.set_ylabel(panel.y_label)
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", frameon=False,
         ncols=min(len(handles), 4), fontsize=8, labelcolor=ink.text,
     )  # fmt: skip
-    return _png(figure)
+    return as_png(figure)
