@@ -8,7 +8,19 @@ import torch
 
 from bae_fast import reference
 from bae_fast.ops import registry
-from bench import ceilings, eager, exact, inputs, levels, memory, operators, step, tables, timing
+from bench import (
+    ceilings,
+    eager,
+    exact,
+    imports,
+    inputs,
+    levels,
+    memory,
+    operators,
+    step,
+    tables,
+    timing,
+)
 from bench.__main__ import README, RESULTS, SUITES, environment, main, regenerated
 from bench.inputs import TINY
 
@@ -282,3 +294,9 @@ def test_tables_replace_what_stands_between_their_markers():
     assert tables.splice(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb\n"
     with pytest.raises(ValueError, match=r"README\.md must hold"):
         tables.splice(text, "y", "new")
+
+
+def test_the_time_of_an_import_is_one_of_fresh_processes():
+    found = imports.seconds(2)
+    assert len(found) == 2
+    assert all(figure > 0 for figure in found)

@@ -146,9 +146,7 @@ def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_time_that_is_up_leaves_a_whole_file(tmp_path):
-    begin = time.time()
     command(tmp_path, fault="hangs", seconds=device.SPARE + 12)
-    assert time.time() - begin < device.SPARE + 16
     result = read_json(tmp_path / "device.json")
     assert result["running"] is None
     assert not result["complete"]

@@ -311,6 +311,7 @@ class Server:
     def __init__(self, script=()):
         self.script = list(script)
         self.bodies, self.headers = [], []
+        self.together = None  # a barrier that every request waits at
         lock = threading.Lock()
         server = self
 
@@ -321,6 +322,8 @@ class Server:
                     server.bodies.append(body)
                     server.headers.append(self.headers)
                     status, reply, seconds = server.script.pop(0) if server.script else OK
+                if server.together is not None:
+                    server.together.wait()
                 time.sleep(seconds)
                 data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 try:
@@ -435,11 +438,15 @@ def test_a_server_that_is_not_there_ends_it(serve):
 
 
 def test_requests_go_out_side_by_side_and_come_back_in_order(serve):
-    server = serve(*[(200, message(f"Yes {i}"), 0.25) for i in range(8)])
-    judge = OpenAIJudge("m", base_url=server.url, concurrency=8)
-    start = time.perf_counter()
-    collect(judge, judgments(8))
-    assert time.perf_counter() - start < 8 * 0.25 * 0.7
+    server = serve(*[(200, message(f"Yes {i}"), 0) for i in range(8)])
+    server.together = threading.Barrier(8, timeout=60)  # nobody is answered before all have asked
+    judge = OpenAIJudge("m", base_url=server.url, concurrency=8, max_retries=0)
+    requests = judgments(8)
+    answers = collect(judge, requests)
+    asked = [body["messages"][-1]["content"] for body in server.bodies]
+    given = {text: f"Yes {i}" for i, text in enumerate(asked)}
+    assert len(given) == 8
+    assert [answer.text for answer in answers] == [given[r.prompt] for r in requests]
 
 
 def test_an_interrupt_keeps_what_is_under_way(serve, tmp_path):
