@@ -59,6 +59,7 @@ SOURCES = [
     "layouts",
     "salient",
     "covariance",
+    "pair_lists",
     "products",
     "backward",
     "sparse_backward",

@@ -14,6 +14,7 @@ from torch import Tensor
 from bae_fast import packing
 from bae_fast.files import read_safetensors, write_safetensors
 from bae_fast.ops import registry
+from bae_fast.ops.limits import fits_any
 from bae_fast.statistics import CodeStatistics, entropy_bits
 
 FORMAT = "bae_fast.binary_code"
@@ -33,17 +34,21 @@ def keep_signs(n_columns: int) -> bool:
     return 2 * n_columns * packing.n_words(n_columns) * 4 <= megabytes * 2**20
 
 
-def check_covariance_size(n_rows: int, n_columns: int) -> None:
+def check_covariance_size(n_rows: int, n_columns: int, device_type: str = "cpu") -> None:
     """Refuse a covariance that is undefined or whose integer sum could leave int64.
 
+    On a CPU the operators bound the sum by the ones at hand, which sparse codes of any number of
+    columns pass. A GPU's are not read back: there only the sizes decide.
+
     Raises:
-        ValueError: fewer than two rows, or K^2 N^2 / 4 >= 2^63.
+        ValueError: fewer than two rows, or on another device K^2 N^2 / 4 >= 2^63.
     """
     if n_rows < 2:
         raise ValueError(f"covariance needs at least 2 rows; got N={n_rows}")
-    if (n_columns * n_rows) ** 2 >= 2**65:
+    if device_type != "cpu" and not fits_any(n_rows, n_columns):
         raise ValueError(
-            f"covariance needs (F N)^2 / 4 < 2^63; got N={n_rows}, F={n_columns} columns"
+            f"covariance needs (F N)^2 / 4 < 2^63 on {device_type}; "
+            f"got N={n_rows}, F={n_columns} columns"
         )
 
 
@@ -268,14 +273,14 @@ class BinaryCode:
         words, counts, n_rows = self._rows, self.counts(), self.n_rows()
         if not covariance:
             return CodeStatistics(n_rows, counts, words)
-        check_covariance_size(len(words), self.n_columns)
+        check_covariance_size(len(words), self.n_columns, self.device.type)
         dtype = torch.float32
         name = registry.choose(impl, self.device.type, dtype, self.n_columns, self.n_bits)
         # the reference has no packed operators: its statistics are the plain packed ones
         ops = registry.BACKENDS["torch" if name == "reference" else name].ops
         keep = keep_signs(self.n_columns)
         numerator, signs = ops["covariance"](words, counts, n_rows, keep)
-        return CodeStatistics(n_rows, counts, words, numerator, signs if keep else None)
+        return CodeStatistics(n_rows, counts, words, numerator, signs if signs.numel() else None)
 
     # -- contents ------------------------------------------------------------------------------
 

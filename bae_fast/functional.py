@@ -2,7 +2,7 @@
 
 Kept between forward and backward: x and the parameters themselves, the packed bits, the packed
 window of the ``rectangle`` surrogate, the counts, and the sign planes of the covariance (or
-nothing, where they are recomputed).
+nothing, where backward counts the pairs again: for sparse codes, and beyond a budget).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _PackedAutoencoder(torch.autograd.Function):
         ctx.options = options
         ctx.mark_non_differentiable(*state)
         ctx.set_materialize_grads(False)
-        ctx.has_signs = options.covariance and options.store_signs
+        ctx.has_signs = options.covariance and signs.numel() > 0
         counted_words = words if options.covariance else None
         if stats_counts is not None and options.extend:
             n_rows, counts = sum_n_rows, sum_counts
@@ -343,7 +343,8 @@ def binary_autoencoder(
             column j k + i, least significant first.
         W_dec, b_dec: ``[F, d_out]``, ``[d_out]``; d_out may differ from d_in (transcoder).
         surrogate, surrogate_width: gradient through the step, see :mod:`bae_fast.surrogates`.
-        covariance: also compute D, which costs O(F^2 N) bit operations.
+        covariance: also compute D, which costs O(F^2 N) bit operations, or O(N L0^2) where codes
+            have few ones a row.
         mask: bool ``[...]``; rows where it is False get zero bits, no gradient, and do not count.
         stats: statistics of more rows than x, which replace the call's own
             (:class:`bae_fast.CodeStatistics`). Without it the statistics are those of this call;
@@ -402,7 +403,7 @@ def binary_autoencoder(
             raise ValueError("stats must hold words or signs for the covariance; got neither")
         if stats is None:
             n_past = 0 if past is None else len(past.require_words())
-            check_covariance_size(rows.shape[0] + n_past, n_columns)
+            check_covariance_size(rows.shape[0] + n_past, n_columns, x.device.type)
 
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits)
     if name == "reference":
@@ -425,7 +426,8 @@ def binary_autoencoder(
             width=width,
             n_bits=n_bits,
             covariance=covariance,
-            store_signs=keep_signs(n_columns),
+            # whether signs come back depends on the codes, and a trace has one shape
+            store_signs=keep_signs(n_columns) and not torch.compiler.is_compiling(),
             variance=multilinear,
             extend=past is not None,
         )

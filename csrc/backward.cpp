@@ -26,18 +26,56 @@ struct Backward {
   const Tensor& column_sum;
 };
 
-// Runs the kernel on strips of `columns` columns. body(strip, at, run) of every thread's own body
+// One thread's products of a strip of columns with all rows, from lists.
+class ListedStrip {
+ public:
+  ListedStrip(const ListedSigns& signs, int64_t n, int64_t width)
+      : row_(signs), n_(n), width_(width), products_(n * width), columns_(kTogether * n) {}
+
+  void fill(int64_t first, int64_t columns) {
+    for (int64_t j0 = 0; j0 < columns; j0 += kTogether) {
+      const int64_t together = std::min(columns - j0, kTogether);
+      for (int64_t j = 0; j < together; ++j) {
+        row_.make(first + j0 + j);
+        counts_signs_[j0 + j] = row_.counts_signs();
+        row_.all(columns_.data() + j * n_);
+      }
+      for (int64_t r = 0; r < n_; ++r) {
+        int32_t* const to = products_.data() + r * width_ + j0;
+        for (int64_t j = 0; j < together; ++j) to[j] = columns_[j * n_ + r];
+      }
+    }
+  }
+
+  const int32_t* products() const { return products_.data(); }
+  const double* counts_signs() const { return counts_signs_; }
+
+ private:
+  static constexpr int64_t kTogether = 16;  // one cache line of each row of products
+
+  SignRow row_;
+  int64_t n_, width_;
+  std::vector<int32_t> products_, columns_;
+  double counts_signs_[kMaxStrip];
+};
+
+// Runs the kernel, or with lists the other one, on strips of `columns` columns. body(strip, at, run) of every thread's own body
 // sets strip.g for columns at .. and calls run().
 template <typename T, typename MakeBody>
 void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t widest,
-                    void (*kernel)(const BackwardStrip<T>&), MakeBody make_body) {
+                    void (*kernel)(const BackwardStrip<T>&),
+                    void (*kernel_given)(const BackwardStrip<T>&), MakeBody make_body) {
   const int64_t width = strip_width(columns, widest);
   const int64_t strips = (columns + width - 1) / width;
   torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> memory;
-    Scratch scratch(b.signs == nullptr ? 0 : kernels().backward_scratch(b.signs->words()));
+    const bool listed = b.signs != nullptr && b.signs->lists != nullptr;
+    const bool planes_needed = b.signs != nullptr && !listed;
+    Scratch scratch(planes_needed ? kernels().backward_scratch(b.signs->words()) : 0);
     Scratch tile_scratch(
-        b.signs == nullptr || b.signs->planes[0] != nullptr ? 0 : kernels().covariance_scratch);
+        planes_needed && b.signs->planes[0] == nullptr ? kernels().covariance_scratch : 0);
+    std::optional<ListedStrip> list_products;
+    if (listed) list_products.emplace(*b.signs->lists, n, width);
     auto body = make_body();
     for (int64_t index = begin; index < end; ++index) {
       const int64_t at = index * width, column = b.start + at;
@@ -61,18 +99,24 @@ void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t wides
       s.keep = data_or_null<bool>(b.keep);
       s.column_sum = mutable_data<double>(b.column_sum) + at;
       body(s, at, [&] {
-        if (b.signs != nullptr) {
-          const uint32_t* planes[2];
-          s.planes_stride = b.signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
-          s.above = planes[0];
-          s.below = planes[1];
-          s.scratch = scratch.get();
-          s.sign_words = b.signs->words();
-          s.digits = data<uint32_t>(*b.digits);
-          s.n_digits = b.digits->size(0);
-          s.n_rows = static_cast<double>(b.signs->n_rows);
-          s.scale = b.scale;
+        if (b.signs == nullptr) return kernel(s);
+        s.sign_words = b.signs->words();
+        s.n_rows = static_cast<double>(b.signs->n_rows);
+        s.scale = b.scale;
+        if (listed) {
+          list_products->fill(column, s.columns);
+          s.products = list_products->products();
+          s.products_stride = width;
+          s.counts_signs = list_products->counts_signs();
+          return kernel_given(s);
         }
+        const uint32_t* planes[2];
+        s.planes_stride = b.signs->strip(column, s.columns, memory, tile_scratch.get(), planes);
+        s.above = planes[0];
+        s.below = planes[1];
+        s.scratch = scratch.get();
+        s.digits = data<uint32_t>(*b.digits);
+        s.n_digits = b.digits->size(0);
         kernel(s);
       });
     }
@@ -85,11 +129,13 @@ void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t wides
 // sums are added up in float64.
 void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift,
               std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
-              std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
-              std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
+              std::optional<Tensor> columns, std::optional<Tensor> ranks,
+              std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
+              int64_t n_rows, std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
               std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
               Tensor column_sum) {
-  const Statistics statistics(signs, columns, counts, n_rows);
+  const std::optional<Tensor> lists[] = {ranks, counted, at_hand};
+  const Statistics statistics(signs, columns, lists, counts, n_rows);
   const Backward b{
       words,    start,     shift,  curvature, covariance ? &statistics.source : nullptr,
       digits,   scale,     window, factor,    keep,
@@ -106,10 +152,10 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
   };
   if (g.scalar_type() == ScalarType::Double) {
     for_each_strip<double>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f64,
-                           in_place(double{}));
+                           kernels().backward_given_f64,                            in_place(double{}));
   } else {
     for_each_strip<float>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f32,
-                          in_place(float{}));
+                          kernels().backward_given_f32, in_place(float{}));
   }
 }
 
@@ -119,11 +165,14 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
 bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_numbers,
                    Tensor words, std::optional<Tensor> shift, std::optional<Tensor> curvature,
                    bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,
-                   Tensor counts, int64_t n_rows, std::optional<Tensor> digits, double scale,
+                   std::optional<Tensor> ranks, std::optional<Tensor> counted,
+                   std::optional<Tensor> at_hand, Tensor counts, int64_t n_rows,
+                   std::optional<Tensor> digits, double scale,
                    std::optional<Tensor> window, std::optional<Tensor> keep, bool official,
                    Tensor column_sum, Tensor grad_W) {
   const int64_t n = x.size(0), d = x.size(1), d_out = grad_recon.size(1), k = W_dec.size(0);
-  const Statistics statistics(signs, columns, counts, n_rows);
+  const std::optional<Tensor> lists[] = {ranks, counted, at_hand};
+  const Statistics statistics(signs, columns, lists, counts, n_rows);
   const std::optional<Tensor> no_factor;
   const Backward b{
       words,    0,         shift,  curvature, covariance ? &statistics.source : nullptr,
@@ -137,7 +186,8 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
   const Matrix decoder = transposed(as_matrix(W_dec));
   std::atomic<bool> exact{true};
   for_each_strip<float>(
-      b, n, k, std::min(units.columns, kernels().strip), kernels().backward_strip_f32, [&] {
+      b, n, k, std::min(units.columns, kernels().strip), kernels().backward_strip_f32,
+      kernels().backward_given_f32, [&] {
         auto scratch = std::make_shared<Scratch>(units.scratch);
         auto memory = std::make_shared<Scratch>(n * units.columns * 4);
         return [&, scratch, memory](BackwardStrip<float>& s, int64_t at, auto run) {

@@ -38,6 +38,10 @@ struct BackwardStrip {
   const uint32_t* above;  // sign planes [V > 0] of the strip, row-packed [columns, ...]; or null
   const uint32_t* below;  // [V < 0]
   int64_t planes_stride;
+  // B S [n, products_stride] and n^T S of the strip where they are there already, in place of planes
+  const int32_t* products;
+  int64_t products_stride;
+  const double* counts_signs;
   int64_t sign_words;    // ceil(K / 32)
   const uint32_t* rows;  // row-packed, all columns: the rows at hand
   int64_t rows_stride;
@@ -182,6 +186,10 @@ struct Kernels {
 
   void (*backward_strip_f32)(const BackwardStrip<float>& strip);
   void (*backward_strip_f64)(const BackwardStrip<double>& strip);
+
+  // The same for a strip with `products`, which the two above do not read.
+  void (*backward_given_f32)(const BackwardStrip<float>& strip);
+  void (*backward_given_f64)(const BackwardStrip<double>& strip);
 
   // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
   void (*gather_product)(const BitsProduct& product);

@@ -141,7 +141,7 @@ inline void backward_row(const BackwardStrip<T>& s, int64_t n, const int32_t* pr
       g[j] += bit != 0 ? -s.curvature[j] : s.curvature[j];
     }
   }
-  if (s.above != nullptr) {
+  if (s.above != nullptr || s.products != nullptr) {
     // both terms are integers that fit: the difference is exact, and rounded once before the scale
     const Integer n_rows = static_cast<Integer>(s.n_rows);
     const T scale = static_cast<T>(s.scale);
@@ -191,6 +191,30 @@ struct ColumnSums {
     for (int64_t j = 0; j < columns; ++j) out[j] = total[j];
   }
 };
+
+// A strip whose products with the signs are there.
+template <typename T>
+void backward_given(const BackwardStrip<T>& s) {
+  alignas(64) int32_t narrow_counts_signs[kMaxStrip] = {};
+  const bool narrow = counts_signs_fit(s);
+  for (int64_t j = 0; narrow && j < s.columns; ++j) {
+    narrow_counts_signs[j] = static_cast<int32_t>(s.counts_signs[j]);
+  }
+  ColumnSums<T> sums;
+  for (int64_t n = 0; n < s.n; ++n) {
+    const int32_t* product = s.products + n * s.products_stride;
+    if (narrow) {
+      backward_row(s, n, product, narrow_counts_signs);
+    } else {
+      backward_row(s, n, product, s.counts_signs);
+    }
+    sums.add(s.g + n * s.g_stride, s.columns);
+  }
+  sums.store(s.column_sum, s.columns);
+}
+
+void backward_given_f32(const BackwardStrip<float>& s) { backward_given(s); }
+void backward_given_f64(const BackwardStrip<double>& s) { backward_given(s); }
 
 // ---- bits x dense -------------------------------------------------------------------------------
 
@@ -527,6 +551,8 @@ constexpr Kernels make_shared_kernels(const char* name, int64_t product_columns)
   k.product_columns = product_columns;
   k.product_scratch = kTableScratch;
   k.bits_product = table_product;
+  k.backward_given_f32 = backward_given_f32;
+  k.backward_given_f64 = backward_given_f64;
   return k;
 }
 

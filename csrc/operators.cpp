@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
   m.impl("cpp_grouped", TORCH_BOX(&grouped));
   m.impl("cpp_threshold", TORCH_BOX(&threshold));
   m.impl("cpp_covariance", TORCH_BOX(&covariance));
+  m.impl("cpp_pair_lists", TORCH_BOX(&pair_lists));
+  m.impl("cpp_list_rows", TORCH_BOX(&list_rows));
+  m.impl("cpp_listed_covariance", TORCH_BOX(&listed_covariance));
   m.impl("cpp_backward", TORCH_BOX(&backward));
   m.impl("cpp_sparse_backward", TORCH_BOX(&sparse_backward));
   m.impl("cpp_rows_to_features", TORCH_BOX(&rows_to_features));

@@ -21,6 +21,12 @@ std::tuple<Tensor, Tensor> grouped(Tensor numbers, int64_t n_groups);
 // covariance.cpp
 std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows, bool keep_signs);
 
+// pair_lists.cpp
+std::tuple<Tensor, Tensor> pair_lists(Tensor words, Tensor counts, int64_t n_rows, double list_cost,
+                                      bool all_rows);
+Tensor list_rows(Tensor words, Tensor ranks, int64_t n_features);
+Tensor listed_covariance(Tensor ranks, Tensor lists, int64_t n_features, int64_t n_rows);
+
 // products.cpp
 void threshold(Tensor pre, std::optional<Tensor> keep, double width, int64_t start, Tensor words,
                Tensor window);
@@ -33,14 +39,17 @@ bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out);
 // backward.cpp
 void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift,
               std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
-              std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
-              std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
+              std::optional<Tensor> columns, std::optional<Tensor> ranks,
+              std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
+              int64_t n_rows, std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
               std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
               Tensor column_sum);
 bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_numbers,
                    Tensor words, std::optional<Tensor> shift, std::optional<Tensor> curvature,
                    bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,
-                   Tensor counts, int64_t n_rows, std::optional<Tensor> digits, double scale,
+                   std::optional<Tensor> ranks, std::optional<Tensor> counted,
+                   std::optional<Tensor> at_hand, Tensor counts, int64_t n_rows,
+                   std::optional<Tensor> digits, double scale,
                    std::optional<Tensor> window, std::optional<Tensor> keep, bool official,
                    Tensor column_sum, Tensor grad_W);
 
@@ -48,8 +57,9 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
 void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
                      std::optional<Tensor> grad_recon, Tensor W_dec, std::optional<Tensor> shift,
                      std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
-                     std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
-                     std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
+                     std::optional<Tensor> columns, std::optional<Tensor> ranks,
+                     std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
+                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
                      Tensor grad_x, Tensor grad_W, Tensor column_sum);
 
 // gradients.cpp

@@ -1,9 +1,11 @@
-// The signs of V, as backward bodies ask for them: strips of columns, stored or computed again.
+// The signs of V, as backward bodies ask for them: strips of columns, stored or computed again; or
+// rows of lists.
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#include "tensors.h"
+#include "pair_lists.h"
 
 namespace bae_fast {
 
@@ -24,6 +26,7 @@ struct SignSource {
   const std::vector<int32_t>* counts;
   int64_t n_rows;
   int64_t k;
+  const ListedSigns* lists = nullptr;  // in place of planes and columns
 
   int64_t words() const { return n_words(k); }
 
@@ -64,16 +67,22 @@ struct SignSource {
   }
 };
 
-// The statistics of a covariance: stored signs, or what makes them again.
+// The statistics of a covariance: stored signs, or what makes them again. `lists`: ranks, lists of
+// the rows counted and of the rows at hand.
 struct Statistics {
   SignSource source{};
   std::vector<int32_t> ones;
+  std::unique_ptr<ListedSigns> listed;
 
   Statistics(const std::optional<Tensor>& signs, const std::optional<Tensor>& columns,
-             const Tensor& counts, int64_t n_rows) {
+             const std::optional<Tensor>* lists, const Tensor& counts, int64_t n_rows) {
     source.k = counts.numel();
     source.n_rows = n_rows;
-    if (signs.has_value()) {
+    if (lists[0].has_value()) {
+      listed =
+          std::make_unique<ListedSigns>(*lists[0], *lists[1], *lists[2], counts.numel(), n_rows);
+      source.lists = listed.get();
+    } else if (signs.has_value()) {
       source.planes[0] = data<uint32_t>(*signs);
       source.planes[1] = source.planes[0] + source.k * source.words();
     } else if (columns.has_value()) {

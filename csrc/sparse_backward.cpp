@@ -182,14 +182,21 @@ class SparseBackward {
   void finish(int64_t from, int64_t to) {
     std::vector<uint32_t> planes_memory;
     std::vector<int32_t> products, digit_products;
-    const bool computed = signs != nullptr && signs->planes[0] == nullptr;
+    const bool listed = signs != nullptr && signs->lists != nullptr;
+    const bool computed = signs != nullptr && !listed && signs->planes[0] == nullptr;
     Scratch scratch(computed ? kernels().covariance_scratch : 0);
+    std::optional<SignRow> row;
+    if (listed) row.emplace(*signs->lists);
+    std::vector<double> counts_signs;  // n^T S, integers
     for (int64_t j0 = from; j0 < to; j0 += kernels().strip) {
       const int64_t j1 = std::min(to, j0 + kernels().strip);
       if (signs != nullptr) {
         products.assign(begin_of(j1) - begin_of(j0), 0);
         digit_products.assign((j1 - j0) * n_digits, 0);
-        if (!products.empty()) {
+        counts_signs.assign(j1 - j0, 0);
+        if (listed) {
+          list_signs(*row, j0, j1, products.data(), counts_signs.data());
+        } else if (!products.empty()) {
           const uint32_t* planes[2];
           const int64_t planes_stride =
               signs->strip(first_ + j0, j1 - j0, planes_memory, scratch.get(), planes);
@@ -198,9 +205,9 @@ class SparseBackward {
       }
       for (int64_t j = j0; j < j1; ++j) {
         const int64_t column = first_ + j;
-        double counts_signs = 0, sum = 0;  // n^T S, an integer
-        for (int64_t b = 0; signs != nullptr && b < n_digits; ++b) {
-          counts_signs +=
+        double sum = 0;
+        for (int64_t b = 0; signs != nullptr && !listed && b < n_digits; ++b) {
+          counts_signs[j - j0] +=
               static_cast<double>(int64_t{1} << b) * digit_products[(j - j0) * n_digits + b];
         }
         for (int64_t r = 0; r < blocks_; ++r) {
@@ -215,7 +222,7 @@ class SparseBackward {
             if (signs != nullptr) {
               // both terms are integers below 2^53: the difference is exact
               const double product = products[e - begin_of(j0)];
-              g += static_cast<T>((static_cast<double>(signs->n_rows) * product - counts_signs) *
+              g += static_cast<T>((static_cast<double>(signs->n_rows) * product - counts_signs[j - j0]) *
                                   scale);
             }
             value_[e] = g;
@@ -223,6 +230,20 @@ class SparseBackward {
           }
         }
         column_sum[column] = sum;
+      }
+    }
+  }
+
+  // B S of the entries of columns j0 .. j1, and n^T S of these, from lists.
+  void list_signs(SignRow& row, int64_t j0, int64_t j1, int32_t* products,
+                  double* counts_signs) const {
+    for (int64_t j = j0; j < j1; ++j) {
+      if (begin_of(j) == begin_of(j + 1)) continue;
+      row.make(first_ + j);
+      counts_signs[j - j0] = row.counts_signs();
+      for (int64_t r = 0; r < blocks_; ++r) {
+        const int64_t at = begin_[j * blocks_ + r], count = begin_[j * blocks_ + r + 1] - at;
+        row.listed(r * kPanelRows, index_.data() + at, count, products + at - begin_of(j0));
       }
     }
   }
@@ -336,10 +357,12 @@ const T* matrix(const Tensor& tensor, int64_t* stride) {
 void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
                      std::optional<Tensor> grad_recon, Tensor W_dec, std::optional<Tensor> shift,
                      std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
-                     std::optional<Tensor> columns, Tensor counts, int64_t n_rows,
-                     std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
+                     std::optional<Tensor> columns, std::optional<Tensor> ranks,
+                     std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
+                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
                      Tensor grad_x, Tensor grad_W, Tensor column_sum) {
-  const Statistics statistics(signs, columns, counts, n_rows);
+  const std::optional<Tensor> lists[] = {ranks, counted, at_hand};
+  const Statistics statistics(signs, columns, lists, counts, n_rows);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     SparseBackward<T> b{};
@@ -356,8 +379,8 @@ void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
     b.curvature = data_or_null<T>(curvature);
     if (covariance) {
       b.signs = &statistics.source;
-      b.digits = data<uint32_t>(*digits);
-      b.n_digits = digits->size(0);
+      b.digits = data_or_null<uint32_t>(digits);
+      b.n_digits = digits.has_value() ? digits->size(0) : 0;
       b.scale = scale;
     }
     b.x = matrix<T>(x, &b.x_stride);

@@ -32,7 +32,12 @@ SCHEMAS = {
     ),
     # value(B) W_dec + b_dec in `dtype`, summed in fp32 or wider.
     "decode": "(Tensor words, Tensor W_dec, Tensor b_dec, int n_bits, ScalarType dtype) -> Tensor",
-    # numerator = sum_{i != j} |N n_ij - n_i n_j|, int64 []; signs when keep_signs.
+    # numerator = sum_{i != j} |N n_ij - n_i n_j|, int64 []; signs when keep_signs. Two forms give
+    # the same integers. By bits: F^2 N products of bits. By lists: pairs that are never on together are
+    # known in closed form, the rest is counted in sum_r l_r^2 steps (l_r ones in row r). A body
+    # chooses by that sum. By lists nothing is kept, so signs has no elements though keep_signs asks
+    # for them: a caller that traces, where a shape is one, passes False. A body on a device that is
+    # not read back returns both shapes as the fake does, and chooses again in backward.
     "covariance": (
         "(Tensor words, Tensor counts, Tensor n_rows, bool keep_signs)"
         " -> (Tensor numerator, Tensor signs)"
@@ -45,7 +50,12 @@ SCHEMAS = {
     # Gradient of x, W_enc, b_enc (those asked for by `needs`), given the gradient of recon, a
     # gradient per column (entropy), a curvature c per column (it adds c (1 - 2 b) at a bit b) and
     # the scale of dD/dB; the statistics are inputs. signs may be absent while stats_words is
-    # there: then they are recomputed.
+    # there: then pairs are counted again, in whichever form is faster for these rows. The rows at
+    # hand may be others than those counted. The covariance's part at row r, column i is
+    #     scale (N (B S)_ri - (n^T S)_i),   with Q = S + 1 where n_ij > 0, zero elsewhere and
+    #     (B S)_ri = -(l_r - B_ri) + (B Q)_ri,   (n^T S)_i = -(M - n_i) + (n^T Q)_i
+    # over columns that are not constant in the counted rows; S and both terms are zero for others.
+    # Both terms are exact integers, so the form changes no bit of the result.
     "encoder_backward": (
         "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor W_dec, Tensor words, Tensor window,"
         " Tensor? row_mask, Tensor? grad_recon, Tensor? grad_columns, Tensor? curvature,"

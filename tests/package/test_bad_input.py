@@ -396,23 +396,30 @@ def test_the_covariance_statistics_of_one_row(bae, x):
         bae.encode(x[:1]).statistics(covariance=True)
 
 
-def test_a_covariance_whose_sum_may_leave_int64():
-    # (F N)^2 / 4 = 2^63 at N = 2^16, F = 2^16.5: nothing of this size is made
-    n, f = 2**17, 2**16
-    x = torch.empty(1, 1).expand(n, 1)
-    w_enc, b_enc = torch.empty(1, 1).expand(1, f), torch.empty(1).expand(f)
-    w_dec, b_dec = torch.empty(1, 1).expand(f, 1), torch.empty(1)
-    with refused(ValueError, "covariance needs (F N)^2 / 4 < 2^63", f"N={n}", f"F={f}"):
-        bf.binary_autoencoder(x, w_enc, b_enc, w_dec, b_dec, covariance=True)
-
-
 def test_the_limit_of_the_covariance_is_exactly_where_int64_ends():
     from bae_fast.codes import check_covariance_size
 
-    check_covariance_size(2**16, 92681)  # (F N)^2 / 4 just below 2^63
-    with refused(ValueError, "(F N)^2 / 4 < 2^63", "N=65536", "F=92682"):
-        check_covariance_size(2**16, 92682)
+    check_covariance_size(2**16, 92681, "cuda")  # (F N)^2 / 4 just below 2^63
+    with refused(ValueError, "(F N)^2 / 4 < 2^63 on cuda", "N=65536", "F=92682"):
+        check_covariance_size(2**16, 92682, "cuda")
     assert (2**16 * 92681) ** 2 < 2**65 <= (2**16 * 92682) ** 2
+    check_covariance_size(2**16, 92682)  # on a CPU the ones decide
+
+
+def test_a_covariance_whose_sum_may_leave_int64_is_refused_for_its_ones():
+    from bae_fast.ops.limits import check_numerator
+
+    # rows that are one row in memory, so nothing of this size is made
+    n, k = 2**17, 2**16
+    row = torch.full((1, k // 32), -1, dtype=torch.int32)
+    counts, total = torch.full((k,), n), torch.tensor(n)
+    with refused(ValueError, "N sum(l^2) + (sum n)^2 < 2^63", f"N={n}", f"F={k} columns"):
+        check_numerator(row.expand(n, -1), counts, total)
+    one = torch.zeros(1, k // 32, dtype=torch.int32)
+    one[0, 5] = 1 << 3
+    counts = torch.zeros(k, dtype=torch.int64)
+    counts[5 * 32 + 3] = n
+    check_numerator(one.expand(n, -1), counts, total)
 
 
 def test_statistics_of_other_columns_or_without_covariance(bae, x):

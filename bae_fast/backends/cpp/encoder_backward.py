@@ -7,6 +7,8 @@ curvature per column, S the signs of the covariance, N and n the counted rows an
     gpre = surrogate(g), zero in rows that do not count
     db_enc = 1^T gpre,   dW_enc = x^T gpre,   dx += gpre W_enc^T
 
+The signs S are planes of bits, kept or made again, or come from lists of the rows (``covariance``).
+
 Three ways. Where the rectangle's window is sparse, its entries alone (``sparse_backward``). On
 matrix units, both dense products and all between them strip by strip in C++. Else torch's products,
 and one pass in C++ over the chunk between them. B S is made of bits each time, and so is n^T S: the
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.backends.cpp.covariance import dense_rows
+from bae_fast.backends.cpp.covariance import dense_rows, pair_lists
 from bae_fast.backends.cpp.extension import empty_gradient, op
 from bae_fast.backends.cpp.sparse_backward import is_sparse, sparse_backward
 from bae_fast.backends.cpp.units import operand, unit_digits
@@ -47,7 +49,8 @@ class _Terms(NamedTuple):
     words: Tensor
     shift: Tensor | None
     curvature: Tensor | None
-    # whether there is a covariance, signs, column-packed statistics, counts, N, digits, scale
+    # whether there is a covariance, signs, column-packed statistics, ranks and two lists, counts,
+    # N, digits, scale
     statistics: tuple[Any, ...]
     window: Tensor | None
     keep: Tensor | None
@@ -59,18 +62,23 @@ def _statistics(
     stats_words: Tensor | None,
     counts: Tensor,
     n_rows: int,
+    words: Tensor,
+    all_rows: bool,
 ) -> tuple[Any, ...]:
     counts = counts.contiguous()
+    none = (None, None, None)
     if grad_covariance is None:
-        return False, None, None, counts, n_rows, None, 0.0
-    columns = None
-    if signs is None:
-        assert stats_words is not None
-        columns = op("rows_to_columns")(dense_rows(stats_words), len(counts))
-    else:
-        signs = signs.contiguous()
+        return False, None, None, *none, counts, n_rows, None, 0.0
     scale = float(grad_covariance) * 2 / (n_rows * (n_rows - 1))
-    return True, signs, columns, counts, n_rows, _digits(counts, n_rows), scale
+    if signs is not None:
+        digits = _digits(counts, n_rows)
+        return True, signs.contiguous(), None, *none, counts, n_rows, digits, scale
+    assert stats_words is not None
+    lists = pair_lists(stats_words, counts, n_rows, words, all_rows)
+    if lists is not None:
+        return True, None, None, *lists, counts, n_rows, None, scale
+    columns = op("rows_to_columns")(dense_rows(stats_words), len(counts))
+    return True, None, columns, *none, counts, n_rows, _digits(counts, n_rows), scale
 
 
 def encoder_backward(
@@ -101,17 +109,20 @@ def encoder_backward(
     if need_W:
         grad_W = empty_gradient(W_enc.shape[0], W_enc.shape[1], W_enc.dtype)
     column_sum = torch.empty(W_enc.shape[1], dtype=torch.float64)
+    words = dense_rows(words)
+    inside = dense_rows(window) if surrogate == "rectangle" else None
+    sparse = inside is not None and is_sparse(x, W_enc, W_dec, inside, n_bits)
     terms = _Terms(
-        words=dense_rows(words),
+        words=words,
         shift=None if grad_columns is None else grad_columns.to(wide).contiguous(),
         curvature=None if curvature is None else curvature.to(wide).contiguous(),
         statistics=_statistics(
-            grad_covariance, signs, stats_words, stats_counts, int(stats_n_rows)
+            grad_covariance, signs, stats_words, stats_counts, int(stats_n_rows), words, not sparse
         ),
-        window=dense_rows(window) if surrogate == "rectangle" else None,
+        window=inside,
         keep=None if row_mask is None else row_mask.contiguous(),
     )
-    if terms.window is not None and is_sparse(x, W_enc, W_dec, terms.window, n_bits):
+    if sparse and terms.window is not None:
         sparse_backward(
             terms.window, terms.keep, terms.words, grad_recon, W_dec, terms.shift,
             terms.curvature, terms.statistics, x, W_enc, grad_x, grad_W, column_sum,

@@ -35,17 +35,26 @@ _SCHEMAS = (
     "cpp_threshold(Tensor pre, Tensor? keep, float width, int start, Tensor(a!) words,"
     " Tensor(b!) window) -> ()",
     "cpp_covariance(Tensor words, Tensor counts, int n_rows, bool keep_signs) -> (Tensor, Tensor)",
-    # gradient at the bits -> gradient at pre, for the columns of g from `start`
+    # ranks of features and lists of the rows (csrc/pair_lists.h), or two empty tensors where bits
+    # are the faster way to the signs; with `all_rows`, to their product with every row
+    "cpp_pair_lists(Tensor words, Tensor counts, int n_rows, float list_cost, bool all_rows)"
+    " -> (Tensor ranks, Tensor lists)",
+    "cpp_list_rows(Tensor words, Tensor ranks, int n_features) -> Tensor",
+    "cpp_listed_covariance(Tensor ranks, Tensor lists, int n_features, int n_rows) -> Tensor",
+    # gradient at the bits -> gradient at pre, for the columns of g from `start`; with a covariance
+    # there are signs, or columns to make them of, or ranks with lists of rows counted and at hand
     "cpp_backward(Tensor(a!) g, Tensor words, int start, Tensor? shift, Tensor? curvature,"
-    " bool covariance, Tensor? signs, Tensor? columns, Tensor counts, int n_rows, Tensor? digits,"
+    " bool covariance, Tensor? signs, Tensor? columns, Tensor? ranks, Tensor? counted,"
+    " Tensor? at_hand, Tensor counts, int n_rows, Tensor? digits,"
     " float scale, Tensor? window, Tensor? factor, Tensor? keep, bool official,"
     " Tensor(b!) column_sum) -> ()",
     # the same for the entries inside the window, with the products on both sides of it; an empty
     # grad_x or grad_W is not asked for, grad_x is added to
     "cpp_sparse_backward(Tensor window, Tensor? keep, Tensor words, Tensor? grad_recon,"
     " Tensor W_dec, Tensor? shift, Tensor? curvature, bool covariance, Tensor? signs,"
-    " Tensor? columns, Tensor counts, int n_rows, Tensor? digits, float scale, Tensor x,"
-    " Tensor W_enc, Tensor(a!) grad_x, Tensor(b!) grad_W, Tensor(c!) column_sum) -> ()",
+    " Tensor? columns, Tensor? ranks, Tensor? counted, Tensor? at_hand, Tensor counts, int n_rows,"
+    " Tensor? digits, float scale, Tensor x, Tensor W_enc, Tensor(a!) grad_x,"
+    " Tensor(b!) grad_W, Tensor(c!) column_sum) -> ()",
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
     # False, and nothing of use in out, where dense is not finite: only without `gather`, with AMX
@@ -59,8 +68,9 @@ _SCHEMAS = (
     # cpp_backward of all columns and both dense products around it
     "cpp_unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int digits_of_numbers,"
     " Tensor words, Tensor? shift, Tensor? curvature, bool covariance, Tensor? signs,"
-    " Tensor? columns, Tensor counts, int n_rows, Tensor? digits, float scale, Tensor? window,"
-    " Tensor? keep, bool official, Tensor(a!) column_sum, Tensor(b!) grad_W) -> bool",
+    " Tensor? columns, Tensor? ranks, Tensor? counted, Tensor? at_hand, Tensor counts, int n_rows,"
+    " Tensor? digits, float scale, Tensor? window, Tensor? keep, bool official,"
+    " Tensor(a!) column_sum, Tensor(b!) grad_W) -> bool",
 )
 
 # bytes from which the memory of gradients is kept

@@ -8,6 +8,9 @@ and in float64 beyond. Sums of |V| are integers: a tile of the first kind stays 
 summed in float64, any other in int64, and tiles meet in int64: the same on every device and in any
 order. Constant columns need no case of their own: their V is zero.
 
+That is F^2 N products. Rows of few ones take ``pair_lists`` instead, on a CPU, with the same
+integers.
+
 Every product here has operands that bf16 and TF32 hold exactly, so that lowering the precision of
 fp32 products (torch.set_float32_matmul_precision) changes nothing.
 """
@@ -17,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.backends.torch.pair_lists import ListedSigns, PairLists
+from bae_fast.ops.limits import check_numerator
 from bae_fast.packing import WORD_BITS, n_words, pack_rows, unpack_rows
 
 TILE = 1024
@@ -56,8 +61,22 @@ def covariance_tile(
 def covariance(
     words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
 ) -> tuple[Tensor, Tensor]:
-    if words.device.type == "cpu" and n_rows < 2:  # reading it back would synchronise a GPU
-        raise ValueError(f"covariance needs at least 2 rows; got {int(n_rows)}")
+    if words.device.type == "cpu":  # reading them back would synchronise a GPU
+        check_numerator(words, counts, n_rows)
+        lists = PairLists(words, counts, n_rows)
+        if lists.serves(all_rows=False):
+            numerator = lists.numerator()
+            if lists.dense:
+                dense = pack_rows(lists.listed().dense_bits())
+                numerator += by_tiles(dense, lists.ones[: lists.dense], n_rows, False)[0]
+            return numerator, words.new_empty(0)
+    return by_tiles(words, counts, n_rows, keep_signs)
+
+
+def by_tiles(
+    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+) -> tuple[Tensor, Tensor]:
+    """The numerator, and the sign planes where they are asked for, by products of bits."""
     k = counts.shape[0]
     numerator = torch.zeros((), dtype=torch.int64, device=words.device)
     signs = torch.zeros(
@@ -98,6 +117,11 @@ class SignProduct:
     ) -> None:
         self.words, self.signs, self.stats_words = words, signs, stats_words
         self.counts, self.n_rows = counts, n_rows
+        self.listed: ListedSigns | None = None
+        if signs is None and stats_words is not None and words.device.type == "cpu":
+            lists = PairLists(stats_words, counts, n_rows)
+            if lists.serves(all_rows=True):
+                self.listed = ListedSigns(lists, words)
 
     def sign_tile(self, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
         """fp32 {-1, 0, 1} of columns i x j, from the stored planes or computed again."""
@@ -111,6 +135,8 @@ class SignProduct:
 
     def __call__(self, j: tuple[int, int]) -> Tensor:
         """N (B S) - 1 (n^T S) for the columns of tile j: float64 ``[rows at hand, columns]``."""
+        if self.listed is not None:
+            return self.listed(j)
         bits_signs = torch.zeros(
             self.words.shape[0], j[1] - j[0], dtype=torch.float32, device=self.words.device
         )

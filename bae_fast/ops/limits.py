@@ -1,0 +1,37 @@
+"""How large a covariance may be: its numerator is an int64."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bae_fast.packing import popcount
+
+_BEYOND = 2**63
+
+
+def fits_any(n_rows: int, n_columns: int) -> bool:
+    """Whether the numerator of any N rows fits: |V| <= N^2 / 4, so (F N)^2 / 4 < 2^63."""
+    return (n_columns * n_rows) ** 2 < 4 * _BEYOND
+
+
+def check_numerator(words: Tensor, counts: Tensor, n_rows: Tensor) -> None:
+    """Refuse rows whose numerator could leave int64; reads them, so not on a GPU.
+
+    sum |V| is at most N sum_r l_r^2 + (sum_j n_j)^2 with l_r ones in row r: a bound that grows
+    with the ones, not with the features.
+
+    Raises:
+        ValueError: fewer than two rows, or both bounds reach 2^63.
+    """
+    n, k = int(n_rows), counts.shape[0]
+    if n < 2:
+        raise ValueError(f"covariance needs at least 2 rows; got {n}")
+    if fits_any(n, k):
+        return
+    ones = sum(popcount(part).sum(-1).double().square().sum() for part in words.split(4096))
+    bound = n * int(ones) + int(counts.sum()) ** 2
+    if bound >= _BEYOND:
+        raise ValueError(
+            f"covariance needs (F N)^2 / 4 < 2^63, or N sum(l^2) + (sum n)^2 < 2^63 with l ones in "
+            f"a row and n in a column; got N={n}, F={k} columns, {bound:.3g}"
+        )

@@ -1,0 +1,430 @@
+// Lists of codes, and the covariance of sparse codes from them (pair_lists.h).
+//
+// With M = sum_j n_j and C the pairs i != j with n_ij > 0, over features that are not constant,
+//
+//     sum_{i != j} |V_ij| = M^2 - sum_j n_j^2 + sum over ordered pairs in C of (|V_ij| - n_i n_j)
+//     S_ij = -1 where n_ij = 0;  with Q = S + 1 on C and zero elsewhere
+//     (B S)_ri = -(l_r - B_ri) + (B Q)_ri,   (n^T S)_i = -(M - n_i) + (n^T Q)_i
+//
+// where row r has l_r ones. For one feature the rows where it is on are visited, and each entry of
+// their lists adds one to a counter: sum_r l_r^2 in all, whatever the number of features is. Lists
+// rise by rank, so the part before the feature's own place has each pair once, and the counters
+// that are used most lie side by side. Pairs of dense features are counted by bits.
+#include "operators.h"
+#include "pair_lists.h"
+
+namespace bae_fast {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 64;
+constexpr int64_t kRanksAtOnce = 64;
+constexpr double kGain = 0.5;  // lists keep no signs for backward: they must take half of the time
+
+Tensor new_ints(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, {size}, std::make_optional(ScalarType::Int));
+}
+
+// Appends the set bits of a row. Sixteen words at a time are looked at first: nearly all are zero.
+template <typename Add>
+void for_each_bit(const uint32_t* words, int64_t n, Add add) {
+  constexpr int64_t kLine = 16;
+  for (int64_t w0 = 0; w0 < n; w0 += kLine) {
+    const int64_t w1 = std::min(n, w0 + kLine);
+    if (w1 - w0 == kLine) {
+      uint64_t line[kLine / 2];
+      __builtin_memcpy(line, words + w0, sizeof(line));
+      uint64_t any = 0;
+      for (uint64_t part : line) any |= part;
+      if (any == 0) continue;
+    }
+    for (int64_t w = w0; w < w1; ++w) {
+      for (uint32_t rest = words[w]; rest != 0; rest &= rest - 1) {
+        add(w * kWordBits + __builtin_ctz(rest));
+      }
+    }
+  }
+}
+
+// A feature is dense where counting a pair of its like by lists takes longer than by bits.
+bool is_dense(int64_t ones, int64_t n_rows, double list_cost) {
+  const double density = static_cast<double>(ones) / static_cast<double>(n_rows);
+  return density * density * list_cost > 1;
+}
+
+// Ranks of features by falling counts, equal ones by their numbers.
+Tensor rank_features(const Tensor& counts, int64_t n_rows, double list_cost) {
+  const int64_t k = counts.numel();
+  const int64_t* const n = data<int64_t>(counts);
+  std::vector<int64_t> next(n_rows + 1, 0);
+  int64_t active = 0, dense = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    if (n[j] <= 0 || n[j] >= n_rows) continue;
+    ++next[n[j]];
+    ++active;
+    dense += is_dense(n[j], n_rows, list_cost);
+  }
+  for (int64_t count = n_rows - 1, at = 0; count > 0; --count) {
+    const int64_t here = next[count];
+    next[count] = at;
+    at += here;
+  }
+  Tensor out = new_ints(counts, Ranks::kHead + k + 2 * active);
+  int32_t* const head = mutable_data<int32_t>(out);
+  head[0] = static_cast<int32_t>(active);
+  head[1] = static_cast<int32_t>(dense);
+  int32_t* const of = head + Ranks::kHead;
+  int32_t *const feature = of + k, *const ones = feature + active;
+  for (int64_t j = 0; j < k; ++j) {
+    of[j] = -1;
+    if (n[j] <= 0 || n[j] >= n_rows) continue;
+    const int64_t rank = next[n[j]]++;
+    of[j] = static_cast<int32_t>(rank);
+    feature[rank] = static_cast<int32_t>(j);
+    ones[rank] = static_cast<int32_t>(n[j]);
+  }
+  return out;
+}
+
+double squared(double x) { return x * x; }
+
+// Whether lists may be the faster form, from counts: the least that they visit is that of equal
+// rows. Costs are in bit products; `list_cost` of them take the time of one visited entry.
+bool may_be_listed(const Ranks& ranks, int64_t n_rows, double list_cost) {
+  double rare = 0, all = 0;
+  for (int64_t i = 0; i < ranks.active; ++i) {
+    all += ranks.ones[i];
+    if (i >= ranks.dense) rare += ranks.ones[i];
+  }
+  if (all >= INT32_MAX) return false;
+  const double n = static_cast<double>(n_rows);
+  return list_cost * squared(rare) / n + n * squared(ranks.dense) < kGain * n * squared(ranks.k);
+}
+
+// The same from the rows: entries visited for the pairs, and for the product with all rows.
+bool is_listed(const RowLists& lists, const Ranks& ranks, int64_t n_rows, double list_cost,
+               bool all_rows) {
+  double visited = 0;
+  for (int64_t r = 0; r < lists.rows; ++r) {
+    visited += squared(lists.begin[r + 1] - lists.begin[r]) -
+               squared(lists.dense_end[r] - lists.begin[r]);
+  }
+  const double n = static_cast<double>(n_rows);
+  double bits = n * squared(ranks.k), entries = visited;
+  if (all_rows) {
+    bits += n * squared(ranks.k);  // signs that were not kept, and their product
+    for (int64_t i = ranks.dense; i < ranks.active; ++i) {
+      double partners = 0;
+      for (int64_t e = lists.feature_begin[i]; e < lists.feature_begin[i + 1]; ++e) {
+        partners += lists.begin[lists.row[e] + 1] - lists.begin[lists.row[e]];
+      }
+      entries += ranks.ones[i] * std::min(partners, static_cast<double>(ranks.active));
+    }
+    entries += n * static_cast<double>(ranks.active);
+  }
+  return list_cost * entries + n * squared(ranks.dense) < kGain * bits;
+}
+
+}  // namespace
+
+// The lists of rows of bits, with features named by `ranks`.
+Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
+  const Ranks ranks(ranks_tensor, n_features);
+  const int64_t n = words.size(0), w = n_words(n_features), stride = row_stride(words);
+  const uint32_t* const in = data<uint32_t>(words);
+  const int64_t blocks = (n + kRowsAtOnce - 1) / kRowsAtOnce;
+  std::vector<std::vector<int32_t>> found(blocks);
+  std::vector<int32_t> length(n);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) {
+      for (int64_t r = b * kRowsAtOnce; r < std::min(n, (b + 1) * kRowsAtOnce); ++r) {
+        const size_t before = found[b].size();
+        for_each_bit(in + r * stride, w, [&](int64_t j) {
+          if (ranks.of[j] >= 0) found[b].push_back(ranks.of[j]);
+        });
+        length[r] = static_cast<int32_t>(found[b].size() - before);
+      }
+    }
+  });
+  int64_t total = 0;
+  for (const auto& block : found) total += static_cast<int64_t>(block.size());
+  STD_TORCH_CHECK(total < INT32_MAX, "lists of ", total, " entries: at most 2^31 - 2");
+  Tensor out = new_ints(words, RowLists::kHead + 2 * n + 1 + ranks.active + 1 + 3 * total);
+  int32_t* const head = mutable_data<int32_t>(out);
+  head[0] = static_cast<int32_t>(n);
+  head[1] = static_cast<int32_t>(total);
+  int32_t* const begin = head + RowLists::kHead;
+  int32_t *const dense_end = begin + n + 1, *const entries = dense_end + n;
+  int32_t* const feature_begin = entries + total;
+  int32_t *const row = feature_begin + ranks.active + 1, *const place = row + total;
+  begin[0] = 0;
+  for (int64_t r = 0; r < n; ++r) begin[r + 1] = begin[r] + length[r];
+
+  // by feature, then by row again: both in order, so each row rises
+  std::vector<int32_t> next(ranks.active + 1, 0);
+  for (const auto& block : found) {
+    for (int32_t rank : block) ++next[rank];
+  }
+  for (int64_t i = 0, at = 0; i <= ranks.active; ++i) {
+    feature_begin[i] = static_cast<int32_t>(at);
+    at += next[i];
+    next[i] = feature_begin[i];
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int32_t* rank = found[b].data();
+    for (int64_t r = b * kRowsAtOnce; r < std::min(n, (b + 1) * kRowsAtOnce); ++r) {
+      for (int32_t e = 0; e < length[r]; ++e) row[next[*rank++]++] = static_cast<int32_t>(r);
+    }
+  }
+  std::copy_n(begin, n, dense_end);
+  std::vector<int32_t>& end = length;
+  std::copy_n(begin, n, end.begin());
+  for (int64_t i = 0; i < ranks.active; ++i) {
+    for (int32_t e = feature_begin[i]; e < feature_begin[i + 1]; ++e) {
+      const int32_t at = end[row[e]]++;
+      entries[at] = static_cast<int32_t>(i);
+      place[e] = at;
+    }
+    if (i + 1 == ranks.dense) std::copy_n(end.begin(), n, dense_end);
+  }
+  return out;
+}
+
+// Ranks and lists of counted rows where they are the faster form, else two empty tensors.
+std::tuple<Tensor, Tensor> pair_lists(Tensor words, Tensor counts, int64_t n_rows, double list_cost,
+                                      bool all_rows) {
+  const auto none = [&] {
+    return std::make_tuple(torch::stable::new_empty(words, {0}),
+                           torch::stable::new_empty(words, {0}));
+  };
+  Tensor ranks_tensor = rank_features(counts, n_rows, list_cost);
+  const Ranks ranks(ranks_tensor, counts.numel());
+  if (!may_be_listed(ranks, n_rows, list_cost)) return none();
+  Tensor lists = list_rows(words, ranks_tensor, counts.numel());
+  const RowLists view(lists, ranks.active);
+  if (!is_listed(view, ranks, n_rows, list_cost, all_rows)) return none();
+  return {ranks_tensor, lists};
+}
+
+Tensor dense_words(const RowLists& lists, const Ranks& ranks, const Tensor& like) {
+  const int64_t w = n_words(ranks.dense);
+  Tensor out = torch::stable::new_zeros(like, {lists.rows, w}, std::make_optional(ScalarType::Int));
+  uint32_t* const words = mutable_data<uint32_t>(out);
+  for (int64_t r = 0; r < lists.rows; ++r) {
+    for (int32_t e = lists.begin[r]; e < lists.dense_end[r]; ++e) {
+      words[r * w + lists.entries[e] / kWordBits] |= 1u << lists.entries[e] % kWordBits;
+    }
+  }
+  return out;
+}
+
+Tensor dense_counts(const Ranks& ranks, const Tensor& like) {
+  Tensor out =
+      torch::stable::new_empty(like, {ranks.dense}, std::make_optional(ScalarType::Long));
+  std::copy_n(ranks.ones, ranks.dense, mutable_data<int64_t>(out));
+  return out;
+}
+
+// Sum of |V| from lists. Sums wrap at 2^64: only the result must fit.
+Tensor listed_covariance(Tensor ranks_tensor, Tensor lists_tensor, int64_t n_features,
+                         int64_t n_rows) {
+  const Ranks ranks(ranks_tensor, n_features);
+  const RowLists lists(lists_tensor, ranks.active);
+  const auto without_pairs = [&](int64_t features) {  // (sum n)^2 - sum n^2
+    uint64_t ones = 0, squares = 0;
+    for (int64_t i = 0; i < features; ++i) {
+      const uint64_t n = static_cast<uint64_t>(ranks.ones[i]);
+      ones += n;
+      squares += n * n;
+    }
+    return ones * ones - squares;
+  };
+  uint64_t total = without_pairs(ranks.active) - without_pairs(ranks.dense);
+  if (ranks.dense > 0) {
+    const Tensor words = dense_words(lists, ranks, lists_tensor);
+    const auto [part, none] = covariance(words, dense_counts(ranks, lists_tensor), n_rows, false);
+    total += static_cast<uint64_t>(*data<int64_t>(part));
+  }
+  const uint64_t n = static_cast<uint64_t>(n_rows);
+  const int64_t groups = (ranks.active - ranks.dense + kRanksAtOnce - 1) / kRanksAtOnce;
+  const int64_t threads = torch::stable::get_num_threads();
+  std::atomic<uint64_t> counted{0};
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> pairs(ranks.active, 0), touched(ranks.active + 1);
+    uint64_t sum = 0;
+    for (; begin < end; ++begin) {
+      for (int64_t g = next++; g < groups; g = next++) {
+        const int64_t first = ranks.dense + g * kRanksAtOnce;
+        for (int64_t i = first; i < std::min(ranks.active, first + kRanksAtOnce); ++i) {
+          int64_t used = 0;
+          for (int32_t e = lists.feature_begin[i]; e < lists.feature_begin[i + 1]; ++e) {
+            for (int32_t p = lists.begin[lists.row[e]]; p < lists.place[e]; ++p) {
+              const int32_t j = lists.entries[p];
+              touched[used] = j;
+              used += pairs[j]++ == 0;
+            }
+          }
+          const uint64_t n_i = static_cast<uint64_t>(ranks.ones[i]);
+          for (int64_t t = 0; t < used; ++t) {
+            const int32_t j = touched[t];
+            // |V| - n_i n_j: V >= 0 gives N n_ij - 2 n_i n_j, V < 0 gives -N n_ij
+            const uint64_t joint = n * static_cast<uint64_t>(pairs[j]);
+            const uint64_t expected = n_i * static_cast<uint64_t>(ranks.ones[j]);
+            sum += joint >= expected ? joint - 2 * expected : uint64_t{0} - joint;
+            pairs[j] = 0;
+          }
+        }
+      }
+    }
+    counted += sum;
+  });
+  Tensor numerator =
+      torch::stable::new_empty(lists_tensor, {}, std::make_optional(ScalarType::Long));
+  *mutable_data<int64_t>(numerator) = static_cast<int64_t>(total + 2 * counted);
+  return numerator;
+}
+
+// ---- signs --------------------------------------------------------------------------------------
+
+ListedSigns::ListedSigns(const Tensor& ranks_tensor, const Tensor& counted_tensor,
+                         const Tensor& at_hand_tensor, int64_t n_features, int64_t total_rows)
+    : ranks(ranks_tensor, n_features),
+      counted(counted_tensor, ranks.active),
+      at_hand(at_hand_tensor, ranks.active),
+      n_rows(total_rows),
+      ones_of_rare(0) {
+  for (int64_t i = ranks.dense; i < ranks.active; ++i) ones_of_rare += ranks.ones[i];
+  if (ranks.dense == 0) return;
+  bits = dense_words(at_hand, ranks, counted_tensor);
+  const Tensor words = dense_words(counted, ranks, counted_tensor);
+  planes = std::get<1>(covariance(words, dense_counts(ranks, counted_tensor), n_rows, true));
+}
+
+SignRow::SignRow(const ListedSigns& source)
+    : source_(source),
+      pairs_(source.ranks.active, 0),
+      touched_(source.ranks.active + 1),
+      above_(source.ranks.active, 0),
+      signs_(2 * n_words(source.ranks.dense)) {}
+
+void SignRow::make(int64_t feature) {
+  const Ranks& ranks = source_.ranks;
+  const RowLists& lists = source_.counted;
+  const int64_t dense = ranks.dense, w = n_words(dense);
+  for (int64_t t = 0; t < n_touched_; ++t) above_[touched_[t]] = 0;
+  n_touched_ = 0;
+  counts_signs_ = 0;
+  rank_ = ranks.of[feature];
+  if (rank_ < 0) return;
+
+  const bool rare = rank_ >= dense;
+  int64_t used = 0;
+  for (int32_t e = lists.feature_begin[rank_]; e < lists.feature_begin[rank_ + 1]; ++e) {
+    const int32_t r = lists.row[e];
+    for (int32_t p = rare ? lists.begin[r] : lists.dense_end[r]; p < lists.begin[r + 1]; ++p) {
+      const int32_t j = lists.entries[p];
+      touched_[used] = j;
+      used += pairs_[j]++ == 0;
+    }
+  }
+  const int64_t n = source_.n_rows, n_i = ranks.ones[rank_];
+  const auto sign = [&](int64_t j) {
+    const int64_t v = n * pairs_[j] - n_i * ranks.ones[j];
+    return (v > 0) - (v < 0);
+  };
+  int64_t sum = -source_.ones_of_rare;
+  if (dense > 0 && rare) {
+    planes_[0] = signs_.data();
+    planes_[1] = signs_.data() + w;
+    std::fill(signs_.begin(), signs_.end(), 0);
+    for (int64_t j = 0; j < dense; ++j) {
+      const int s = sign(j);
+      sum += s * ranks.ones[j];
+      if (s != 0) signs_[(s > 0 ? 0 : w) + j / kWordBits] |= 1u << j % kWordBits;
+    }
+  } else if (dense > 0) {
+    planes_[0] = data<uint32_t>(*source_.planes) + rank_ * w;
+    planes_[1] = planes_[0] + dense * w;
+    for (int64_t j = 0; j < dense; ++j) {
+      const int64_t at = j / kWordBits, bit = j % kWordBits;
+      sum += ranks.ones[j] * (static_cast<int64_t>(planes_[0][at] >> bit & 1) -
+                              static_cast<int64_t>(planes_[1][at] >> bit & 1));
+    }
+  }
+  for (int64_t t = 0; t < used; ++t) {
+    const int32_t j = touched_[t];
+    if (j >= dense) {
+      above_[j] = static_cast<uint8_t>(sign(j) + 1);
+      sum += above_[j] * static_cast<int64_t>(ranks.ones[j]);
+      touched_[n_touched_++] = j;
+    }
+    pairs_[j] = 0;
+  }
+  // S_ii = 0: one more than the -1 that every entry of a row is taken for
+  if (rare) {
+    sum += (1 - above_[rank_]) * n_i;
+    above_[rank_] = 1;
+  }
+  counts_signs_ = static_cast<double>(sum);
+}
+
+void SignRow::add_dense(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const {
+  if (source_.ranks.dense == 0 || count == 0) return;
+  SignCounts s{};
+  s.words = n_words(source_.ranks.dense);
+  s.rows_stride = s.words;
+  s.rows = data<uint32_t>(*source_.bits) + first * s.words;
+  s.index = index;
+  s.count = count;
+  s.above = planes_[0];
+  s.below = planes_[1];
+  s.out = out;
+  kernels().sign_counts(s);
+}
+
+void SignRow::listed(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const {
+  if (rank_ < 0) {
+    std::fill_n(out, count, 0);
+    return;
+  }
+  const RowLists& rows = source_.at_hand;
+  for (int64_t e = 0; e < count; ++e) {
+    const int64_t r = first + index[e];
+    int32_t sum = rows.dense_end[r] - rows.begin[r + 1];
+    for (int32_t p = rows.dense_end[r]; p < rows.begin[r + 1]; ++p) sum += above_[rows.entries[p]];
+    out[e] = sum;
+  }
+  add_dense(first, index, count, out);
+}
+
+// Row by row, or feature by feature that is on together with this one: whichever visits less.
+void SignRow::all(int32_t* out) const {
+  const RowLists& rows = source_.at_hand;
+  if (rank_ < 0) {
+    std::fill_n(out, rows.rows, 0);
+    return;
+  }
+  int64_t of_partners = 0;
+  for (int64_t t = 0; t < n_touched_; ++t) {
+    of_partners += rows.feature_begin[touched_[t] + 1] - rows.feature_begin[touched_[t]];
+  }
+  const bool by_row = of_partners >= rows.total - rows.feature_begin[source_.ranks.dense];
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    int32_t sum = rows.dense_end[r] - rows.begin[r + 1];
+    for (int32_t p = rows.dense_end[r]; by_row && p < rows.begin[r + 1]; ++p) {
+      sum += above_[rows.entries[p]];
+    }
+    out[r] = sum;
+  }
+  if (!by_row) {
+    for (int64_t t = 0; t < n_touched_; ++t) {
+      const int32_t j = touched_[t];
+      for (int32_t e = rows.feature_begin[j]; e < rows.feature_begin[j + 1]; ++e) {
+        out[rows.row[e]] += above_[j];
+      }
+    }
+  }
+  add_dense(0, nullptr, rows.rows, out);
+}
+
+}  // namespace bae_fast
