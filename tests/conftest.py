@@ -18,3 +18,13 @@ def _same_start(monkeypatch):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch sees none")
+
+
+@pytest.fixture
+def by_bits(monkeypatch):
+    """The covariance by products of bits, whatever the codes: lists would serve the sparse ones."""
+    from bae_fast.backends.cpp import covariance
+    from bae_fast.backends.torch import pair_lists
+
+    monkeypatch.setattr(covariance, "LIST_COST", dict.fromkeys(covariance.LIST_COST, float("inf")))
+    monkeypatch.setattr(pair_lists, "LIST_COST", float("inf"))

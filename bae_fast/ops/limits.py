@@ -7,6 +7,7 @@ from torch import Tensor
 from bae_fast.packing import popcount
 
 _BEYOND = 2**63
+_ROW_BLOCK = 256
 
 
 def fits_any(n_rows: int, n_columns: int) -> bool:
@@ -28,8 +29,11 @@ def check_numerator(words: Tensor, counts: Tensor, n_rows: Tensor) -> None:
         raise ValueError(f"covariance needs at least 2 rows; got {n}")
     if fits_any(n, k):
         return
-    ones = sum(popcount(part).sum(-1).double().square().sum() for part in words.split(4096))
-    bound = n * int(ones) + int(counts.sum()) ** 2
+    total, used = int(counts.sum()), int((counts > 0).sum())
+    if n * used * total + total**2 < _BEYOND:  # l is at most the columns in use: no row is read
+        return
+    squares = sum(int(popcount(part).sum(-1).square().sum()) for part in words.split(_ROW_BLOCK))
+    bound = n * squares + total**2
     if bound >= _BEYOND:
         raise ValueError(
             f"covariance needs (F N)^2 / 4 < 2^63, or N sum(l^2) + (sum n)^2 < 2^63 with l ones in "

@@ -33,8 +33,8 @@ SCHEMAS = {
     # value(B) W_dec + b_dec in `dtype`, summed in fp32 or wider.
     "decode": "(Tensor words, Tensor W_dec, Tensor b_dec, int n_bits, ScalarType dtype) -> Tensor",
     # numerator = sum_{i != j} |N n_ij - n_i n_j|, int64 []; signs when keep_signs. Two forms give
-    # the same integers. By bits: F^2 N products of bits. By lists: pairs that are never on together are
-    # known in closed form, the rest is counted in sum_r l_r^2 steps (l_r ones in row r). A body
+    # the same integers. By bits: F^2 N products of bits. By lists: pairs that are never on together
+    # are known in closed form, the rest is counted in sum_r l_r^2 steps (l_r ones in row r). A body
     # chooses by that sum. By lists nothing is kept, so signs has no elements though keep_signs asks
     # for them: a caller that traces, where a shape is one, passes False. A body on a device that is
     # not read back returns both shapes as the fake does, and chooses again in backward.

@@ -18,9 +18,12 @@ from bae_fast.packing import pack_rows, unpack_rows
 
 CPP = registry.BACKENDS["cpp"]
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("by_bits"),
+    pytest.mark.skipif(
+        CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
+    ),
+]
 
 EDGES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513]
 

@@ -15,9 +15,12 @@ from bae_fast.backends.cpp import extension
 from bae_fast.packing import pack_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("by_bits"),
+    pytest.mark.skipif(
+        CPP.unavailable is not None, reason=f"impl='cpp' cannot run: {CPP.unavailable}"
+    ),
+]
 
 
 @pytest.fixture(params=levels())

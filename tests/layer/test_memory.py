@@ -59,6 +59,7 @@ def expected_bytes(
     return total + (n if mask else 0)
 
 
+@pytest.mark.usefixtures("by_bits")
 @pytest.mark.parametrize("signs", [True, False], ids=["signs kept", "signs recomputed"])
 @pytest.mark.parametrize("covariance", [False, True], ids=["plain", "covariance"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -73,6 +74,22 @@ def test_bytes_kept_for_backward_are_those_of_the_formula(
     )
 
 
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_sparse_codes_keep_the_same_with_the_covariance_as_without(surrogate):
+    """Lists of their ones are made again in backward: nothing grows with pairs of features."""
+    n, k = 67, 1200
+    given = inputs(n, 9, k)
+    with torch.no_grad():
+        given[2] -= 7  # about ten ones a row
+    found, out = saved_bytes(given, surrogate=surrogate, covariance=True)
+    assert 0 < float(out.code.density().mean()) < 0.05
+    assert float(out.covariance) > 0
+    assert sum(found.values()) == expected_bytes(
+        n, k, surrogate=surrogate, covariance=True, signs=False, mask=False
+    )
+
+
+@pytest.mark.usefixtures("by_bits")
 def test_the_sign_planes_are_the_part_that_grows_with_the_square_of_the_features(monkeypatch):
     k = 640
     found, _ = saved_bytes(inputs(33, 9, k), covariance=True)

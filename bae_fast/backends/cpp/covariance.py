@@ -9,6 +9,7 @@ nothing is kept: backward counts again. Sparse codes make the second cheap whate
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from bae_fast.backends.cpp.extension import op, simd
 from bae_fast.ops.limits import check_numerator
 
-# Products of bits in the time of one visited entry; lists serve where they take less. Measured on
+# Products of bits in the time of one visited entry, infinite for no lists at all. Measured on
 # avx2 and scalar; for the others, the rates of bits beside avx2's (neon: as avx2).
 LIST_COST = {"scalar": 100.0, "avx2": 500.0, "avx512": 2500.0, "neon": 500.0, "amx": 4000.0}
 
@@ -44,8 +45,11 @@ def pair_lists(
         at_hand: words of the rows that are multiplied with the signs.
         all_rows: whether every row is, in every column.
     """
+    cost = LIST_COST[simd()]
+    if cost == inf:
+        return None
     words = dense_rows(words)
-    ranks, counted = op("pair_lists")(words, counts, n_rows, LIST_COST[simd()], all_rows)
+    ranks, counted = op("pair_lists")(words, counts, n_rows, cost, all_rows)
     if ranks.numel() == 0:
         return None
     same = at_hand.data_ptr() == words.data_ptr() and at_hand.shape == words.shape

@@ -11,12 +11,15 @@ features at a time. On a CPU only: how many there are would have to be read back
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
 from bae_fast.packing import WORD_BITS
 
-# products of bits (fp32, half of them by symmetry) in the time of one listed pair; one thread
+# products of bits (fp32) in the time of one listed pair, infinite for no lists at all; estimated from
+# one thread's rates, not measured at the crossover
 LIST_COST = 2500.0
 # products of bits in the time of one number added by embedding_bag
 GATHER_COST = 8.0
@@ -94,6 +97,8 @@ class PairLists:
 
     def serves(self, all_rows: bool) -> bool:
         """Whether lists are the faster form: for the signs, or for their product with all rows."""
+        if LIST_COST == inf:
+            return False
         rare = float(self.ones[self.dense :].sum())
         n, bits = float(self.n_rows), float(self.k) ** 2
         work = LIST_COST * rare**2 / n + n * self.dense**2
