@@ -20,6 +20,7 @@ CPP = registry.BACKENDS["cpp"]
 ROOT = Path(__file__).resolve().parents[2]
 if CPP.unavailable is not None:
     pytest.skip(f"impl='cpp' cannot run: {CPP.unavailable}", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("by_bits")
 
 from bae_fast.backends.cpp import extension, sparse_backward  # noqa: E402
 

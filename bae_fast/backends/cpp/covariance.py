@@ -9,7 +9,7 @@ nothing is kept: backward counts again. Sparse codes make the second cheap whate
 
 from __future__ import annotations
 
-from math import inf
+from math import isinf
 from typing import NamedTuple
 
 from torch import Tensor
@@ -46,7 +46,7 @@ def pair_lists(
         all_rows: whether every row is, in every column.
     """
     cost = LIST_COST[simd()]
-    if cost == inf:
+    if isinf(cost):
         return None
     words = dense_rows(words)
     ranks, counted = op("pair_lists")(words, counts, n_rows, cost, all_rows)

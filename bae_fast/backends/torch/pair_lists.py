@@ -11,15 +11,15 @@ features at a time. On a CPU only: how many there are would have to be read back
 
 from __future__ import annotations
 
-from math import inf
+from math import isinf
 
 import torch
 from torch import Tensor
 
 from bae_fast.packing import WORD_BITS
 
-# products of bits (fp32) in the time of one listed pair, infinite for no lists at all; estimated from
-# one thread's rates, not measured at the crossover
+# products of bits (fp32) in the time of one listed pair, infinite for no lists at all; estimated
+# from one thread's rates, not measured at the crossover
 LIST_COST = 2500.0
 # products of bits in the time of one number added by embedding_bag
 GATHER_COST = 8.0
@@ -97,7 +97,7 @@ class PairLists:
 
     def serves(self, all_rows: bool) -> bool:
         """Whether lists are the faster form: for the signs, or for their product with all rows."""
-        if LIST_COST == inf:
+        if isinf(LIST_COST):
             return False
         rare = float(self.ones[self.dense :].sum())
         n, bits = float(self.n_rows), float(self.k) ** 2
