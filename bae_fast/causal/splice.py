@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.hooks import find_module
+from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.loading import LanguageModel
+from bae_fast.lm.logits import causal_model
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -110,34 +111,78 @@ class Splice:
 
 
 class _Place(threading.local):
-    """Where the tokens of the forward pass under way stand in their sequences, a thread each."""
+    """Where the tokens of the forward pass under way stand in their sequences, a thread each.
 
-    shape: tuple[int, int] | None = None
-    offset = 0
-    attention_mask: Tensor | None = None
-    source: Tensor | None = None
+    A model calls its parts with what it was given, or with less: a head may call the decoder inside
+    its body (OPT), a wrapper may take anything (peft). All of them are listened to. What the
+    outermost says counts; those inside it fill in what it left open.
+    """
 
-    def note(self, arguments: dict[str, Any]) -> None:
-        """Take down the arguments of the model's forward."""
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the pass: nothing is under way."""
+        self.depth = -1
+        self.shape: tuple[int, int] | None = None
+        self.offset: int | None = None
+        self.attention_mask: Tensor | None = None
+        self.source: Tensor | None = None
+
+    def note(self, depth: int, arguments: dict[str, Any]) -> None:
+        """Take down the arguments of a forward, 0 being the outermost."""
+        if depth <= self.depth:  # another pass: the last one was left without its end
+            self.clear()
+        self.depth = depth
         given = arguments.get("input_ids")
         given = arguments.get("inputs_embeds") if given is None else given
-        self.shape = None if given is None else (int(given.shape[0]), int(given.shape[1]))
-        cache = arguments.get("past_key_values")
-        self.offset = 0 if cache is None else int(cache.get_seq_length())
+        if self.shape is None and isinstance(given, Tensor) and given.dim() >= 2:
+            self.shape = (int(given.shape[0]), int(given.shape[1]))
         mask = arguments.get("attention_mask")
-        self.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            self.attention_mask = mask
+        cache = arguments.get("past_key_values")
+        if self.offset is None and hasattr(cache, "get_seq_length"):
+            self.offset = int(cache.get_seq_length())
+        seen = self.attention_mask
+        recurrent = arguments.get("cache_params") is not None
+        if self.offset is None and recurrent and seen is not None and self.shape is not None:
+            # a recurrent state does not count its tokens; the mask is as long as what it has seen
+            self.offset = seen.shape[1] - self.shape[1]
 
     def positions(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Position of every token from the first real one, and which tokens are real."""
         batch, length = shape
-        position = torch.arange(self.offset, self.offset + length, device=device)
+        offset = self.offset or 0
+        position = torch.arange(offset, offset + length, device=device)
         position = position.expand(batch, length)
         mask = self.attention_mask
-        if mask is None or len(mask) != batch or mask.shape[1] < self.offset + length:
+        if mask is None or len(mask) != batch or mask.shape[1] < offset + length:
             return position, torch.ones(shape, dtype=torch.bool, device=device)
         real = mask.to(device) != 0
         first = real.int().argmax(1, keepdim=True)
-        return position - first, real[:, self.offset : self.offset + length]
+        return position - first, real[:, offset : offset + length]
+
+
+def _listened(model: nn.Module) -> list[nn.Module]:
+    """A model and the parts inside it that may be called with the tokens, outermost first."""
+    found = [model]
+    inner = causal_model(model)
+    base = getattr(inner, "base_model", inner)
+    decoder = getattr(base, "decoder", None)
+    for part in (inner, base, decoder):
+        if isinstance(part, nn.Module) and all(part is not one for one in found):
+            found.append(part)
+    return found
+
+
+def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name; those that a forward takes as any number of keywords too."""
+    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return bound
 
 
 def norm_bounds(autoencoder: Any, max_norm_ratio: float | None) -> tuple[float, float]:
@@ -170,8 +215,12 @@ def replaced_output(
     drop_positions: int = 1,
     bounds: tuple[float, float] = (math.inf, math.inf),
     watch: Callable[[Tensor, Tensor], None] | None = None,
+    may_replace_none: bool = False,
 ) -> Iterator[Splice]:
     """Replace states of a module's output by a function of them while the block runs.
+
+    The model is in evaluation mode meanwhile and runs uncompiled, see
+    :func:`bae_fast.lm.hooks.running`.
 
     Args:
         model, path, mask, drop_positions, source: see :func:`spliced`.
@@ -180,6 +229,10 @@ def replaced_output(
         from_input: x is the input of the module (or the output of ``source``), not its output.
         bounds: tokens whose x or y has a larger norm, or is not finite, are left alone.
         watch: given all x ``[batch, length, d_in]`` and the tokens replaced, bool.
+        may_replace_none: let a block end in which no token was replaced.
+
+    Raises:
+        RuntimeError: the block ends and no token was replaced.
     """
     whole = model.model if isinstance(model, LanguageModel) else model
     if not isinstance(whole, nn.Module):
@@ -191,11 +244,19 @@ def replaced_output(
             raise TypeError(f"mask must be bool; got {mask.dtype}")
     elif mask not in (None, "last"):
         raise ValueError(f"mask must be a bool tensor, 'last' or None; got {mask!r}")
-    module = find_module(whole, path)
+    path = resolve_hook(whole, path)
+    module = whole.get_submodule(path)
     place, done = _Place(), Splice(path)
+    with_head = hasattr(whole, "get_output_embeddings")
 
     def keep(x: Tensor, y: Tensor) -> Tensor:
         shape = y.shape[:-1]
+        if with_head and place.depth < 0 and (drop_positions or mask is not None):
+            raise ValueError(
+                f"path={path!r} was called outside the model's forward, so positions and padding "
+                f"of its tokens are not known: call {type(whole).__name__}, or give "
+                "drop_positions=0 and no mask"
+            )
         known = place.shape is not None and shape.numel() == place.shape[0] * place.shape[1]
         if not known and len(shape) != 2:
             if drop_positions or mask is not None or place.offset:
@@ -252,23 +313,49 @@ def replaced_output(
             return type(output)(*rest)
         return rest if isinstance(output, tuple) else list(rest)
 
-    base = getattr(whole, "base_model", whole)
-    signature = inspect.signature(base.forward)
-
-    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        place.source = None
-        place.note(signature.bind_partial(*args, **kwargs).arguments)
-
     def see(_module: nn.Module, _args: Any, output: Any) -> None:
         place.source = output[0] if isinstance(output, (tuple, list)) else output
 
     with ExitStack() as hooks:
-        handles = [base.register_forward_pre_hook(before, with_kwargs=True)]
+        hooks.enter_context(running(whole))
+        handles: list[Any] = []
         hooks.callback(lambda: [handle.remove() for handle in handles])
+        for depth, part in enumerate(_listened(whole)):
+            signature = inspect.signature(part.forward)
+
+            def before(
+                _module: nn.Module, args: Any, kwargs: Any, depth: int = depth,
+                signature: inspect.Signature = signature,
+            ) -> None:  # fmt: skip
+                place.note(depth, _arguments(signature, args, kwargs))
+
+            def after(_module: nn.Module, _args: Any, _output: Any, depth: int = depth) -> None:
+                place.depth = depth - 1
+                if depth == 0:
+                    place.clear()
+
+            handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(part.register_forward_hook(after, always_call=True))
         if source is not None:
             handles.append(find_module(whole, source).register_forward_hook(see))
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield done
+        if done.n_replaced == 0 and not may_replace_none:
+            raise RuntimeError(f"path={path!r}: no token was replaced; {_why_none(done, bounds)}")
+
+
+def _why_none(done: Splice, bounds: tuple[float, float]) -> str:
+    if done.n_tokens == 0:
+        return (
+            "the module was never called while the block ran: no forward of this model ran, "
+            "another copy of it did (a compiled or exported one), or its forward takes a path that "
+            "bypasses the module"
+        )
+    norms = "" if math.isinf(max(bounds)) else f", or have a norm over {min(bounds):.3g}"
+    return (
+        f"all {done.n_tokens:,} tokens that passed are left out: they are among the first "
+        f"drop_positions of their sequence, masked or padding{norms}"
+    )
 
 
 @contextmanager
@@ -284,6 +371,7 @@ def spliced(
     drop_positions: int = 1,
     max_norm_ratio: float | None = 5.0,
     record: bool = False,
+    may_replace_none: bool = False,
 ) -> Iterator[Splice]:
     """Put an autoencoder in the place of a module's output while the block runs.
 
@@ -314,6 +402,9 @@ def spliced(
         max_norm_ratio: so do tokens whose norm is over this multiple of the usual, see above;
             None: no bound.
         record: keep which features are on.
+        may_replace_none: let a block end in which no token was replaced.
+
+    The model is in evaluation mode and runs uncompiled until the block ends.
 
     Yields:
         A :class:`Splice` that counts.
@@ -321,7 +412,8 @@ def spliced(
     Raises:
         TypeError: an autoencoder without encode and decode, or a model that is no module.
         ValueError: no such module, an argument out of range, or shapes that do not fit.
-        RuntimeError: a source that is called after the module.
+        RuntimeError: a source that is called after the module, or no token was replaced when the
+            block ends: the module was not called, or all its tokens are left out.
     """
     as_autoencoder(autoencoder)
     if max_norm_ratio is not None and not max_norm_ratio > 0:
@@ -353,6 +445,7 @@ def spliced(
         drop_positions=drop_positions,
         bounds=norm_bounds(autoencoder, max_norm_ratio),
         watch=watch if record else None,
+        may_replace_none=may_replace_none,
     ) as done:
         done.codes = codes
         yield done

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.causal.splice import replaced_output, spliced
+from bae_fast.lm.inputs import check_length, text_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.states import states_at
 
@@ -103,13 +104,18 @@ class Differences:
         ]
 
 
-def prompt_tokens(lm: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of every prompt, nothing added.
+def prompt_tokens(
+    lm: LanguageModel, prompts: Sequence[str], *, prepend_bos: bool | None = None
+) -> list[list[int]]:
+    """Token ids of every prompt.
+
+    Args:
+        prepend_bos: put the beginning-of-text token first; None: if the tokenizer does so itself.
 
     Raises:
         ValueError: no prompt, or one without a token.
     """
-    tokens = [lm.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    tokens = [text_tokens(lm.tokenizer, prompt, prepend_bos=prepend_bos) for prompt in prompts]
     if not tokens or not all(tokens):
         raise ValueError("prompts must hold at least one prompt, none of them empty")
     return tokens
@@ -252,7 +258,7 @@ def next_token_shifted(
     return after
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     lm: LanguageModel,
     path: str,
@@ -265,6 +271,7 @@ def generate(
 ) -> str:
     """Greedy continuation of a prompt, with an edit at its last token and at all after it."""
     ids = torch.tensor(prompt_tokens(lm, [prompt]), device=lm.device)
+    check_length(lm.model, ids.shape[1] + n_tokens, "prompt and n_tokens")
     end = lm.tokenizer.eos_token_id
     with spliced(lm, path, autoencoder, edit, "last", add_error=True, source=source):
         out = lm.model.generate(

@@ -29,11 +29,9 @@ from torch import Tensor
 
 from bae_fast.causal.splice import Splice, norm_bounds, replaced_output, spliced
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.hooks import in_order
+from bae_fast.lm.hooks import in_order, running
+from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
-
-# logits of one model held at a time: 32 MiB in fp32
-_BLOCK_ELEMENTS = 8 * 2**20
 
 
 class Divergence(NamedTuple):
@@ -196,7 +194,9 @@ class SubstitutionTest:
         self.batch_size = batch_size
         self.drop_positions = drop_positions
         self.max_norm_ratio = max_norm_ratio
-        self._check_head()
+        check_ids(lm.model, self.windows, "windows")
+        check_length(lm.model, self.windows.shape[1], "windows")
+        self._revision = lm.current_revision()
         self.original = self._final_states(self.windows)
         self._ablated: dict[Any, float] = {}
 
@@ -208,47 +208,21 @@ class SubstitutionTest:
         """What the head is given, ``[n, length, d]`` on the CPU, in a context."""
 
         def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.inference_mode():
-                out = self.lm.model.base_model(
+            with torch.no_grad():
+                out = self.lm.body(
                     input_ids=batch.to(self.lm.device), use_cache=False
                 ).last_hidden_state.cpu()
             return out, out
 
         batches = windows.split(self.batch_size)
         with (
+            running(self.lm.model),
             replaced(),
             contextlib.closing(in_order(forward, batches, self.lm.device.type)) as results,
         ):
             return torch.cat([out for out, _ in results])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        """Logits of final states ``[n, d]``, as the model's own forward ends."""
-        config = self.lm.model.config.get_text_config()
-        logits = self.lm.model.get_output_embeddings()(states.to(self.lm.device)).float()
-        # Cohere multiplies, Granite divides, Gemma 2 and 3 bend
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """The model's own logits must be those of :meth:`_logits`.
-
-        Raises:
-            ValueError: they are not: the model ends in something unknown here.
-        """
-        ids = self.windows[:1, :4].to(self.lm.device)
-        whole = self.lm.model(input_ids=ids, use_cache=False).logits[0].float()
-        final = self.lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self._logits(final)
-        if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
-            raise ValueError(
-                f"lm must have logits that are its output embedding of the last hidden state; "
-                f"{type(self.lm.model).__name__} changes them after"
-            )
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def compare(self, changed: Tensor, window: Tensor, position: Tensor) -> Divergence:
         """Distributions after some tokens, as it is and from changed final states.
 
@@ -260,18 +234,14 @@ class SubstitutionTest:
         original = self.original[window, position]
         after = self.windows[window, (position + 1).clamp_max(length - 1)]
         targets = torch.where(position + 1 < length, after, -1)
-        step = self._tokens_at_a_time()
+        step = self.lm.head.rows_at_a_time
         parts = [
-            divergence(self._logits(p), self._logits(q), t)
+            divergence(self.lm.head(p), self.lm.head(q), t)
             for p, q, t in zip(
                 original.split(step), changed.split(step), targets.split(step), strict=True
             )
         ]
         return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-    def _tokens_at_a_time(self) -> int:
-        vocabulary = self.lm.model.get_output_embeddings().weight.shape[0]
-        return max(_BLOCK_ELEMENTS // vocabulary, 1)
 
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Tokens with a known next one, beyond those left out: (window, position)."""
@@ -289,6 +259,7 @@ class SubstitutionTest:
         Args:
             path, autoencoder, source: see :func:`bae_fast.causal.spliced`.
         """
+        self._check_model()
         window, position = self._tokens()
         done: list[Splice] = []
 
@@ -384,6 +355,7 @@ class SubstitutionTest:
         Returns:
             A :class:`Divergence`, position by position, all windows of each.
         """
+        self._check_model()
         n, length = self.windows.shape
         chosen = [length // 2, length - 1] if positions is None else list(positions)
         if not chosen or not all(self.drop_positions <= p < length for p in chosen):
@@ -405,12 +377,19 @@ class SubstitutionTest:
         for batch in self.windows.split(self.batch_size):
             # one batch at a time: batches side by side would come in any order
             with (
-                torch.inference_mode(),
+                torch.no_grad(),
                 self._spliced(
-                    path, autoencoder, add_error=True, source=source, record=True
+                    path,
+                    autoencoder,
+                    add_error=True,
+                    source=source,
+                    record=True,
+                    may_replace_none=True,
                 ) as splice,
             ):
-                self.lm.model.base_model(input_ids=batch.to(self.lm.device), use_cache=False)
+                self.lm.body(input_ids=batch.to(self.lm.device), use_cache=False)
+            if splice.n_tokens == 0:
+                raise RuntimeError(f"path={path!r}: the model's forward never called this module")
             parts += [code.to("cpu") for code in splice.codes]
         return BinaryCode.cat(parts)
 
@@ -437,6 +416,7 @@ class SubstitutionTest:
         Raises:
             ValueError: a feature that is not there, or n_tokens_shown or max_windows below 1.
         """
+        self._check_model()
         code = self.codes(path, autoencoder, source=source)
         if not all(0 <= j < code.n_columns for j in feature_ids):
             raise ValueError(
@@ -483,14 +463,14 @@ class SubstitutionTest:
             )
         return effects
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _probability_change(self, changed: Tensor, window: Tensor, position: Tensor) -> Tensor:
         """Mean over tokens of the change of every next token's probability, float64 ``[V]``."""
         total: Tensor | float = 0.0
-        step = self._tokens_at_a_time()
+        step = self.lm.head.rows_at_a_time
         original = self.original[window, position]
         for p, q in zip(original.split(step), changed.split(step), strict=True):
-            change = self._logits(q).softmax(-1) - self._logits(p).softmax(-1)
+            change = self.lm.head(q).softmax(-1) - self.lm.head(p).softmax(-1)
             total = total + change.sum(0, dtype=torch.float64).cpu()
         return torch.as_tensor(total) / len(changed)
 
@@ -503,3 +483,11 @@ class SubstitutionTest:
             max_norm_ratio=self.max_norm_ratio,
             **options,
         )
+
+    def _check_model(self) -> None:
+        """Refuse a model that is no longer the one whose own distributions are kept here."""
+        if self.lm.current_revision() != self._revision:
+            raise ValueError(
+                "lm must be as it was when this test was made; its weights, settings or adapters "
+                "have changed since: make a new SubstitutionTest"
+            )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bae_fast.entropy.fit import fit_bae, measure
 from bae_fast.entropy.layers import usual_rows
+from bae_fast.lm.inputs import text_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.states import states_at
 from bae_fast.lm.tasks import Task
@@ -100,13 +101,15 @@ def run_task(
     draws: Sequence[str] = DRAWS,
     labels: Sequence[str] = LABELS,
     fixed_samples: int = 1,
+    prepend_bos: bool | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Every condition of one task: an entry a hook, condition, draw and number of demonstrations.
 
     Fixed demonstrations are one draw out of many: ``fixed_samples`` draws, each measured alone
     ("sample" of an entry). Without demonstrations all conditions are one prompt: run once, entered
-    for each. ``config.seed`` also draws the demonstrations.
+    for each. ``config.seed`` also draws the demonstrations. Prompts begin with BOS if
+    ``prepend_bos``, or (None) if the tokenizer itself begins a text with it.
     """
     answers_at = label_tokens(lm.tokenizer, task.labels)
     keys = [
@@ -126,7 +129,7 @@ def run_task(
         prompts, answers = make_prompts(
             task, n_prompts, k, draw=draw, labels=kind, seed=config.seed, sample=sample
         )
-        tokens = [lm.tokenizer(one, add_special_tokens=False)["input_ids"] for one in prompts]
+        tokens = [text_tokens(lm.tokenizer, one, prepend_bos=prepend_bos) for one in prompts]
         found, after = states_at(
             lm, tokens, hooks, next_token=True, share_prefix=draw == "fixed", progress=progress
         )

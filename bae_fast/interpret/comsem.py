@@ -34,6 +34,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.interpret.answers import Answers, Asker, Prices
 from bae_fast.interpret.collect import SalientTokens, collect_code, collect_scores
 from bae_fast.interpret.judges import JUDGE_TOKENS, NAME_TOKENS, Answer, Judge, Request
+from bae_fast.interpret.thoughts import without_thoughts
 from bae_fast.lm.cache import ActivationCache
 
 NAMING = """\
@@ -289,8 +290,9 @@ def judging_request(passages: Passages, phrase: str, row: int, draw: int = 0) ->
 def read_phrase(text: str) -> str:
     """The phrase in an answer: its first line, without quotation marks and a full stop at the end.
 
-    Empty where the answer has no letter or digit.
+    Empty where the answer has no letter or digit. Thoughts before the answer are left out.
     """
+    text = without_thoughts(text)
     for line in text.splitlines():
         phrase = re.sub(r"^\s*(\d+[.)]|[-*])\s+", "", line)  # an item of a list
         phrase = " ".join(phrase.split()).strip(_QUOTES)
@@ -303,9 +305,15 @@ def read_phrase(text: str) -> str:
 
 
 def read_verdict(text: str) -> bool | None:
-    """Whether the first of the words yes and no is yes; None where there is neither."""
-    found = re.search(r"\b(yes|no)\b", text, flags=re.IGNORECASE)
-    return None if found is None else found[1].lower() == "yes"
+    """Whether the first of the words yes and no is yes; None where there is neither.
+
+    Thoughts before the answer are left out; where the answer names itself ("Final answer: no"),
+    the last such name counts.
+    """
+    text = without_thoughts(text)
+    named = re.findall(r"\b(?:answer|verdict|boxed)\W*(?:is\W*)?\b(yes|no)\b", text, re.IGNORECASE)
+    found = named[-1:] or re.findall(r"\b(yes|no)\b", text, re.IGNORECASE)[:1]
+    return found[0].lower() == "yes" if found else None
 
 
 def count_questions(

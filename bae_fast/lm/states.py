@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import StopForward, find_module
+from bae_fast.lm.hooks import StopForward, find_module, running
+from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
+from bae_fast.lm.logits import causal_model
 from bae_fast.progress import progress_bar
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def states_at(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
@@ -50,11 +53,12 @@ def states_at(
 
     Returns:
         hook -> ``[n, P, d]`` in the model's dtype (P = 1 for the last token), and float32
-        ``[n, vocabulary]`` log-probabilities or None.
+        ``[n, vocabulary]`` log-probabilities or None. The model runs in evaluation mode; the
+        tensors are plain ones that autograd takes and that may be changed in place.
 
     Raises:
-        ValueError: no sequence or hook, an empty sequence, a position beyond a sequence, or no
-            such module.
+        ValueError: no sequence or hook, an empty sequence or one longer than the model has
+            positions, a position beyond a sequence, an unknown token or no such module.
         RuntimeError: the model finished without calling a module.
     """
     if not sequences or not all(len(sequence) for sequence in sequences):
@@ -80,6 +84,10 @@ def states_at(
 
         return hook
 
+    check_length(lm.model, max(map(len, sequences)), "sequences")
+    for extreme in (min, max):
+        ends = torch.tensor([extreme(sequence) for sequence in sequences])
+        check_ids(lm.model, ends, "sequences")
     modules = {name: find_module(lm.model, name) for name in hooks}
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -88,11 +96,15 @@ def states_at(
     total = sum(map(len, sequences))
     prefix: Sequence[int] = []
     cache = None
+    step = lm.head.rows_at_a_time if next_token else 1
     try:
-        if share_prefix and len(prefix := _common_prefix(sequences)):
+        if share_prefix and _has_keys(lm) and (prefix := _common_prefix(sequences)):
             cache = _keys_and_values(lm, prefix)
             sequences = [sequence[len(prefix) :] for sequence in sequences]
-        with progress_bar(total, what="states", unit="tok", show=progress) as bar:
+        with (
+            running(lm.model),
+            progress_bar(total, what="states", unit="tok", show=progress) as bar,
+        ):
             for batch in _batches(order, sequences, batch_tokens):
                 lengths = torch.tensor([len(sequences[i]) for i in batch])
                 width = int(lengths[-1])
@@ -104,11 +116,11 @@ def states_at(
                 found.clear()
                 last = None
                 try:
-                    out = lm.model.base_model(
+                    out = lm.body(
                         input_ids=ids.to(lm.device),
                         attention_mask=mask.to(lm.device).long(),
-                        past_key_values=_repeated(cache, len(batch)),
                         use_cache=cache is not None,
+                        **_going_on(cache, len(batch)),
                     )
                     last = out.last_hidden_state
                 except StopForward:
@@ -126,9 +138,8 @@ def states_at(
                     states[name].append(found[name][rows, at].cpu())
                 if next_token:
                     assert last is not None
-                    head = lm.model.get_output_embeddings()
-                    logits = head(last[rows[:, 0], (lengths - 1).to(lm.device)])
-                    after.append(logits.float().log_softmax(-1).cpu())
+                    final = last[rows[:, 0], (lengths - 1).to(lm.device)]
+                    after += [lm.head(part).log_softmax(-1).cpu() for part in final.split(step)]
                 bar.update(int(lengths.sum()) + len(prefix) * len(batch))
     finally:
         for handle in handles:
@@ -149,12 +160,19 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
     return first[:same]
 
 
+def _has_keys(lm: LanguageModel) -> bool:
+    """Whether the model goes on from keys and values; recurrent ones (Mamba) have a state."""
+    parameters = inspect.signature(causal_model(lm.model).forward).parameters
+    return "past_key_values" in parameters and not getattr(lm.model, "_is_stateful", False)
+
+
 def _keys_and_values(lm: LanguageModel, prefix: Sequence[int]) -> Any:
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=lm.model.config)
-    with contextlib.suppress(StopForward):  # blocks after the last hook are not run later either
-        lm.model.base_model(
+    cache = DynamicCache(config=causal_model(lm.model).config)
+    # blocks after the last hook are not run later either
+    with running(lm.model), contextlib.suppress(StopForward):
+        lm.body(
             input_ids=torch.tensor([list(prefix)], device=lm.device),
             past_key_values=cache,
             use_cache=True,
@@ -162,13 +180,13 @@ def _keys_and_values(lm: LanguageModel, prefix: Sequence[int]) -> Any:
     return cache
 
 
-def _repeated(cache: Any, n: int) -> Any:
-    """A copy that a batch may extend."""
+def _going_on(cache: Any, n: int) -> dict[str, Any]:
+    """Arguments to go on from keys and values: a copy that a batch may extend."""
     if cache is None:
-        return None
+        return {}
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(n)
-    return cache
+    return {"past_key_values": cache}
 
 
 def _batches(

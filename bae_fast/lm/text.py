@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.lm.inputs import bos_to_prepend
+
+# of English, with room: a first part that is too short is only tokenized once more
+_CHARACTERS_A_TOKEN = 6
+_MARGIN = 128
+
 
 def standard_library_text() -> str:
     """The English of Python's language reference, as `help()` shows it.
@@ -77,13 +83,15 @@ def windows(
     context_size: int = 256,
     *,
     n_tokens: int | None = None,
-    prepend_bos: bool = False,
+    prepend_bos: bool | None = None,
 ) -> Tensor:
     """Cut a text into windows of equally many tokens, one after the other, none shared.
 
-    Plain windows by default: the text's tokens and nothing else, so position 0 of a window is an
-    ordinary token. With `prepend_bos` position 0 is the tokenizer's beginning-of-text token and
-    `context_size - 1` tokens of text follow. What is left over at the end is dropped.
+    Windows begin as the tokenizer begins a text: where it puts a beginning-of-text token first
+    (Llama, Gemma), so does every window, and `context_size - 1` tokens of text follow; else a
+    window is the text's tokens and nothing else. What is left over at the end is dropped.
+
+    With `n_tokens` only as much of the text is tokenized as they need; the tokens are the same.
 
     Args:
         tokenizer: a transformers tokenizer, or anything called in the same way.
@@ -91,7 +99,8 @@ def windows(
         context_size: tokens per window, the inserted one included; at least 2.
         n_tokens: stop after the windows that hold this many tokens, rounded up to whole windows;
             None takes the whole text.
-        prepend_bos: start every window with `tokenizer.bos_token_id`.
+        prepend_bos: start every window with `tokenizer.bos_token_id`; None: if the tokenizer
+            itself begins a text with it.
 
     Returns:
         int64 [n_windows, context_size].
@@ -104,22 +113,39 @@ def windows(
         raise ValueError(f"context_size={context_size!r} is not allowed: an integer of at least 2")
     if n_tokens is not None and (not isinstance(n_tokens, int) or n_tokens < 1):
         raise ValueError(f"n_tokens={n_tokens!r} is not allowed: an integer of at least 1, or None")
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if prepend_bos and not isinstance(bos, int):
-        raise ValueError("prepend_bos=True is not allowed: this tokenizer has no bos_token_id")
-
-    # verbose=False: a text longer than the model's context is the normal case here.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    body = context_size - 1 if prepend_bos else context_size
-    n_windows = len(ids) // body
-    if n_tokens is not None:
-        n_windows = min(n_windows, -(-n_tokens // context_size))
+    bos = bos_to_prepend(tokenizer, prepend_bos)
+    body = context_size if bos is None else context_size - 1
+    most = None if n_tokens is None else -(-n_tokens // context_size)
+    ids = _first_tokens(tokenizer, text, None if most is None else most * body)
+    n_windows = len(ids) // body if most is None else min(len(ids) // body, most)
     if n_windows == 0:
         raise ValueError(
             f"text has {len(ids):,} tokens: at least one window of context_size={context_size} "
             "is needed"
         )
     out = torch.tensor(ids[: n_windows * body], dtype=torch.int64).view(n_windows, body)
-    if prepend_bos and isinstance(bos, int):
+    if bos is not None:
         out = torch.cat([torch.full((n_windows, 1), bos, dtype=torch.int64), out], dim=1)
     return out
+
+
+def _first_tokens(tokenizer: Any, text: str, n: int | None) -> list[int]:
+    """At least the first n token ids of a text, or all there are; None: all of them."""
+
+    def tokens(part: str) -> list[int]:
+        # verbose=False: a text longer than the model's context is the normal case here.
+        return list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+
+    if n is None:
+        return tokens(text)
+    # tokens at the end of a part may be others in the whole text: so many are not taken
+    wanted = n + _MARGIN
+    length = _CHARACTERS_A_TOKEN * wanted
+    while length < len(text):
+        # a word cut in two would be tokens that the text does not have
+        cut = max(text.rfind("\n", 0, length), text.rfind(" ", 0, length))
+        ids = tokens(text[: cut if cut > length // 2 else length])
+        if len(ids) >= wanted:
+            return ids[:n]
+        length *= max(2, -(-wanted // max(len(ids), 1)))
+    return tokens(text)

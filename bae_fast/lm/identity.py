@@ -1,0 +1,151 @@
+"""What hidden states depend on: one digest of all that a language model computes with.
+
+A digest covers, byte for byte, every parameter and buffer (buffers that are not saved too, such as
+rope's frequencies), the configuration, and the plain settings that modules keep as attributes: a
+rope's scaling, an adapter's strength, whether adapters are switched off or merged. Each tensor is
+read once as 64-bit words in rows of a prime number of words; the wrapping sums of all columns and
+of all rows go into a SHA-256. A change of any one element changes a sum for certain; two different
+tensors with equal sums need four words changed to cancel out, in two rows and in two columns.
+
+Functions cannot be digested: forward hooks of the user's own are listed, not compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# words of 8 bytes in a row: a prime, so that no row of a weight matrix is a whole number of rows
+_ROW_WORDS = 8191
+# rows read at a time: 2 MiB, which a core's cache holds for the second sum
+_BLOCK_ROWS = 32
+
+# attributes that change while a model runs, or say where it runs, and change no state in
+# evaluation mode
+_NO_SETTING = frozenset(
+    {
+        "gradient_checkpointing", "hf_device_map", "max_seq_len_cached", "name_or_path", "training",
+        "warnings_issued",
+    }
+)  # fmt: skip
+# private attributes that switch adapters
+_ADAPTER_SETTINGS = frozenset({"_active_adapter", "_disable_adapters"})
+_NO_CONFIG = frozenset(
+    {
+        "_commit_hash", "_name_or_path", "output_attentions", "output_hidden_states",
+        "return_dict", "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+# forward hooks of these are part of the model's own code, or only read
+_LIBRARIES = ("torch.", "transformers.", "accelerate.", "bae_fast.lm.")
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """A digest of a tensor's bytes, the same on every device: 32 bytes.
+
+    Raises:
+        ValueError: a tensor without data, on the meta device.
+    """
+    if tensor.device.type == "meta":
+        raise ValueError("model must hold its weights; a tensor is on the meta device")
+    digest = hashlib.sha256()
+    try:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    except (NotImplementedError, RuntimeError):  # packed tensors of quantisation libraries
+        data = tensor.detach().float().contiguous().view(-1).view(torch.uint8)
+    n_words = data.numel() // 8
+    n_rows = n_words // _ROW_WORDS
+    body = data[: n_rows * _ROW_WORDS * 8]
+    digest.update(data[body.numel() :].cpu().numpy().tobytes())
+    if n_rows:
+        if body.storage_offset() % 8:
+            body = body.clone()
+        words = body.view(torch.int64).view(n_rows, _ROW_WORDS)
+        columns = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=words.device)
+        rows = []
+        for block in words.split(_BLOCK_ROWS if words.device.type == "cpu" else n_rows):
+            columns += block.sum(0)
+            rows.append(block.sum(1))
+        digest.update(columns.cpu().numpy().tobytes())
+        digest.update(torch.cat(rows).cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """A digest of all that a model's hidden states depend on, hooks left out; see the module.
+
+    The same for the same model whenever it is asked, on whatever device and in whatever mode the
+    model is. 1.5 billion parameters take about a second on two cores.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor_digest(tensor))
+    for path, module in model.named_modules():
+        settings = {}
+        for name, value in vars(module).items():
+            if name in _NO_SETTING or (name.startswith("_") and name not in _ADAPTER_SETTINGS):
+                continue
+            if isinstance(value, Tensor):
+                settings[name] = tensor_digest(value).hex()
+            elif _is_plain(value):
+                settings[name] = repr(value)
+        digest.update(f"{path} {type(module).__qualname__} {sorted(settings.items())} ".encode())
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        plain = {k: v for k, v in config.to_dict().items() if k not in _NO_CONFIG}
+        plain["attention"] = getattr(config, "_attn_implementation", None)
+        digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    return "parameters-" + digest.hexdigest()[:16]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def own_hooks(model: nn.Module) -> list[str]:
+    """The forward hooks and replaced forwards in a model that no library put there.
+
+    Returns:
+        ``path: function`` of each, in the model's order; empty for a model as it was loaded.
+    """
+    found = []
+    everywhere = nn.modules.module
+    for hook in (
+        *everywhere._global_forward_hooks.values(),
+        *everywhere._global_forward_pre_hooks.values(),
+    ):
+        found.append(f"every module: {_function_name(hook)}")
+    for path, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not f"{_origin(hook)}.".startswith(_LIBRARIES):
+                found.append(f"{path or 'the model'}: {_function_name(hook)}")
+        forward = vars(module).get("forward")
+        if forward is not None and not f"{_origin(forward)}.".startswith(_LIBRARIES):
+            found.append(f"{path or 'the model'}: forward = {_function_name(forward)}")
+    return found
+
+
+def _bare(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__func__", function)
+
+
+def _origin(function: Any) -> str:
+    function = _bare(function)
+    return str(getattr(function, "__module__", None) or type(function).__module__)
+
+
+def _function_name(function: Any) -> str:
+    function = _bare(function)
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

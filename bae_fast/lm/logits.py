@@ -1,0 +1,141 @@
+"""A language model's own logits: its body and its head, run apart from each other.
+
+The body gives final states, the head makes logits of them. What a head does differs: a product
+with the output embedding alone, a scale (Cohere, Granite), a soft cap (Gemma 2), a transform before
+it (BERT's decoder), a bias. None of it is written again here: the model's own forward runs, with a
+body that hands over the states it is given in the place of the real one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bae_fast.lm.hooks import running
+
+# logits held at a time: 32 MiB in fp32
+_BLOCK_ELEMENTS = 8 * 2**20
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model inside a compiled one or one with adapters of peft; else itself.
+
+    Raises:
+        ValueError: an adapter that lengthens the input, such as prompt tuning: its tokens have no
+            place in the text.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)  # torch.compile
+    if hasattr(inner, "get_base_model"):  # peft: adapters are inside the layers of the base model
+        active = getattr(inner, "active_peft_config", None)
+        if getattr(active, "is_prompt_learning", False):
+            raise ValueError(
+                "model must not have an adapter that adds tokens (prompt, prefix or p-tuning): "
+                "their positions belong to no token of the text; merge it or leave it out"
+            )
+        inner = inner.get_base_model()
+    return inner
+
+
+def body(model: nn.Module) -> Any:
+    """The part of a causal language model that gives final states, adapters included.
+
+    Raises:
+        ValueError: a model whose body and head are not apart.
+    """
+    inner = causal_model(model)
+    found = getattr(inner, "base_model", inner)
+    if found is inner:
+        raise ValueError(
+            f"model must be a causal language model of transformers with a body under its head; "
+            f"got {type(inner).__name__}"
+        )
+    return found
+
+
+class _States:
+    """Stands for what a body returns: the states, and nothing else."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _Body(nn.Module):
+    """Stands for a body, and for its decoder where the head calls that."""
+
+    def __init__(self, states: Tensor, real: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(_states=states, _real=real)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return _States(self._states)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.__dict__["_real"], name)
+        # embeddings may be tied to the head
+        return self if isinstance(found, nn.Module) and list(found.children()) else found
+
+
+class Head:
+    """Makes logits of final states as the model itself does.
+
+    Attributes:
+        model: the causal language model.
+        vocabulary: number of logits V.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Check against the model's own output, on four tokens, that its logits come out.
+
+        Raises:
+            ValueError: they do not: something between body and head is unknown here.
+        """
+        self.model = causal_model(model)
+        self._body = body(model)
+        self._name = next(n for n, m in self.model.named_modules() if m is self._body)
+        device = next(self._body.parameters()).device
+        table = self.model.get_input_embeddings().weight
+        ids = torch.arange(1, 5, device=device)[None] % table.shape[0]
+        with torch.no_grad(), running(self.model):
+            whole = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            states = self._body(input_ids=ids, use_cache=False)
+            final = getattr(states, "last_hidden_state", None)
+            if final is None:
+                raise ValueError(f"model: {type(self._body).__name__} gives no last_hidden_state")
+            ours = self(final[0])
+        self.vocabulary = int(whole.shape[-1])
+        bound = (1e-4 if final.dtype == torch.float32 else 2e-2) * float(whole.abs().max())
+        if ours.shape != whole.shape or not bool(((ours - whole).abs() <= bound).all()):
+            raise ValueError(
+                f"model: the logits of {type(self.model).__name__} are not its head's of the last "
+                "hidden state; it does something between the two that is unknown here"
+            )
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits, float32 ``[n, V]`` on the model's device, of final states ``[n, d]``."""
+        real: Any = self._body
+        states = states.to(next(real.parameters()).device)
+        shell = object.__new__(type(self.model))
+        shell.__dict__.update(vars(self.model))
+        shell.__dict__.pop("forward", None)
+        modules = {**self.model._modules, self._name: _Body(states[None], real)}
+        shell.__dict__["_modules"] = modules
+        ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        # not the shell's call: hooks of the whole model are for its whole forward
+        out = type(self.model).forward(shell, input_ids=ids, use_cache=False)
+        return (out[0] if isinstance(out, tuple) else out.logits)[0].float()
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Tokens whose logits fit into a block of bounded size."""
+        return max(_BLOCK_ELEMENTS // self.vocabulary, 1)
