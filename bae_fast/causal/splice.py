@@ -21,6 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
+from bae_fast.lm.origin import mismatch
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -126,6 +128,7 @@ class _Place(threading.local):
         self.depth = -1
         self.shape: tuple[int, int] | None = None
         self.offset: int | None = None
+        self.uncounted = False
         self.attention_mask: Tensor | None = None
         self.source: Tensor | None = None
 
@@ -144,11 +147,9 @@ class _Place(threading.local):
         cache = arguments.get("past_key_values")
         if self.offset is None and hasattr(cache, "get_seq_length"):
             self.offset = int(cache.get_seq_length())
-        seen = self.attention_mask
-        recurrent = arguments.get("cache_params") is not None
-        if self.offset is None and recurrent and seen is not None and self.shape is not None:
-            # a recurrent state does not count its tokens; the mask is as long as what it has seen
-            self.offset = seen.shape[1] - self.shape[1]
+        state = arguments.get("cache_params", arguments.get("state"))
+        if state is not None and self.shape is not None and self.shape[1] == 1:
+            self.uncounted = True  # a recurrent state goes on, and does not say from where
 
     def positions(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Position of every token from the first real one, and which tokens are real."""
@@ -251,6 +252,11 @@ def replaced_output(
 
     def keep(x: Tensor, y: Tensor) -> Tensor:
         shape = y.shape[:-1]
+        if place.uncounted and drop_positions:
+            raise ValueError(
+                f"path={path!r}: a recurrent model that goes on from its state does not say how "
+                "many tokens it has seen; give drop_positions=0, or run it with use_cache=False"
+            )
         if with_head and place.depth < 0 and (drop_positions or mask is not None):
             raise ValueError(
                 f"path={path!r} was called outside the model's forward, so positions and padding "
@@ -404,7 +410,8 @@ def spliced(
         record: keep which features are on.
         may_replace_none: let a block end in which no token was replaced.
 
-    The model is in evaluation mode and runs uncompiled until the block ends.
+    The model is in evaluation mode and runs uncompiled until the block ends. A warning says where
+    the autoencoder's metadata name another language model or another module.
 
     Yields:
         A :class:`Splice` that counts.
@@ -421,6 +428,14 @@ def spliced(
     transcoder = bool(getattr(autoencoder, "is_transcoder", False))
     if source is not None and not transcoder:
         raise ValueError(f"source={source!r} is for a transcoder; the autoencoder is none")
+
+    whole = model.model if isinstance(model, LanguageModel) else model
+    metadata = getattr(getattr(autoencoder, "config", None), "metadata", None)
+    if isinstance(metadata, dict) and isinstance(whole, nn.Module):
+        name = model.name if isinstance(model, LanguageModel) else None
+        gap = mismatch(metadata, model_name=name, model=whole, path=resolve_hook(whole, path))
+        if gap is not None:
+            warnings.warn(f"autoencoder: {gap}", UserWarning, stacklevel=3)
 
     codes: list[BinaryCode] = []
 

@@ -240,7 +240,16 @@ def harvest_rows(
         dtype = lm_tools.resolve_dtype("auto", device)
         cache = None
         if source.revision:
-            key = lm_tools.cache_key(source.name, source.revision, dtype, windows, config.hook)
+            mask = lm_tools.padding_mask(tokenizer, windows)
+            key = lm_tools.cache_key(
+                source.name,
+                source.revision,
+                dtype,
+                windows,
+                config.hook,
+                mask=mask,
+                text=lm_tools.text_mask(tokenizer, windows, mask=mask),
+            )
             cache = lm_tools.ActivationCache.open_or_none(folder, key)
 
     tokens_per_second = None
@@ -256,13 +265,16 @@ def harvest_rows(
             )
         tokens_per_second = windows.numel() / stages.seconds["harvest hidden states"]
         say(f"   {tokens_per_second:,.0f} tokens/s")
-    say(f"   {cache.n_rows:,} rows of width {cache.d_in}")
+    say(f"   {cache.dropped_rows()}; width {cache.d_in}")
+    begins_with_bos = bool(cache.manifest.get("prepend_bos"))
+    if begins_with_bos:
+        say("   every window begins with BOS, as the tokenizer asks for")
     facts = {
         "model_name": source.name,
         "model_label": source.label,
         "hook_name": config.hook,
         "context_size": config.context,
-        "prepend_bos": False,
+        "prepend_bos": begins_with_bos,
         "dataset_path": text_name,
         "tokens": windows.numel(),
         "rows": cache.n_rows,

@@ -26,6 +26,7 @@ from bae_fast.experiments.data import (
 )
 from bae_fast.experiments.judges import JudgeOptions, make_judge
 from bae_fast.files import write_json, write_text
+from bae_fast.lm.origin import check_model
 from bae_fast.progress import Stages, say
 
 if TYPE_CHECKING:
@@ -248,6 +249,8 @@ def find_model(config: Config) -> tuple[Autoencoder, Path, Data]:
         raise runs.ConfigError(
             "hook", f"{config.hook}: the model in {folder} was trained on {hooks[0]}"
         )
+    if config.model is not None:
+        check_model(metadata, config.model, "--model")
     data = _data(
         config,
         model=config.model or metadata.get("model_name"),

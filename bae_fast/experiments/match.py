@@ -17,6 +17,8 @@ from bae_fast.experiments.data import (
     read_rows,
 )
 from bae_fast.files import write_json, write_text
+from bae_fast.lm.loading import DEFAULT_MODEL
+from bae_fast.lm.origin import check_model
 from bae_fast.progress import Stages
 
 
@@ -59,6 +61,9 @@ def run(config: Config) -> runs.Result:
     models = [load_autoencoder(folder, device=device) for folder in config.folders]
     if any(model.is_transcoder for model in models):
         raise ValueError("FOLDER must be of an autoencoder of --hook; a transcoder reads elsewhere")
+    if config.states is None:
+        for model in models:
+            check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
     stages = Stages()
     with runs.results(config) as folder:
         if config.states is not None:

@@ -20,6 +20,8 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.data import N_HELDOUT, Data, harvest_rows, load_model, pick_device
 from bae_fast.experiments.training import Training, new_autoencoder, training_config
 from bae_fast.files import read_json, write_json, write_text
+from bae_fast.lm.loading import DEFAULT_MODEL
+from bae_fast.lm.origin import check_model
 from bae_fast.lm.tasks import TASKS, load_task
 from bae_fast.model import ARCHITECTURE, BinaryAutoencoder
 from bae_fast.progress import Stages
@@ -194,6 +196,7 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
         autoencoder = train_autoencoder(config, folder, stages)
     else:
         autoencoder = load_autoencoder(config.load, device=pick_device(config))
+        check_model(autoencoder.config.metadata, config.model or DEFAULT_MODEL, "--model")
     lm = load_model(config, stages)
     hook, source = config.hook, config.source
     at = label_tokens(lm.tokenizer, labels) if labels else None

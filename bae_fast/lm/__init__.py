@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from bae_fast.lm.cache import ActivationCache, Split, TokenContext, cache_key
 from bae_fast.lm.harvest import harvest
-from bae_fast.lm.hooks import find_module, match_hooks
+from bae_fast.lm.hooks import find_module, match_hooks, resolve_hook, running
+from bae_fast.lm.identity import model_digest
+from bae_fast.lm.inputs import (
+    asks_for_bos,
+    padding_mask,
+    special_tokens,
+    text_mask,
+    text_tokens,
+)
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -29,6 +37,7 @@ __all__ = [
     "ModelSource",
     "Split",
     "TokenContext",
+    "asks_for_bos",
     "cache_key",
     "find_language_model",
     "find_module",
@@ -36,10 +45,17 @@ __all__ = [
     "load_language_model",
     "load_tokenizer",
     "match_hooks",
+    "model_digest",
+    "padding_mask",
     "read_text",
     "resolve_dtype",
+    "resolve_hook",
+    "running",
+    "special_tokens",
     "standard_library_docstrings",
     "standard_library_text",
     "states_at",
+    "text_mask",
+    "text_tokens",
     "windows",
 ]

@@ -32,8 +32,14 @@ class StopForward(Exception):  # noqa: N818 (no error: the way out)
         self.output = output
 
 
+def first_part(output: Any) -> Any:
+    """A module's output, or the first part of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def stop_here(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-    raise StopForward(output[0] if isinstance(output, tuple) else output)
+    """A forward hook that leaves the model's forward with a module's output."""
+    raise StopForward(first_part(output))
 
 
 @contextlib.contextmanager

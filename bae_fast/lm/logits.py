@@ -113,8 +113,16 @@ class Head:
             if final is None:
                 raise ValueError(f"model: {type(self._body).__name__} gives no last_hidden_state")
             ours = self(final[0])
+            shorter = self._body(input_ids=ids[:, :2], use_cache=False).last_hidden_state
         self.vocabulary = int(whole.shape[-1])
-        bound = (1e-4 if final.dtype == torch.float32 else 2e-2) * float(whole.abs().max())
+        share = 1e-4 if final.dtype == torch.float32 else 2e-2
+        gap = (final[:, :2] - shorter).float().abs().max()
+        if not bool(gap <= share * final.float().abs().max()):
+            raise ValueError(
+                f"model must be causal: states of {type(self.model).__name__} depend on the tokens "
+                "after them (is_decoder=True makes a decoder of some models)"
+            )
+        bound = share * float(whole.abs().max())
         if ours.shape != whole.shape or not bool(((ours - whole).abs() <= bound).all()):
             raise ValueError(
                 f"model: the logits of {type(self.model).__name__} are not its head's of the last "

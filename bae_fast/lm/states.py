@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import StopForward, find_module, running
+from bae_fast.lm.hooks import StopForward, find_module, first_part, running
 from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
@@ -78,7 +78,7 @@ def states_at(
 
     def hook_for(name: str) -> Any:
         def hook(_module: Any, _arguments: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+            found[name] = first_part(output)
             if len(found) == wanted:
                 raise StopForward(None)
 
@@ -161,9 +161,14 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
 
 
 def _has_keys(lm: LanguageModel) -> bool:
-    """Whether the model goes on from keys and values; recurrent ones (Mamba) have a state."""
-    parameters = inspect.signature(causal_model(lm.model).forward).parameters
-    return "past_key_values" in parameters and not getattr(lm.model, "_is_stateful", False)
+    """Whether the model goes on from keys and values of plain attention.
+
+    Recurrent models (Mamba) have a state; decoders of encoder-decoder models (BART) want a cache of
+    their own kind.
+    """
+    model = causal_model(lm.model)
+    plain = not hasattr(model.config, "decoder_layers") and not model._is_stateful
+    return plain and "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def _keys_and_values(lm: LanguageModel, prefix: Sequence[int]) -> Any:

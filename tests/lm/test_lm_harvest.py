@@ -156,8 +156,12 @@ def test_rows_over_five_median_norms_and_not_finite_ones_are_dropped(tmp_path):
     tokens[2, 4] = 8
     tokens[2, 5] = 9
     module.register_forward_hook(spoil)
-    got = harvest(lm, tokens, "model.layers.0", folder=tmp_path)
-    assert got.manifest["dropped"] == {"not_finite": 1, "norm": 2, "position": 4}
+    with pytest.warns(RuntimeWarning, match="1 not finite in float32, 2 of a norm over 5.0"):
+        got = harvest(lm, tokens, "model.layers.0", folder=tmp_path)
+    assert got.manifest["dropped"] == {
+        "not_finite": 1, "norm": 2, "not_text": 0, "position": 4
+    }  # fmt: skip
+    assert got.dropped_rows().startswith("41 of 48 rows kept; dropped 4 at the start of windows")
     kept = got.tokens[got.row_window.long(), got.row_position.long()]
     assert len(got) == 4 * (CONTEXT - 1) - 3
     assert 8 in kept
@@ -167,14 +171,12 @@ def test_rows_over_five_median_norms_and_not_finite_ones_are_dropped(tmp_path):
     assert bool((got.rows[kept != 8] == 1).all())
 
 
-def test_a_second_harvest_opens_the_first_and_other_settings_do_not(lm, tmp_path):
+def test_a_second_harvest_opens_the_first_and_other_settings_do_not(lm, tmp_path, monkeypatch):
     first = harvest(lm, _tokens(), "model.layers.1", folder=tmp_path)
     broken = LanguageModel(lm.model, None, lm.name, lm.label, lm.dtype, WIDTH, lm.revision)
-    handle = lm.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran again"))
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lm.model), "forward", lambda *_, **__: pytest.fail("it ran again"))
         again = harvest(broken, _tokens(), "model.layers.1", folder=tmp_path, batch_size=1)
-    finally:
-        handle.remove()
     assert again.folder == first.folder
     assert torch.equal(again.rows, first.rows)
 

@@ -1,0 +1,535 @@
+"""What holds for every language model: logits, positions, text tokens, the key of a harvest.
+
+Random models of two or three blocks and a tokenizer trained here; the right value is always the
+model's own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.causal import SubstitutionTest, generate, prompt_tokens, spliced
+from bae_fast.interpret.comsem import read_phrase, read_verdict
+from bae_fast.interpret.judges import Request, TransformersJudge
+from bae_fast.interpret.thoughts import close_thoughts, only_thoughts
+from bae_fast.lm import (
+    LanguageModel,
+    asks_for_bos,
+    harvest,
+    load_language_model,
+    model_digest,
+    resolve_hook,
+    special_tokens,
+    states_at,
+    windows,
+)
+from bae_fast.lm import gguf as gguf_copies
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WIDTH = 32
+_LINE = "Number {} follows {}; a cat sat <b>on</b> mat {}."
+TEXT = "\n".join(
+    f"Number {i} follows {i - 1}; a cat sat <b>on</b> mat {i % 7}." for i in range(900)
+)
+
+
+def word_pieces(bos=False, **names):
+    """A byte-level tokenizer; with `bos` it begins every text with <s>."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([TEXT], trainer)
+    if bos:
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+        names |= {"bos_token": "<s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_pieces(eos_token="</s>")
+
+
+_LLAMA = {
+    "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+_GPT2 = {"n_embd": WIDTH, "n_layer": 3, "n_head": 2, "n_positions": 128}
+_GEMMA = {**_LLAMA, "head_dim": 16, "sliding_window": 16, "pad_token_id": 0}
+_NEOX = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
+_OPT = {
+    "hidden_size": WIDTH, "ffn_dim": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "max_position_embeddings": 128, "word_embed_proj_dim": 16, "pad_token_id": 1,
+}  # fmt: skip
+_BART = {
+    "d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 3, "decoder_attention_heads": 2,
+    "encoder_attention_heads": 2, "decoder_ffn_dim": 64, "encoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+# class, its arguments, path of the middle block, name of the scale that its head has
+MODELS = {
+    "llama": ("Llama", _LLAMA, "model.layers.1"),
+    "qwen2": ("Qwen2", _LLAMA, "model.layers.1"),
+    "mistral": ("Mistral", {**_LLAMA, "sliding_window": 16}, "model.layers.1"),
+    "gemma2": ("Gemma2", {**_GEMMA, "final_logit_softcapping": 1.0}, "model.layers.1"),
+    "gemma3": ("Gemma3Text", _GEMMA, "model.layers.1"),
+    "cohere": ("Cohere", {**_LLAMA, "logit_scale": 0.0625, "pad_token_id": 0}, "model.layers.1"),
+    "granite": ("Granite", {**_LLAMA, "logits_scaling": 8.0}, "model.layers.1"),
+    "gpt2": ("GPT2", _GPT2, "transformer.h.1"),
+    "openai-gpt": ("OpenAIGPT", _GPT2, "transformer.h.1"),
+    "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 8}, "transformer.h.1"),
+    "neox": ("GPTNeoX", _NEOX, "gpt_neox.layers.1"),
+    "phi": ("Phi", _NEOX, "model.layers.1"),
+    "bloom": ("Bloom", {"hidden_size": WIDTH, "n_layer": 3, "n_head": 2}, "transformer.h.1"),
+    "falcon": (
+        "Falcon",
+        {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2},
+        "transformer.h.1",
+    ),
+    "opt": ("OPT", _OPT, "model.decoder.layers.1"),
+    "bart": ("Bart", _BART, "model.decoder.layers.1"),
+    "mamba": (
+        "Mamba",
+        {"hidden_size": WIDTH, "num_hidden_layers": 3, "state_size": 4},
+        "backbone.layers.1",
+    ),
+    "roberta": ("Roberta", {**_NEOX, "is_decoder": True}, "roberta.encoder.layer.1"),
+}
+
+
+def model_of(kind, tokenizer, seed=0):
+    name, arguments, _ = MODELS[kind]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(vocab_size=len(tokenizer), **arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.eval().requires_grad_(False)
+    model.get_output_embeddings().weight.mul_(10)  # otherwise all tokens are about as likely
+    return model
+
+
+def lm_of(kind, tokenizer, model=None):
+    model = model_of(kind, tokenizer) if model is None else model
+    return LanguageModel(model, tokenizer, kind, kind, torch.float32, WIDTH)
+
+
+def own_rows(model, tokens):
+    with torch.no_grad():
+        states = model(input_ids=tokens, output_hidden_states=True).hidden_states[2]
+    return states[:, 1:].reshape(-1, WIDTH)
+
+
+def rows_of(lm, tokens, folder, **options):
+    options = {"max_norm_ratio": float("inf"), "progress": False, **options}
+    return harvest(lm, tokens, MODELS[lm.name][2], folder=folder, **options).rows
+
+
+# -- the model's own logits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_next_token_probabilities_are_the_models_own(kind, tokenizer):
+    lm, path = lm_of(kind, tokenizer), MODELS[kind][2]
+    prompts = [[5, 9, 30, 7, 60], [5, 9, 30], [5, 9, 4, 4]]
+    with torch.no_grad():
+        own = [lm.model(input_ids=torch.tensor([p])).logits[0, -1].float() for p in prompts]
+    for share_prefix in (False, True):
+        found = states_at(lm, prompts, [path], next_token=True, share_prefix=share_prefix)[1]
+        torch.testing.assert_close(found, torch.stack(own).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_local_judge_reads_the_models_own_probabilities(tokenizer):
+    lm = lm_of("cohere", tokenizer)
+    judge = TransformersJudge(lm=lm)
+    judge.verdict_tokens = lambda: (60, 70)
+    answers = {}
+    judge.answer([Request("judge", "does it fit?")], answers.__setitem__)
+    ids = torch.tensor([judge.encode("does it fit?")])
+    with torch.no_grad():
+        own = lm.model(input_ids=ids).logits[0, -1, [60, 70]].double().softmax(-1)[0]
+    assert abs(answers[0].p_yes - float(own)) < 1e-5
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tokenizer):
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    lm = lm_of("bert", tokenizer, transformers.BertLMHeadModel(config))
+    with pytest.raises(ValueError, match="model must be causal"):
+        _ = lm.head
+
+
+# -- which tokens are replaced -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [k for k in MODELS if k not in ("mamba", "openai-gpt")])
+def test_generation_and_padding_leave_the_first_token_and_pads_alone(kind, tokenizer):
+    model, path = model_of(kind, tokenizer), MODELS[kind][2]
+    bae = bf.BinaryAutoencoder(WIDTH, 64)
+    ids = torch.randint(3, 200, (1, 8), generator=torch.Generator().manual_seed(0))
+    with spliced(model, path, bae) as splice:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6,
+            do_sample=False, pad_token_id=1,
+        )  # fmt: skip
+    assert splice.n_tokens - splice.n_replaced == splice.n_tokens - 12 >= 1
+    padded = torch.cat([torch.ones(1, 5, dtype=torch.int64), ids], 1)
+    mask = (torch.arange(13) >= 5).long()[None]
+    with spliced(model, path, bae, record=True) as splice, torch.no_grad():
+        model(input_ids=padded, attention_mask=mask)
+    assert splice.codes[0].row_mask[0].tolist() == [False] * 6 + [True] * 7
+
+
+def test_a_recurrent_model_going_on_from_its_state_is_refused(tokenizer):
+    model, ids = model_of("mamba", tokenizer), torch.tensor([[5, 6, 7, 8]])
+    bae = bf.BinaryAutoencoder(WIDTH, 64)
+    with (
+        pytest.raises(ValueError, match="does not say how many tokens it has seen"),
+        spliced(model, "backbone.layers.1", bae),
+    ):
+        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+
+def test_a_module_called_past_the_models_forward_is_refused(tokenizer):
+    model = model_of("llama", tokenizer)
+    block, hidden = model.model.layers[1], torch.randn(1, 4, WIDTH)
+    places = model.model.rotary_emb(hidden, torch.arange(4)[None])
+    with (
+        pytest.raises(ValueError, match="called outside the model's forward"),
+        spliced(model, "model.layers.1", bf.BinaryAutoencoder(WIDTH, 64)),
+        torch.no_grad(),
+    ):
+        block(hidden, position_embeddings=places)
+
+
+def test_a_compiled_model_is_spliced_all_the_same(tokenizer):
+    lm = lm_of("llama", tokenizer)
+    bae = bf.BinaryAutoencoder(WIDTH, 64)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    expected = SubstitutionTest(lm, tokens).run("model.layers.1", bae)
+    lm.model.model.compile(backend="eager")
+    with torch.no_grad():
+        lm.model(input_ids=tokens)
+    found = SubstitutionTest(lm, tokens).run("model.layers.1", bae)
+    assert found.replaced == expected.replaced > 0.9
+    assert found.js_bits == pytest.approx(expected.js_bits, rel=1e-3)
+    assert found.js_bits > 0.01
+
+
+def test_a_splice_that_replaces_nothing_says_why(tokenizer):
+    model, bae = model_of("llama", tokenizer), bf.BinaryAutoencoder(WIDTH, 64)
+    with (
+        pytest.raises(RuntimeError, match=r"'model.layers.1': no token .* all 1 tokens"),
+        spliced(model, "model.layers.1", bae),
+        torch.no_grad(),
+    ):
+        model(input_ids=torch.tensor([[5]]))
+    with pytest.raises(RuntimeError, match="never called"), spliced(model, "model.layers.1", bae):
+        model_of("llama", tokenizer)(input_ids=torch.tensor([[5, 6, 7]]))  # another copy
+    with spliced(model, "model.layers.1", bae, may_replace_none=True) as splice:
+        pass
+    assert splice.n_tokens == 0
+
+
+def test_a_test_of_a_model_that_was_edited_since_is_refused(tokenizer):
+    lm = lm_of("llama", tokenizer)
+    test = SubstitutionTest(lm, windows(tokenizer, TEXT, 16, n_tokens=32))
+    lm.model.model.layers[0].mlp.down_proj.weight[3, 5] += 1
+    with pytest.raises(ValueError, match="make a new SubstitutionTest"):
+        test.run("model.layers.1", bf.BinaryAutoencoder(WIDTH, 64))
+
+
+# -- the key of a harvest ------------------------------------------------------------------------
+
+
+def _scale_rope(model):
+    model.model.rotary_emb.attention_scaling = 1.3
+
+
+EDITS = {
+    "one weight, in place": lambda m: m.model.layers[0].self_attn.o_proj.weight[9, 17].add_(1e-3),
+    "past autograd": lambda m: m.model.layers[0].mlp.up_proj.weight.data[40, 3].add_(1e-3),
+    "two rows exchanged": lambda m: m.model.layers[1].mlp.down_proj.weight.copy_(
+        m.model.layers[1].mlp.down_proj.weight.flip(0).clone()
+    ),
+    "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
+    "a setting of the rope": _scale_rope,
+    "a user's hook": lambda m: m.model.layers[0].register_forward_hook(
+        lambda _m, _i, out: (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+    ),
+    "a forward replaced": lambda m: setattr(m.model.layers[0].mlp, "forward", torch.zeros_like),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_rows_are_always_those_of_the_model_as_it_is(edit, tokenizer, tmp_path):
+    lm = lm_of("llama", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    before = rows_of(lm, tokens, tmp_path).clone()
+    assert torch.equal(rows_of(lm, tokens, tmp_path), before)
+    EDITS[edit](lm.model)
+    own = own_rows(lm.model, tokens)
+    assert not torch.allclose(before, own, atol=1e-6)
+    torch.testing.assert_close(rows_of(lm, tokens, tmp_path), own, rtol=1e-5, atol=1e-6)
+    again = lm_of("llama", tokenizer, lm.model)  # a new LanguageModel of the edited model
+    torch.testing.assert_close(rows_of(again, tokens, tmp_path), own, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_model_keeps_its_files_revision_until_it_is_edited(tokenizer, tmp_path):
+    model_of("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lm = load_language_model(str(tmp_path / "model"), dtype="float32")
+    assert lm.current_revision() == lm.revision
+    lm.model(input_ids=torch.tensor([[5, 6, 7]]), output_hidden_states=True)
+    assert lm.current_revision() == lm.revision  # libraries' own hooks are no edit
+    lm.model.lm_head.weight[0, 0] += 1
+    assert lm.current_revision() != lm.revision
+
+
+def test_the_digest_sees_every_element_of_a_large_tensor_and_not_the_mode(tokenizer):
+    model = model_of("llama", tokenizer)
+    model.register_buffer("large", torch.zeros(3 * 8191 * 64 + 5), persistent=False)
+    seen = {model_digest(model), model_digest(model.train()), model_digest(model.eval())}
+    assert len(seen) == 1
+    for place in (0, 8191 * 2, 8191 * 33, 3 * 8191 * 64, 3 * 8191 * 64 + 4):
+        model.large[place] = 1.0
+        seen.add(model_digest(model))
+        model.large[place] = 0.0
+    assert len(seen) == 6
+
+
+# -- how a model is run --------------------------------------------------------------------------
+
+
+def test_dropout_is_off_in_a_harvest_and_the_mode_comes_back(tokenizer, tmp_path):
+    model = model_of("gpt2", tokenizer)
+    lm = lm_of("gpt2", tokenizer, model)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    own = own_rows(model, tokens)
+    model.train()
+    model.transformer.h[2].eval()
+    torch.testing.assert_close(rows_of(lm, tokens, tmp_path), own, rtol=1e-5, atol=1e-5)
+    assert model.training
+    assert not model.transformer.h[2].training
+
+
+def test_states_take_part_in_autograd_and_may_be_changed(tokenizer):
+    states = states_at(lm_of("llama", tokenizer), [[5, 6, 7], [8, 9]], ["model.layers.1"])[0]
+    x = states["model.layers.1"][:, 0]
+    torch.nn.Linear(WIDTH, 2)(x).sum().backward()
+    x.sub_(x.mean(0))
+    assert x.requires_grad_().requires_grad
+
+
+def test_sequences_longer_than_the_model_has_positions_are_refused(tokenizer, tmp_path):
+    lm = lm_of("gpt2", tokenizer)
+    long = torch.full((2, 129), 5)
+    bae = bf.BinaryAutoencoder(WIDTH, 64)
+    for call in (
+        lambda: harvest(lm, long, "transformer.h.1", folder=tmp_path),
+        lambda: states_at(lm, long.tolist(), ["transformer.h.1"]),
+        lambda: SubstitutionTest(lm, long),
+        lambda: generate(lm, "transformer.h.1", bae, "a cat sat", n_tokens=127),
+    ):
+        with pytest.raises(ValueError, match="must have at most 128 tokens a sequence"):
+            call()
+
+
+def test_a_harvest_under_way_is_never_swept(tokenizer, tmp_path, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    slow = lm_of("llama", tokenizer)
+
+    def wait(*_arguments):
+        started.set()
+        go_on.wait(60)
+
+    slow.model.model.layers[0].register_forward_pre_hook(wait)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(rows_of(slow, tokens, tmp_path)))
+    thread.start()
+    assert started.wait(60)
+    (folder,) = tmp_path.glob(".unfinished-*")
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (1, 1))  # as if nothing had been written for years
+    dead = tmp_path / ".unfinished-dead"
+    dead.mkdir()
+    os.utime(dead, (1, 1))
+    rows_of(lm_of("llama", tokenizer), tokens, tmp_path)
+    assert not dead.exists()
+    assert folder.exists()
+    go_on.set()
+    thread.join(60)
+    assert len(found) == 1
+
+
+# -- which tokens are text -----------------------------------------------------------------------
+
+
+def test_bos_is_put_first_where_the_tokenizer_asks_for_it(tokenizer, tmp_path):
+    asking = word_pieces(bos=True, eos_token="</s>")
+    assert (asks_for_bos(asking), asks_for_bos(tokenizer)) == (True, False)
+    assert windows(asking, TEXT, 16, n_tokens=64)[:, 0].tolist() == [1] * 4
+    assert 1 not in windows(asking, TEXT, 16, n_tokens=64, prepend_bos=False)
+    lm = lm_of("llama", asking)
+    assert prompt_tokens(lm, ["a cat"])[0][0] == 1
+    assert prompt_tokens(lm, ["a cat"], prepend_bos=False)[0][0] != 1
+    tokens = windows(asking, TEXT, 16, n_tokens=64)
+    cache = harvest(lm, tokens, "model.layers.1", folder=tmp_path, progress=False)
+    assert cache.manifest["prepend_bos"] is True
+    assert cache.manifest["dropped"]["not_text"] == 0  # BOS is the position that is dropped
+
+
+def test_padding_is_masked_and_special_tokens_are_no_rows(tmp_path):
+    padded = word_pieces(bos=True, eos_token="</s>", pad_token="<pad>")
+    lm = lm_of("gpt2", padded)
+    assert special_tokens(padded) == [0, 1, 2]
+    texts = [[1, 5, 6, 7, 2], [1, 8, 9, 10, 11, 12]]
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    tokens[0, 3:] = torch.tensor(texts[0])  # padding on the left
+    tokens[1, :6] = torch.tensor(texts[1])
+    cache = harvest(
+        lm, tokens, "transformer.h.1", folder=tmp_path, max_norm_ratio=1e9, progress=False
+    )
+    expected = torch.cat(
+        [
+            own_rows(lm.model, torch.tensor([texts[0]]))[:-1],
+            own_rows(lm.model, torch.tensor([texts[1]])),
+        ]
+    )
+    torch.testing.assert_close(cache.rows, expected, rtol=1e-4, atol=1e-5)
+    kept = cache.tokens[cache.row_window.long(), cache.row_position.long()].tolist()
+    assert kept == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert "at padding or special tokens" in cache.dropped_rows()
+    everything = harvest(
+        lm, tokens, "transformer.h.1", folder=tmp_path, mask=tokens != 0, exclude_tokens=(2,),
+        max_norm_ratio=1e9, progress=False,
+    )  # fmt: skip
+    assert len(everything) == 8
+    with pytest.raises(ValueError, match=r"mask must be \[2, 8\]"):
+        harvest(lm, tokens, "transformer.h.1", folder=tmp_path, mask=torch.ones(2, 7))
+
+
+def test_only_as_much_text_as_needed_is_tokenized_and_it_is_the_same(tokenizer):
+    seen = []
+
+    class Spy:
+        bos_token_id = None
+
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+    whole = windows(tokenizer, TEXT, 16)
+    for n in (16, 160, 1600, 6400):
+        seen.clear()
+        assert torch.equal(windows(Spy(), TEXT, 16, n_tokens=n), whole[: n // 16])
+        assert sum(seen) < 12 * (n + 128)
+    dense = "漢字" * 5000  # many tokens a character
+    assert torch.equal(
+        windows(tokenizer, dense, 16, n_tokens=320), windows(tokenizer, dense, 16)[:20]
+    )
+
+
+# -- names, answers, files -----------------------------------------------------------------------
+
+
+def test_names_of_transformerlens_are_understood(tokenizer):
+    for kind, path in (("llama", "model.layers.1"), ("gpt2", "transformer.h.1")):
+        model = model_of(kind, tokenizer)
+        assert resolve_hook(model, "blocks.1.hook_resid_post") == path
+        assert resolve_hook(model, "blocks.2.hook_resid_pre") == path
+        assert resolve_hook(model, "blocks.1.hook_mlp_out") == f"{path}.mlp"
+        with pytest.raises(ValueError, match=r"no module's output .*\.1' \(the output of"):
+            resolve_hook(model, "blocks.1.hook_resid_mid")
+        with pytest.raises(ValueError, match="there is no block 9"):
+            resolve_hook(model, "blocks.9.hook_resid_post")
+    gemma = model_of("gemma3", tokenizer)
+    added = resolve_hook(gemma, "blocks.1.hook_mlp_out")
+    assert added == "model.layers.1.post_feedforward_layernorm"
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "phrase"),
+    [
+        ("<think>\nNo digit, yet a number.\n</think>\n\nYes", True, "Yes"),
+        ("Yes, or rather a comma.\n</think>\n\nNo", False, "No"),
+        ("[THINK]yes?[/THINK]No", False, "No"),
+        ("◁think▷yes◁/think▷ no", False, "no"),
+        ("<|begin_of_thought|>yes<|end_of_thought|>\n\nNo", False, "No"),
+        ("<|channel|>analysis<|message|>yes<|end|><|channel|>final<|message|>No", False, "No"),
+        ("analysisIs it? yes.assistantfinalNo", False, "No"),
+        ("<Thinking>yes</Thinking><answer>No</answer>", False, "No"),
+        ("No reason to say so. Final answer: yes", True, None),
+        ("<think>yes, I think", None, ""),
+        ("Yes.", True, "Yes"),
+    ],
+)
+def test_thoughts_are_not_taken_for_the_answer(text, verdict, phrase):
+    assert read_verdict(text) is verdict
+    if phrase is not None:
+        assert read_phrase(text) == phrase
+    assert only_thoughts(text) == (verdict is None)
+
+
+def test_thoughts_begun_by_the_question_are_closed():
+    assert close_thoughts("<|assistant|>\n<think>\n") == "\n</think>\n\n"
+    assert close_thoughts("<think>\n\n</think>\n\n") == ""
+    assert close_thoughts("Answer:") == ""
+
+
+def test_a_folder_of_another_kind_of_model_is_refused_in_one_line(tokenizer, tmp_path):
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=2
+    )
+    transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a causal language model") as caught:
+        load_language_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_dequantised_copy_is_whole_or_absent(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(b"stands for the weights")
+    model = model_of("llama", tokenizer)
+    assert gguf_copies.copy_of(path, torch.float32) is None
+    assert gguf_copies.can_keep_copy(path, 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", _full_disk)
+        with pytest.warns(RuntimeWarning, match=r"weights.gguf is not kept.*No space left"):
+            gguf_copies.keep_copy(path, model, tokenizer, torch.float32)
+    assert list((tmp_path / "cache" / "bae_fast" / "models").iterdir()) == []
+    gguf_copies.keep_copy(path, model, tokenizer, torch.float32)
+    folder = gguf_copies.copy_of(path, torch.float32)
+    lm = load_language_model(str(folder), dtype="float32")
+    assert torch.equal(lm.model.lm_head.weight, model.lm_head.weight)
+    assert lm.tokenizer(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    path.write_bytes(b"other weights, same name")
+    os.utime(path, (time.time() + 5,) * 2)
+    assert gguf_copies.copy_of(path, torch.float32) is None
+    with pytest.warns(RuntimeWarning, match="bytes free and"):
+        assert not gguf_copies.can_keep_copy(path, 10**18)
+
+
+def _full_disk(*_arguments, **_options):
+    raise OSError(28, "No space left on device")
