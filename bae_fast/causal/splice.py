@@ -144,7 +144,7 @@ class _Place(threading.local):
         mask = arguments.get("attention_mask")
         if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
             self.attention_mask = mask
-        cache = arguments.get("past_key_values")
+        cache: Any = arguments.get("past_key_values")
         if self.offset is None and hasattr(cache, "get_seq_length"):
             self.offset = int(cache.get_seq_length())
         state = arguments.get("cache_params", arguments.get("state"))

@@ -33,6 +33,9 @@ from bae_fast.lm.hooks import in_order, running
 from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
 
+# elements of logits compared at a time: 1 MiB in fp32
+_CACHED_ELEMENTS = 2**18
+
 
 class Divergence(NamedTuple):
     """Two next-token distributions at each token; float64 ``[n]`` but for ``same``, bool.
@@ -66,32 +69,43 @@ def divergence(original: Tensor, changed: Tensor, targets: Tensor | None = None)
             f"original and changed must be [n, V] alike; got {list(original.shape)} and "
             f"{list(changed.shape)}"
         )
-    p, q = (
-        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        for logits in (original, changed)
-    )
-    # two probabilities of zero are equal, one of zero is far away
-    gap = (q - p).nan_to_num_(nan=0.0, posinf=1e4, neginf=-1e4)
-    p_exp, q_exp = p.exp(), q.exp()
-    kl = -torch.linalg.vecdot(p_exp, gap)
-    # ln(p / m) = ln 2 - softplus(gap), ln(q / m) = that + gap: 0 where the two are equal
-    below = math.log(2) - torch.nn.functional.softplus(gap)
-    js = torch.linalg.vecdot(p_exp, below) + torch.linalg.vecdot(q_exp, below.add_(gap))
+    dtype = torch.promote_types(original.dtype, torch.float32)
+    original, changed = original.to(dtype), changed.to(dtype)
+    total_p, total_q = (x.logsumexp(-1, keepdim=True) for x in (original, changed))
+    js = torch.zeros(len(original), dtype=torch.float64, device=original.device)
+    kl = torch.zeros_like(js)
+    # columns that a core's cache holds: everything below is read and written several times
+    step = max(_CACHED_ELEMENTS // max(len(original), 1), 1)
+    for a, b in zip(original.split(step, 1), changed.split(step, 1), strict=True):
+        p, q = a - total_p, b - total_q
+        # two probabilities of zero are equal, one of zero is far away
+        gap = (q - p).nan_to_num_(nan=0.0, posinf=1e4, neginf=-1e4)
+        p_exp, q_exp = p.exp_(), q.exp_()
+        kl -= torch.linalg.vecdot(p_exp, gap)
+        # ln(p / m) = ln 2 - softplus(gap), ln(q / m) = that + gap: 0 where the two are equal
+        below = math.log(2) - torch.nn.functional.softplus(gap)
+        js += torch.linalg.vecdot(p_exp, below) + torch.linalg.vecdot(q_exp, below.add_(gap))
     if targets is None:
-        loss_original = loss = torch.full((len(p),), math.nan, dtype=torch.float64)
+        loss_original = loss = torch.full((len(js),), math.nan, dtype=torch.float64)
     else:
-        known = targets.to(p.device) >= 0
-        at = targets.to(p.device).clamp_min(0)[:, None]
         loss_original, loss = (
-            torch.where(known, -x.gather(1, at)[:, 0], math.nan).double().cpu() for x in (p, q)
+            _next_token_loss(x, total, targets)
+            for x, total in ((original, total_p), (changed, total_q))
         )
     return Divergence(
-        js.double().cpu().clamp_min(0).abs() / (2 * math.log(2)),
-        kl.double().cpu().clamp_min(0).abs() / math.log(2),
+        js.cpu().clamp_min(0).abs() / (2 * math.log(2)),
+        kl.cpu().clamp_min(0).abs() / math.log(2),
         loss_original,
         loss,
-        (p.max(-1).indices == q.max(-1).indices).cpu(),
+        (original.argmax(-1) == changed.argmax(-1)).cpu(),
     )
+
+
+def _next_token_loss(logits: Tensor, total: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, float64 ``[n]`` on the CPU; NaN where the target is below 0."""
+    targets = targets.to(logits.device)
+    loss = total - logits.gather(1, targets.clamp_min(0)[:, None])
+    return torch.where(targets >= 0, loss[:, 0], math.nan).double().cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +257,16 @@ class SubstitutionTest:
         ]
         return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    @torch.no_grad()
+    def _losses(self, final: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of the next tokens from final states: no distribution to compare with."""
+        step = self.lm.head.rows_at_a_time
+        parts = []
+        for states, after in zip(final.split(step), targets.split(step), strict=True):
+            logits = self.lm.head(states)
+            parts.append(_next_token_loss(logits, logits.logsumexp(-1, keepdim=True), after))
+        return torch.cat(parts)
+
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Tokens with a known next one, beyond those left out: (window, position)."""
         n, length = self.windows.shape
@@ -333,7 +357,8 @@ class SubstitutionTest:
                 )
 
             final = self._final_states(self.windows, replaced)[window, position]
-            self._ablated[key] = float(self.compare(final, window, position).loss.mean())
+            targets = self.windows[window, position + 1]
+            self._ablated[key] = float(self._losses(final, targets).mean())
         return self._ablated[key]
 
     def last_token(

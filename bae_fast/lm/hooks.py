@@ -85,7 +85,7 @@ def block_path(model: torch.nn.Module, number: int) -> str:
         ValueError: no such block, or blocks that are not found.
     """
     n_blocks = None
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [

@@ -96,7 +96,7 @@ def model_digest(model: nn.Module) -> str:
             elif _is_plain(value):
                 settings[name] = repr(value)
         digest.update(f"{path} {type(module).__qualname__} {sorted(settings.items())} ".encode())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         plain = {k: v for k, v in config.to_dict().items() if k not in _NO_CONFIG}
         plain["attention"] = getattr(config, "_attn_implementation", None)

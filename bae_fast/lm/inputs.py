@@ -129,7 +129,7 @@ def masked(model: Any, mask: Tensor) -> dict[str, Tensor]:
 
 def max_positions(model: Any) -> int | None:
     """The most tokens a model takes at once, as its configuration says; None: no bound."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
