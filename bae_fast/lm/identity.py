@@ -43,6 +43,8 @@ _NO_CONFIG = frozenset(
 )  # fmt: skip
 # forward hooks of these are part of the model's own code, or only read
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "bae_fast.lm.")
+# these put a forward around a module's own that changes no value
+_WRAPPING_LIBRARIES = ("transformers.", "accelerate.")
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
@@ -130,7 +132,7 @@ def own_hooks(model: nn.Module) -> list[str]:
             if not f"{_origin(hook)}.".startswith(_LIBRARIES):
                 found.append(f"{path or 'the model'}: {_function_name(hook)}")
         forward = vars(module).get("forward")
-        if forward is not None and not f"{_origin(forward)}.".startswith(_LIBRARIES):
+        if forward is not None and not f"{_origin(forward)}.".startswith(_WRAPPING_LIBRARIES):
             found.append(f"{path or 'the model'}: forward = {_function_name(forward)}")
     return found
 

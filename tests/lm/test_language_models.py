@@ -78,7 +78,7 @@ _OPT = {
     "max_position_embeddings": 128, "word_embed_proj_dim": 16, "pad_token_id": 1,
 }  # fmt: skip
 _BART = {
-    "d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 3, "decoder_attention_heads": 2,
+    "d_model": WIDTH, "encoder_layers": 3, "decoder_layers": 3, "decoder_attention_heads": 2,
     "encoder_attention_heads": 2, "decoder_ffn_dim": 64, "encoder_ffn_dim": 64,
     "max_position_embeddings": 128,
 }  # fmt: skip
