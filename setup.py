@@ -103,7 +103,14 @@ def run_ninja(ninja, commands, folder):
     def escape(path):
         return re.sub(r"([$ :])", r"$\1", str(path))
 
-    lines = ["rule compile", "  command = $words", "  depfile = $out.d", "  deps = gcc", ""]
+    lines = [
+        f"builddir = {escape(folder)}",
+        "rule compile",
+        "  command = $words",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "",
+    ]
     for target, source, words in commands:
         line = shlex.join([*words, "-MMD", "-MF", f"{target}.d"]).replace("$", "$$")
         lines += [f"build {escape(target)}: compile {escape(source)}", f"  words = {line}", ""]
