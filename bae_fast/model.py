@@ -488,7 +488,8 @@ class BinaryAutoencoder(Autoencoder):
 
     def warmup(self) -> str:
         """Compile what the first call would; returns the backend's name, see :func:`warmup`."""
-        return warmup(self.impl, device=self.W_enc.device)
+        surrogates = (self.config.surrogate,)
+        return warmup(self.impl, device=self.W_enc.device, surrogates=surrogates)
 
     def extra_repr(self) -> str:
         config = self.config

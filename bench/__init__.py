@@ -16,3 +16,7 @@ nothing; ``--tables`` only regenerates the tables from committed results; ``reci
 | ``test_*.py`` | the same comparisons under pytest: tiny and untimed, or with |
 | | ``pytest bench --benchmark-enable`` at full size by pytest-benchmark, a side at a time |
 """
+
+from bench import checkout
+
+checkout.use()

@@ -2,13 +2,18 @@
 
     python -m bench device [--out DIR] [--seconds 540] [--impl triton cuda] [--report-only]
 
+It runs from a plain checkout: the kernels are found in its folders where nothing is installed.
+
 Checks come first: each operator and the whole layer of each implementation in fp32, bf16 and fp16,
-on odd shapes, several densities, constant and equal columns, ties. Then, the most telling first,
-whole steps and operators against the dense program in bf16, compiled or not; the covariance against
-int8 products; steps replayed from a CUDA graph. Every timed call is checked on its own inputs
-before; a side that was wrong has no figure. Times are the device's, by events, the L2 cache
-overwritten before every call; peaks are above what is there between steps: x, parameters,
-gradients, optimizer.
+on odd shapes, several densities, constant and equal columns, ties; decode again and again on one
+input, its bits compared. Then a step, its kernels by a profiler, and the small checks once more
+under ``compute-sanitizer``. Then, the most telling first, whole steps and operators against the
+dense program in bf16; the covariance against int8 products; steps replayed from a CUDA graph; the
+tests that need a device; last the compiled dense program. Every timed call is checked on its own
+inputs before, and one that is wrong has no figure; a side of which an operator was refused in the
+checks is timed all the same, and marked. Times are the device's, by events, the L2 cache
+overwritten before every call and the host ahead; peaks are above what is there between steps: x,
+parameters, gradients, optimizer.
 
 The whole ends within ``--seconds``: a case is not begun where its kind has shown that it would not
 fit, and one process watches another that works. A kernel that ends that process or hangs costs the
@@ -62,8 +67,22 @@ STALL = 150.0
 # exit status of a worker whose device no longer answers
 DEAD = 75
 
-# 1-bit products, bit-MAC/s, as reported elsewhere (half of the operations per second)
-REPORTED_B1 = {(8, 0): 1.5e12 * 1e3, (9, 0): 4.25e12 * 1e3}
+# of ones, 33 a row at F = 65,536: codes that lists serve
+SPARSE = 5e-4
+# a decode that is repeated on one input
+REPEATS = 50
+# cycles of a kernel that keeps the device busy while the host starts what is timed, half a
+# millisecond
+SLEEP = 1_000_000
+# kernels of a step that the table shows
+SHOWN = 12
+# compute-sanitizer's tools, and its exit status where it found something
+SANITIZERS = ("memcheck", "racecheck")
+FOUND = 9
+# products of the rate of 1-bit instructions: blocks a multiprocessor, threads, turns, a turn's
+# independent ones, and the bit-MACs of one
+RATE_BLOCKS, RATE_THREADS, RATE_TURNS, RATE_PRODUCTS = 4, 256, 4096, 8
+BIT_MACS = 16 * 8 * 256
 
 
 class Plan(NamedTuple):
@@ -129,6 +148,10 @@ Case = dict[str, Any]
 
 def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
     """Every case, in the order in which they are run."""
+
+    def of(kind: str, shape: tuple[int, int, int], **more: Any) -> Case:
+        return {"kind": kind, **more, **dict(zip("ndf", shape, strict=True))}
+
     found: list[Case] = [
         {"kind": "layer", "impl": impl, "dtype": dtype} for impl in impls for dtype in DTYPES
     ]
@@ -139,19 +162,22 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
         for density in operators.DENSITIES
     ]
 
-    def of(kind: str, shape: tuple[int, int, int], **more: Any) -> Case:
-        return {"kind": kind, **more, **dict(zip("ndf", shape, strict=True))}
-
     first, *rest = plan.densities
-    found += [{"kind": "ceilings"}, of("step", plan.head, objective="paper", compiled=True)]
+    found += [of("repeat", plan.head, impl=impl, density=first) for impl in impls]
+    found += [{"kind": "ceilings"}, of("step", plan.head, objective="paper")]
+    found += [of("profile", plan.head, impl=impl) for impl in impls]
+    if device == "cuda":
+        found += [
+            {"kind": "sanitize", "tool": tool, "impl": impl}
+            for tool in SANITIZERS
+            for impl in impls
+        ]
     found += [of("pairs", plan.head, density=first)]
-    found += [
-        of("step", plan.head, objective=name, compiled=True)
-        for name in step.OBJECTIVES
-        if name != "paper"
-    ]
+    found += [of("step", plan.head, objective=name) for name in step.OBJECTIVES if name != "paper"]
     found += [of("operator", plan.head, operator=o, density=first) for o in operators.OPERATORS]
     found += [of("step", plan.more[0], objective="paper"), of("pairs", plan.large, density=first)]
+    found += [of("pairs", plan.large, density=SPARSE)]
+    found += [of("step", plan.more[0], objective="paper", planes="made again")]
     if device == "cuda":
         found += [of("graph", plan.more[min(1, len(plan.more) - 1)], objective="paper")]
         found += [of("graph", plan.head, objective="paper")]
@@ -169,7 +195,9 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
         for impl in impls
         if registry.BACKENDS[impl].warmup is not None
     ]
-    return found
+    if device == "cuda":
+        found += [{"kind": "tests"}]
+    return [*found, of("step", plan.head, objective="paper", compiled=True)]
 
 
 def name_of(case: Case) -> str:
@@ -266,6 +294,31 @@ def variables(**given: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
+@contextmanager
+def lists_serve(impl: str) -> Iterator[None]:
+    """Codes of any size and density are counted by lists of their ones, as far as there is room."""
+    if impl not in IMPLS:
+        yield
+        return
+    from bae_fast.kernels import pair_lists
+    from bae_fast.ops import nvidia
+
+    given = {
+        (nvidia, "DENSE_A_STEP"): 1,
+        (nvidia, "LEAST_PRODUCTS"): 1,
+        (pair_lists, "WINDOW_SHARE"): 1,
+        (pair_lists, "MOST_ONES"): 2**10,
+    }
+    before = {(module, name): getattr(module, name) for module, name in given}
+    try:
+        for (module, name), value in given.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name), value in before.items():
+            setattr(module, name, value)
+
+
 def check_whole_layer(impl: str, dtype: torch.dtype, plan: Plan) -> int:
     """Surrogates, row masks, several bits a feature, chunks, recomputed signs; how many."""
     done = 0
@@ -282,7 +335,11 @@ def check_whole_layer(impl: str, dtype: torch.dtype, plan: Plan) -> int:
         check_layer(impl, dtype, n, d, f, **more)
         with variables(**{ENV_SIGN_PLANES: "0", ENV_SCRATCH: "0"}):
             check_layer(impl, dtype, n, d, f, surrogate="rectangle", surrogate_width=2.5)
-        done += 2
+        with lists_serve(impl):
+            for surrogate in ("rectangle", "identity"):
+                width = WIDTHS[surrogate]
+                check_layer(impl, dtype, n, d, f, surrogate=surrogate, surrogate_width=width)
+        done += 4
     return done
 
 
@@ -394,6 +451,8 @@ def build(case: Case, impls: list[str], device: str) -> Comparison:
             names = impls if case["operator"].startswith("covariance") else halves
             return operators.build(case["operator"], *shape, case["density"], ["autocast", *names])
         dense = ["autocast", "compile bf16"] if case.get("compiled") else ["autocast"]
+        if shape == list(FULL.head) or device == "cpu":  # larger ones take it seconds
+            halves = list(dict.fromkeys([*halves, "torch bf16"]))
         if kind == "graph":
             found = step.build(case["objective"], *shape, halves)
             sides = {name: captured(side.run) for name, side in found.sides.items()}
@@ -420,7 +479,8 @@ class Machine:
         if self.device != "cuda":
             return timing.host_seconds(run, arguments)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()  # reached after the cache is overwritten: the host is ahead by then
+        torch.cuda._sleep(SLEEP)
+        begin.record()  # reached after the sleep: the host is ahead by then
         result = run(*arguments)
         end.record()
         end.synchronize()
@@ -467,7 +527,7 @@ class Machine:
 
 
 def measure_ceilings(machine: Machine) -> dict[str, Any]:
-    """Rates measured in this run; that of 1-bit products is the reported one."""
+    """Rates measured in this run."""
     plan, device = machine.plan, machine.device
     with torch.device(device):
         source = torch.rand(plan.copy_bytes // 4)
@@ -483,11 +543,137 @@ def measure_ceilings(machine: Machine) -> dict[str, Any]:
         a = (torch.rand(side, side) < 0.5).to(torch.int8)
         seconds = machine.best(lambda: torch._int_mm(a, a.t()))
     found["bit_macs"] = {"int8": side**3 / seconds}
-    if device == "cuda":
-        reported = REPORTED_B1.get(torch.cuda.get_device_capability())
-        if reported is not None:
-            found["bit_macs"]["b1"] = reported
+    if device == "cuda" and not registry.reasons_against("cuda", request_of(device)):
+        found["bit_macs"]["b1"] = bit_rate(machine)
     return found
+
+
+def request_of(device: str) -> registry.Request:
+    """A call in bf16."""
+    return registry.Request(device, torch.bfloat16)
+
+
+def bit_rate(machine: Machine) -> float:
+    """Bit-MACs a second of the 1-bit instruction, from registers alone."""
+    from bae_fast.kernels_cuda import driver
+
+    kernel = driver.Kernel(str(ROOT / "bench" / "rate.cu"), "bit_rate", 0, RATE_THREADS, "pi")
+    properties = torch.cuda.get_device_properties(0)
+    blocks = RATE_BLOCKS * properties.multi_processor_count
+    out = torch.zeros(blocks * RATE_THREADS, dtype=torch.int32, device="cuda")
+    seconds = machine.best(functools.partial(driver.start, kernel, blocks, out, RATE_TURNS))
+    products = blocks * RATE_THREADS // 32 * RATE_TURNS * RATE_PRODUCTS
+    return float(products * BIT_MACS / seconds)
+
+
+# -- one step seen from inside, and checkers from outside --------------------------------------
+
+
+def check_repeats(impl: str, n: int, d: int, f: int, density: float) -> int:
+    """Decode of one input in bf16, again and again: every bit of the result is the same.
+
+    Raises:
+        WrongResultError: it is not; or the first result is off.
+    """
+    comparison = operators.build("decode", n, d, f, density, ["autocast", f"{impl} bf16"])
+    side = comparison.sides[f"{impl} bf16"]
+
+    def bits() -> Tensor:
+        result = side.run(*side.prepare())
+        comparison.check(f"{impl} bf16", result)
+        return result.view(torch.int16).clone()
+
+    right = bits()
+    for repeat in range(1, REPEATS):
+        other = side.run(*side.prepare()).view(torch.int16)
+        if not torch.equal(other, right):
+            raise WrongResultError(
+                f"decode gave other bits in call {repeat + 1} than in the first: "
+                f"{int((other != right).sum())} of {right.numel()} numbers"
+            )
+    return REPEATS
+
+
+def profile(impl: str, shape: list[int], device: str) -> list[list[Any]]:
+    """Kernels of one step of the paper's objective: name, count and microseconds of all."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.device(device):
+        run = step.build("paper", *shape, [f"{impl} bf16"]).sides[f"{impl} bf16"].run
+    activities = [ProfilerActivity.CPU]
+    run()  # compiles
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    found = []
+    for event in profiler.key_averages():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if device == "cuda" and on_device:
+            found.append([event.key, event.count, event.self_device_time_total])
+        elif device != "cuda":
+            found.append([event.key, event.count, event.self_cpu_time_total])
+    return sorted(found, key=lambda row: -row[2])
+
+
+def check_small(impl: str, device: str) -> int:
+    """A few small whole layers: what runs under a checker that slows everything down."""
+    with torch.device(device):
+        for dtype in (torch.bfloat16, torch.float32):
+            check_layer(impl, dtype, 66, 24, 331, surrogate="rectangle", surrogate_width=2.5)
+            with variables(**{ENV_SIGN_PLANES: "0", ENV_SCRATCH: "0"}):
+                check_layer(impl, dtype, 66, 24, 331, surrogate="identity")
+            with lists_serve(impl):
+                check_layer(impl, dtype, 66, 24, 331, surrogate="rectangle", surrogate_width=2.5)
+    return 6
+
+
+def sanitize(tool: str, impl: str, seconds: float) -> dict[str, Any]:
+    """:func:`check_small` in a process under compute-sanitizer."""
+    checker = shutil.which("compute-sanitizer")
+    if checker is None:
+        return {"unavailable": "compute-sanitizer is not on the PATH"}
+    command = [
+        checker, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", "bench",
+        "device", "--small", "--impl", impl,
+    ]  # fmt: skip
+    # every tensor is an allocation of its own: its ends are known
+    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, env=os.environ | memory, cwd=ROOT, capture_output=True, text=True,
+            check=False, timeout=max(seconds, 1.0),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"unavailable": f"took more than {seconds:.0f} s"}
+    lines = (done.stdout + done.stderr).splitlines()
+    said = [x for x in lines if "ERROR" in x or "hazard" in x or "Invalid" in x or "refused" in x]
+    if done.returncode == 0:
+        return {"checked": tool}
+    return {"refused": (said or lines or ["no reason"])[0].strip("= ")[:300]}
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """The tests that need a device, whole."""
+    (file,) = (ROOT / "tests").glob("**/test_triton_gpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.checkout", "-o", "addopts="]
+    try:
+        done = subprocess.run(
+            [*command, str(file)], cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=max(seconds, 1.0),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"unavailable": f"took more than {seconds:.0f} s"}
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
+    failed = [text for text in lines if text.startswith(("FAILED", "ERROR"))]
+    return (
+        {"checked": lines[-1]}
+        if done.returncode == 0
+        else {"refused": lines[-1], "failed": failed[:50]}
+    )
 
 
 def level_of(found: dict[str, Any]) -> str:
@@ -616,13 +802,17 @@ def settled(sides: dict[str, Any]) -> dict[str, Any]:
 
 
 def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
-    """Sides that the checks refused, as far as a timed case depends on them."""
+    """Sides that the checks refused, as far as a timed case depends on them: they are marked."""
     found = set()
     whole = case["kind"] in ("step", "graph")
     needed = "covariance" if case["kind"] == "pairs" else case.get("operator")
     for row in rows:
         operator = row["case"].get("operator")
-        if row["case"]["kind"] not in ("layer", "check") or not (whole or operator == needed):
+        if row["case"]["kind"] not in ("layer", "check", "repeat"):
+            continue
+        if row["case"]["kind"] == "repeat":
+            operator = "decode"
+        if not (whole or operator == needed):
             continue
         wrong = {name for name, side in row["sides"].items() if "refused" in side}
         if whole and str(operator).startswith("covariance"):  # bits have no precision
@@ -647,6 +837,29 @@ def run_case(
     elif kind == "warmup":
         note(case["impl"])
         row["sides"][case["impl"]] = measure_warmup(case["impl"], machine.device, seconds_left())
+    elif kind == "sanitize":
+        note(case["tool"])
+        left = min(seconds_left() - 1, STALL - 10)
+        row["sides"][case["impl"]] = sanitize(case["tool"], case["impl"], left)
+    elif kind == "tests":
+        note("pytest")
+        row["sides"]["pytest"] = run_tests(min(seconds_left() - 1, STALL - 10))
+    elif kind == "profile":
+        note(case["impl"])
+        shape = [case[key] for key in "ndf"]
+        row["kernels"] = profile(case["impl"], shape, machine.device)
+        row["sides"][case["impl"]] = {"checked": len(row["kernels"])}
+    elif kind == "repeat":
+        name = f"{case['impl']} bf16"
+        note(name)
+        shape = [case[key] for key in "ndf"]
+        try:
+            with torch.device(machine.device):
+                same = check_repeats(case["impl"], *shape, case["density"])
+            row["sides"][name] = {"checked": same}
+        except WrongResultError as error:
+            row["sides"][name] = {"refused": first_line(error)}
+            return machine.answers()
     elif kind == "layer":
         impl, dtype = case["impl"], case["dtype"]
         name = impl if dtype == "fp32" else f"{impl} {dtype}"
@@ -669,11 +882,12 @@ def run_case(
             return machine.answers()
     else:
         timed = kind != "check"
-        for name in spoiled(result["rows"], case) if timed else ():
-            row["sides"][name] = {"refused": "wrong in the checks"}
         comparison = build(case, impls, machine.device)
-        row["sides"] = {n: s for n, s in row["sides"].items() if n in comparison.sides}
-        return compare(comparison, machine, result.get("ceilings"), row, note, seconds_left, timed)
+        again = {ENV_SIGN_PLANES: "0"} if case.get("planes") == "made again" else {}
+        row["marked"] = sorted(spoiled(result["rows"], case) & set(comparison.sides)) * timed
+        ceiling = result.get("ceilings")
+        with variables(**again):
+            return compare(comparison, machine, ceiling, row, note, seconds_left, timed)
     return True
 
 
@@ -849,6 +1063,9 @@ def refusals(result: dict[str, Any]) -> list[str]:
 # -- results as text and plot ------------------------------------------------------------------
 
 
+MARK = " †"
+
+
 def line(row: dict[str, Any]) -> str:
     """A row on one line, for the terminal."""
     sides = (f"{n} {_cell(side)}" for n, side in row["sides"].items())
@@ -888,16 +1105,21 @@ def _comparison(
             tables.mebibytes(best["peak_bytes"]) if "peak_bytes" in best else "",
             f"{best['floor_share']:.0%}" if "floor_share" in best else "",
         ]
-        cells = [_cell(row["sides"].get(name)) for name in names]
+        marked = row.get("marked", [])
+        cells = [_cell(row["sides"].get(n)) + MARK * (n in marked) for n in names]
         body.append([*(make(row) for make in first.values()), *cells, *(extra if share else [])])
     return tables.markdown([*first, *(f"`{n}`" if n in mine else n for n in names), *more], body)
+
+
+def _objective(row: dict[str, Any]) -> str:
+    return row["objective"] + (f", planes {row['planes']}" if "planes" in row else "")
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: steps, operators at the first density, the covariance against int8 products."""
     parts = []
     steps, graphs = _rows(result, "step"), _rows(result, "graph")
-    objective = {"objective": lambda row: row["objective"], "N, d, F": tables.shape}
+    objective = {"objective": _objective, "N, d, F": tables.shape}
     captured = {"objective": lambda row: row["objective"] + ", graph", "N, d, F": tables.shape}
     if steps:
         parts.append("A training step in bf16:\n\n" + _comparison(steps, objective, True))
@@ -917,6 +1139,19 @@ def table(result: dict[str, Any]) -> str:
                 "density": tables.density,
             }
             parts.append(f"{title}:\n\n" + _comparison(rows, first, True))
+    for row in result["rows"]:
+        if row.get("kernels"):
+            total = sum(time for _, _, time in row["kernels"])
+            body = [
+                [f"`{name[:70]}`", str(count), f"{time:,.0f}", f"{time / total:.0%}"]
+                for name, count, time in row["kernels"][:SHOWN]
+            ]
+            launches = sum(count for _, count, _ in row["kernels"])
+            parts.append(
+                f"A step of `{row['case']['impl']}` from inside ({launches} launches, "
+                f"{total / 1e3:.2f} ms):\n\n"
+                + tables.markdown(["kernel", "launches", "microseconds", "share"], body)
+            )
     return "\n\n".join([*parts, _notes(result)])
 
 
@@ -932,7 +1167,7 @@ def _notes(result: dict[str, Any]) -> str:
     if c:
         counted = f"int8 products {c['bit_macs']['int8'] / 1e12:,.0f} T multiply-adds/s"
         if "b1" in c["bit_macs"]:
-            counted += f", 1-bit ones {c['bit_macs']['b1'] / 1e12:,.0f} (reported, not measured)"
+            counted += f", 1-bit ones {c['bit_macs']['b1'] / 1e12:,.0f}"
         texts.append(
             f"Measured there: bf16 product {c['gemm_bfloat16'] / 1e12:,.0f} TFLOP/s, copy "
             f"{c['copy'] / 1e12:.2f} TB/s, {counted}."
@@ -944,6 +1179,8 @@ def _notes(result: dict[str, Any]) -> str:
                     f'`bf.warmup("{name}")` takes {side["cold_seconds"]:.0f} s, '
                     f"{side['warm_seconds']:.0f} s with its kernels on disk."
                 )
+    if any(row.get("marked") for row in result["rows"]):
+        texts.append(f"{MARK.strip()}: an operator of this side was refused in the checks.")
     wrong = refusals(result)
     if wrong:
         texts.append(f"Refused: {len(wrong)}; see `bench/results/device.json`.")
@@ -1026,6 +1263,7 @@ def parser() -> argparse.ArgumentParser:
         "--device": {"default": "cuda", "choices": ["cuda", "cpu"]},  # for tests of this program
         "--tiny": {"action": "store_true"},
         "--worker": {"action": "store_true"},
+        "--small": {"action": "store_true"},  # under a checker
         "--until": {"type": float, "default": 0.0},
     }.items():
         found.add_argument(name, help=argparse.SUPPRESS, **more)
@@ -1048,11 +1286,19 @@ def main(
         print("python -m bench device needs an NVIDIA GPU; torch sees none", file=sys.stderr)
         return 2
     plan = TINY if options.tiny else FULL
+    if options.small:
+        for impl in options.impl:
+            try:
+                check_small(impl, options.device)
+            except WrongResultError as error:
+                print(f"refused: {impl}: {error}", file=sys.stderr)
+                return 1
+        return 0
     if options.worker:
         return work(path, options.impl, options.device, plan, options.until)
 
     begin = time.time()
-    request = registry.Request(options.device, torch.bfloat16)
+    request = request_of(options.device)
     reasons = {n: "; ".join(registry.reasons_against(n, request)) for n in options.impl}
     impls = [name for name, reason in reasons.items() if not reason]
     result = {

@@ -150,7 +150,7 @@ def decoder_backward(n: int, d: int, f: int, density: float, names: Names = None
 
 
 def _covariance_inputs(words: Tensor, f: int) -> tuple[Tensor, Tensor, Tensor, bool]:
-    return words, column_counts(words, f), torch.tensor(len(words)), keep_signs(f)
+    return words, column_counts(words, f), torch.tensor(len(words)), keep_signs(f, words.device)
 
 
 def covariance(n: int, d: int, f: int, density: float, names: Names = None) -> Comparison:

@@ -1,15 +1,21 @@
 """``python -m bench device`` without a GPU: the whole program on tiny sizes by the host's clock."""
 
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors
 import torch
 
 from bae_fast.files import read_json, write_json
 from bae_fast.ops import registry
-from bench import device, eager
+from bench import checkout, device, eager
 from bench.__main__ import main
 
 # what a worker's process runs: the command itself, with a fault where it is asked for
@@ -101,7 +107,7 @@ def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys)
     # everything is checked before anything is timed
     kinds = [row["case"]["kind"] for row in result["rows"]]
     last = max(i for i, kind in enumerate(kinds) if kind in ("layer", "check"))
-    assert not {"step", "operator", "pairs"} & set(kinds[:last])
+    assert not {"step", "operator", "pairs", "profile"} & set(kinds[:last])
     for row in result["rows"]:
         if row["case"]["kind"] in ("step", "operator", "pairs"):
             assert all(side["seconds"] > 0 for side in row["sides"].values()), row
@@ -124,7 +130,7 @@ def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys
     assert command(tmp_path, fault="dies") == 1
     result = read_json(tmp_path / "device.json")
     rows = {device.name_of(row["case"]): row["sides"] for row in result["rows"]}
-    hit = rows[device.name_of(case("step", objective="paper", compiled=True))]
+    hit = rows[device.name_of(STEP)]
     assert hit["torch bf16"] == {"refused": "its process ended with status 66"}
     assert hit["autocast"]["seconds"] > 0
     # what does not decode is timed all the same
@@ -171,14 +177,123 @@ def test_a_wrong_side_is_refused_and_never_timed(worked, monkeypatch):
     assert "| refused |" in device.table(result)
 
 
-def test_what_the_checks_refuse_is_not_timed_although_it_would_pass(worked, monkeypatch):
+def test_what_the_checks_refuse_is_timed_and_marked(worked):
+    """One refused check must not cost the times of a side; what it is wrong in itself has none."""
     wrong = {"case": CHECK, "sides": {"torch bf16": {"refused": "off"}}, "wall_seconds": 1.0}
     _, result = worked(DECODE, STEP, case("pairs", density=0.5), rows=[wrong])
     _, decode, step, pairs = result["rows"]
     for row in (decode, step):
-        assert row["sides"]["torch bf16"] == {"refused": "wrong in the checks"}
-        assert row["sides"]["autocast"]["seconds"] > 0
+        assert row["sides"]["torch bf16"]["seconds"] > 0
+        assert row["marked"] == ["torch bf16"]
     assert pairs["sides"]["torch"]["seconds"] > 0
+    assert pairs["marked"] == []
+    text = device.table(result)
+    assert f"s{device.MARK} |" in text or f"){device.MARK} |" in text
+    assert "was refused in the checks" in text
+
+
+def test_a_decode_that_changes_from_call_to_call_is_refused(worked, monkeypatch):
+    repeat = case("repeat", impl="torch", density=0.5)
+    _, result = worked(repeat)
+    assert result["rows"][0]["sides"]["torch bf16"] == {"checked": device.REPEATS}
+    right, calls = registry.BACKENDS["torch"].ops["decode"], []
+
+    def racing(*args):
+        calls.append(args)
+        recon = right(*args)
+        if len(calls) == 7:
+            recon[3, 5] = torch.nextafter(recon[3, 5], recon.new_tensor(9.0))
+        return recon
+
+    monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", racing)
+    _, result = worked(repeat, STEP)
+    (row, step) = result["rows"]
+    assert "other bits in call 7 than in the first: 1 of" in row["sides"]["torch bf16"]["refused"]
+    assert step["marked"] == ["torch bf16"]
+
+
+def test_a_step_is_seen_from_inside(worked):
+    _, result = worked(case("profile", impl="torch"))
+    (row,) = result["rows"]
+    assert row["kernels"]
+    name, count, microseconds = row["kernels"][0]
+    assert isinstance(name, str)
+    assert count > 0 < microseconds
+    assert "A step of `torch` from inside" in device.table(result)
+
+
+def fake_checker(folder, status, text):
+    """A program in place of compute-sanitizer: says something and ends."""
+    script = folder / "compute-sanitizer"
+    script.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+    script.chmod(0o755)
+    return str(folder)
+
+
+def test_what_a_checker_finds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert "not on the PATH" in device.sanitize("memcheck", "torch", 5.0)["unavailable"]
+    text = "========= ERROR SUMMARY: 0 errors"
+    monkeypatch.setenv("PATH", fake_checker(tmp_path, 0, text) + ":/bin:/usr/bin")
+    assert device.sanitize("racecheck", "torch", 5.0) == {"checked": "racecheck"}
+    text = "========= Invalid __global__ write of size 4 bytes"
+    monkeypatch.setenv("PATH", fake_checker(tmp_path, device.FOUND, text) + ":/bin:/usr/bin")
+    assert device.sanitize("memcheck", "torch", 5.0) == {
+        "refused": "Invalid __global__ write of size 4 bytes"
+    }
+
+
+def test_the_small_checks_run_and_refuse(monkeypatch, capsys):
+    assert device.main(["--small", "--device", "cpu", "--impl", "torch"]) == 0
+    right = registry.BACKENDS["torch"].ops["decode"]
+    monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", lambda *a: 1.05 * right(*a))
+    assert device.main(["--small", "--device", "cpu", "--impl", "torch"]) == 1
+    assert "refused: torch: recon is off by" in capsys.readouterr().err
+
+
+# -- a checkout in which nothing is installed ----------------------------------------------------
+
+PLAIN = """
+import sys
+if sys.argv[1] == "bench":
+    import bench
+from bae_fast.ops import registry
+print(registry.BACKENDS["triton"].unavailable, registry.BACKENDS["cuda"].unavailable)
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which kernels import"
+)
+def test_kernels_are_found_in_a_plain_checkout(tmp_path):
+    """Without the installed package: site's hooks off, the libraries' folder on the path."""
+    for folder in ("bae_fast", "bench", *checkout.PACKAGES.values()):
+        shutil.copytree(
+            device.ROOT / folder, tmp_path / folder,
+            ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"), dirs_exist_ok=True,
+        )  # fmt: skip
+    libraries = {str(Path(m.__file__).parent.parent) for m in (torch, np, safetensors)}
+    libraries.add(str(Path(importlib.util.find_spec("triton").origin).parent.parent))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sorted(libraries)])
+
+    def said(what):
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", PLAIN, what], env=environment, cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "kernels are not installed" in said("nothing")
+    assert said("bench").strip() == "None None"
+
+
+def test_the_folders_of_kernels_are_those_of_the_package():
+    tomllib = pytest.importorskip("tomllib")
+    with open(device.ROOT / "pyproject.toml", "rb") as file:
+        folders = tomllib.load(file)["tool"]["setuptools"]["package-dir"]
+    assert {k: v for k, v in folders.items() if k != "bae_fast"} == checkout.PACKAGES
 
 
 def test_a_side_that_raises_is_reported_with_its_first_line(worked, monkeypatch):
@@ -339,8 +454,6 @@ print("right")
     registry.BACKENDS["triton"].unavailable is not None, reason="triton cannot run here"
 )
 def test_the_checks_pass_for_triton_in_its_interpreter():
-    import subprocess
-
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=device.ROOT, capture_output=True, text=True, check=False,

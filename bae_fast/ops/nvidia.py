@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,21 @@ _MODULES = {
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_BITS = 30  # their weights are int32
+
+# Products of bits that the dense covariance makes in the time of one step of a counter: 2e15 a
+# second of 1-bit matrix instructions, 2e10 atomic additions in the L2 cache. Assumed, not measured.
+DENSE_A_STEP = 100_000
+# Lists of ones are made where a code with so many ones a row would be counted by them, and where
+# the dense form takes a quarter of a millisecond: less is hidden by the twenty launches.
+LEAST_ONES = 4
+LEAST_PRODUCTS = 5 * 10**11
+
+
+def lists_may_serve(n_rows: int, n_columns: int) -> bool:
+    """Whether codes of these sizes may be counted by lists of their ones."""
+    return (
+        n_columns**2 >= 2 * LEAST_ONES**2 * DENSE_A_STEP and n_rows * n_columns**2 >= LEAST_PRODUCTS
+    )
 
 
 def interpreted() -> bool:
@@ -50,10 +65,10 @@ def bodies(kernels: str) -> dict[str, Callable[..., Any]]:
     return {name: raw(_body(name, kernels)) for name in _MODULES}
 
 
-def warm(kernels: str, device: torch.device) -> None:
-    """Compile on a device what a step starts."""
+def warm(kernels: str, device: torch.device, surrogates: Sequence[str], multilinear: bool) -> None:
+    """Compile on a device what a step with these surrogates starts."""
     warmup = importlib.import_module(f"{_BODIES}.warmup").warmup
-    warmup(importlib.import_module(kernels), device)
+    warmup(importlib.import_module(kernels), device, surrogates, multilinear)
 
 
 @functools.cache
@@ -90,7 +105,7 @@ def device_reasons(request: Request, least: tuple[int, int], note: str = "") -> 
         return ["torch sees no CUDA device"]
     if torch.version.hip is not None:
         return ["made for NVIDIA GPUs; this torch is built for AMD's"]
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(request.device_index)
     if capability < least:
         return [
             f"needs compute capability {least[0]}.{least[1]}; got {capability[0]}.{capability[1]}"

@@ -8,7 +8,7 @@ must be cheap and must not need the backend's toolchain: a backend that cannot r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,16 @@ class BackendUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend is asked to serve; sizes are None where they are not known yet."""
+    """What a backend is asked to serve; sizes are None where they are not known yet.
+
+    ``device_index`` is the tensor's own; None: the device that is current.
+    """
 
     device_type: str
     dtype: torch.dtype
     n_columns: int | None = None
     n_bits: int = 1
+    device_index: int | None = None
 
 
 def environment_megabytes(name: str, default: int) -> int:
@@ -52,6 +56,10 @@ def environment_megabytes(name: str, default: int) -> int:
 
 def _no_reasons(request: Request) -> list[str]:
     return []
+
+
+def _never(n_rows: int, n_columns: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,11 @@ class Backend:
         unavailable: why it cannot run in this process at all, or None.
         ops: operator name -> callable; empty where unavailable.
         not_supported_reasons: every reason against serving a request; empty to accept it.
-        warmup: compiles what a first call on a device would, or None where nothing is compiled.
+        warmup: compiles what a first call on a device would, given the device, the surrogates and
+            whether steps have the multilinear term; None where nothing is compiled.
         simd: name of the CPU instruction set in use, or None where there is no such choice.
+        may_leave_planes: whether sign planes of so many rows and columns may be left unmade where
+            the codes are sparse, and marked so on the device.
         extras: functions beyond the contract.
     """
 
@@ -89,8 +100,9 @@ class Backend:
     unavailable: str | None = None
     ops: dict[str, Callable[..., Any]] = field(default_factory=dict)
     not_supported_reasons: Callable[[Request], list[str]] = _no_reasons
-    warmup: Callable[[torch.device], None] | None = None
+    warmup: Callable[[torch.device, Sequence[str], bool], None] | None = None
     simd: Callable[[], str] | None = None
+    may_leave_planes: Callable[[int, int], bool] = _never
     extras: Extras = Extras()  # frozen
 
 
@@ -129,7 +141,12 @@ def check_impl(impl: str) -> str:
 
 
 def choose(
-    impl: str, device_type: str, dtype: torch.dtype, n_columns: int | None, n_bits: int
+    impl: str,
+    device_type: str,
+    dtype: torch.dtype,
+    n_columns: int | None,
+    n_bits: int,
+    device_index: int | None = None,
 ) -> str:
     """The implementation that serves a call: "reference" or the name of a backend.
 
@@ -146,7 +163,7 @@ def choose(
             raise ValueError(f"{ENV_IMPL} must be one of {', '.join(IMPLS)}; got {impl!r}")
     if impl == "reference":
         return impl
-    request = Request(device_type, dtype, n_columns, n_bits)
+    request = Request(device_type, dtype, n_columns, n_bits, device_index)
     if impl == "auto":
         order = AUTO_ORDER.get(device_type, ("torch",))
         for name in order:

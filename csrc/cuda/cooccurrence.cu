@@ -171,7 +171,7 @@ __device__ __forceinline__ void pairs(const int* features, long long stride, int
   Accumulators<S> sums;
   const Operand left{features + row0 * stride, stride, here};
   const Operand right[1] = {{features + column0 * stride, stride, across}};
-  product<S>(sums, left, right, width, true);
+  product<S, true>(sums, left, right, width);
 
   unsigned* const memory = shared_memory();
   auto* const tile_counts = reinterpret_cast<Value*>(memory + kCountsAt);
@@ -223,13 +223,14 @@ __device__ __forceinline__ void pairs(const int* features, long long stride, int
 }  // namespace bae_fast
 
 // What is started: PairShape's threads and shared memory a block. `planes` may be null in
-// `covariance`. Strides are in words.
+// `covariance`, `unless` anywhere: where it is not zero nothing is made. Strides are in words.
 #define BAE_FAST_PAIRS(name, Value, Triangle)                                                      \
   extern "C" __global__ void __launch_bounds__(bae_fast::PairShape::kThreads,                      \
                                                bae_fast::kPairBlocks)                              \
       name(const int* features, long long stride, int width, const long long* counts,              \
            const long long* n_rows, long long* block_sums, int* planes, long long plane_stride,    \
-           long long signs_stride, int words, int first, int rows, int k) {                        \
+           long long signs_stride, int words, int first, int rows, int k, const int* unless) {     \
+    if (unless != nullptr && *unless != 0) return;                                                 \
     bae_fast::pairs<Value, Triangle>(features, stride, width, counts, n_rows, block_sums,          \
                                      {planes, plane_stride, signs_stride, words}, first, rows, k); \
   }

@@ -21,56 +21,86 @@ struct Accumulators {
   int ones[S::kFragmentsM][2];
 };
 
-// Starts the copies of one operand's rows, 512 bits each from `word` on.
+// One thread's share of the copies of an operand, made once: in the loop only pointers move. It
+// copies one chunk of every `kApart`th row, and rows so far apart have their chunks alike.
 template <int Rows, int Threads>
-__device__ __forceinline__ void copy_rows(unsigned* to, const Operand& from, int word, int width,
-                                          bool aligned) {
-  static_assert(Rows * kStageChunks % Threads == 0, "every thread copies as many chunks");
-  const int chunk = thread_index() % kStageChunks, first = word + chunk * kChunkWords;
-  const int left_over = width - first;
-  const int inside = left_over < 0 ? 0 : left_over < kChunkWords ? left_over : kChunkWords;
+struct Copies {
+  static constexpr int kApart = Threads / kStageChunks;
+  static_assert(Rows % kApart == 0 && kApart % 8 == 0, "every thread copies as many chunks");
+  const int* first;        // the operand's: an address that is not read must still be one of it
+  const int* from;         // of the thread's chunk in its first row, at the next stage
+  long long step;          // from one of its rows to the next, in words
+  int rows, words, place;  // left from its first row and chunk on; where that lies in a stage
+
+  __device__ __forceinline__ Copies(const Operand& operand, int width) {
+    const int row = thread_index() / kStageChunks, chunk = thread_index() % kStageChunks;
+    first = operand.words;
+    from = first + row * operand.stride + chunk * kChunkWords;
+    step = kApart * operand.stride;
+    rows = operand.rows - row;
+    words = width - chunk * kChunkWords;
+    place = chunk_at(row, chunk);
+  }
+
+  // Starts the copies of the next stage, 512 bits a row.
+  template <bool Aligned>
+  __device__ __forceinline__ void start(unsigned* stage) {
+    const int inside = words < 0 ? 0 : words < kChunkWords ? words : kChunkWords;
+    const int* source = from;
 #pragma unroll
-  for (int part = 0; part < Rows * kStageChunks / Threads; ++part) {
-    const int row = (part * Threads + thread_index()) / kStageChunks;
-    const int words = row < from.rows ? inside : 0;
-    // an address that is not read must still be one of the operand
-    const int* const source = words > 0 ? from.words + row * from.stride + first : from.words;
-    unsigned* const place = to + chunk_at(row, chunk);
-    if (aligned) {
-      copy_chunk(place, source, words * 4);
-    } else {
+    for (int part = 0; part < Rows / kApart; ++part) {
+      const int count = part * kApart < rows ? inside : 0;
+      unsigned* const to = stage + place + part * kApart * kStageWords;
+      if (Aligned) {
+        copy_chunk(to, count > 0 ? source : first, count * 4);
+      } else {
 #pragma unroll
-      for (int w = 0; w < kChunkWords; ++w) {
-        copy_word(place + w, w < words ? source + w : from.words, w < words ? 4 : 0);
+        for (int w = 0; w < kChunkWords; ++w) {
+          copy_word(to + w, w < count ? source + w : first, w < count ? 4 : 0);
+        }
       }
+      source += step;
+    }
+    from += kStageWords;
+    words -= kStageWords;
+  }
+};
+
+// The same for all operands of a product, the left one first.
+template <typename S>
+struct Stages {
+  Copies<S::kRows, S::kThreads> left;
+  Copies<S::kColumns, S::kThreads> right, below;  // `below` with two planes only
+
+  __device__ __forceinline__ Stages(const Operand& a, const Operand (&b)[S::kPlanes], int width)
+      : left(a, width), right(b[0], width), below(b[S::kPlanes - 1], width) {}
+
+  template <bool Aligned>
+  __device__ __forceinline__ void start(unsigned* stage) {
+    left.template start<Aligned>(stage);
+    right.template start<Aligned>(stage + S::kRows * kStageWords);
+    if (S::kPlanes == 2) {
+      below.template start<Aligned>(stage + (S::kRows + S::kColumns) * kStageWords);
     }
   }
-}
-
-template <typename S>
-__device__ __forceinline__ void copy_stage(unsigned* stage, const Operand& left,
-                                           const Operand (&right)[S::kPlanes], int word, int width,
-                                           bool aligned) {
-  copy_rows<S::kRows, S::kThreads>(stage, left, word, width, aligned);
-#pragma unroll
-  for (int plane = 0; plane < S::kPlanes; ++plane) {
-    unsigned* const to = stage + (S::kRows + plane * S::kColumns) * kStageWords;
-    copy_rows<S::kColumns, S::kThreads>(to, right[plane], word, width, aligned);
-  }
-}
+};
 
 // The second plane enters as its complement: popc(a & p) + popc(a & ~m) is popc(a & p) -
 // popc(a & m) + popc(a), one accumulator for both planes.
 template <typename S>
 __device__ __forceinline__ void multiply_stage(Accumulators<S>& sums, const unsigned* stage,
                                                int warp_m, int warp_n, int lane) {
+  // rows of fragments lie 16 apart, where chunks have the same places: one address a slice
+  const unsigned* const lefts = stage + warp_m * S::kWarpRows * kStageWords;
+  const unsigned* const rights = stage + (S::kRows + warp_n * S::kWarpColumns) * kStageWords;
 #pragma unroll
   for (int slice = 0; slice < kSlices; ++slice) {
+    const unsigned* const a_at = lefts + chunk_at(left_row(lane), left_chunk(slice, lane));
+    const unsigned* const b_at = rights + chunk_at(right_row(lane), right_chunk(slice, lane));
     unsigned a[S::kFragmentsM][4];
 #pragma unroll
     for (int m = 0; m < S::kFragmentsM; ++m) {
-      const int row = warp_m * S::kWarpRows + m * 16 + left_row(lane);
-      load_matrices(a[m], stage + chunk_at(row, left_chunk(slice, lane)));
+      load_matrices(a[m], a_at + m * 16 * kStageWords);
       if (S::kPlanes == 2) {
         sums.ones[m][0] += count_ones(a[m][0]) + count_ones(a[m][2]);
         sums.ones[m][1] += count_ones(a[m][1]) + count_ones(a[m][3]);
@@ -80,9 +110,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators<S>& sums, const unsi
     for (int plane = 0; plane < S::kPlanes; ++plane) {
 #pragma unroll
       for (int n = 0; n < S::kFragmentsN; n += 2) {
-        const int row = S::kRows + plane * S::kColumns + warp_n * S::kWarpColumns + n * 8;
         unsigned b[4];
-        load_matrices(b, stage + chunk_at(row + right_row(lane), right_chunk(slice, lane)));
+        load_matrices(b, b_at + (plane * S::kColumns + n * 8) * kStageWords);
         if (plane == 1) {
 #pragma unroll
           for (int r = 0; r < 4; ++r) b[r] = ~b[r];
@@ -98,10 +127,10 @@ __device__ __forceinline__ void multiply_stage(Accumulators<S>& sums, const unsi
 }
 
 // Leaves the product in the registers of the block's warps, and shared memory free for others.
-template <typename S>
+// `Aligned`: rows of all operands start on 16 bytes.
+template <typename S, bool Aligned>
 __device__ __forceinline__ void product(Accumulators<S>& sums, const Operand& left,
-                                        const Operand (&right)[S::kPlanes], int width,
-                                        bool aligned) {
+                                        const Operand (&right)[S::kPlanes], int width) {
   unsigned* const memory = shared_memory();
   const int warp = thread_index() / kLanes, lane = thread_index() % kLanes;
   const int warp_m = warp / S::kWarpsN, warp_n = warp % S::kWarpsN;
@@ -115,13 +144,12 @@ __device__ __forceinline__ void product(Accumulators<S>& sums, const Operand& le
     }
   }
   constexpr int kStride = S::kStageRows * kStageWords;
+  Stages<S> copies(left, right, width);
   const int steps = ceil_div(width, kStageWords);
   // a group is committed at every step, full or empty, so that their number says which has arrived
 #pragma unroll
   for (int step = 0; step < S::kStages - 1; ++step) {
-    if (step < steps) {
-      copy_stage<S>(memory + step * kStride, left, right, step * kStageWords, width, aligned);
-    }
+    if (step < steps) copies.template start<Aligned>(memory + step * kStride);
     commit_copies();
   }
   int slot = 0, free_slot = S::kStages - 1;
@@ -129,9 +157,7 @@ __device__ __forceinline__ void product(Accumulators<S>& sums, const Operand& le
     wait_copies<S::kStages - 2>();
     synchronize();  // everybody's copies are here, and nobody reads the slot that is free now
     const int next = step + S::kStages - 1;
-    if (next < steps) {
-      copy_stage<S>(memory + free_slot * kStride, left, right, next * kStageWords, width, aligned);
-    }
+    if (next < steps) copies.template start<Aligned>(memory + free_slot * kStride);
     commit_copies();
     multiply_stage<S>(sums, memory + slot * kStride, warp_m, warp_n, lane);
     free_slot = slot;

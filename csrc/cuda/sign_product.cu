@@ -22,7 +22,11 @@ __device__ __forceinline__ void signed_sums(const int* bits, long long bits_stri
   const int* const above = planes + column0 * signs_stride;
   const Operand right[2] = {{above, signs_stride, columns - column0},
                             {above + plane_stride, signs_stride, columns - column0}};
-  product<S>(sums, left, right, width, aligned != 0);
+  if (aligned != 0) {
+    product<S, true>(sums, left, right, width);
+  } else {
+    product<S, false>(sums, left, right, width);
+  }
 
   const int warp = thread_index() / kLanes, lane = thread_index() % kLanes;
   const int warp_row = row0 + warp / S::kWarpsN * S::kWarpRows;
@@ -97,12 +101,13 @@ struct StoreIntegers {
 }  // namespace bae_fast
 
 // The shape's threads and shared memory a block. Strides are in words; `aligned`: rows of both
-// operands start on 16 bytes.
+// operands start on 16 bytes. Where `unless` is given and not zero nothing is made.
 extern "C" __global__ void __launch_bounds__(bae_fast::SignShape::kThreads, 1)
     sign_product(const int* bits, long long bits_stride, int rows, const int* planes,
                  long long plane_stride, long long signs_stride, int columns, int width,
                  int aligned, const long long* counts_signs, const long long* n_rows,
-                 const float* scale, float* out, long long out_stride) {
+                 const float* scale, float* out, long long out_stride, const int* unless) {
+  if (unless != nullptr && *unless != 0) return;
   bae_fast::signed_sums<bae_fast::SignShape>(
       bits, bits_stride, rows, planes, plane_stride, signs_stride, columns, width, aligned,
       bae_fast::StoreScaled{out, out_stride, counts_signs, *n_rows, *scale});
@@ -111,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(bae_fast::SignShape::kThreads, 1)
 extern "C" __global__ void __launch_bounds__(bae_fast::DigitShape::kThreads, 1)
     digit_product(const int* bits, long long bits_stride, int rows, const int* planes,
                   long long plane_stride, long long signs_stride, int columns, int width,
-                  int aligned, int* out, long long out_stride) {
+                  int aligned, int* out, long long out_stride, const int* unless) {
+  if (unless != nullptr && *unless != 0) return;
   bae_fast::signed_sums<bae_fast::DigitShape>(bits, bits_stride, rows, planes, plane_stride,
                                               signs_stride, columns, width, aligned,
                                               bae_fast::StoreIntegers{out, out_stride});

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bae_fast.kernels.covariance import DIGITS, INT32_ROWS, from_digits
+from bae_fast.kernels.covariance import INT32_ROWS, from_digits
 from bae_fast.kernels.launch import cdiv, dense_rows
 from bae_fast.kernels_cuda import driver
 from bae_fast.kernels_cuda.driver import Kernel
@@ -20,13 +20,13 @@ PAIRS = (128, 128, 49152, 128)
 SIGNS = (256, 128, 98304, 256)
 COUNT_DIGITS = (64, 128, 61440, 256)
 
-_PAIRS = "pqippppqqiiii"
+_PAIRS = "pqilllpqqiiiip"
 COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE = (
     Kernel("cooccurrence.cu", name, *PAIRS[2:], _PAIRS)
     for name in ("covariance", "covariance_wide", "sign_slab", "sign_slab_wide")
 )
-SIGN_PRODUCT = Kernel("sign_product.cu", "sign_product", *SIGNS[2:], "pqipqqiiippppq")
-DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", *COUNT_DIGITS[2:], "pqipqqiiipq")
+SIGN_PRODUCT = Kernel("sign_product.cu", "sign_product", *SIGNS[2:], "pqipqqiiillffqp")
+DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", *COUNT_DIGITS[2:], "pqipqqiiipqp")
 KERNELS = (COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE, SIGN_PRODUCT, DIGIT_PRODUCT)
 
 
@@ -46,6 +46,7 @@ def _pairs(
     signs: Tensor | None,
     rows: tuple[int, int],
     n_bound: int,
+    unless: Tensor | None,
 ) -> None:
     driver.start(
         kernels[n_bound >= INT32_ROWS],
@@ -63,11 +64,17 @@ def _pairs(
         rows[0],
         rows[1] - rows[0],
         counts.shape[0],
+        unless,
     )
 
 
 def covariance(
-    features: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool, n_bound: int
+    features: Tensor,
+    counts: Tensor,
+    n_rows: Tensor,
+    keep_signs: bool,
+    n_bound: int,
+    unless: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum_{i != j} |V_ij|, int64 ``[]``, and the planes int32 ``[2, K, ceil(K/32)]`` or empty.
 
@@ -75,24 +82,36 @@ def covariance(
         features: feature-packed bits of the counted rows.
         counts, n_rows: int64 ``[K]`` and ``[]``.
         n_bound: a number of rows that n_rows does not exceed.
+        unless: int32 of one element; where it is not zero on the device, nothing is made.
     """
     k = counts.shape[0]
     sums = torch.empty(triangle_tiles(k), dtype=torch.int64, device=features.device)
     signs = features.new_empty(2, k, n_words(k)) if keep_signs else None
     kernels = (COVARIANCE, COVARIANCE_WIDE)
-    _pairs(kernels, len(sums), features, counts, n_rows, sums, signs, (0, k), n_bound)
+    _pairs(kernels, len(sums), features, counts, n_rows, sums, signs, (0, k), n_bound, unless)
     return sums.sum(), features.new_empty(0) if signs is None else signs
 
 
 def sign_slab(
-    features: Tensor, counts: Tensor, n_rows: Tensor, start: int, stop: int, n_bound: int
+    features: Tensor,
+    counts: Tensor,
+    n_rows: Tensor,
+    start: int,
+    stop: int,
+    n_bound: int,
+    unless: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Rows start .. stop of both planes, int32 ``[2, stop - start, ceil(K/32)]``."""
+    """Rows start .. stop of both planes, int32 ``[2, stop - start, ceil(K/32)]``.
+
+    ``unless`` is as in :func:`covariance`; ``out`` is where they are written, rows contiguous.
+    """
     k = counts.shape[0]
-    signs = features.new_empty(2, stop - start, n_words(k))
+    signs = features.new_empty(2, stop - start, n_words(k)) if out is None else out
     blocks = cdiv(stop - start, PAIRS[0]) * cdiv(k, PAIRS[1])
     kernels = (SLAB, SLAB_WIDE)
-    _pairs(kernels, blocks, features, counts, n_rows, None, signs, (start, stop), n_bound)
+    span = (start, stop)
+    _pairs(kernels, blocks, features, counts, n_rows, None, signs, span, n_bound, unless)
     return signs
 
 
@@ -111,6 +130,7 @@ def _start_product(
     signs: Tensor,
     rest: tuple[Tensor, ...],
     out: Tensor,
+    unless: Tensor | None,
 ) -> Tensor:
     bits = dense_rows(bits)
     n, (_, k, width) = bits.shape[0], signs.shape
@@ -129,12 +149,18 @@ def _start_product(
         *rest,
         out,
         out.stride(0),
+        unless,
     )
     return out
 
 
 def sign_product(
-    words: Tensor, signs: Tensor, digits: Tensor, n_rows: Tensor, scale: Tensor
+    words: Tensor,
+    signs: Tensor,
+    digits: Tensor,
+    n_rows: Tensor,
+    scale: Tensor,
+    unless: Tensor | None = None,
 ) -> Tensor:
     """scale (N (B S) - 1 (n^T S)) for a slab of columns, fp32 ``[rows of words, slab]``.
 
@@ -143,9 +169,11 @@ def sign_product(
         signs: rows of both planes, ``[2, slab, ceil(K/32)]``.
         digits: :func:`bae_fast.kernels.covariance.count_digits` of the counted rows.
         n_rows, scale: int64 ``[]`` and fp32 ``[]``.
+        unless: as in :func:`covariance`.
     """
     slab = signs.shape[1]
-    raw = words.new_empty(DIGITS, slab)
-    counts_signs = from_digits(_start_product(DIGIT_PRODUCT, COUNT_DIGITS, digits, signs, (), raw))
+    raw = words.new_empty(digits.shape[0], slab)
+    _start_product(DIGIT_PRODUCT, COUNT_DIGITS, digits, signs, (), raw, unless)
+    rest = (from_digits(raw), n_rows, scale)
     out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
-    return _start_product(SIGN_PRODUCT, SIGNS, words, signs, (counts_signs, n_rows, scale), out)
+    return _start_product(SIGN_PRODUCT, SIGNS, words, signs, rest, out, unless)

@@ -14,13 +14,15 @@ from bae_fast.kernels_cuda import nvrtc
 
 LIBRARY = "libcuda.so.1"
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_POINTERS = {"p": torch.int32, "l": torch.int64, "f": torch.float32}
 _INTEGERS: dict[str, Any] = {"i": ctypes.c_int32, "q": ctypes.c_int64}
 
 
 class Kernel(NamedTuple):
     """A kernel of ``csrc/cuda``: its file, name, what a block needs, and arguments.
 
-    ``arguments`` has one letter each: p for a tensor or None, i for int32, q for int64.
+    ``arguments`` has one letter each: p for an int32 tensor, l for an int64 and f for a fp32 one,
+    each of which may be None, i for int32, q for int64.
     """
 
     source: str
@@ -56,7 +58,7 @@ def _check(library: ctypes.CDLL, result: int, doing: str) -> None:
 
 
 @functools.cache
-def _context(index: int) -> ctypes.c_void_p:
+def _primary(index: int) -> ctypes.c_void_p:
     """The device's primary context, the one that torch uses; never released."""
     library, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
     _check(library, library.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
@@ -65,8 +67,24 @@ def _context(index: int) -> ctypes.c_void_p:
     return context
 
 
-_modules: dict[tuple[str, int], ctypes.c_void_p] = {}
-_functions: dict[tuple[Kernel, int], ctypes.c_void_p] = {}
+def _context(index: int) -> int:
+    """Address of the thread's own context; the primary one where the thread has none yet.
+
+    A thread that has called nothing but the driver has none. Where the caller has made another
+    one current for the device, the kernel runs in that one, as torch's own do.
+    """
+    library, context = _driver(), ctypes.c_void_p()
+    _check(library, library.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if context.value is None:
+        context = _primary(index)
+        _check(library, library.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    assert context.value is not None
+    return context.value
+
+
+# by source or kernel, device and context
+_modules: dict[tuple[str, int, int], ctypes.c_void_p] = {}
+_functions: dict[tuple[Kernel, int, int], ctypes.c_void_p] = {}
 _lock = threading.Lock()  # backward runs in a thread of its own
 
 
@@ -76,9 +94,9 @@ def arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _load(kernel: Kernel, index: int) -> ctypes.c_void_p:
-    """The kernel on the device whose context is current, compiled where that is needed."""
-    library, key = _driver(), (kernel.source, index)
+def _load(kernel: Kernel, index: int, context: int) -> ctypes.c_void_p:
+    """The kernel in the context that is current, compiled where that is needed."""
+    library, key = _driver(), (kernel.source, index, context)
     if key not in _modules:
         code = nvrtc.cubin(kernel.source, arch(torch.device("cuda", index)))
         module = ctypes.c_void_p()
@@ -99,11 +117,21 @@ def pack(kernel: Kernel, args: tuple[Tensor | int | None, ...]) -> list[Any]:
     """The arguments' values as C has them.
 
     Raises:
+        TypeError: a tensor of another dtype than the kernel reads.
+        ValueError: tensors on different devices, or a first argument that is none.
         OverflowError: an integer that its type does not hold.
     """
-    values = []
+    first = args[0]
+    if not isinstance(first, Tensor):
+        raise ValueError(f"argument 0 of {kernel.name} must be a tensor; got {first!r}")
+    values: list[Any] = []
     for letter, arg in zip(kernel.arguments, args, strict=True):
-        if letter == "p":
+        if letter in _POINTERS:
+            what = f"argument {len(values)} of {kernel.name}"
+            if isinstance(arg, Tensor) and arg.dtype != _POINTERS[letter]:
+                raise TypeError(f"{what} must be {_POINTERS[letter]}; got {arg.dtype}")
+            if isinstance(arg, Tensor) and arg.device != first.device:
+                raise ValueError(f"{what} must be on {first.device}; got {arg.device}")
             values.append(ctypes.c_void_p(arg.data_ptr() if isinstance(arg, Tensor) else None))
             continue
         value = _INTEGERS[letter](arg)
@@ -121,15 +149,14 @@ def start(kernel: Kernel, blocks: int, *args: Tensor | int | None) -> None:
         CompilationError: see :func:`bae_fast.kernels_cuda.nvrtc.cubin`.
         DriverError: the driver refused a call.
     """
+    values = pack(kernel, args)
     assert isinstance(args[0], Tensor)
     device = args[0].device
-    values = pack(kernel, args)
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     library, index = _driver(), device.index
     with torch.cuda.device(device):
-        # a thread that has called nothing but the driver has no context of its own
-        _check(library, library.cuCtxSetCurrent(_context(index)), "cuCtxSetCurrent")
-        function = _functions.get((kernel, index))
+        context = _context(index)
+        function = _functions.get((kernel, index, context))
         if function is None:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -138,7 +165,7 @@ def start(kernel: Kernel, blocks: int, *args: Tensor | int | None) -> None:
                     "before capturing"
                 )
             with _lock:
-                function = _functions[kernel, index] = _load(kernel, index)
+                function = _functions[kernel, index, context] = _load(kernel, index, context)
         stream = torch.cuda.current_stream(device).cuda_stream
         grid, block = (blocks, 1, 1), (kernel.threads, 1, 1)
         rest = (kernel.shared_bytes, stream, addresses, None)

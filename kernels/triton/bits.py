@@ -13,6 +13,9 @@ at a time. Position c of a word's 32 in the inner order is bit
 
     int8: any order, the same in both operands       half: c // 2 + 16 (c % 2)
 
+Where the product is cuBLAS's, ``unpack_kernel`` writes the operand in its plain order, 16 bytes a
+store.
+
 Transposing. ``transpose_kernel`` turns row-packed words into feature-packed or column-packed ones
 (:mod:`bae_fast.packing`) through 256 rows x 32 columns a word of bits in registers.
 """
@@ -29,6 +32,12 @@ from bae_fast.packing import FEATURE_ALIGN_WORDS, WORD_BITS, n_words
 
 # bf16 arithmetic is silently wrong in the interpreter: operands become fp32 there, as exact
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def wide(number):
+    """An argument as int64: one that is 1 reaches a kernel as a constant, which has no ``.to``."""
+    return tl.cast(number, tl.int64)
 
 
 @triton.jit
@@ -142,6 +151,58 @@ def grouped(program, n_m, n_n, GROUP: tl.constexpr):
     size = tl.minimum(n_m - first, GROUP)
     inside = program % (GROUP * n_n)
     return first + inside % size, inside // size
+
+
+@triton.jit(do_not_specialize=["n", "width", "stride_words"])
+def unpack_kernel(
+    words_ptr,
+    out_ptr,
+    n,
+    width,
+    stride_words,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside = (rows < n)[:, None] & (at < width)[None, :]
+    words = tl.load(
+        words_ptr + rows.to(tl.int64)[:, None] * stride_words + at[None, :], mask=inside, other=0
+    )
+    places = tl.arange(0, 32)[None, None, :]
+    bits = (words[:, :, None] >> places) & 1
+    to = out_ptr + (rows.to(tl.int64)[:, None] * width + at[None, :])[:, :, None] * 32 + places
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    if kind == tl.bfloat16 or kind == tl.float16:
+        # the number's own bits: nothing is converted
+        ONE: tl.constexpr = 0x3F80 if kind == tl.bfloat16 else 0x3C00
+        numbers = (bits * ONE).to(tl.int16).to(kind, bitcast=True)
+    else:
+        numbers = bits.to(kind)
+    tl.store(to, numbers, mask=inside[:, :, None])
+
+
+def unpack(words: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
+    """Row-packed int32 ``[N, ceil(K/32)]`` to zeros and ones ``dtype [N, K]``.
+
+    The result is a view of rows of whole words, 32 numbers each: rows start on 64 bytes.
+    """
+    words, (n, width) = launch.dense_rows(words), words.shape
+    config = launch.configuration("unpack", words.device, dtype, (n, width))
+    out = torch.empty(n, width * WORD_BITS, dtype=dtype, device=words.device)
+    launch.start(
+        unpack_kernel,
+        (launch.cdiv(n, config.m), launch.cdiv(width, config.n)),
+        words,
+        out,
+        n,
+        width,
+        words.stride(0),
+        BLOCK_M=config.m,
+        BLOCK_W=config.n,
+        num_warps=config.warps,
+    )
+    return out[:, :n_columns]
 
 
 @triton.jit(do_not_specialize=["n", "n_columns"])

@@ -1,8 +1,8 @@
 """Tile sizes by chip family, kernel and size: data, read by :mod:`bae_fast.kernels.launch`.
 
 Chosen by what compiles: matrix instructions in the loop, no spill, shared memory within the chip's
-limit (``tests/backends/test_triton_compile.py``); not timed on a device. Entries go by the number
-of rows of the kernel's first operand.
+limit (the tests that compile kernels); not timed on a device. Where a kernel has several tiles,
+:func:`bae_fast.kernels.launch.default` takes one by the number of tiles and of multiprocessors.
 """
 
 from __future__ import annotations
@@ -29,72 +29,58 @@ SHARED_MEMORY = {
     "sm_120": 101376,
 }
 
-_FEW, _MANY = 64, 4096
-_DIGITS = 32  # nearest to 63 rows, and not to 512
+Table = dict[str, tuple[Config, ...]]
 
 # one pass over memory: the same on every chip
-_PASSES: dict[str, dict[int, Config]] = {
-    "threshold": {_MANY: Config(32, 128, 1, 4, 1)},
-    "surrogate": {_MANY: Config(32, 128, 1, 4, 1)},
-    "transpose": {_MANY: Config(256, 2, 1, 4, 1)},
+_PASSES: Table = {
+    "threshold": (Config(32, 128, 1, 4, 1),),
+    "surrogate": (Config(32, 128, 1, 4, 1),),
+    "transpose": (Config(256, 2, 1, 4, 1),),
+    "unpack": (Config(16, 8, 1, 4, 1),),
+    "lists": (Config(1, 64, 1, 4, 1),),
+    "pair_lists": (Config(16, 32, 1, 4, 1),),
 }
 
 
-def _table(
-    few: Config, encode: Config, bits: Config, gradient: Config, pairs: Config, signs: Config
-) -> dict[str, dict[int, Config]]:
-    return {
-        "encode": {_FEW: few, _MANY: encode},
-        "bits_product": {_FEW: few, _MANY: bits},
-        "gradient": {_FEW: few, _MANY: gradient},
-        "covariance": {_MANY: pairs},
-        "sign_product": {_MANY: signs},
-        **_PASSES,
-    }
+def _table(product: Config, pairs: Config, signs: tuple[Config, ...]) -> Table:
+    few = Config(64, 64, 64, 4, 3)
+    products = dict.fromkeys(("encode", "bits_product", "gradient"), (few, product))
+    return {**products, "covariance": (pairs,), "sign_product": signs, **_PASSES}
 
 
 _AMPERE = _table(
-    few=Config(64, 64, 64, 4, 3),
-    encode=Config(128, 128, 32, 8, 4),
-    bits=Config(128, 128, 32, 8, 4),
-    gradient=Config(128, 128, 32, 8, 4),
-    pairs=Config(128, 128, 64, 8, 3),
-    signs=Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 3), (Config(128, 128, 64, 8, 3),)
 )
 _HOPPER = _table(
-    few=Config(64, 64, 64, 4, 3),
-    encode=Config(128, 256, 64, 8, 3),
-    bits=Config(128, 256, 64, 8, 3),
-    gradient=Config(128, 256, 64, 8, 3),
-    pairs=Config(128, 128, 128, 8, 3),
-    signs=Config(128, 128, 128, 8, 3),
+    Config(128, 256, 64, 8, 3), Config(128, 128, 128, 8, 3), (Config(128, 128, 128, 8, 3),)
 )
 
-# the digits of the counts are 63 rows: half of a tile would be empty (the other chips would store
+# the digits of the counts are few rows: half of a tile would be empty (the other chips would store
 # the bits of such a tile byte by byte)
-_DIGIT_TILE = {_DIGITS: Config(64, 128, 128, 4, 3)}
+_DIGIT_TILE = (Config(64, 128, 128, 4, 3),)
 
 # warps of the covariance where V is int64: half of the registers a thread, else they spill
 # (Triton 3.6)
 WIDE_WARPS = {"sm_90": 16}
 
-DEFAULTS: dict[str, dict[str, dict[int, Config]]] = {
+# A multiprocessor makes so many products while it reads one number of an operand from the L2 cache
+# (H100 and H200: 2,100 a cycle, 64 bytes): a tile with few products for its rows waits for them.
+PRODUCTS_A_NUMBER = 64
+
+DEFAULTS: dict[str, Table] = {
     "sm_80": _AMPERE,
     "sm_86": _AMPERE,
-    "sm_90": {**_HOPPER, "sign_product": {**_DIGIT_TILE, **_HOPPER["sign_product"]}},
+    "sm_90": {**_HOPPER, "sign_product": _DIGIT_TILE + _HOPPER["sign_product"]},
     "sm_100": _HOPPER,
     "sm_120": _AMPERE,
     # small, so that small problems have several tiles
     "interpreter": {
-        **{
-            name: {_MANY: Config(32, 64, 64, 4, 1)}
-            for name in ("encode", "bits_product", "gradient")
-        },
-        "sign_product": {_MANY: Config(32, 64, 256, 4, 1)},
-        "threshold": {_MANY: Config(32, 64, 1, 4, 1)},
-        "surrogate": {_MANY: Config(32, 64, 1, 4, 1)},
-        "covariance": {_MANY: Config(128, 128, 128, 8, 1)},
-        "transpose": {_MANY: Config(256, 2, 1, 4, 1)},
+        **_PASSES,
+        **dict.fromkeys(("encode", "bits_product", "gradient"), (Config(32, 64, 64, 4, 1),)),
+        "sign_product": (Config(32, 64, 256, 4, 1),),
+        "threshold": (Config(32, 64, 1, 4, 1),),
+        "surrogate": (Config(32, 64, 1, 4, 1),),
+        "covariance": (Config(128, 128, 128, 8, 1),),
     },
 }
 

@@ -14,8 +14,8 @@ rows of S serve as its columns, contiguous along the inner index), and from it i
 
     scale (N (B S)_nj - (n^T S)_j)
 
-rounded to fp32 once before it is scaled. n^T S comes from the same kernel: the binary digits of n
-are 64 more rows of bits.
+rounded to fp32 once before it is scaled. n^T S comes from the same kernel: the binary digits of n,
+as many as the number of rows has, are further rows of bits.
 """
 
 import torch
@@ -31,12 +31,13 @@ from bae_fast.kernels.bits import (
     pack_rows,
     unpack_int8,
     unpack_signs,
+    wide,
 )
 from bae_fast.kernels.configs import WIDE_WARPS
 from bae_fast.packing import n_words
 from bae_fast.packing import pack_rows as pack_dense
 
-# digits of an int64 count
+# digits of an int64 count, where no number of rows bounds it
 DIGITS = 63
 # below this many rows V fits int32
 INT32_ROWS = 46341
@@ -44,6 +45,7 @@ INT32_ROWS = 46341
 
 @triton.jit(do_not_specialize=["first", "n_rows_slab", "n_columns", "width", "stride_features"])
 def covariance_kernel(
+    unless_ptr,
     features_ptr,
     counts_ptr,
     n_rows_ptr,
@@ -62,6 +64,8 @@ def covariance_kernel(
     SIGNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    if tl.load(unless_ptr) != 0:
+        return
     # feature-packed rows are whole 256 bits: no mask along them
     tl.static_assert(256 % BLOCK_K == 0)
     WORDS: tl.constexpr = BLOCK_K // 32
@@ -118,14 +122,14 @@ def covariance_kernel(
             to = signs_ptr + slab.to(tl.int64)[:, None] * stride_signs + words[None, :]
             mask = (slab < n_rows_slab)[:, None] & (words < width_signs)[None, :]
             tl.store(to, pack_columns(v > 0, BLOCK, QUARTER), mask=mask)
-            to += stride_plane.to(tl.int64)
+            to += wide(stride_plane)
             tl.store(to, pack_columns(v < 0, BLOCK, QUARTER), mask=mask)
             if TRIANGLE:
                 words = i * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
                 to = signs_ptr + columns.to(tl.int64)[None, :] * stride_signs + words[:, None]
                 mask = (columns < n_columns)[None, :] & (words < width_signs)[:, None]
                 tl.store(to, pack_rows(v > 0, BLOCK, QUARTER), mask=mask)
-                to += stride_plane.to(tl.int64)
+                to += wide(stride_plane)
                 tl.store(to, pack_rows(v < 0, BLOCK, QUARTER), mask=mask)
     if TRIANGLE:
         sum_all = tl.sum(total, axis=0)
@@ -134,6 +138,7 @@ def covariance_kernel(
 
 @triton.jit(do_not_specialize=["n", "k"])
 def sign_product_kernel(
+    unless_ptr,
     bits_ptr,
     signs_ptr,
     counts_signs_ptr,
@@ -152,6 +157,8 @@ def sign_product_kernel(
     BLOCK_K: tl.constexpr,
     RAW: tl.constexpr,
 ):
+    if tl.load(unless_ptr) != 0:
+        return
     WORDS: tl.constexpr = BLOCK_K // 32
     m, c = grouped(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(k, BLOCK_N), 8)
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -161,7 +168,7 @@ def sign_product_kernel(
     above_at = (
         signs_ptr + tl.minimum(columns, k - 1).to(tl.int64)[:, None] * stride_signs + at[None, :]
     )
-    below_at = above_at + stride_plane.to(tl.int64)
+    below_at = above_at + wide(stride_plane)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(0, width, WORDS):
         mask = (at < width - start)[None, :]
@@ -183,6 +190,11 @@ def sign_product_kernel(
         tl.store(to, exact.to(tl.float32) * tl.load(scale_ptr), mask=mask)
 
 
+def flag(unless: Tensor | None, like: Tensor) -> Tensor:
+    """What tells a kernel to make nothing, zero where the caller has none."""
+    return like.new_zeros(1, dtype=torch.int32) if unless is None else unless
+
+
 def _tiles(n_columns: int, block: int) -> int:
     side = launch.cdiv(n_columns, block)
     return side * (side + 1) // 2
@@ -196,6 +208,7 @@ def covariance(
     n_rows: Tensor,
     keep_signs: bool,
     n_bound: int,
+    unless: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """sum_{i != j} |V_ij|, int64 ``[]``, and the planes int32 ``[2, K, ceil(K/32)]`` or empty.
 
@@ -203,12 +216,13 @@ def covariance(
         features: feature-packed bits of the counted rows.
         counts, n_rows: int64 ``[K]`` and ``[]``.
         n_bound: a number of rows that n_rows does not exceed.
+        unless: int32 of one element; where it is not zero on the device, nothing is made.
     """
     k = counts.shape[0]
     sums = torch.empty(_tiles(k, config.m), dtype=torch.int64, device=features.device)
     shape = (2, k, n_words(k)) if keep_signs else (2, 0, 0)
     signs = torch.empty(shape, dtype=torch.int32, device=features.device)
-    _start(config, features, counts, n_rows, sums, signs, (0, k), n_bound, True, keep_signs)
+    _start(config, features, counts, n_rows, sums, signs, (0, k), n_bound, True, keep_signs, unless)
     return sums.sum(), signs if keep_signs else signs.flatten()
 
 
@@ -221,11 +235,19 @@ def sign_slab(
     start: int,
     stop: int,
     n_bound: int,
+    unless: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Rows start .. stop of both planes, int32 ``[2, stop - start, ceil(K/32)]``."""
+    """Rows start .. stop of both planes, int32 ``[2, stop - start, ceil(K/32)]``.
+
+    ``unless`` is as in :func:`covariance`; ``out`` is where they are written, rows contiguous.
+    """
     k = counts.shape[0]
-    signs = torch.empty(2, stop - start, n_words(k), dtype=torch.int32, device=features.device)
-    _start(config, features, counts, n_rows, counts, signs, (start, stop), n_bound, False, True)
+    signs = out
+    if signs is None:
+        signs = torch.empty(2, stop - start, n_words(k), dtype=torch.int32, device=features.device)
+    span = (start, stop)
+    _start(config, features, counts, n_rows, counts, signs, span, n_bound, False, True, unless)
     return signs
 
 
@@ -240,6 +262,7 @@ def _start(
     n_bound: int,
     triangle: bool,
     keep_signs: bool,
+    unless: Tensor | None,
 ) -> None:
     k, slab = counts.shape[0], rows[1] - rows[0]
     wide, warps = n_bound >= INT32_ROWS, config.warps
@@ -249,6 +272,7 @@ def _start(
     launch.start(
         covariance_kernel,
         (_tiles(k, config.m) if triangle else square,),
+        flag(unless, features),
         features,
         counts,
         n_rows,
@@ -271,7 +295,7 @@ def _start(
     )
 
 
-@launch.tuned("sign_product")
+@launch.tuned("sign_product", columns=3)
 def _sign_product(
     config: launch.Config,
     bits: Tensor,
@@ -280,12 +304,14 @@ def _sign_product(
     n_rows: Tensor,
     scale: Tensor,
     out: Tensor,
+    unless: Tensor | None,
 ) -> Tensor:
     bits = launch.dense_rows(bits)
     n, (_, k, width) = bits.shape[0], signs.shape
     launch.start(
         sign_product_kernel,
         (launch.cdiv(n, config.m) * launch.cdiv(k, config.n),),
+        flag(unless, bits),
         bits,
         signs,
         counts_signs,
@@ -309,20 +335,30 @@ def _sign_product(
     return out
 
 
-def count_digits(counts: Tensor) -> Tensor:
-    """Bit b of every count, row-packed ``[63, ceil(K/32)]``."""
-    places = torch.arange(DIGITS, device=counts.device)
+def count_digits(counts: Tensor, n_bound: int | None = None) -> Tensor:
+    """Bit b of every count, row-packed ``[digits, ceil(K/32)]``.
+
+    Args:
+        n_bound: a number that no count exceeds; None: any int64.
+    """
+    digits = DIGITS if n_bound is None else max(n_bound.bit_length(), 1)
+    places = torch.arange(digits, device=counts.device)
     return pack_dense((counts >> places[:, None]) & 1)
 
 
 def from_digits(raw: Tensor) -> Tensor:
-    """n^T S, int64 ``[slab]``, from the product ``[63, slab]`` of :func:`count_digits`."""
-    places = torch.arange(DIGITS, device=raw.device)
+    """n^T S, int64 ``[slab]``, from the product ``[digits, slab]`` of :func:`count_digits`."""
+    places = torch.arange(raw.shape[0], device=raw.device)
     return (raw.to(torch.int64) << places[:, None]).sum(0)
 
 
 def sign_product(
-    words: Tensor, signs: Tensor, digits: Tensor, n_rows: Tensor, scale: Tensor
+    words: Tensor,
+    signs: Tensor,
+    digits: Tensor,
+    n_rows: Tensor,
+    scale: Tensor,
+    unless: Tensor | None = None,
 ) -> Tensor:
     """scale (N (B S) - 1 (n^T S)) for a slab of columns, fp32 ``[rows of words, slab]``.
 
@@ -331,9 +367,11 @@ def sign_product(
         signs: rows of both planes, ``[2, slab, ceil(K/32)]``.
         digits: :func:`count_digits` of the counted rows.
         n_rows, scale: int64 ``[]`` and fp32 ``[]``.
+        unless: as in :func:`covariance`.
     """
     slab = signs.shape[1]
-    raw = torch.empty(DIGITS, slab, dtype=torch.int32, device=words.device)
-    counts_signs = from_digits(_sign_product(digits, signs, n_rows, n_rows, scale, raw))
+    raw = torch.empty(digits.shape[0], slab, dtype=torch.int32, device=words.device)
+    unless = flag(unless, words)
+    counts_signs = from_digits(_sign_product(digits, signs, n_rows, n_rows, scale, raw, unless))
     out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
-    return _sign_product(words, signs, counts_signs, n_rows, scale, out)
+    return _sign_product(words, signs, counts_signs, n_rows, scale, out, unless)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bae_fast.kernels import launch
-from bae_fast.kernels.bits import column_part, grouped, operand, pack_columns
+from bae_fast.kernels.bits import column_part, grouped, operand, pack_columns, wide
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def encode_kernel(
         W = tl.load(W_at, mask=left[:, None] & (columns < k)[None, :], other=0)
         pre = tl.dot(operand(x), operand(W), pre)
         x_at += BLOCK_K
-        W_at += stride_W.to(tl.int64) * BLOCK_K
+        W_at += wide(stride_W) * BLOCK_K
     for part in tl.static_range(PARTS):
         columns = c * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         bias = tl.load(b_ptr + columns, mask=columns < k, other=float("-inf")).to(tl.float32)
@@ -150,7 +150,8 @@ def encode(
     counts: Tensor,
 ) -> None:
     """Pack the columns that W_enc holds into words (and window) from word ``first_word`` on;
-    ``counts [k]`` are added to. x and W_enc are half-precision, of one dtype."""
+    ``counts [k]`` are written whole. x and W_enc are half-precision, of one dtype."""
+    counts.zero_()  # here, so that tuning may call this many times over
     x, W_enc = launch.dense_rows(x), launch.dense_rows(W_enc)
     (n, d), k = x.shape, W_enc.shape[1]
     launch.start(

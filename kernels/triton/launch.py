@@ -1,10 +1,11 @@
 """Starting kernels: tile sizes by chip and size, tuning, and what a CUDA graph allows.
 
-Every kernel is started by :func:`start`. Tile sizes come from :mod:`bae_fast.kernels.configs`, one
-default a chip family and kernel, that of the nearest number of rows where there are several. With
-``BAE_FAST_AUTOTUNE=1`` the first call of a size on a device tries the candidates and keeps the
-fastest on disk, under ``$XDG_CACHE_HOME/bae_fast/triton`` (``~/.cache``), keyed by chip, kernel,
-dtype, sizes and triton's version; later processes read it, tuning or not.
+Every kernel is started by :func:`start`. Tile sizes come from :mod:`bae_fast.kernels.configs`: of a
+kernel's tiles the one that ends first by :func:`cost`. With ``BAE_FAST_AUTOTUNE=1`` the first call
+of a size on a device tries the candidates and keeps the fastest on disk, under
+``$XDG_CACHE_HOME/bae_fast/triton`` (``~/.cache``), keyed by chip, kernel, dtype, sizes and triton's
+version; later processes read it, tuning or not. Neither happens among several ranks: ranks with
+different tiles would differ in bits whose pre-activation is within rounding of zero.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from bae_fast import files
 from bae_fast.files import read_json, write_json
-from bae_fast.kernels.configs import CANDIDATES, DEFAULTS, Config
+from bae_fast.kernels.configs import CANDIDATES, DEFAULTS, PRODUCTS_A_NUMBER, Config
 
 ENV_AUTOTUNE = "BAE_FAST_AUTOTUNE"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,12 +83,26 @@ def table_entry(index: int) -> Iterator[None]:
         _entry = before
 
 
-def default(name: str, chip_family: str, rows: int) -> Config:
-    """The entry of the checked-in table whose number of rows is nearest, by its logarithm."""
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks of a large tile run at once."""
+    if INTERPRETED:
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def cost(config: Config, rows: int, columns: int, processors: int) -> int:
+    """What a result of ``rows`` x ``columns`` takes with these tiles, in products in a row."""
+    waves = cdiv(cdiv(rows, config.m) * cdiv(columns, config.n), processors)
+    return waves * max(config.m * config.n, PRODUCTS_A_NUMBER * (config.m + config.n))
+
+
+def default(name: str, chip_family: str, rows: int, columns: int, processors: int) -> Config:
+    """The tile of the checked-in table that ends first; the larger of two that end together."""
     entries = DEFAULTS[chip_family][name]
     if _entry is not None:
-        return list(entries.values())[min(_entry, len(entries) - 1)]
-    return entries[min(entries, key=lambda other: abs(math.log(max(rows, 1) / other)))]
+        return entries[min(_entry, len(entries) - 1)]
+    return min(entries, key=lambda c: (cost(c, rows, columns, processors), -c.m * c.n))
 
 
 def cache_folder() -> Path:
@@ -117,51 +133,77 @@ def _chip(device: torch.device) -> str:
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
 
 
-def configuration(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Config:
-    """Tile sizes of one kernel: what was tuned for exactly these sizes, else the default."""
-    if _entry is None:
+def _alone() -> bool:
+    """Whether no other rank computes beside this process."""
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return not ready or distributed.get_world_size() == 1
+
+
+def configuration(
+    name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, columns: int = -1
+) -> Config:
+    """Tile sizes of one kernel: what was tuned for exactly these sizes, else the default.
+
+    Args:
+        sizes: all that the choice depends on; the first is the result's number of rows.
+        columns: which of them is the result's number of columns.
+    """
+    if _entry is None and _alone():
         found = _tuned(_chip(device), name, dtype).get(sizes)
         if found is not None:
             return found
-    return default(name, family(device), sizes[0])
+    return default(name, family(device), sizes[0], sizes[columns], multiprocessors(device))
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    """Least of 10 timings on the device; infinite where the configuration does not fit it."""
+    """Least time on the device with a cold L2 cache; infinite where the tiles do not fit it.
+
+    The host is ahead by then: what overwrites the cache runs while it starts the kernel. An error
+    that leaves the device useless is not one of the tiles' and is raised.
+    """
     try:
         call()
-    except triton.runtime.errors.TritonError:
+        torch.cuda.synchronize()
+    except (triton.runtime.errors.TritonError, triton.compiler.CompilationError, RuntimeError):
+        torch.cuda.synchronize()
         return math.inf
-    best = math.inf
-    for _ in range(10):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end))
-    return best
+    return float(triton.testing.do_bench(call, warmup=5, rep=30, return_mode="min"))
 
 
 def _tune(
-    name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, run: Callable[[Config], Any]
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    columns: int,
+    run: Callable[[Config], Any],
 ) -> None:
-    """Time every candidate and keep the fastest, in this process and on disk."""
+    """Time every candidate and keep the fastest, in this process and on disk.
+
+    Raises:
+        RuntimeError: no candidate runs.
+    """
     chip = _chip(device)
-    candidates = dict.fromkeys([default(name, family(device), sizes[0]), *CANDIDATES.get(name, ())])
-    fastest = min(candidates, key=lambda config: _milliseconds(lambda: run(config)))
+    own = default(name, family(device), sizes[0], sizes[columns], multiprocessors(device))
+    candidates = dict.fromkeys([own, *CANDIDATES.get(name, ())])
+    times = {c: _milliseconds(functools.partial(run, c)) for c in candidates}
+    fastest = min(times, key=times.__getitem__)
+    if times[fastest] == math.inf:
+        raise RuntimeError(f"no tile sizes of the kernel {name} run for sizes {sizes} on {chip}")
     path = _file(chip, name, dtype)
     kept = {**_read(path), sizes: fastest}
     write_json(path, {"tiles": [[list(s), list(config)] for s, config in sorted(kept.items())]})
     _tuned(chip, name, dtype)[sizes] = fastest
 
 
-def tuned(name: str) -> Callable[..., Any]:
+def tuned(name: str, columns: int = -1) -> Callable[..., Any]:
     """Give a launcher its tile sizes as first argument.
 
     The choice goes by the shapes of the launcher's first two arguments, and by the dtype of the
-    second where both are tensors. A launcher may be called many times over: it writes the same
-    results again.
+    second where both are tensors; ``columns`` says which of these sizes is the result's number of
+    columns. A launcher may be called many times over: it writes the same results again and adds to
+    nothing.
     """
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,11 +216,14 @@ def tuned(name: str) -> Callable[..., Any]:
                 os.environ.get(ENV_AUTOTUNE) == "1"
                 and not INTERPRETED
                 and _entry is None
+                and _alone()
                 and sizes not in _tuned(_chip(device), name, dtype)
                 and not torch.cuda.is_current_stream_capturing()
             ):
-                _tune(name, device, dtype, sizes, lambda c: launcher(c, first, second, *args))
-            return launcher(configuration(name, device, dtype, sizes), first, second, *args)
+                call = lambda c: launcher(c, first, second, *args)  # noqa: E731
+                _tune(name, device, dtype, sizes, columns, call)
+            config = configuration(name, device, dtype, sizes, columns)
+            return launcher(config, first, second, *args)
 
         return run
 
@@ -188,12 +233,37 @@ def tuned(name: str) -> Callable[..., Any]:
 # -- starting ----------------------------------------------------------------------------------
 
 
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        "a kernel of impl='triton' is not compiled for these inputs, and a CUDA graph cannot "
-        "capture its compilation: call bae_fast.warmup('triton', device=...), or run the step once "
-        "before capturing"
-    )
+class _Capture(threading.local):
+    """Whether this thread starts a kernel while a CUDA graph is captured."""
+
+    going = False
+
+
+_capture = _Capture()
+_hooked = threading.Lock()
+
+
+_triton_hook: Any = None
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    """Triton's hook before a compilation: refuses where this thread captures."""
+    if _capture.going:
+        raise RuntimeError(
+            "a kernel of impl='triton' is not compiled for these inputs, and a CUDA graph cannot "
+            "capture its compilation: call bae_fast.warmup('triton', device=...), or run the step "
+            "once before capturing"
+        )
+    return None if _triton_hook is None else _triton_hook(*args, **kwargs)
+
+
+def _hook() -> None:
+    """Put :func:`_refuse` before the hook that is there, once: no other thread is refused."""
+    global _triton_hook
+    knobs = triton.knobs.runtime
+    with _hooked:
+        if knobs.jit_cache_hook is not _refuse:
+            _triton_hook, knobs.jit_cache_hook = knobs.jit_cache_hook, _refuse
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -209,10 +279,9 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
         if INTERPRETED or not torch.cuda.is_current_stream_capturing():
             kernel[grid](*args, **constants)
             return
-        # asked only where a kernel is not in memory: nothing would be compiled without it
-        knobs = triton.knobs.runtime
-        before, knobs.jit_cache_hook = knobs.jit_cache_hook, _refuse
+        _hook()
+        _capture.going = True
         try:
             kernel[grid](*args, **constants)
         finally:
-            knobs.jit_cache_hook = before
+            _capture.going = False

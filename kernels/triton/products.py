@@ -6,9 +6,7 @@
 One kernel for both: rows of packed bits, contiguous along the inner index, times rows of numbers.
 Bits become the operand in registers (:func:`bae_fast.kernels.bits.unpack_half`) and the dense
 tile's rows are read in the order that this gives. Sums are fp32; the result is rounded once.
-cuBLAS on unpacked chunks would write and read 4 bytes an element, 12 to 18 % of the product at
-d = 2048 (arithmetic), about what a Triton product loses to cuBLAS on Hopper: no gain in time
-either way, and this one needs no chunk in memory.
+Not started on compute capability 9.x: see :mod:`bae_fast.kernels.bodies.decode`.
 """
 
 import torch
@@ -17,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bae_fast.kernels import launch
-from bae_fast.kernels.bits import grouped, half_order, operand, unpack_half
+from bae_fast.kernels.bits import grouped, half_order, operand, unpack_half, wide
 from bae_fast.packing import n_words
 
 
@@ -57,7 +55,7 @@ def bits_product_kernel(
         bits = unpack_half(words, BLOCK_M, WORDS, dense_ptr.dtype.element_ty)
         total = tl.dot(operand(bits), operand(dense), total)
         bits_at += WORDS
-        dense_at += stride_dense.to(tl.int64) * BLOCK_K
+        dense_at += wide(stride_dense) * BLOCK_K
     if has_bias:
         total += tl.load(bias_ptr + columns, mask=columns < n_out, other=0).to(tl.float32)[None, :]
     tl.store(

@@ -7,6 +7,7 @@ driver.
 """
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
@@ -65,7 +66,7 @@ def emulation_of(sources, folder, optimize="-O2"):
 
 def emulate(library, patch):
     """Start kernels of ``library`` on CPU tensors, by the code that starts them on a GPU."""
-    for cached in (driver._driver, driver._context):
+    for cached in (driver._driver, driver._primary):
         cached.cache_clear()
     patch(driver, "LIBRARY", str(library))
     patch(driver, "_modules", {})
@@ -89,7 +90,7 @@ def emulated(library, monkeypatch):
     emulate(library, monkeypatch.setattr)
     yield
     driver._driver.cache_clear()
-    driver._context.cache_clear()
+    driver._primary.cache_clear()
 
 
 def codes(n, k, seed=0):
@@ -256,6 +257,38 @@ def test_the_product_with_the_signs_is_exact(shape, padding, emulated):
 
 
 @needs_kernels
+def test_nothing_is_made_where_the_flag_is_set(emulated, monkeypatch):
+    """The flag lies on the device: what is written to stays as it was."""
+    n, k = 70, 130
+    dense = codes(n, k)
+    counts, v = exact_covariance(dense)
+    args = (features_of(dense), counts, torch.tensor(n))
+    off, on = (torch.tensor([value], dtype=torch.int32) for value in (0, 1))
+    right, signs = kernels.covariance(*args, True, n, off)
+    assert int(right) == int(np.abs(v).sum())
+    product = (pack_rows(dense), signs, count_digits(counts), torch.tensor(n), torch.tensor(0.5))
+    expected = kernels.sign_product(*product, off)
+    planes = torch.full_like(signs[:, 3:40], 7)
+    kernels.sign_slab(*args, 3, 40, n, on, planes)
+    assert (planes == 7).all()
+    kernels.sign_slab(*args, 3, 40, n, off, planes)
+    assert torch.equal(planes, signs[:, 3:40])
+    filled = []
+
+    def seven(*size, **options):  # new memory, as it may be
+        filled.append(torch.full(size, 7, **options))
+        return filled[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", seven)
+        kernels.covariance(*args, False, n, on)
+        kernels.sign_product(*product, on)
+        assert all((tensor == 7).all() for tensor in filled)
+        assert len(filled) == 2
+    assert torch.equal(kernels.sign_product(*product), expected)
+
+
+@needs_kernels
 def test_the_product_of_large_counts_is_rounded_once(emulated):
     dense, n = codes(40, 200), 2**24
     s = torch.randint(-1, 2, (50, 200))
@@ -272,10 +305,42 @@ def test_the_product_of_large_counts_is_rounded_once(emulated):
 
 @needs_kernels
 def test_integers_that_an_argument_cannot_hold_are_refused():
+    bits = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(OverflowError, match="argument 2 of covariance is too large"):
-        driver.pack(kernels.COVARIANCE, (None, 1, 2**31, *[None] * 4, *[0] * 6))
+        driver.pack(kernels.COVARIANCE, (bits, 1, 2**31, *[None] * 4, *[0] * 6, None))
     with pytest.raises(ValueError, match="argument"):
-        driver.pack(kernels.COVARIANCE, (None, 1))
+        driver.pack(kernels.COVARIANCE, (bits, 1))
+
+
+@needs_kernels
+def test_pointers_of_another_dtype_or_device_are_refused():
+    """Either is an illegal access on a device, or a wrong number."""
+    bits = torch.zeros(1, dtype=torch.int32)
+    rest = (bits, 1, 1, torch.zeros(1, dtype=torch.int64), *[None] * 3, *[0] * 6, None)
+    driver.pack(kernels.COVARIANCE, rest)
+    with pytest.raises(TypeError, match=r"argument 3 of covariance must be torch.int64; got .*32"):
+        driver.pack(kernels.COVARIANCE, (*rest[:3], bits, *rest[4:]))
+    with pytest.raises(ValueError, match="argument 3 of covariance must be on cpu; got meta"):
+        driver.pack(kernels.COVARIANCE, (*rest[:3], rest[3].to("meta"), *rest[4:]))
+    with pytest.raises(ValueError, match="argument 0 of covariance must be a tensor; got None"):
+        driver.pack(kernels.COVARIANCE, (None, *rest[1:]))
+
+
+@needs_kernels
+def test_a_context_that_the_caller_has_made_current_stays(emulated):
+    """The thread's own context is used; the primary one is only for a thread without any."""
+    dense = codes(9, 5)
+    args = (features_of(dense), dense.sum(0), torch.tensor(9), False, 9)
+    expected = kernels.covariance(*args)[0]
+    library = driver._driver()
+    library.another_context.restype = ctypes.c_void_p
+    mine, now = ctypes.c_void_p(library.another_context()), ctypes.c_void_p()
+    assert library.cuCtxSetCurrent(mine) == 0
+    assert kernels.covariance(*args)[0] == expected
+    assert library.cuCtxGetCurrent(ctypes.byref(now)) == 0
+    assert now.value == mine.value
+    # a module belongs to its context: both have one of their own
+    assert len({context for _, _, context in driver._functions}) == 2
 
 
 # what each change of the sources breaks; every one must be found by the emulation
@@ -511,6 +576,25 @@ def test_it_serves_the_chips_that_have_the_instruction(capability, device):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_the_capability_is_that_of_the_tensors_device(name, device, monkeypatch):
+    """Not that of the device that happens to be current."""
+    device((9, 0))
+
+    def capability(index=None):
+        return (9, 0) if index == 1 else (7, 5)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    request = registry.Request("cuda", torch.bfloat16, device_index=1)
+    assert registry.reasons_against(name, request) == []
+    assert registry.choose(name, "cuda", torch.bfloat16, 64, 1, 1) == name
+    with pytest.raises(
+        bf.BackendUnavailableError, match=r"needs compute capability 8\.0; got 7\.5"
+    ):
+        registry.choose(name, "cuda", torch.bfloat16, 64, 1)
+
+
+@needs_kernels
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0)], ids=str)
 def test_it_leaves_later_chips_to_triton(capability, device):
     device(capability)
@@ -581,7 +665,7 @@ def test_a_cold_kernel_under_capture_says_to_warm_up(emulated, monkeypatch):
 
 @needs_kernels
 def test_what_the_driver_refuses_is_said(emulated, monkeypatch):
-    tensor = torch.zeros(1)
+    tensor = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(driver.DriverError, match=r"finding the kernel nothing failed with 500: no"):
         driver.start(driver.Kernel("cooccurrence.cu", "nothing", 0, 128, "p"), 1, tensor)
     monkeypatch.setattr(nvrtc, "cubin", lambda name, arch: b"garbage")
@@ -593,4 +677,4 @@ def test_what_the_driver_refuses_is_said(emulated, monkeypatch):
 def test_a_missing_driver_is_named(emulated, monkeypatch):
     monkeypatch.setattr(driver, "LIBRARY", "libno_such_library.so")
     with pytest.raises(OSError, match="libno_such_library"):
-        driver.start(kernels.COVARIANCE._replace(arguments="p"), 1, torch.zeros(1))
+        driver.start(kernels.COVARIANCE._replace(arguments="p"), 1, torch.zeros(1).int())

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import machine_code
 import pytest
 
 from bae_fast.ops import registry
@@ -49,11 +50,14 @@ def output(*command):
 def by_nvcc(source, chip, target):
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    path = ROOT / "csrc" / "cuda" / source
-    return output(
+    path = source if Path(source).is_absolute() else ROOT / "csrc" / "cuda" / source
+    said = output(
         "nvcc", "-std=c++17", "-cubin", f"-arch={chip}", "-Werror", "all-warnings",
         "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", path, "-o", target,
+        f"-I{ROOT}/csrc/cuda",
     )  # fmt: skip
+    assert machine_code.serialized(said) == []
+    return said
 
 
 def by_nvrtc(source, chip, target):
@@ -77,6 +81,34 @@ def kernels_of(cubin):
     return rows
 
 
+# instructions of a stage of 512 bits beside the 1-bit products, of each kernel
+BESIDE = {"product": 270, "": 185}
+
+
+def loop_of(sass):
+    """Instructions of the shortest loop that holds 1-bit products."""
+    found, labels = [], {}
+    for line in sass.split("\n"):
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label.group(1)] = len(found)
+        match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        found += [match.group(1)] if match else []
+    loops = []
+    for at, text in enumerate(found):
+        back = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
+        if back and labels.get(back.group(1), at + 1) <= at:
+            loops.append(found[labels[back.group(1)] : at + 1])
+    return min((loop for loop in loops if any("BMMA" in x for x in loop)), key=len)
+
+
+def check_loop(name, sass):
+    """Addresses are made before the loop: what runs beside its products is little."""
+    loop = loop_of(sass)
+    beside = sum("BMMA" not in text for text in loop)
+    assert beside <= BESIDE["product" * name.endswith("_product")], (name, beside, len(loop))
+
+
 def check(rows, n_kernels, chip):
     assert len(rows) == n_kernels, sorted(rows)
     for name, row in rows.items():
@@ -94,7 +126,13 @@ BY_CHIP = by_nvcc if shutil.which("nvcc") else by_nvrtc
 
 
 @pytest.mark.parametrize(
-    ("compiler", "chip"), [*((BY_CHIP, chip) for chip in CHIPS), (by_nvrtc, "sm_90")]
+    ("compiler", "chip"),
+    [
+        (BY_CHIP, "sm_80"),
+        (BY_CHIP, "sm_90"),
+        (by_nvrtc, "sm_90"),
+        *(pytest.param(BY_CHIP, chip, marks=pytest.mark.long) for chip in ("sm_86", "sm_89")),
+    ],
 )
 def test_every_kernel_compiles_to_bit_instructions_without_spills(compiler, chip, tmp_path):
     from bae_fast.kernels_cuda.covariance import KERNELS
@@ -105,9 +143,51 @@ def test_every_kernel_compiles_to_bit_instructions_without_spills(compiler, chip
         compiler(source, chip, cubin)
         rows = kernels_of(cubin)
         check(rows, n_kernels, chip)
+        for name, row in rows.items():
+            check_loop(name, row["sass"])
         found |= dict.fromkeys(rows, source)
     assert found == {kernel.name: kernel.source for kernel in KERNELS}
     assert all(kernel.shared_bytes <= CHIPS[chip] for kernel in KERNELS)
+
+
+def test_the_loop_that_measures_the_rate_is_nothing_but_the_instruction(tmp_path):
+    """bench/device.py measures with it: memory is not touched between the products."""
+    BY_CHIP(str(ROOT / "bench" / "rate.cu"), "sm_90", tmp_path / "rate.cubin")
+    (row,) = kernels_of(tmp_path / "rate.cubin").values()
+    assert row["STACK"] == row["LOCAL"] == 0
+    loop = row["sass"].split("BMMA", 1)[1].rsplit("BMMA", 1)[0]
+    assert row["sass"].count("BMMA") >= 8
+    assert not re.search(r"\b(?:LD\w*|ST\w*|BAR)\.", loop)
+
+
+# a product of one warpgroup without the fence that its registers need
+UNFENCED = """
+extern "C" __global__ void product(float* out, unsigned long long a, unsigned long long b) {
+  float c[4] = {};
+  for (int turn = 0; turn < 4; ++turn) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0;\\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0; }"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(a), "l"(b));
+    c[0] += out[turn];
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  out[threadIdx.x] = c[0] + c[1] + c[2] + c[3];
+}
+"""
+
+
+def test_a_product_that_the_assembler_serializes_is_found(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    (tmp_path / "product.cu").write_text(UNFENCED)
+    said = output(
+        "nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", tmp_path / "product.cu",
+        "-o", tmp_path / "product.cubin",
+    )  # fmt: skip
+    assert machine_code.serialized(said), said
 
 
 def test_later_chips_take_the_instruction_apart(tmp_path):
@@ -128,7 +208,9 @@ def test_arguments_are_those_of_the_sources():
         macro = "name" if kernel.source == "cooccurrence.cu" else kernel.name
         (parameters,) = re.findall(rf"__global__[^;{{]*?\b{macro}\(([^)]*)\)\s*\{{", text)
         letters = "".join(
-            "p" if "*" in parameter else "q" if "long long" in parameter else "i"
+            ("l" if "long long" in parameter else "f" if "float" in parameter else "p")
+            if "*" in parameter
+            else ("q" if "long long" in parameter else "i")
             for parameter in parameters.split(",")
         )
         assert letters == kernel.arguments, kernel.name

@@ -5,14 +5,18 @@ is compiled is what would be started: the same arguments, dtypes, alignments and
 row a compiled kernel: registers, spills and stack from the assembler, shared memory, and which
 matrix instructions its PTX and SASS hold.
 
-    python tests/backends/triton_compile_worker.py sm_90 bfloat16
-    python tests/backends/triton_compile_worker.py sm_90 uncovered   what warm-up leaves out
+    python tests/backends/triton_compile_worker.py sm_90 bfloat16 all
+
+``few`` in place of ``all`` compiles one variant a kernel, its largest; ``ones`` what one feature,
+one output and two rows need; ``packed`` products of packed bits, which not every chip starts;
+``uncovered`` in place of the dtype prints what steps start and the warm-up does not.
 """
 
 import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,6 +25,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import machine_code
 import torch
 import triton
 import triton.backends.nvidia
@@ -28,12 +33,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bae_fast.kernels import covariance as kernels
-from bae_fast.kernels import launch
+from bae_fast.kernels import launch, products
 from bae_fast.kernels.bodies import covariance, decode, encode, encoder_backward, warmup
+from bae_fast.ops import nvidia
 from bae_fast.surrogates import SURROGATES
 
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 CAPABILITIES = {"sm_80": 80, "sm_86": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 188}
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -92,28 +99,44 @@ def step(dtype, kind, n, d, k, surrogate, n_bits, masked, d_out):
     _, signs = covariance.covariance(kernels, words, counts, n_rows, masked)
     columns, scale = torch.zeros(k, dtype=torch.float64), torch.zeros(())
     for planes, spread in ((signs if masked else None, scale), (None, None)):
-        encoder_backward.encoder_backward(
-            kernels, x, W_enc, b_enc, W_dec, words, window, keep, G, columns, columns, spread,
-            planes, words, counts, n_rows, surrogate, 0.25, n_bits, [True, True, True],
-        )  # fmt: skip
+        for curvature in (columns, None):
+            encoder_backward.encoder_backward(
+                kernels, x, W_enc, b_enc, W_dec, words, window, keep, G, columns, curvature,
+                spread, planes, words, counts, n_rows, surrogate, 0.25, n_bits, [True] * 3,
+            )  # fmt: skip
 
 
 def uncovered(recorder):
     """Kernels that steps of many kinds start and that the whole warm-up did not."""
-    warmup.warmup(kernels, torch.device("cpu"))
+    warmup.warmup(kernels, torch.device("cpu"), SURROGATES, True)
     warm = set(recorder.variants)
     recorder.variants.clear()
-    for (dtype, kind), surrogate, masked in itertools.product(
-        warmup._DTYPES, SURROGATES, (False, True)
-    ):
-        for n, d, k, n_bits in ((17, 48, 512, 1), (4000, 64, 2304, 1), (300, 80, 1600, 2)):
+    for (dtype, kind), surrogate in itertools.product(warmup._DTYPES, SURROGATES):
+        masked = surrogate in ("rectangle", "identity")
+        for n, d, k, n_bits in ((17, 48, 512, 1), (160, 64, 768, 1), (48, 80, 320, 2)):
             step(dtype, kind, n, d, k, surrogate, n_bits, masked, d + 16)
+    nvidia.DENSE_A_STEP = nvidia.LEAST_PRODUCTS = 1  # as in larger codes
+    for masked in (False, True):
+        step(torch.bfloat16, torch.bfloat16, 160, 64, 768, "rectangle", 1, masked, 80)
     assert recorder.variants
     return sorted(set(recorder.variants) - warm)
 
 
-def compiled(kernel, signature, constants, attrs, options, capability):
-    """What one variant becomes."""
+def keep_notes(folder):
+    """Let triton call its assemblers through scripts that keep what they write; the file's path."""
+    notes = Path(folder) / "notes"
+    to = shlex.quote(str(notes))
+    for name in ("ptxas", "ptxas-blackwell"):
+        script, own = Path(folder) / name, shlex.quote(str(BINARIES / name))
+        script.write_text(f'#!/bin/sh\n{own} "$@" 2>{to}\nstatus=$?\ncat {to} >&2\nexit $status\n')
+        script.chmod(0o755)
+        os.environ[f"TRITON_{name.replace('-', '_').upper()}_PATH"] = str(script)
+    return notes
+
+
+def compiled(kernel, signature, constants, attrs, options, capability, notes):
+    """What one variant becomes; ``notes``: where the assembler's words are."""
+    notes.write_text("")
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,23 +170,53 @@ def compiled(kernel, signature, constants, attrs, options, capability):
         "imma": len(re.findall(r"\b(?:IMMA|IGMMA)\b", sass)),
         "float_atomics": len(re.findall(r"(?:atom|red)\.[a-z0-9.]*add[a-z0-9.]*\.f\d\d", ptx)),
         "cp_async": len(re.findall(r"cp\.async", ptx)),
+        "rewritten": machine_code.rewritten_operands(sass),
+        "in_registers": machine_code.operands_in_registers(sass),
+        "serialized": machine_code.serialized(notes.read_text()),
+        "wide_global_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
+        "barriers": len(re.findall(r"\bbar(?:rier)?\.sync", ptx)),
         "wide_stores": len(re.findall(r"st\.shared\.v[24]|stmatrix", ptx)),
         "byte_stores": len(re.findall(r"st\.shared\.b8", ptx)),
     }
 
 
-def main(chip, what):
+def chosen(variants, amount):
+    """The variants to compile: all, or of every kernel the last, which has the largest tile."""
+    if amount == "all":
+        return list(variants)
+    last = {}
+    for kernel, signature, constants, attrs, options in variants:
+        key = kernel.fn.__name__, constants.get("PRODUCT"), constants.get("SIGNS")
+        last[key] = (kernel, signature, constants, attrs, options)
+    return list(last.values())
+
+
+def main(chip, what, amount="all"):
     torch.set_num_threads(1)
     launch.start = recorder = Recorder()
     launch.family = launch._chip = lambda device: chip
+    launch.multiprocessors = lambda device: MULTIPROCESSORS[chip]
     if what == "uncovered":
         print(json.dumps(uncovered(recorder)))
         return
-    # one dtype, and rows of a multiple of 16 words: the others differ by conversions
-    warmup._DTYPES, warmup._COLUMNS = ((getattr(torch, what),) * 2,), (1024,)
-    warmup.warmup(kernels, torch.device("cpu"))
-    rows = [compiled(*v, CAPABILITIES[chip]) for v in recorder.variants.values()]
-    print(json.dumps(rows))
+    dtype = getattr(torch, what)
+    if amount == "packed":  # what decode does not start on every chip
+        words, dense = torch.zeros(64, 32, dtype=torch.int32), torch.zeros(1024, 64, dtype=dtype)
+        for entry in (0, 1):
+            with launch.table_entry(entry):
+                products.bits_product(words, dense, None, dtype)
+        amount = "all"
+    elif amount == "ones":
+        step(dtype, dtype, 2, 1, 1, "rectangle", 1, False, 1)
+    else:
+        # one dtype, and rows of a multiple of 16 words: the others differ by conversions
+        warmup._DTYPES, warmup._COLUMNS = ((dtype,) * 2,), (1024,)
+        warmup.warmup(kernels, torch.device("cpu"), SURROGATES, True)
+    with tempfile.TemporaryDirectory() as folder:
+        notes = keep_notes(folder)
+        variants = chosen(recorder.variants.values(), amount)
+        rows = [compiled(*v, CAPABILITIES[chip], notes) for v in variants]
+    print(json.dumps({"triton": triton.__version__, "kernels": rows}))
 
 
 if __name__ == "__main__":

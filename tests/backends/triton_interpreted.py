@@ -6,6 +6,7 @@ bits, windows and counts can be asked to be equal; everything else is compared i
 """
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import triton
 
 import bae_fast as bf
 from bae_fast import packing
-from bae_fast.kernels import bits, configs, covariance, launch, products
+from bae_fast.kernels import bits, configs, covariance, launch, pair_lists, products
+from bae_fast.kernels.bodies import covariance as covariance_body
 from bae_fast.kernels.bodies import decode, encode, encoder_backward
-from bae_fast.ops import registry
+from bae_fast.ops import nvidia, registry
 from bae_fast.ops.nvidia import interpreted
 from bae_fast.packing import pack_rows, unpack_rows
 from bae_fast.surrogates import SURROGATES
@@ -326,7 +328,7 @@ def test_the_product_with_the_signs_is_exact_stored_and_recomputed(shape):
 
 def test_more_rows_than_int32_can_hold(monkeypatch):
     """V itself leaves int32 beyond 92,681 rows, products on the way to it beyond 46,340."""
-    table = {"covariance": {4096: configs.Config(128, 128, 256, 4, 1)}}
+    table = {"covariance": (configs.Config(128, 128, 256, 4, 1),)}
     monkeypatch.setitem(
         configs.DEFAULTS, "interpreter", {**configs.DEFAULTS["interpreter"], **table}
     )
@@ -368,6 +370,60 @@ def test_bits_times_integers_are_exact(dtype, shape):
     assert torch.equal(got.long(), dense.t().long() @ rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [*EDGES, (300, 300)], ids=str)
+def test_unpacked_words_equal_the_layouts_definition(shape, dtype):
+    dense, words = codes(*shape)
+    got = bits.unpack(words, shape[1], dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, dense.to(dtype))
+    assert got.stride(0) % 32 == 0
+    padded = torch.full((shape[0], words.shape[1] + 3), -1, dtype=torch.int32)
+    padded[:, 1:-2] = words
+    assert torch.equal(bits.unpack(padded[:, 1:-2], shape[1], dtype), got)
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """Decode and its gradient as on compute capability 9.x."""
+    monkeypatch.setattr(decode, "_UNPACKED", ("interpreter",))
+    monkeypatch.setattr(decode, "bits_product", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scratch", ["0", "64"])
+def test_products_of_unpacked_bits(dtype, scratch, unpacked, monkeypatch):
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", scratch)  # 256 columns at a time, or all
+    monkeypatch.setattr(decode, "ROW_BLOCK", 32)
+    x, parameters, direction = problem(40, 9, 300, 1, 5, dtype)
+    assert_as_good_as_eager(
+        x, parameters, direction, NAMES[:3], surrogate="rectangle", surrogate_width=2.5
+    )
+
+
+def test_unpacked_products_under_autocast(unpacked, monkeypatch):
+    """fp32 gradients of fp32 weights; weights are copied a chunk at a time."""
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "0")
+    x, parameters, direction = problem(34, 9, 300, 1, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = run("triton", x, parameters, direction, surrogate="identity")
+        expected, _ = run("torch", x, parameters, direction, surrogate="identity")
+    for name in NAMES:
+        assert got[name].dtype == expected[name].dtype, name
+        error = (got[name].double() - expected[name].double()).abs().max()
+        assert error <= 2e-2 * expected[name].double().abs().max(), name
+
+
+@pytest.mark.parametrize("n_bound", [None, 1, 2, 255, 256, 4096])
+def test_binary_digits_of_counts(n_bound):
+    counts = torch.tensor([0, 1, 2, 200, 255, 256, 4096, 2**40])
+    if n_bound is not None:
+        counts = counts.clamp(max=n_bound)
+    digits = covariance.count_digits(counts, n_bound)
+    assert digits.shape[0] == (63 if n_bound is None else n_bound.bit_length())
+    assert torch.equal(covariance.from_digits(unpack_rows(digits, 8, torch.int64)), counts)
+
+
 def test_the_tiles_of_a_triangle_are_each_there_once():
     """The order of tiles in the kernel, for odd and even numbers of tiles."""
     for side in range(1, 9):
@@ -406,6 +462,150 @@ def test_results_are_written_whole():
         torch.use_deterministic_algorithms(False)
     assert again.equal(code)
     assert all(torch.equal(got[name], expected[name]) for name in NAMES)
+
+
+# -- sparse codes: lists of ones -----------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """Lists serve as far as their capacity goes; the programs that run are two."""
+    monkeypatch.setattr(nvidia, "DENSE_A_STEP", 1)
+    monkeypatch.setattr(nvidia, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(pair_lists, "WINDOW_SHARE", 1)
+    small = {"pair_lists": (configs.Config(4, 8, 1, 4, 1),)}
+    monkeypatch.setitem(
+        configs.DEFAULTS, "interpreter", {**configs.DEFAULTS["interpreter"], **small}
+    )
+
+
+def few_ones(n, k, ones=3.0, seed=0):
+    """Sparse bits with constant columns, twins, columns that never meet, ties."""
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.rand(n, k, generator=g) < ones / k
+    dense[:, 0], dense[:, 1] = True, False
+    dense[:, 2] = dense[:, 3]
+    dense[:, 4] = torch.arange(n) % 2 == 0
+    dense[:, 5], dense[:, 6] = ~dense[:, 4], torch.arange(n) % 4 < 2
+    return dense
+
+
+@pytest.mark.parametrize("lines", [(5, 33), (17, 7), (3, 2100)], ids=str)
+def test_lists_are_where_the_ones_are(lines):
+    dense = torch.rand(lines) < 0.3
+    dense[1] = False
+    on, off = (torch.tensor([value], dtype=torch.int32) for value in (1, 0))
+    found = pair_lists.Lists(pack_rows(dense), dense.numel())
+    found.entries.fill_(-7)
+    found.fill(off)
+    assert (found.entries == -7).all()
+    found.fill(on)
+    assert bool(found.fit())
+    assert torch.equal(found.lengths(), dense.sum(1))
+    expected = torch.cat([row.nonzero().flatten() for row in dense])
+    assert torch.equal(found.entries[: len(expected)].long(), expected)
+    short = pair_lists.Lists(pack_rows(dense), 5)  # more ones than there is room for
+    short.fill(on)
+    assert not bool(short.fit())
+    assert torch.equal(short.entries.long(), expected[:5])
+    assert torch.equal(short.starts, found.starts)
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (17, 20), (9, 33)], ids=str)
+def test_the_covariance_by_lists_equals_integers(shape, sparse):
+    dense = few_ones(*shape)
+    counts, v = exact_covariance(dense)
+    words, total = pack_rows(dense), torch.tensor(shape[0])
+    args = (torch.from_numpy(counts), total)
+    pairs = pair_lists.PairLists(words, bits.feature_packed(words, shape[1]), *args)
+    assert bool(pairs.serves)
+    assert int(pairs.numerator()) == int(np.abs(v).sum())
+    numerator, signs = OPS["covariance"](words, *args, True)
+    assert int(numerator) == int(np.abs(v).sum())
+    # the dense kernel made nothing, and the planes say so
+    assert bool(covariance_body.not_made(signs))
+
+
+def test_a_code_with_too_many_ones_is_counted_by_products(sparse, monkeypatch):
+    n, k = 12, 20
+    dense = few_ones(n, k)
+    counts, v = exact_covariance(dense)
+    for name, value in (("MOST_ONES", 2), ("MOST_ONES", 256)):
+        monkeypatch.setattr(pair_lists, name, value)
+        step = 1 if value == 2 else k * k * n // 2  # lists too short; one step allowed
+        monkeypatch.setattr(nvidia, "DENSE_A_STEP", step)
+        monkeypatch.setattr(nvidia, "lists_may_serve", lambda n, k: True)
+        args = (pack_rows(dense), torch.from_numpy(counts), torch.tensor(n), True)
+        numerator, signs = OPS["covariance"](*args)
+        assert int(numerator) == int(np.abs(v).sum())
+        assert not bool(covariance_body.not_made(signs))
+        above, below = unpack_rows(signs, k, torch.int8)
+        np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["lists", "window too large"])
+@pytest.mark.parametrize("other_rows", [False, True], ids=["own", "more rows"])
+def test_the_gradient_by_lists_is_that_by_products(fits, other_rows, sparse, monkeypatch):
+    """To the last bit, with planes that were marked, kept or not kept."""
+    n, k, d = 11, 16, 4
+    g = torch.Generator().manual_seed(1)
+    counted = few_ones(n, k)
+    if other_rows:  # at hand: ones in columns that the counted rows do not have
+        counted = torch.cat([counted, few_ones(5, k, seed=2)])
+    at_hand = counted[:n].clone()
+    at_hand[0, 1] = other_rows
+    words, window = pack_rows(at_hand), pack_rows(torch.rand(n, k, generator=g) < 0.2)
+    stats, total = pack_rows(counted), torch.tensor(len(counted))
+    counts = counted.sum(0)
+    x, W = torch.randn(n, d, generator=g), torch.randn(d, k, generator=g)
+    b, W_dec = torch.randn(k, generator=g), torch.randn(k, d, generator=g)
+    served = []
+    plain = pair_lists.WindowSigns.add_to
+
+    def noted(self, out, start):
+        served.append(bool(self.serves))
+        plain(self, out, start)
+
+    monkeypatch.setattr(pair_lists.WindowSigns, "add_to", noted)
+    if not fits:
+        monkeypatch.setattr(pair_lists, "WINDOW_SHARE", 16)
+    monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "0")
+
+    def gradients(planes, surrogate="rectangle"):
+        return OPS["encoder_backward"](
+            x, W, b, W_dec, words, window, None, None, None, None, torch.tensor(0.25), planes,
+            stats, counts, total, surrogate, 0.5, 1, [True] * 3,
+        )  # fmt: skip
+
+    marked = OPS["covariance"](stats, counts, total, True)[1]
+    assert bool(covariance_body.not_made(marked))
+    got = [gradients(planes) for planes in (marked.clone(), None)]
+    assert served == [fits] * 2
+    got_identity = gradients(marked.clone(), "identity")
+    monkeypatch.setattr(nvidia, "DENSE_A_STEP", 10**9)
+    signs = OPS["covariance"](stats, counts, total, True)[1]
+    expected = gradients(signs)
+    assert len(served) == 2
+    for found in got:
+        for left, right in zip(found, expected, strict=True):
+            assert right.any()
+            assert torch.equal(left, right)
+    for left, right in zip(got_identity, gradients(signs, "identity"), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_whole_step_of_a_sparse_code(sparse):
+    x, parameters, direction = problem(11, 5, 20, 1, 4, torch.bfloat16)
+    parameters[1] = parameters[1] - 6
+    assert_as_good_as_eager(
+        x, parameters, direction, NAMES[:3], surrogate="rectangle", surrogate_width=1.5
+    )
+
+
+def test_small_codes_are_not_listed():
+    assert not nvidia.lists_may_serve(10**6, 1024)  # dense enough wherever they are not empty
+    assert not nvidia.lists_may_serve(512, 16384)  # done before a list would be
+    assert nvidia.lists_may_serve(4096, 16384)
 
 
 # -- offsets beyond 2^31 -------------------------------------------------------------------------
@@ -456,17 +656,34 @@ def test_defaults_cover_every_kernel_of_every_chip():
         assert set(table) == kernels, chip
         for name, entries in table.items():
             if name == "covariance":
-                assert all(c.m == c.n >= 128 and 256 % c.k == 0 for c in entries.values())
-            elif name not in ("threshold", "surrogate", "transpose"):
-                assert all(c.m % 32 == c.n % 64 == c.k % 32 == 0 for c in entries.values())
+                assert all(c.m == c.n >= 128 and 256 % c.k == 0 for c in entries)
+            elif name in configs.CANDIDATES:
+                assert all(c.m % 32 == c.n % 64 == c.k % 32 == 0 for c in entries)
 
 
-def test_the_default_is_that_of_the_nearest_number_of_rows():
-    assert launch.default("encode", "sm_90", 1) == configs.DEFAULTS["sm_90"]["encode"][64]
-    assert launch.default("encode", "sm_90", 500) == configs.DEFAULTS["sm_90"]["encode"][64]
-    digits, rows = (launch.default("sign_product", "sm_90", n) for n in (covariance.DIGITS, 512))
-    assert (digits.m, rows.m) == (64, 128)
-    assert launch.default("encode", "sm_90", 10**6) == configs.DEFAULTS["sm_90"]["encode"][4096]
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "expected"),
+    [
+        ("encode", 1, 16384, 64),
+        ("encode", 512, 16384, 128),  # 256 large tiles: two waves of 132
+        ("encode", 513, 16384, 128),
+        ("encode", 4096, 65536, 128),
+        ("gradient", 512, 2048, 64),  # 32 large tiles would leave most multiprocessors idle
+        ("sign_product", 13, 16384, 64),
+        ("sign_product", 512, 16384, 128),
+    ],
+)
+def test_the_tile_is_that_which_ends_first(name, rows, columns, expected):
+    assert launch.default(name, "sm_90", rows, columns, 132).m == expected
+
+
+def test_more_rows_never_end_before_fewer():
+    """The choice itself: a tile of the table that ends later than another is never taken."""
+    for rows in (1, 63, 64, 65, 511, 512, 513, 4096, 100_000):
+        for columns in (33, 2048, 16384, 65536):
+            chosen = launch.default("encode", "sm_90", rows, columns, 132)
+            ends = [launch.cost(c, rows, columns, 132) for c in configs.DEFAULTS["sm_90"]["encode"]]
+            assert launch.cost(chosen, rows, columns, 132) == min(ends)
 
 
 def test_tuned_sizes_are_kept_on_disk_and_a_broken_file_is_nothing(tmp_path, monkeypatch):
@@ -479,7 +696,7 @@ def test_tuned_sizes_are_kept_on_disk_and_a_broken_file_is_nothing(tmp_path, mon
     def measured(config):
         return seconds.get(config, 10**6)
 
-    launch._tune("encode", cpu, torch.bfloat16, sizes, measured)
+    launch._tune("encode", cpu, torch.bfloat16, sizes, -1, measured)
     best = configs.CANDIDATES["encode"][-1]
     assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == best
     (file,) = tmp_path.rglob("*.json")
@@ -491,6 +708,84 @@ def test_tuned_sizes_are_kept_on_disk_and_a_broken_file_is_nothing(tmp_path, mon
     launch._tuned.cache_clear()
     assert launch.configuration("encode", cpu, torch.bfloat16, sizes) != best
     launch._tuned.cache_clear()
+
+
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """BAE_FAST_AUTOTUNE=1 as on a device: every candidate is run, and several times over."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("BAE_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "family", lambda device: "interpreter")
+    monkeypatch.setattr(launch, "_chip", lambda device: "interpreter")
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    few = {name: (configs.DEFAULTS["interpreter"][name][0]._replace(warps=8),)
+           for name in configs.CANDIDATES}  # fmt: skip
+    monkeypatch.setattr(launch, "CANDIDATES", few)
+    runs = []
+
+    def milliseconds(call):
+        for _ in range(2):
+            call()
+        runs.append(call)
+        return float(len(runs))
+
+    monkeypatch.setattr(launch, "_milliseconds", milliseconds)
+    launch._tuned.cache_clear()
+    yield runs
+    launch._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tuning_changes_no_result(dtype, tuning, monkeypatch):
+    """Launchers are called many times over on the same memory: none may add to it."""
+    x, parameters, direction = problem(34, 9, 70, 1, 5, dtype)
+    got, code = run("triton", x, parameters, direction)
+    assert len(tuning) >= (6 if dtype == torch.bfloat16 else 2)
+    monkeypatch.setenv("BAE_FAST_AUTOTUNE", "0")
+    expected, right = run("triton", x, parameters, direction)
+    assert torch.equal(code.counts(), right.counts())
+    assert torch.equal(code.counts(), code.to_dense().sum(0))
+    for name in NAMES:
+        assert torch.equal(got[name], expected[name]), name
+
+
+def test_ranks_do_not_tune_apart(tuning, monkeypatch):
+    """Other tiles would be other bits near zero: several ranks take the defaults."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    x, (W, b, *_), _ = problem(20, 9, 70, 1, 5, torch.bfloat16)
+    OPS["encode"](x, W, b, None, None)
+    assert tuning == []
+    sizes, cpu = (20, 9, 9, 70), torch.device("cpu")
+    other = configs.Config(32, 64, 32, 8, 1)
+    launch._tuned("interpreter", "encode", torch.bfloat16)[sizes] = other
+    default = configs.DEFAULTS["interpreter"]["encode"][0]
+    assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == default
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == other
+
+
+@pytest.mark.parametrize("error", [RuntimeError, triton.runtime.errors.OutOfResources])
+def test_tiles_that_do_not_run_are_left_out(error, tmp_path, monkeypatch):
+    def call():
+        raise error("too much", 1, 2) if error is not RuntimeError else error("invalid argument")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert launch._milliseconds(call) == float("inf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no tile sizes of the kernel encode run for sizes"):
+        launch._tune(
+            "encode", torch.device("cpu"), torch.bfloat16, (1, 2, 2, 4), -1, lambda c: call()
+        )
+
+    def dead():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        launch._milliseconds(call)
 
 
 # -- CUDA graphs, as far as they can be shown without a GPU --------------------------------------
@@ -531,8 +826,19 @@ def test_a_first_call_under_capture_says_to_warm_up(monkeypatch):
     kernel = FakeKernel()
     with pytest.raises(RuntimeError, match=r"bae_fast\.warmup\('triton'"):
         launch.start(kernel, (1,), OnDevice())
-    assert triton.knobs.runtime.jit_cache_hook is None
     assert kernel.started == 0
+    # other kernels, and other threads beside a capture, compile as ever
+    hook = triton.knobs.runtime.jit_cache_hook
+    assert not hook(key="", repr="", fn=None, compile={}, is_manual_warmup=False)
+    elsewhere = FakeKernel()
+    launch._capture.going = True
+    try:
+        thread = threading.Thread(target=lambda: elsewhere[(1,)]())
+        thread.start()
+        thread.join()
+    finally:
+        launch._capture.going = False
+    assert elsewhere.started == 1
     capturing[0] = False
     launch.start(kernel, (1,), OnDevice())
     capturing[0] = True

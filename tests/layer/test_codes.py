@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 import bae_fast as bf
 from bae_fast import packing
+from bae_fast.codes import keep_signs
 from bae_fast.ops import registry
 
 
@@ -236,3 +238,23 @@ def test_counts_are_traced_in_plain_torch():
 
     bits = torch.rand(20, 70) < 0.3
     assert torch.equal(double(packing.pack_rows(bits)), 2 * bits.sum(0))
+
+
+def test_sign_planes_have_a_share_of_a_gpus_memory(monkeypatch):
+    """Making them again costs more than the rest of a step, and 1 GiB is little of 80."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: types.SimpleNamespace(total_memory=memory),
+    )
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    memory = 80 * 2**30
+    assert keep_signs(65536, gpu)
+    assert not keep_signs(2 * 65536, gpu)
+    memory = 4 * 2**30
+    assert keep_signs(32768, gpu)  # never less than on a CPU
+    assert not keep_signs(65536, gpu)
+    assert keep_signs(32768, cpu)
+    assert not keep_signs(65536, cpu)
+    monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", "0")
+    assert not keep_signs(64, gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -293,6 +294,50 @@ def test_an_unknown_impl(parameters, x):
     ):
         with refused(ValueError, f"impl must be one of {IMPLS}", "got 'numpy'"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "error", "said"),
+    [
+        (
+            "counts",
+            lambda t: t.int(),
+            TypeError,
+            "stats.counts must be torch.int64; got torch.int32",
+        ),
+        (
+            "n_rows",
+            lambda t: t.float(),
+            TypeError,
+            "stats.n_rows must be torch.int64; got torch.fl",
+        ),
+        (
+            "words",
+            lambda t: t.long(),
+            TypeError,
+            "stats.words must be torch.int32; got torch.int64",
+        ),
+        (
+            "counts",
+            lambda t: t.to("meta"),
+            ValueError,
+            "stats.counts must be on x's device cpu; got",
+        ),
+        ("words", lambda t: t.to("meta"), ValueError, "stats.words must be on x's device cpu; got"),
+    ],
+)
+def test_statistics_of_another_dtype_or_device(parameters, x, field, change, error, said):
+    """A kernel reads the memory as it is: on a GPU this is an illegal access or a wrong number."""
+    stats = bf.encode(x, parameters["W_enc"], parameters["b_enc"]).statistics()
+    wrong = dataclasses.replace(stats, **{field: change(getattr(stats, field))})
+    with refused(error, said):
+        bf.binary_autoencoder(x, **parameters, stats=wrong)
+
+
+@pytest.mark.parametrize("surrogates", [(), ("step",), ("rectangle", "step")])
+def test_a_warm_up_of_unknown_surrogates(surrogates):
+    with refused(ValueError, "surrogates must name some of ", f"got {list(surrogates)}"):
+        bf.warmup("torch", surrogates=surrogates)
 
 
 def test_an_unknown_impl_in_the_environment(parameters, x, monkeypatch):

@@ -8,6 +8,7 @@ a device that could use them. Not run on a device.
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
@@ -23,7 +24,7 @@ def _not_supported(request: registry.Request) -> list[str]:
     reasons = nvidia.input_reasons(request)
     on_device = nvidia.device_reasons(request, _LEAST_CAPABILITY)
     if not on_device:
-        capability = torch.cuda.get_device_capability()
+        capability = torch.cuda.get_device_capability(request.device_index)
         if capability > _MOST_CAPABILITY:
             on_device = [
                 "1-bit products are emulated on compute capability "
@@ -33,10 +34,6 @@ def _not_supported(request: registry.Request) -> list[str]:
         no_compiler = importlib.import_module("bae_fast.kernels_cuda.nvrtc").missing()
         on_device = [] if no_compiler is None else [no_compiler]
     return reasons + on_device
-
-
-def _warmup(device: torch.device) -> None:
-    nvidia.warm(_KERNELS, device)
 
 
 def _make() -> registry.Backend:
@@ -49,7 +46,8 @@ def _make() -> registry.Backend:
         name="cuda",
         ops=schemas.overloads("cuda"),
         not_supported_reasons=_not_supported,
-        warmup=_warmup,
+        may_leave_planes=nvidia.lists_may_serve,
+        warmup=functools.partial(nvidia.warm, _KERNELS),
     )
 
 

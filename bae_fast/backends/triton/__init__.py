@@ -9,7 +9,7 @@ Not run on a device.
 
 from __future__ import annotations
 
-import torch
+import functools
 
 from bae_fast.ops import nvidia, registry, schemas
 
@@ -27,10 +27,6 @@ def _not_supported(request: registry.Request) -> list[str]:
     return reasons
 
 
-def _warmup(device: torch.device) -> None:
-    nvidia.warm(_KERNELS, device)
-
-
 def _make() -> registry.Backend:
     reason = nvidia.missing("bae_fast.kernels")
     if reason is not None:
@@ -42,7 +38,8 @@ def _make() -> registry.Backend:
         name="triton",
         ops=schemas.overloads("triton"),
         not_supported_reasons=_not_supported,
-        warmup=_warmup,
+        may_leave_planes=nvidia.lists_may_serve,
+        warmup=functools.partial(nvidia.warm, _KERNELS),
     )
 
 

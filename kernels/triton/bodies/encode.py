@@ -18,7 +18,7 @@ def encode(
     (n, d), k = x.shape, W_enc.shape[1]
     words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
     window = torch.empty_like(words) if width is not None else words.new_empty(0)
-    counts = torch.zeros(k, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(k, dtype=torch.int64, device=x.device)  # blocks of rows add to them
     if x.dtype not in HALF:
         _by_blocks(x, W_enc, b_enc, row_mask, width, words, window, counts)
     else:

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from bae_fast.kernels.bits import feature_packed
+from bae_fast.kernels.bodies.covariance import not_made
 from bae_fast.kernels.covariance import count_digits
 from bae_fast.kernels.gradient import gradient, product_gradient
+from bae_fast.kernels.pair_lists import PairLists, WindowSigns
+from bae_fast.ops import nvidia
 from bae_fast.ops.products import (
     HALF,
     Preactivation,
@@ -35,12 +38,16 @@ from bae_fast.ops.products import (
 
 
 class _Signs:
-    """c 2/(N-1) (B S - 1 (n^T S)/N) for one chunk of columns at a time."""
+    """c 2/(N-1) (B S - 1 (n^T S)/N) for one chunk of columns at a time.
+
+    With a window only its entries are of use: lists of ones serve them where codes are sparse.
+    """
 
     def __init__(
         self,
         kernels: Any,
         words: Tensor,
+        window: Tensor | None,
         grad_covariance: Tensor,
         signs: Tensor | None,
         stats_words: Tensor | None,
@@ -51,20 +58,40 @@ class _Signs:
         self.counts = counts.contiguous()
         total = n_rows.double()
         self.scale = (grad_covariance.double() * 2 / (total * (total - 1))).float()
-        self.digits = count_digits(self.counts)
-        if signs is None:
-            assert stats_words is not None
-            self.features = feature_packed(stats_words, counts.shape[0])
+        n_bound = None if stats_words is None else stats_words.shape[0]
+        self.digits = count_digits(self.counts, n_bound)
+        # where it is not zero: lists serve, so no signs are multiplied; no planes are made
+        self.unless: Tensor | None = None
+        self.made: Tensor | None = None
+        self.listed: WindowSigns | None = None
+        if stats_words is None:
+            return
+        k = counts.shape[0]
+        lists_may_serve = nvidia.lists_may_serve(stats_words.shape[0], k)
+        if signs is None or lists_may_serve:
+            self.features = feature_packed(stats_words, k)
             self.n_bound = stats_words.shape[0]
+        if lists_may_serve:
+            if window is not None:
+                pairs = PairLists(stats_words, self.features, self.counts, n_rows)
+                self.listed = WindowSigns(pairs, words, window, self.scale)
+                self.unless = self.made = self.listed.serves
+            if signs is not None:
+                there = 1 - not_made(signs)
+                self.made = there if self.made is None else there | self.made
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        if self.signs is not None:
-            signs = self.signs[:, start:stop]
-        else:
+        signs = None if self.signs is None else self.signs[:, start:stop]
+        if signs is None or self.made is not None:
             signs = self.kernels.sign_slab(
-                self.features, self.counts, self.n_rows, start, stop, self.n_bound
+                self.features, self.counts, self.n_rows, start, stop, self.n_bound, self.made, signs
             )
-        return self.kernels.sign_product(self.words, signs, self.digits, self.n_rows, self.scale)
+        out = self.kernels.sign_product(
+            self.words, signs, self.digits, self.n_rows, self.scale, self.unless
+        )
+        if self.listed is not None:
+            self.listed.add_to(out, start)
+        return out
 
 
 def encoder_backward(
@@ -100,7 +127,8 @@ def encoder_backward(
     spread = None
     if grad_covariance is not None:
         statistics = (signs, stats_words, stats_counts, stats_n_rows)
-        spread = _Signs(kernels, words, grad_covariance, *statistics)
+        near = window if surrogate == "rectangle" else None
+        spread = _Signs(kernels, words, near, grad_covariance, *statistics)
 
     for start, stop in column_chunks(n, k, n_bits, x.device):
         span, features = slice(start, stop), slice(start // n_bits, stop // n_bits)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bae_fast.kernels.bits import feature_packed
 from bae_fast.kernels.bodies.covariance import covariance
 from bae_fast.kernels.bodies.decode import decode, decoder_backward
 from bae_fast.kernels.bodies.encode import encode
 from bae_fast.kernels.bodies.encoder_backward import encoder_backward
 from bae_fast.kernels.covariance import INT32_ROWS
 from bae_fast.kernels.launch import INTERPRETED, table_entry
+from bae_fast.kernels.pair_lists import PairLists, WindowSigns
 from bae_fast.ops.products import raw
 
 # x and parameters: alike, or parameters in fp32 under autocast
@@ -30,17 +33,28 @@ _ENTRIES = (0, 1)
 _ROWS, _WIDTH = 64, 64
 
 
-def warmup(kernels: Any, device: torch.device) -> None:
-    """Run on ``device`` what any step with d and K in multiples of 16 runs."""
+def warmup(
+    kernels: Any, device: torch.device, surrogates: Sequence[str], multilinear: bool
+) -> None:
+    """Run on ``device`` what any step with d and K in multiples of 16 runs.
+
+    Args:
+        surrogates: of the steps; each has compiled kernels of its own.
+        multilinear: whether steps with that term are run too.
+    """
     if INTERPRETED:
         return  # nothing is compiled
+    terms = tuple(itertools.product(surrogates, (False, True)[: 1 + multilinear]))
     for entry, (dtype, kind), k in itertools.product(_ENTRIES, _DTYPES, _COLUMNS):
         with table_entry(entry):
-            _step(torch.zeros(_ROWS, _WIDTH, dtype=dtype, device=device), kernels, kind, k)
+            x = torch.zeros(_ROWS, _WIDTH, dtype=dtype, device=device)
+            _step(x, kernels, kind, k, terms)
 
 
 @raw
-def _step(x: Tensor, kernels: Any, kind: torch.dtype, k: int) -> None:
+def _step(
+    x: Tensor, kernels: Any, kind: torch.dtype, k: int, terms: Sequence[tuple[str, bool]]
+) -> None:
     """One forward and backward of everything, with parameters of dtype ``kind``."""
     W_enc, b_enc = x.new_zeros(_WIDTH, k, dtype=kind), x.new_zeros(k, dtype=kind)
     W_dec, b_dec = x.new_zeros(k, _WIDTH, dtype=kind), x.new_zeros(_WIDTH, dtype=kind)
@@ -50,12 +64,25 @@ def _step(x: Tensor, kernels: Any, kind: torch.dtype, k: int) -> None:
     decode(words, W_dec, b_dec, 1, x.dtype)
     decoder_backward(words, grad, k, 1, kind)
     many = words.new_zeros(INT32_ROWS, words.shape[1])
+    scale = x.new_zeros((), dtype=torch.float32)
+    every = [True, True, True]
     for rows in (words, many):
         covariance(kernels, rows, counts, n_rows, False)
         _, signs = covariance(kernels, rows, counts, n_rows, True)
-        for planes, gradient in itertools.product((signs, None), (grad, None)):
+        for planes in (signs, None):
             encoder_backward(
-                kernels, x, W_enc, b_enc, W_dec, words, window, None, gradient, None, None,
-                x.new_zeros((), dtype=torch.float32), planes, rows, counts, n_rows,
-                "rectangle", 0.25, 1, [True, True, True],
+                kernels, x, W_enc, b_enc, W_dec, words, window, None, grad, None, None, scale,
+                planes, rows, counts, n_rows, terms[0][0], 0.25, 1, every,
             )  # fmt: skip
+    pairs = PairLists(words, feature_packed(words, k), counts, n_rows)  # of wide codes alone
+    pairs.numerator()
+    WindowSigns(pairs, words, window, scale).add_to(torch.empty(len(x), k, device=x.device), 0)
+    columns = x.new_zeros(k, dtype=torch.float32)
+    for (surrogate, curved), gradient, spread in itertools.product(
+        terms, (grad, None), (scale, None)
+    ):
+        encoder_backward(
+            kernels, x, W_enc, b_enc, W_dec, words, window, None, gradient, columns,
+            columns if curved else None, spread, signs, words, counts, n_rows, surrogate, 0.25, 1,
+            every,
+        )  # fmt: skip

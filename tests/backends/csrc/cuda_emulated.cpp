@@ -34,7 +34,8 @@ Function functions[] = {
 
 constexpr int kInvalid = 1, kNotFound = 500, kFailed = 719;
 const char* what_failed = "";
-int current = 0;  // a context
+int primary = 0, other = 0;  // contexts, and which is the thread's
+void* current = nullptr;
 uint64_t launches = 0;
 
 int fail(int number, const char* why) {
@@ -59,14 +60,22 @@ int cuDeviceGet(int* device, int ordinal) {
 }
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {
-  *context = &current;
+  *context = &primary;
   return device == 40 ? 0 : fail(kInvalid, "no such device");
 }
 
+int cuCtxGetCurrent(void** context) {
+  *context = current;
+  return 0;
+}
+
 int cuCtxSetCurrent(void* context) {
-  current = context == &current;
+  current = context == &primary || context == &other ? context : nullptr;
   return current ? 0 : fail(kInvalid, "no such context");
 }
+
+// A context that a caller has made for itself.
+void* another_context() { return &other; }
 
 // An image is the name of its source.
 int cuModuleLoadData(void** module, const void* image) {
