@@ -77,7 +77,9 @@ def run(config: Config) -> runs.Result:
                 f"{torch.get_num_threads()} threads; estimated {estimate_seconds(trainer):.0f} s "
                 "(--steps, --tokens shorten)"
             )
-            log = runs.fit(trainer, folder, log=folder / "log.jsonl", progress=config.progress)
+            # beside the results, to be followed while it grows
+            path = config.out / "log.jsonl"
+            log = runs.fit(trainer, folder, log=path, progress=config.progress)
             bae.save_pretrained(folder)
 
         with stages.stage("evaluate and describe"):

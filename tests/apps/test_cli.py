@@ -102,10 +102,9 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
     out = tmp_path / "out"
     straight = tmp_path / "straight"
     assert main(arguments) == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
     longer = [*arguments, "--steps", "600", "--entropy-weight", "3e-4"]
-    log = out / ".unfinished" / "log.jsonl"
-    process = run_until_logged(longer, log, 2)
+    process = run_until_logged(longer, out / "log.jsonl", 5)
     try:
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
@@ -115,7 +114,7 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
     (line,) = error.strip().splitlines()
     assert line.startswith("bae-fast demo: stopped at step ")
     assert "the same command goes on" in line
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert {name: (out / name).read_bytes() for name in before} == before
 
     capsys.readouterr()
     assert main(longer) == 0
@@ -134,9 +133,7 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
 
 def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys):
     out = tmp_path / "out"
-    process = run_until_logged(
-        [*arguments, "--steps", "100000"], out / ".unfinished" / "log.jsonl", 1
-    )
+    process = run_until_logged([*arguments, "--steps", "100000"], out / "log.jsonl", 1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert main(arguments) == 0
