@@ -44,7 +44,9 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
     except ImportError as error:
         raise ImportError(NEEDS) from error
     about, helps = documentation(config)
-    parser = ArgumentParser(prog=f"bae-fast {name}", description=about, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"bae-fast {name}", description=about, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="A YAML file that sets any option.")
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):

@@ -30,6 +30,8 @@ class Source:
         text: The text files that the model reads. Without them it reads the topics of Python's
             standard library.
         tokens: The text is cut after this many tokens.
+        bos: Every window of text begins with the beginning-of-text token. Without this option it
+            does where the model's own tokenizer begins a text with it.
         device: The device to run on, for instance cpu or cuda:0; auto takes a GPU where there is
             one.
         cache: The folder where harvested hidden states are kept. Without it that is
@@ -40,6 +42,7 @@ class Source:
     model: str | None = None
     text: tuple[str, ...] | None = None
     tokens: int | None = None
+    bos: bool | None = None
     device: str = "auto"
     cache: Path | None = None
     progress: bool = True
@@ -227,7 +230,9 @@ def harvest_rows(
             text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
         else:
             text, text_name = lm_tools.read_text(list(config.text)), " ".join(config.text)
-        windows = lm_tools.windows(tokenizer, text, config.context, n_tokens=config.tokens)
+        windows = lm_tools.windows(
+            tokenizer, text, config.context, n_tokens=config.tokens, prepend_bos=config.bos
+        )
         # held out, the window left out before them, and a first batch with room for dropped rows
         least = N_HELDOUT + 3 * config.context + 2 * batch_size
         if windows.numel() < least:
@@ -268,7 +273,7 @@ def harvest_rows(
     say(f"   {cache.dropped_rows()}; width {cache.d_in}")
     begins_with_bos = bool(cache.manifest.get("prepend_bos"))
     if begins_with_bos:
-        say("   every window begins with BOS, as the tokenizer asks for")
+        say("   every window begins with the beginning-of-text token")
     facts = {
         "model_name": source.name,
         "model_label": source.label,

@@ -153,6 +153,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys)
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--model", ""], "name='' is not allowed"),
         (["--impl", "cuda"], "--impl cuda cannot run here"),
+        (["--bos"], "this tokenizer has no bos_token_id"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(arguments, capsys, change, message):
