@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bae_fast.lm.hooks import running
 
-# logits held at a time: 32 MiB in fp32
-_BLOCK_ELEMENTS = 8 * 2**20
+# logits held at a time: 128 MiB in fp32; fewer tokens would read the output embedding too often
+_BLOCK_ELEMENTS = 32 * 2**20
 
 
 def causal_model(model: nn.Module) -> Any:
