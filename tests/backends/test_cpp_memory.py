@@ -73,7 +73,7 @@ def everything(n, k, d):
             pre, sums = grad.to(dtype), torch.zeros(k, dtype=torch.float64)
             op("backward")(
                 pre, words, 0, None, None, True, planes, None if planes is not None else columns,
-                counts, n, digits, 0.25, window, None, None, False, sums,
+                None, None, None, counts, n, digits, 0.25, window, None, None, False, sums,
             )  # fmt: skip
             results += [pre, sums]
     return results

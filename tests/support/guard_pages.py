@@ -148,7 +148,7 @@ def private_operators(n, k, d, pad):
             torch.randn(used, dtype=dtype) if keep else None,
             torch.randn(used, dtype=dtype) if keep else None,
             source != "none", signs if source == "stored" else None,
-            columns if source == "computed" else None, counts, n,
+            columns if source == "computed" else None, None, None, None, counts, n,
             digits if source != "none" else None, 0.25,
             words if keep else None,
             None if keep else torch.rand(n, used, dtype=dtype),
