@@ -13,6 +13,7 @@ nothing; ``--tables`` only regenerates the tables from committed results; ``reci
 | ``inputs.py``, ``timing.py`` | random inputs; checks, turns, medians, peaks, the roofline |
 | ``ceilings.py``, ``ceiling.cpp`` | what the machine can do at best |
 | ``step.py``, ``operators.py``, ``levels.py``, ``memory.py`` | the suites |
+| ``rival.py`` | the recipe's step beside that of a plain TopK autoencoder |
 | ``test_*.py`` | the same comparisons under pytest: tiny and untimed, or with |
 | | ``pytest bench --benchmark-enable`` at full size by pytest-benchmark, a side at a time |
 """

@@ -203,10 +203,13 @@ def training_gradients(
     *,
     entropy_weight: float,
     covariance_weight: float | None,
+    variance_weight: float = 0.0,
 ) -> Gradients:
     """The objective of :func:`bench.eager.eager_loss` and its gradient, for the bits given.
 
     Args:
+        variance_weight: of the multilinear term, the mean over rows and columns of
+            |W_dec_j|^2 b (1 - b): zero in value, with the slope 1 - 2 b.
         bits, window: bool ``[N, F]``; window is where the surrogate lets the gradient pass, None
             for everywhere.
         features: int64 ``[m]``, the features whose gradients are asked for.
@@ -220,6 +223,9 @@ def training_gradients(
     loss = (x - recon).square().mean() + entropy_weight * entropy_bits(counts, rows)
     slope = 2 * (recon - x) / (n * d)
     g = slope @ W_dec[features].t() + entropy_weight * entropy_gradient(counts, rows)[features]
+    if variance_weight:
+        steps = variance_weight / (n * d) * W_dec[features].square().sum(1)
+        g += steps * (1 - 2 * b[:, features].double())
     slack = torch.zeros_like(g)
     if covariance_weight is not None:
         loss = loss + covariance_weight * covariance_numerator(b) / (n * (n - 1))

@@ -17,11 +17,21 @@ from bench import (
     levels,
     memory,
     operators,
+    rival,
     step,
     tables,
     timing,
 )
-from bench.__main__ import README, RESULTS, SUITES, environment, main, regenerated
+from bench.__main__ import (
+    MEASURED,
+    README,
+    RESULTS,
+    SUITES,
+    TRAINED,
+    environment,
+    main,
+    regenerated,
+)
 from bench.inputs import TINY
 
 DEFAULT = inputs.implementations()[0]
@@ -137,6 +147,51 @@ def test_a_wrong_operator_spoils_the_step(operator, faulty):
     faulty(operator)
     row = row_of(step.build("paper", *TINY[0]), "eager", DEFAULT)
     assert row["sides"][DEFAULT].keys() == {"refused"}
+
+
+RIVAL = (66, 24, 331, 5)
+
+
+@pytest.mark.parametrize("operator", ["decode", "decoder_backward", "encoder_backward"])
+def test_a_wrong_operator_spoils_the_step_of_the_recipe(operator, faulty):
+    row = row_of(rival.build(*RIVAL), "topk", DEFAULT, f"{DEFAULT} bf16")
+    assert all(side["seconds"] > 0 for side in row["sides"].values())
+    faulty(operator)
+    row = row_of(rival.build(*RIVAL), "topk", DEFAULT)
+    assert row["sides"][DEFAULT].keys() == {"refused"}
+    assert row["sides"]["topk"]["seconds"] > 0
+
+
+def test_a_wrong_topk_gets_no_figure(monkeypatch):
+    right = rival.topk_parts
+
+    def wrong(x, parameters, k):
+        loss, indices, values = right(x, parameters, k)
+        return loss, (indices + 1) % len(parameters[2]), values
+
+    monkeypatch.setattr(rival, "topk_parts", wrong)
+    assert row_of(rival.build(*RIVAL), "topk")["sides"]["topk"].keys() == {"refused"}
+
+
+def test_trained_densities_are_those_that_were_asked_for():
+    (x, W_enc, b_enc, *_), width = rival.trained(2000, 64, 1500, 12)
+    pre = x @ W_enc + b_enc
+    ones, inside = (pre > 0).float().mean(), (pre.abs() < width).float().mean()
+    assert ones == pytest.approx(24 / 1500, rel=0.1)
+    assert inside == pytest.approx(rival.WINDOW * 24 / 1500, rel=0.1)
+    assert (pre > 0).float().mean(0).std() > 0.5 * ones
+
+
+def test_the_table_of_rivals_holds_best_against_best(quick, monkeypatch):
+    monkeypatch.setattr(rival, "CASES", [RIVAL])
+    result = {"environment": environment(), **rival.run(seconds=0)}
+    header, _, line = [t for t in rival.table(result).splitlines() if t.startswith("|")]
+    assert header.count("|") == line.count("|")
+    assert line.startswith("| 66, 24, 331, 5 |")
+    seconds = {n: s["seconds"] for n, s in result["rows"][0]["sides"].items()}
+    topk = min(t for n, t in seconds.items() if n.startswith("topk"))
+    ours = min(t for n, t in seconds.items() if not n.startswith("topk"))
+    assert line.endswith(f"| {topk / ours:.1f} |")
 
 
 def test_a_wrong_dense_program_gets_no_figure_either(monkeypatch):
@@ -286,7 +341,8 @@ def test_the_probe_knows_the_level_in_use(quick):
 def test_the_readme_shows_the_committed_results():
     text = README.read_text(encoding="utf-8")
     assert regenerated(text) == text
-    assert {path.stem for path in RESULTS.glob("*.json")} == SUITES.keys()
+    found = {path.stem for path in RESULTS.glob("*.json")}
+    assert (MEASURED | TRAINED).keys() <= found <= SUITES.keys()
 
 
 def test_tables_replace_what_stands_between_their_markers():

@@ -80,4 +80,25 @@ Tensor column_counts(Tensor words, int64_t n_columns) {
   return counts;
 }
 
+// Ones in all of the words.
+int64_t count_ones(Tensor words) {
+  const int64_t n = words.size(0), width = words.size(1), stride = row_stride(words);
+  const uint32_t* in = data<uint32_t>(words);
+  constexpr int64_t kSpan = 512;
+  std::atomic<int64_t> total{0};
+  torch::stable::parallel_for(0, n, 1 + (1 << 14) / std::max<int64_t>(width, 1),
+                              [&](int64_t begin, int64_t end) {
+                                int64_t counts[kSpan] = {}, sum = 0;
+                                for (int64_t row = begin; row < end; ++row) {
+                                  for (int64_t w = 0; w < width; w += kSpan) {
+                                    kernels().column_counts(in + row * stride + w, 0, 1,
+                                                            std::min(width - w, kSpan), counts);
+                                  }
+                                }
+                                for (const int64_t count : counts) sum += count;
+                                total += sum;
+                              });
+  return total;
+}
+
 }  // namespace bae_fast

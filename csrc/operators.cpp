@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(bae_fast, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
   m.impl("cpp_rows_to_columns", TORCH_BOX(&rows_to_columns));
   m.impl("cpp_column_counts", TORCH_BOX(&column_counts));
+  m.impl("cpp_count_ones", TORCH_BOX(&count_ones));
   m.impl("cpp_salient", TORCH_BOX(&salient));
   m.impl("cpp_grouped", TORCH_BOX(&grouped));
   m.impl("cpp_threshold", TORCH_BOX(&threshold));

@@ -13,6 +13,7 @@ namespace bae_fast {
 Tensor rows_to_columns(Tensor words, int64_t n_columns);
 Tensor rows_to_features(Tensor words, int64_t n_columns);
 Tensor column_counts(Tensor words, int64_t n_columns);
+int64_t count_ones(Tensor words);
 
 // salient.cpp
 Tensor salient(Tensor words, Tensor order, int64_t n_columns, int64_t k);
@@ -28,8 +29,8 @@ Tensor list_rows(Tensor words, Tensor ranks, int64_t n_features);
 Tensor listed_covariance(Tensor ranks, Tensor lists, int64_t n_features, int64_t n_rows);
 
 // products.cpp
-void threshold(Tensor pre, std::optional<Tensor> keep, double width, int64_t start, Tensor words,
-               Tensor window);
+void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> keep, double width,
+               int64_t start, Tensor words, Tensor window);
 bool has_units();
 bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, double width,
                  int64_t digits, Tensor words, Tensor window);

@@ -8,13 +8,27 @@ namespace {
 // Rows and summed elements of a left panel: tens of MiB.
 constexpr int64_t kRowsAtOnce = 1024, kDepthAtOnce = 8192;
 
+// Pre-activations without their bias, of one row: the sum never leaves the inner cache.
+template <typename T>
+void threshold_sums(const T* pre, const T* bias, int64_t columns, T width, uint32_t* words,
+                    uint32_t* window, void (*kernel)(const T*, int64_t, T, uint32_t*, uint32_t*)) {
+  constexpr int64_t kSpan = 1024;
+  T sum[kSpan];
+  for (int64_t at = 0; at < columns; at += kSpan) {
+    const int64_t used = std::min(columns - at, kSpan), word = at / kWordBits;
+    for (int64_t j = 0; j < used; ++j) sum[j] = pre[at + j] + bias[at + j];
+    kernel(sum, used, width, words + word, window == nullptr ? nullptr : window + word);
+  }
+}
+
 }  // namespace
 
 // ---- encode -------------------------------------------------------------------------------------
 
-// [pre > 0] and, unless window is empty, [|pre| < width] of columns start .. of the packed code.
-void threshold(Tensor pre, std::optional<Tensor> keep, double width, int64_t start, Tensor words,
-               Tensor window) {
+// [pre > 0] and, unless window is empty, [|pre| < width] of columns start .. of the packed code; a
+// bias is added to pre first, in pre's dtype: fp32 or float64.
+void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> keep, double width,
+               int64_t start, Tensor words, Tensor window) {
   const int64_t n = pre.size(0), columns = pre.size(1), stride = row_stride(pre);
   const ScalarType dtype = pre.scalar_type();
   const bool* kept = data_or_null<bool>(keep);
@@ -32,6 +46,12 @@ void threshold(Tensor pre, std::optional<Tensor> keep, double width, int64_t sta
       if (kept != nullptr && !kept[row]) {
         std::fill(to, to + n_words(columns), 0);
         if (windowed) std::fill(in, in + n_words(columns), 0);
+      } else if (bias.has_value() && dtype == ScalarType::Float) {
+        threshold_sums(data<float>(pre) + row * stride, data<float>(*bias), columns, narrow, to, in,
+                       k.threshold_f32);
+      } else if (bias.has_value() && dtype == ScalarType::Double) {
+        threshold_sums(data<double>(pre) + row * stride, data<double>(*bias), columns, width, to,
+                       in, k.threshold_f64);
       } else if (dtype == ScalarType::Float) {
         k.threshold_f32(data<float>(pre) + row * stride, columns, narrow, to, in);
       } else if (dtype == ScalarType::Double) {

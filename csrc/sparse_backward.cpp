@@ -129,13 +129,20 @@ class SparseBackward {
     value_.assign(begin_.back(), 0);
   }
 
+  // The words of columns next to each other share a cache line, those of one column do not.
   void list_columns(int64_t from, int64_t to) {
-    for (int64_t j = from; j < to; ++j) {
-      uint16_t* out = index_.data() + begin_of(j);
+    constexpr int64_t kTogether = 16;
+    for (int64_t j0 = from; j0 < to; j0 += kTogether) {
+      const int64_t used = std::min(to - j0, kTogether);
+      uint16_t* out[kTogether];
+      for (int64_t j = 0; j < used; ++j) out[j] = index_.data() + begin_of(j0 + j);
       for (int64_t m = 0; m < n_words(n); ++m) {
         const int64_t row = m * kWordBits % kPanelRows;
-        for (uint32_t rest = columns_[m * stride_ + first_ + j]; rest != 0; rest &= rest - 1) {
-          *out++ = static_cast<uint16_t>(row + __builtin_ctz(rest));
+        const uint32_t* const words = columns_ + m * stride_ + first_ + j0;
+        for (int64_t j = 0; j < used; ++j) {
+          for (uint32_t rest = words[j]; rest != 0; rest &= rest - 1) {
+            *out[j]++ = static_cast<uint16_t>(row + __builtin_ctz(rest));
+          }
         }
       }
     }

@@ -2,7 +2,8 @@
 
 A half-precision product on a GPU can be returned in fp32. On a CPU it cannot: the product is
 summed in fp32 and rounded once, so the encoder's bias, which must be added before any rounding,
-is carried through the product itself (:class:`Preactivation`).
+is carried through the product itself (:class:`Preactivation`). A CPU that does not multiply the
+dtype takes fp32 products of the widened operands (:func:`product_dtype`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.devices import cpu_has_bfloat16
 from bae_fast.ops.registry import environment_megabytes
 from bae_fast.packing import WORD_BITS, bit_weights, n_words, unpack_rows
 
@@ -69,6 +71,19 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that operands of a product of ``dtype`` have on a device.
+
+    Where a CPU does not multiply bfloat16, torch's product is a loop over numbers, tens of times
+    slower than fp32; in float16 no product of torch's is faster than fp32 on a CPU.
+    """
+    if device.type == "cpu" and (
+        dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bfloat16())
+    ):
+        return torch.float32
+    return dtype
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for operands of one dtype, in the widest dtype the device returns cheaply."""
     if a.dtype in HALF and a.device.type == "cuda":
@@ -121,13 +136,14 @@ def decode_by_chunks(
     words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype
 ) -> Tensor:
     """value(B) W_dec + b_dec in ``dtype`` by dense products of unpacked blocks: ``[N, d_out]``."""
+    operands = product_dtype(dtype, words.device)
     out = torch.empty(words.shape[0], W_dec.shape[1], dtype=dtype, device=words.device)
     for top in range(0, words.shape[0], ROW_BLOCK):
         rows = words[top : top + ROW_BLOCK]
         recon = b_dec.to(sum_dtype(dtype)).expand(len(rows), -1).clone()
         for start, stop in column_chunks(len(rows), W_dec.shape[0] * n_bits, n_bits, words.device):
-            values = unpack_values(rows, start, stop, n_bits, dtype)
-            accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(dtype))
+            values = unpack_values(rows, start, stop, n_bits, operands)
+            accumulate(recon, values, W_dec[start // n_bits : stop // n_bits].to(operands))
         out[top : top + ROW_BLOCK] = recon
     return out
 
@@ -137,6 +153,7 @@ def decoder_gradient_by_chunks(
 ) -> Tensor:
     """value(B)^T grad_recon in ``dtype`` by dense products of unpacked chunks: ``[F, d_out]``."""
     n, d_out = grad_recon.shape
+    grad_recon = grad_recon.to(product_dtype(grad_recon.dtype, words.device))
     grad_W = torch.empty(n_columns // n_bits, d_out, dtype=dtype, device=words.device)
     for start, stop in column_chunks(n, n_columns, n_bits, words.device):
         values = unpack_values(words, start, stop, n_bits, grad_recon.dtype)
@@ -147,12 +164,13 @@ def decoder_gradient_by_chunks(
 class Preactivation:
     """x W + b over chunks of columns, the bias added in fp32 or wider before any rounding.
 
-    On a CPU in bf16 the bias is split into three bf16 parts whose sum is the fp32 bias, and the
-    parts are three more rows of W against three columns of ones of x: the product's fp32 sum
-    then contains the bias, and its single rounding keeps the sign of every pre-activation.
+    On a CPU that multiplies bf16 the bias is split into three bf16 parts whose sum is the fp32
+    bias, and the parts are three more rows of W against three columns of ones of x: the product's
+    fp32 sum then contains the bias, and its single rounding keeps the sign of every pre-activation.
     """
 
     def __init__(self, x: Tensor) -> None:
+        x = x.to(product_dtype(x.dtype, x.device))
         self.x = x
         self.d = x.shape[1]
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":
@@ -160,9 +178,20 @@ class Preactivation:
             self.x = x.new_zeros(x.shape[0], inner)
             self.x[:, : self.d] = x
             self.x[:, self.d : self.d + 3] = 1
-        elif x.dtype == torch.float16 and x.device.type == "cpu":
-            # three fp16 parts would underflow; the widened product is as fast there
-            self.x = x.float()
+
+    def without_bias(
+        self, weight: Tensor, bias: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product and the bias still to be added to it, None where it contains the bias.
+
+        ``memory`` is contiguous, of x's dtype and large enough; the product may lie there.
+        """
+        if self.x.dtype in HALF:
+            return self(weight, bias), None
+        n, columns = len(self.x), weight.shape[1]
+        out = memory[: n * columns].view(n, columns)
+        torch.mm(self.x, weight.to(self.x.dtype), out=out)
+        return out, bias.to(self.x.dtype).contiguous()
 
     def __call__(self, weight: Tensor, bias: Tensor) -> Tensor:
         """``[N, chunk]`` for weight ``[d, chunk]`` and bias ``[chunk]`` of any floating dtype."""

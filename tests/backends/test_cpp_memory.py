@@ -54,7 +54,7 @@ def everything(n, k, d):
     words, counts = pack_rows(bits), bits.sum(0)
     weight, grad = torch.randn(k, d, generator=g), torch.randn(n, k, generator=g)
     window, chosen = torch.zeros_like(words), torch.zeros_like(words)
-    op("threshold")(grad, None, 0.5, 0, chosen, window)
+    op("threshold")(grad, None, None, 0.5, 0, chosen, window)
     results = [
         op("rows_to_columns")(words, k),
         op("column_counts")(words, k),

@@ -111,6 +111,7 @@ def private_operators(n, k, d, pad):
     counts = bits.sum(0)
     columns = check(f"rows_to_columns: {shape}", op("rows_to_columns"), words, k)
     check(f"column_counts: {shape}", op("column_counts"), words, k)
+    check(f"count_ones: {shape}", op("count_ones"), words)
     check(f"rows_to_features: {shape}", op("rows_to_features"), words, k)
 
     start = k // 64 * 32
@@ -119,11 +120,12 @@ def private_operators(n, k, d, pad):
     ):
         pre = torch.randn(n, k - start).to(dtype)
         window = torch.zeros_like(words) if windowed else torch.empty(0, dtype=torch.int32)
-        for keep in (None, torch.rand(n) < 0.7):
-            given = f"window {windowed}, keep {keep is not None}"
+        biases = [None] if dtype == torch.bfloat16 else [None, torch.randn(k - start).to(dtype)]
+        for keep, bias in itertools.product((None, torch.rand(n) < 0.7), biases):
+            given = f"window {windowed}, keep {keep is not None}, bias {bias is not None}"
             check(
                 f"threshold {dtype}: {shape}, start {start}, {given}",
-                op("threshold"), strided(pre, pad), keep, 0.5, start, words, window,
+                op("threshold"), strided(pre, pad), bias, keep, 0.5, start, words, window,
             )  # fmt: skip
 
     signs = torch.zeros(0)

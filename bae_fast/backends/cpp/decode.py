@@ -3,12 +3,12 @@
     recon  = V W_dec + b_dec,    dW_dec = V^T G,    db_dec = 1^T G
 
 V is the value of the code, ``[N, F]``: the bit itself for one-bit codes, else
-sum_i b_i 2^i / (2^k - 1). Both are one product, rows of bits times rows of numbers. In fp32 with
-one-bit codes there are two ways, chosen by the measured density: adding the rows where bits are
-one; and one cost at any density, by tables of the sums of five rows, or by matrix units on integers
-of 32 bits, where the CPU has them: both as exact as fp32. In bf16 matrix units multiply bits as
-numbers. All other dtypes and codes take torch's product of unpacked bits, one chunk of features at
-a time.
+sum_i b_i 2^i / (2^k - 1). Both are one product, rows of bits times rows of numbers. With one-bit
+codes there are two ways, chosen by the measured density: adding the rows where bits are one; and
+one cost at any density, by tables of the sums of five rows, or by matrix units on integers of 32
+bits, where the CPU has them: both as exact as fp32. In half precision they are the same, of widened
+numbers; matrix units multiply bits as bf16 numbers where these are dense. float64 and codes of
+several bits take torch's product of unpacked bits, one chunk of features at a time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,24 @@ from torch import Tensor
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import empty_gradient, op, simd
 from bae_fast.backends.cpp.units import operand, unit_digits
-from bae_fast.ops.products import decode_by_chunks, decoder_gradient_by_chunks, sum_dtype
+from bae_fast.ops.products import (
+    decode_by_chunks,
+    decoder_gradient_by_chunks,
+    half_chunks,
+    sum_dtype,
+)
+from bae_fast.packing import WORD_BITS, n_words
 
 # Density below which adding rows is faster, measured at N = 512, F = 8192 (NEON: as scalar)
 GATHER_BELOW = {"scalar": 0.17, "avx2": 0.2, "avx512": 0.16, "neon": 0.17, "amx": 0.08}
+# The same against bf16 products of matrix units: adding rows took 0.69 to 1.21 of their time at
+# density 0.03 (four shapes, bench/results/operators.json); less, as it does not shrink to nothing.
+GATHER_BELOW_UNITS = 0.02
 
 
-def _bits_product(bits: Tensor, dense: Tensor, ones: int, add: bool, out: Tensor) -> bool:
-    """out (+)= bits dense; False where that needs finite numbers and met others."""
-    gather = ones < GATHER_BELOW[simd()] * out.shape[0] * dense.shape[0]
-    done: bool = op("bits_product")(bits, dense_rows(dense), gather, add, out)
-    return done
+def _adds_rows(ones: int, rows: int, depth: int, units: bool) -> bool:
+    below = GATHER_BELOW_UNITS if units else GATHER_BELOW[simd()]
+    return ones < below * rows * depth
 
 
 def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
@@ -39,15 +46,26 @@ def decode(words: Tensor, W_dec: Tensor, b_dec: Tensor, n_bits: int, dtype: torc
 
 
 def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """None where torch's product is the fastest, or serves numbers that are not finite."""
-    recon = b_dec.float().expand(words.shape[0], -1).clone()
-    if dtype == W_dec.dtype == torch.float32:
-        ones = int(op("column_counts")(words, W_dec.shape[0]).sum())
-        return recon if _bits_product(words, W_dec, ones, True, recon) else None
-    if dtype == torch.bfloat16 and unit_digits(dtype):
+    """None where torch's product serves: in float64, and numbers that are not finite."""
+    if torch.float64 in (dtype, W_dec.dtype):
+        return None
+    n, f = words.shape[0], W_dec.shape[0]
+    recon = b_dec.float().expand(n, -1).clone()
+    units = dtype == torch.bfloat16 and unit_digits(dtype) == 1
+    gather = _adds_rows(op("count_ones")(words), n, f, units)
+    if units and not gather:
         op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
         return recon.to(dtype)
-    return None
+    # numbers of a half-precision parameter are widened a chunk at a time
+    chunks = (
+        [(0, f)] if W_dec.dtype == torch.float32 else half_chunks(W_dec.shape[1], f, W_dec.device)
+    )
+    for start, stop in chunks:
+        bits = words[:, start // WORD_BITS : n_words(stop)]
+        dense = dense_rows(W_dec[start:stop].float())
+        if not op("bits_product")(bits, dense, gather, True, recon):
+            return None
+    return recon.to(dtype)
 
 
 def decoder_backward(
@@ -64,14 +82,16 @@ def decoder_backward(
 def _gradient_of_bits(
     words: Tensor, grad_recon: Tensor, n_columns: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """None where torch's product is the fastest, or serves numbers that are not finite."""
-    grad_W = empty_gradient(n_columns, grad_recon.shape[1], torch.float32)
-    if dtype == grad_recon.dtype == torch.float32:
-        ones = int(op("column_counts")(words, n_columns).sum())
-        features = op("rows_to_features")(words, n_columns)
-        return grad_W if _bits_product(features, grad_recon, ones, False, grad_W) else None
-    if grad_recon.dtype == torch.bfloat16 and unit_digits(torch.bfloat16):
-        features = op("rows_to_features")(words, n_columns)
+    """None where torch's product serves: in float64, and numbers that are not finite."""
+    if torch.float64 in (dtype, grad_recon.dtype):
+        return None
+    n, d_out = grad_recon.shape
+    units = grad_recon.dtype == torch.bfloat16 and unit_digits(torch.bfloat16) == 1
+    gather = _adds_rows(op("count_ones")(words), n, n_columns, units)
+    features = op("rows_to_features")(words, n_columns)
+    grad_W = empty_gradient(n_columns, d_out, torch.float32)
+    if units and not gather:
         op("unit_product")(features, operand(grad_recon, 1), 1, False, grad_W)
-        return grad_W.to(dtype)
-    return None
+    elif not op("bits_product")(features, dense_rows(grad_recon.float()), gather, False, grad_W):
+        return None
+    return grad_W.to(dtype)

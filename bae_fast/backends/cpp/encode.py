@@ -1,8 +1,9 @@
 """Encode: B = [x W_enc + b_enc > 0] and the rectangle's window [|pre| < w], packed.
 
 On matrix units the product, the comparison and the packing are one pass in C++. Else the product of
-one chunk of columns is torch's and stays in the cache: C++ reads it once and writes one bit an
-element of each. The counts are made from the packed bits, a thirty-second of that traffic.
+one chunk of columns is torch's and stays in the cache: C++ reads it once, adds the bias and writes
+one bit an element of each. The counts are made from the packed bits, a thirty-second of that
+traffic.
 """
 
 from __future__ import annotations
@@ -36,10 +37,17 @@ def encode(
     for top in range(0, 0 if done else n, ROW_BLOCK):
         rows = slice(top, min(top + ROW_BLOCK, n))
         preactivation = Preactivation(x[rows])
+        memory = x.new_empty(0)
         for start, stop in column_chunks(rows.stop - top, k, 1, x.device):
-            pre = preactivation(W_enc[:, start:stop], b_enc[start:stop])
+            # without the bias, which torch would write to every row before it adds the product
+            if not len(memory):
+                memory = x.new_empty(
+                    (rows.stop - top) * (stop - start), dtype=preactivation.x.dtype
+                )
+            pre, bias = preactivation.without_bias(W_enc[:, start:stop], b_enc[start:stop], memory)
             threshold(
                 pre,
+                bias,
                 None if keep is None else keep[rows],
                 limit,
                 start,

@@ -9,10 +9,10 @@ curvature per column, S the signs of the covariance, N and n the counted rows an
 
 The signs S are planes of bits, kept or made again, or come from lists of the rows (``covariance``).
 
-Three ways. Where the rectangle's window is sparse, its entries alone (``sparse_backward``). On
-matrix units, both dense products and all between them strip by strip in C++. Else torch's products,
-and one pass in C++ over the chunk between them. B S is made of bits each time, and so is n^T S: the
-binary digits of n are further rows of bits.
+Three ways. Where the rectangle's window is sparse, its entries alone (``sparse_backward``), in fp32
+for half precision too. On matrix units, both dense products and all between them strip by strip in
+C++. Else torch's products, and one pass in C++ over the chunk between them. B S is made of bits
+each time, and so is n^T S: the binary digits of n are further rows of bits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bae_fast.ops.products import (
     accumulate,
     column_chunks,
     product,
+    product_dtype,
     sum_dtype,
 )
 from bae_fast.packing import bit_weights, pack_rows
@@ -102,7 +103,7 @@ def encoder_backward(
     n_bits: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = sum_dtype(x.dtype)
+    given, wide = x.dtype, sum_dtype(x.dtype)
     need_x, need_W, need_b = needs
     grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
     grad_W = W_enc.new_empty(0)
@@ -111,7 +112,7 @@ def encoder_backward(
     column_sum = torch.empty(W_enc.shape[1], dtype=torch.float64)
     words = dense_rows(words)
     inside = dense_rows(window) if surrogate == "rectangle" else None
-    sparse = inside is not None and is_sparse(x, W_enc, W_dec, inside, n_bits)
+    sparse = inside is not None and is_sparse(x, W_enc, inside, n_bits)
     terms = _Terms(
         words=words,
         shift=None if grad_columns is None else grad_columns.to(wide).contiguous(),
@@ -122,11 +123,21 @@ def encoder_backward(
         window=inside,
         keep=None if row_mask is None else row_mask.contiguous(),
     )
+    dtype = wide if sparse else product_dtype(x.dtype, x.device)
+    x = x.to(dtype)
+    grad_recon = None if grad_recon is None else grad_recon.to(dtype)
     if sparse and terms.window is not None:
+        out = grad_W
+        if need_W and grad_W.dtype != wide:
+            out = empty_gradient(grad_W.shape[0], grad_W.shape[1], wide)
         sparse_backward(
-            terms.window, terms.keep, terms.words, grad_recon, W_dec, terms.shift,
-            terms.curvature, terms.statistics, x, W_enc, grad_x, grad_W, column_sum,
+            terms.window, terms.keep, terms.words, grad_recon,
+            W_dec if grad_recon is None else W_dec.to(wide), terms.shift,
+            terms.curvature, terms.statistics, x, W_enc.to(wide) if need_x else W_enc,
+            grad_x, out, column_sum,
         )  # fmt: skip
+        if out is not grad_W:
+            grad_W.copy_(out)
     elif (
         need_x
         or n_bits > 1
@@ -141,7 +152,7 @@ def encoder_backward(
             grad_x, grad_W, column_sum,
         )  # fmt: skip
     grad_b = (column_sum if need_b else column_sum[:0]).to(b_enc.dtype)
-    return grad_x.to(x.dtype), grad_W, grad_b
+    return grad_x.to(given), grad_W, grad_b
 
 
 def _unit_backward(

@@ -26,14 +26,16 @@ _SCHEMAS = (
     "cpp_new_gradient(int rows, int columns) -> Tensor",
     "cpp_rows_to_columns(Tensor words, int n_columns) -> Tensor",
     "cpp_column_counts(Tensor words, int n_columns) -> Tensor",
+    "cpp_count_ones(Tensor words) -> int",
     # places in order, entries 2 column + bit, of the first k that hold in each row; its length
     # where there are fewer
     "cpp_salient(Tensor words, Tensor order, int n_columns, int k) -> Tensor",
     # offsets and rising indices of numbers, int32, below n_groups; others are left out
     "cpp_grouped(Tensor numbers, int n_groups) -> (Tensor, Tensor)",
-    # [pre > 0] into words, [|pre| < width] into window unless that is empty, from column `start`
-    "cpp_threshold(Tensor pre, Tensor? keep, float width, int start, Tensor(a!) words,"
-    " Tensor(b!) window) -> ()",
+    # [pre > 0] into words, [|pre| < width] into window unless that is empty, from column `start`;
+    # pre is in fp32 or float64 and without its bias where that is given
+    "cpp_threshold(Tensor pre, Tensor? bias, Tensor? keep, float width, int start,"
+    " Tensor(a!) words, Tensor(b!) window) -> ()",
     "cpp_covariance(Tensor words, Tensor counts, int n_rows, bool keep_signs) -> (Tensor, Tensor)",
     # ranks of features and lists of the rows (csrc/pair_lists.h), or two empty tensors where bits
     # are the faster way to the signs; with `all_rows`, to their product with every row

@@ -23,6 +23,7 @@ from bae_fast.ops.products import (
     column_chunks,
     empty_gradients,
     product,
+    product_dtype,
     sum_dtype,
 )
 from bae_fast.packing import WORD_BITS, bit_weights, n_words, unpack_rows
@@ -76,10 +77,13 @@ def encoder_backward(
     n_bits: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
-    wide = sum_dtype(dtype)
+    n, k, given = x.shape[0], W_enc.shape[1], x.dtype
+    wide = sum_dtype(given)
     need_x, need_W, need_b = needs
     grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, needs)
+    dtype = product_dtype(given, x.device)
+    x = x.to(dtype)
+    grad_recon = None if grad_recon is None else grad_recon.to(dtype)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
     sign_product = scale = None
     if grad_covariance is not None:
@@ -123,4 +127,4 @@ def encoder_backward(
             grad_W[:, start:stop] = product(x.t(), g)
         if need_x:
             accumulate(grad_x, g, W_enc[:, start:stop].to(dtype).t())
-    return grad_x.to(dtype), grad_W, grad_b
+    return grad_x.to(given), grad_W, grad_b
