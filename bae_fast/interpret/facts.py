@@ -32,8 +32,8 @@ from bae_fast.analysis.features import TokenLift, token_lifts
 from bae_fast.analysis.pairs import joint_counts
 from bae_fast.analysis.text import token_text
 from bae_fast.codes import BinaryCode
+from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
-from bae_fast.report.browser import FeatureContext, FeatureRecord, Histogram
 
 # elements of a dense block at a time
 _BLOCK_ELEMENTS = 2**24

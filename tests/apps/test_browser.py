@@ -10,7 +10,8 @@ import browser as driver
 import pytest
 
 from bae_fast.analysis.features import TokenLift
-from bae_fast.report.browser import FeatureContext, FeatureRecord, Histogram, write_browser
+from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
+from bae_fast.report.browser import write_browser
 
 HOSTILE = (
     "<script>document.title='broken'</script>",
