@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
+from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
@@ -375,7 +376,7 @@ def spliced(
     add_error: bool = False,
     source: str | None = None,
     drop_positions: int = 1,
-    max_norm_ratio: float | None = 5.0,
+    max_norm_ratio: float | None = MAX_NORM_RATIO,
     record: bool = False,
     may_replace_none: bool = False,
 ) -> Iterator[Splice]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bae_fast.causal.splice import Splice, norm_bounds, replaced_output, spliced
 from bae_fast.codes import BinaryCode
+from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.lm.hooks import in_order, running
 from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
@@ -179,7 +180,7 @@ class SubstitutionTest:
         *,
         batch_size: int = 8,
         drop_positions: int = 1,
-        max_norm_ratio: float | None = 5.0,
+        max_norm_ratio: float | None = MAX_NORM_RATIO,
     ) -> None:
         """Run the model as it is.
 

@@ -14,14 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from bae_fast.entropy.fit import fit_bae, measure
+from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.model import PRESETS as MODEL_PRESETS
 from bae_fast.training import PRESETS, TrainingConfig
 
 # the recipe of the demo
 TRAINING = dataclasses.replace(PRESETS["sparse"], refit=False)
-
-# rows over this many median norms are left out of a fit and of its measure, as in a harvest
-MAX_NORM_RATIO = 5.0
 
 
 def usual_rows(states: Tensor, limit: float | None = None) -> tuple[Tensor, float]:

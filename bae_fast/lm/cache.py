@@ -256,6 +256,11 @@ class ActivationCache:
             raise ValueError(f"folder={str(self.folder)!r}: {INDEX_NAME} is corrupt; {MEND}")
 
 
+# rows over this many median norms are left out wherever rows of a model are used: harvests, fits,
+# tokens that a splice replaces
+MAX_NORM_RATIO = 5.0
+
+
 def cache_key(
     name: str,
     revision: str,
@@ -264,7 +269,7 @@ def cache_key(
     hook: str,
     *,
     drop_positions: int = 1,
-    max_norm_ratio: float = 5.0,
+    max_norm_ratio: float = MAX_NORM_RATIO,
     mask: Tensor | None = None,
     text: Tensor | None = None,
 ) -> str:

@@ -34,6 +34,7 @@ from bae_fast.lm.cache import (
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    MAX_NORM_RATIO,
     ROWS_NAME,
     SPLIT_RULE,
     ActivationCache,
@@ -73,7 +74,7 @@ def harvest(
     exclude_tokens: Iterable[int] | None = None,
     batch_size: int = 8,
     drop_positions: int = 1,
-    max_norm_ratio: float = 5.0,
+    max_norm_ratio: float = MAX_NORM_RATIO,
     progress: bool = True,
 ) -> ActivationCache:
     """Run the model over the windows and keep the output of one module, or open what is there.

@@ -118,7 +118,8 @@ class Head:
         self.vocabulary = int(whole.shape[-1])
         share = 1e-4 if final.dtype == torch.float32 else 2e-2
         gap = (final[:, :2] - shorter).float().abs().max()
-        # a hook that looks at positions, such as a splice at the last token, is no fault of the model
+        # a hook that looks at positions, such as a splice at the last token, is no fault of the
+        # model
         if not own_hooks(self.model) and not bool(gap <= share * final.float().abs().max()):
             raise ValueError(
                 f"model must be causal: states of {type(self.model).__name__} depend on the tokens "

@@ -125,6 +125,33 @@ def test_a_method_of_ones_own_gives_every_row_to_its_strongest_features():
     assert not found.either_way
 
 
+def test_a_method_of_ones_own_stands_in_a_running_model_and_is_edited():
+    from bae_fast.causal import spliced
+
+    x, model = rows(), make("toy")
+    place = nn.Sequential(nn.Identity())
+    batch = x.view(4, 150, D)
+    with torch.no_grad(), spliced(place, "0", model, drop_positions=0, record=True) as splice:
+        changed = place(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(changed.view(-1, D), model.reconstruct(x))
+    assert splice.n_replaced == 600
+    assert splice.codes[0].flatten().equal(model.active(x))
+
+    def off(features):
+        return features.index_fill(-1, torch.tensor([3]), 0.0)
+
+    with (
+        torch.no_grad(),
+        spliced(place, "0", model, off, drop_positions=0, add_error=True),
+    ):
+        steered = place(batch).view(-1, D)
+    with torch.no_grad():
+        features = model.activations(x)
+        expected = x + model.decode(off(features)) - model.decode(features)
+    torch.testing.assert_close(steered, expected)
+
+
 def test_a_method_that_is_not_registered_is_not_saved(tmp_path):
     class Other(Toy):
         pass
