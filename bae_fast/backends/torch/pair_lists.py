@@ -21,7 +21,7 @@ from bae_fast.packing import WORD_BITS
 # products of bits (fp32) in the time of one listed pair, infinite for no lists at all; estimated
 # from one thread's rates, not measured at the crossover
 LIST_COST = 2500.0
-# products of bits in the time of one number added by embedding_bag
+# products of bits in the time of one number added by embedding_bag: an estimate, not measured
 GATHER_COST = 8.0
 # lists keep no signs for backward: they must take half of the time
 _GAIN = 0.5
