@@ -1,10 +1,10 @@
-"""Measurements, and the README's tables made from them.
+"""Measurements, and the documents' tables made from them.
 
 ``python -m bench`` (``make bench``) runs the suites that measure speed and memory, writes
 ``bench/results/<suite>.json`` with the environment it ran in, and regenerates the tables between
-the markers in README.md. ``python -m bench step --only rectangle-512`` tries a few cases and writes
-nothing; ``--tables`` only regenerates the tables from committed results; ``recipe`` and
-``ablation``, which train, run by name.
+the markers in README.md and docs/ (``documents.py``). ``python -m bench step --only rectangle-512``
+tries a few cases and writes nothing; ``--tables`` only regenerates the tables from committed
+results; ``recipe`` and ``ablation``, which train, run by name.
 
 | file | what |
 |---|---|

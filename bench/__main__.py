@@ -1,4 +1,4 @@
-"""Run suites, write their results, regenerate the README's tables: see :mod:`bench`."""
+"""Run suites, write their results, regenerate the documents' tables: see :mod:`bench`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ from typing import Any
 import torch
 
 import bae_fast
-from bae_fast.files import read_json, write_json, write_text
-from bench import ablation, collect, device, levels, memory, operators, recipe, rival, step, tables
+from bae_fast.files import write_json
+from bench import (
+    ablation,
+    collect,
+    device,
+    documents,
+    levels,
+    memory,
+    operators,
+    recipe,
+    rival,
+    step,
+    tables,
+)
 from bench.inputs import simd
 from bench.timing import SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+# the page with the table of a GPU
+SPEED = ROOT / "docs" / "results" / "speed.md"
 
 MEASURED: dict[str, Any] = {
     "step": step,
@@ -74,27 +87,22 @@ def refusals(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def regenerated(text: str) -> str:
-    """The README's text with the table of every committed result."""
-    for name, suite in (SUITES | {"device": device}).items():
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            text = tables.splice(text, name, suite.table(read_json(path)))
-    return text
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a side was wrong and got no figure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["device"]:
-        return device.main(arguments[1:], environment, README)
+        return device.main(arguments[1:], environment, SPEED)
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suites",
         nargs="*",
         help=f"of {', '.join(SUITES)}; default: {', '.join(MEASURED)}; device has its own options",
     )
-    parser.add_argument("--tables", action="store_true", help="only regenerate the README's tables")
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="only regenerate the tables and numbers in README.md and docs/",
+    )
     parser.add_argument(
         "--only", metavar="TEXT", help="only cases whose name holds it; prints, writes nothing"
     )
@@ -117,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(RESULTS / f"{name}.json", result)
             print(SUITES[name].table(result), flush=True)
     if options.only is None:
-        write_text(README, regenerated(README.read_text(encoding="utf-8")))
+        for path in documents.write(ROOT, RESULTS, SUITES | {"device": device}):
+            print(f"wrote {path.relative_to(ROOT)}", flush=True)
     for line in refused:
         print(f"refused: {line}", file=sys.stderr)
     return 1 if refused else 0

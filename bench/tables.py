@@ -1,4 +1,4 @@
-"""Results as text: lines while a suite runs, and the README's Markdown."""
+"""Results as text: lines while a suite runs, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def splice(text: str, suite: str, table: str) -> str:
     """
     begin, end = f"<!-- bench:{suite} -->", f"<!-- /bench:{suite} -->"
     if begin not in text or end not in text:
-        raise ValueError(f"README.md must hold {begin} and {end}")
+        raise ValueError(f"text must hold {begin} and {end}")
     before, rest = text.split(begin, 1)
     return before + begin + "\n" + table.strip() + "\n" + end + rest.split(end, 1)[1]
 

@@ -1,4 +1,4 @@
-"""The suites refuse what is wrong, time what they say, and the README shows their results."""
+"""The suites refuse what is wrong, time what they say, and the documents show their results."""
 
 import functools
 import time
@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from bae_fast import reference
+from bae_fast.files import write_json
 from bae_fast.ops import registry
 from bench import (
     ceilings,
+    device,
+    documents,
     eager,
     exact,
     imports,
@@ -22,16 +25,7 @@ from bench import (
     tables,
     timing,
 )
-from bench.__main__ import (
-    MEASURED,
-    README,
-    RESULTS,
-    SUITES,
-    TRAINED,
-    environment,
-    main,
-    regenerated,
-)
+from bench.__main__ import MEASURED, RESULTS, ROOT, SUITES, TRAINED, environment, main
 from bench.inputs import TINY
 
 DEFAULT = inputs.implementations()[0]
@@ -226,7 +220,7 @@ def test_a_program_that_does_not_compile_is_said_and_refuses_nothing(monkeypatch
 def quick(monkeypatch, tmp_path):
     """The whole of ``python -m bench operators`` in a second, writing elsewhere."""
     monkeypatch.setattr("bench.__main__.RESULTS", tmp_path)
-    monkeypatch.setattr("bench.__main__.README", tmp_path / "README.md")
+    monkeypatch.setattr("bench.__main__.ROOT", tmp_path)
     (tmp_path / "README.md").write_text("<!-- bench:operators --><!-- /bench:operators -->\n")
     monkeypatch.setattr(operators, "SHAPES", TINY)
     monkeypatch.setattr(operators, "SHOWN", TINY[0])
@@ -335,20 +329,42 @@ def test_the_probe_knows_the_level_in_use(quick):
         assert found["bit_macs"][inputs.simd()] > 0
 
 
-# -- the README --------------------------------------------------------------------------------
+# -- the documents -----------------------------------------------------------------------------
 
 
-def test_the_readme_shows_the_committed_results():
-    text = README.read_text(encoding="utf-8")
-    assert regenerated(text) == text
+def test_the_documents_show_the_committed_results():
+    made = documents.blocks(RESULTS, SUITES | {"device": device})
+    pages = {path: path.read_text(encoding="utf-8") for path in documents.documents(ROOT)}
+    for path, text in pages.items():
+        assert documents.regenerated(text, made, RESULTS) == text, (
+            f"{path}: python -m bench --tables"
+        )
+    shown = "".join(pages.values())
+    assert all(shown.count(f"<!-- bench:{name} -->") == 1 for name in made)
     found = {path.stem for path in RESULTS.glob("*.json")}
-    assert (MEASURED | TRAINED).keys() <= found <= SUITES.keys()
+    assert (MEASURED | TRAINED).keys() <= found <= SUITES.keys() | {"device"}
+
+
+def test_a_number_in_a_document_is_that_of_the_result(tmp_path):
+    result = {"rows": [{"name": "a", "n": 1}, {"name": "b", "n": 2, "deep": [0.25]}]}
+    write_json(tmp_path / "some.json", result)
+    text = (
+        "<!-- some: rows[name=b].deep.0 as .0% -->9<!-- / --> of "
+        "<!-- some: rows[*].n as d x3 --><!-- / -->"
+    )
+    found = documents.figures(text, tmp_path)
+    assert "-->25%<!--" in found
+    assert "-->3<!--" in found
+    assert documents.figures(found, tmp_path) == found
+    for path in ("rows[name=c].n", "rows[name=a].m", "nothing"):
+        with pytest.raises(ValueError, match="path must"):
+            documents.figures(f"<!-- some: {path} as d -->1<!-- / -->", tmp_path)
 
 
 def test_tables_replace_what_stands_between_their_markers():
     text = "a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb\n"
     assert tables.splice(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb\n"
-    with pytest.raises(ValueError, match=r"README\.md must hold"):
+    with pytest.raises(ValueError, match="text must hold"):
         tables.splice(text, "y", "new")
 
 
