@@ -17,8 +17,8 @@ from torch import Tensor
 from bae_fast.backends.cpp.extension import op, simd
 from bae_fast.ops.limits import check_numerator
 
-# Products of bits in the time of one visited entry, infinite for no lists at all. Estimates from the
-# rates of counting bits, not measured.
+# Products of bits in the time of one visited entry, infinite for no lists at all. Estimates from
+# the rates of counting bits, not measured.
 LIST_COST = {"scalar": 100.0, "avx2": 500.0, "avx512": 2500.0, "neon": 500.0, "amx": 4000.0}
 
 
