@@ -172,6 +172,38 @@ def private_operators(n, k, d, pad):
         )  # fmt: skip
 
 
+def listed_operators(n, k, pad):
+    """Lists of ones, and what is computed from them."""
+    op = extension.op
+    bits = torch.rand(n, k) < torch.rand(k) * 0.2
+    bits[:, ::9] = torch.rand(n, len(range(0, k, 9))) < 0.6  # dense where the cost is 6
+    bits[:, 3::7], bits[:, 5::11] = False, True
+    words, counts = strided(pack_rows(bits), pad), bits.sum(0)
+    at_hand = strided(pack_rows(torch.rand(n + 3, k) < 0.3), pad)
+    window = pack_rows(torch.rand(n + 3, k) < 0.2)
+    found = 0
+    for cost, all_rows in itertools.product((1e-9, 6.0), (False, True)):
+        shape = f"N {n}, K {k}, rows {pad} words apart, cost {cost}"
+        ranks, counted = check(
+            f"pair_lists: {shape}, all rows {all_rows}",
+            op("pair_lists"), words, counts, n, cost, all_rows,
+        )  # fmt: skip
+        if ranks.numel() == 0:
+            continue
+        found += 1
+        here = check(f"list_rows: {shape}", op("list_rows"), at_hand, ranks, k)
+        check(f"listed_covariance: {shape}", op("listed_covariance"), ranks, counted, k, n)
+        for dtype, start in itertools.product((torch.float32, torch.float64), (0, k // 64 * 32)):
+            check(
+                f"backward from lists {dtype}: {shape}, start {start}",
+                op("backward"),
+                torch.randn(n + 3, k - start, dtype=dtype), at_hand, start, None, None, True, None,
+                None, ranks, counted, here, counts, n, None, 0.25, window, None, None, False,
+                torch.zeros(k - start, dtype=torch.float64),
+            )  # fmt: skip
+    return found
+
+
 def raw_operators(n, k, d, pad, n_bits, dtype):
     """The overloads bae_fast::<name>.cpp; k columns are k / n_bits features."""
     ops = registry.BACKENDS["cpp"].ops
@@ -205,6 +237,7 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
     signs = None
     if n_rows > 1:
         _, signs = check(f"covariance: {shape}", ops["covariance"], words, counts, n_rows, True)
+    kept = signs is not None and signs.numel() > 0  # lists keep none
     for surrogate, stored in (("rectangle", True), ("sigmoid", False), ("official", True)):
         covariance = signs is not None
         check(
@@ -213,8 +246,8 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
             window if surrogate == "rectangle" else empty, mask, grad,
             torch.randn(k, dtype=wide), torch.randn(k, dtype=wide),
             torch.ones((), dtype=wide) if covariance else None,
-            signs if covariance and stored else None,
-            words if covariance and not stored else None,
+            signs if kept and stored else None,
+            words if covariance and not (kept and stored) else None,
             counts, n_rows, surrogate, 0.5, n_bits, [True, True, True], exact=False,
         )  # fmt: skip
 
@@ -230,12 +263,15 @@ SHAPES = [
 def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    listed = 0
     for i, (n, k, d) in enumerate(SHAPES):
         for pad in (0, 3):
             private_operators(n, k, d, pad)
+            listed += listed_operators(n, k, pad) if n > 1 else 0
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             raw_operators(n, k, d, i % 2 * 3, 1, dtype)
         raw_operators(n, k, d, 0, 2 + i % 2, torch.float32)
+    assert listed >= len(SHAPES), "lists were hardly taken"
     print("done")
 
 
