@@ -17,6 +17,7 @@ from bae_fast.files import write_json
 from bench import (
     ablation,
     collect,
+    crossover,
     device,
     documents,
     levels,
@@ -24,6 +25,7 @@ from bench import (
     operators,
     recipe,
     rival,
+    sparse,
     step,
     tables,
 )
@@ -46,7 +48,9 @@ MEASURED: dict[str, Any] = {
 LARGE: dict[str, Any] = {"rival": rival}
 # these train for an hour and more: only by name
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
-SUITES = MEASURED | LARGE | TRAINED
+# of the covariance of sparse codes; only by name
+LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
+SUITES = MEASURED | LARGE | TRAINED | LISTS
 
 
 def cpu_name() -> str:
@@ -123,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
         refused += refusals(result)
         if options.only is None:
             write_json(RESULTS / f"{name}.json", result)
+            if name == "sparse":
+                (RESULTS / "sparse.png").write_bytes(sparse.plot(result))
             print(SUITES[name].table(result), flush=True)
     if options.only is None:
         for path in documents.write(ROOT, RESULTS, SUITES | {"device": device}):

@@ -44,24 +44,27 @@ def _best(run: Callable[[], Any]) -> float:
     return min(times)
 
 
-@functools.cache
-def _probe() -> ctypes.CDLL | None:
-    """The compiled probe, or None where there is no compiler or it refuses."""
+def compiled(source: Path) -> ctypes.CDLL | None:
+    """A C++ file as a library, or None where there is no compiler or it refuses."""
     names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "ceiling.so"
+        library = Path(folder) / f"{source.stem}.so"
         command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-pthread"]
         done = subprocess.run(
-            [*command, str(SOURCE), "-o", str(library)], capture_output=True, check=False
+            [*command, str(source), "-o", str(library)], capture_output=True, check=False
         )
-        if done.returncode:
-            return None
-        probe = ctypes.CDLL(str(library))
-    probe.bit_macs_per_second.restype = ctypes.c_double
-    probe.bit_macs_per_second.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_double)
+        return None if done.returncode else ctypes.CDLL(str(library))
+
+
+@functools.cache
+def _probe() -> ctypes.CDLL | None:
+    probe = compiled(SOURCE)
+    if probe is not None:
+        probe.bit_macs_per_second.restype = ctypes.c_double
+        probe.bit_macs_per_second.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_double)
     return probe
 
 

@@ -1,6 +1,7 @@
 """The suites refuse what is wrong, time what they say, and the documents show their results."""
 
 import functools
+import math
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from bae_fast.files import write_json
 from bae_fast.ops import registry
 from bench import (
     ceilings,
+    crossover,
     device,
     documents,
     eager,
@@ -21,6 +23,7 @@ from bench import (
     memory,
     operators,
     rival,
+    sparse,
     step,
     tables,
     timing,
@@ -165,6 +168,54 @@ def test_a_wrong_topk_gets_no_figure(monkeypatch):
 
     monkeypatch.setattr(rival, "topk_parts", wrong)
     assert row_of(rival.build(*RIVAL), "topk")["sides"]["topk"].keys() == {"refused"}
+
+
+needs_cpp = pytest.mark.skipif(DEFAULT != "cpp", reason="lists and bits are forms of impl='cpp'")
+
+
+@needs_cpp
+def test_lists_bits_eager_and_the_floor_program_agree():
+    for comparison in sparse.build(70, 331, 9):
+        sides = timing.compare(comparison, seconds=0)["sides"]
+        assert len(sides) >= 2
+        assert all(side["seconds"] > 0 for side in sides.values())
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["covariance", "encoder_backward"])
+def test_a_wrong_form_gets_no_figure(name, monkeypatch):
+    right = registry.BACKENDS["cpp"].ops[name]
+    index = {"covariance": 0, "encoder_backward": 1}[name]
+
+    def wrong(*args):
+        result = list(right(*args))
+        result[index] = result[index] + 1
+        return tuple(result)
+
+    monkeypatch.setitem(registry.BACKENDS["cpp"].ops, name, wrong)
+    _, both = sparse.build(70, 331, 9)
+    sides = timing.compare(both, seconds=0)["sides"]
+    assert all(side.keys() == {"refused"} for side in sides.values())
+
+
+@needs_cpp
+def test_the_table_of_sparse_codes_has_a_line_a_size():
+    result = sparse.run(seconds=0, features=(331, 700), n=70)
+    header, _, *lines = sparse.table(result).splitlines()
+    assert [line.split()[1] for line in lines] == ["331", "700"]
+    assert {line.count("|") for line in lines} == {header.count("|")}
+
+
+@needs_cpp
+def test_crossover_takes_the_density_nearest_to_equal_times_and_restores_the_costs():
+    before = dict(sparse.cpp_covariance.LIST_COST)
+    result = crossover.run(only="scalar", seconds=0, sizes=((70, 331),), densities=(0.05, 0.3))
+    assert before == sparse.cpp_covariance.LIST_COST
+    nearest = min(
+        result["rows"], key=lambda r: abs(math.log(r["both"]["lists"] / r["both"]["bits"]))
+    )
+    assert result["cost"] == {"scalar": nearest["both"]["cost"]}
+    assert "LIST_COST at scalar" in crossover.table(result)
 
 
 def test_trained_densities_are_those_that_were_asked_for():
