@@ -95,7 +95,7 @@ def harvest(
 
     What is there is opened only if it came from this model as it is now: from the same weights,
     buffers, configuration and adapters, every byte of which goes into the key (see
-    `bae_fast.lm.identity`; under a second for a billion parameters in float32 on two cores). The
+    `bae_fast.lm.identity`, which reads all of them at every call). The
     effect of forward hooks of the user's own cannot be compared: with any of them in the model, or
     with a replaced forward, the rows are made anew at every call and the manifest lists the hooks.
 

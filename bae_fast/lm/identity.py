@@ -82,7 +82,7 @@ def model_digest(model: nn.Module) -> str:
     """A digest of all that a model's hidden states depend on, hooks left out; see the module.
 
     The same for the same model whenever it is asked, on whatever device and in whatever mode the
-    model is. 1.5 billion parameters take about a second on two cores.
+    model is. Every byte is read, so it takes as long as the memory and the cores allow.
     """
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
