@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bae_fast.files import read_json, write_text
+from bae_fast.report import entropy as report
 from bench import tables
 
 _FIGURE = re.compile(
@@ -182,9 +183,16 @@ def icl_excerpt(results: Path) -> str:
     return tables.markdown(header, lines)
 
 
+def synthetic(results: Path) -> str:
+    """Estimates against the truth, from the runs as they are kept."""
+    runs = read_json(results / "entropy" / "synthetic.json")["runs"]
+    return report.synthetic_table([row for one in runs for row in report.synthetic_rows(one)])
+
+
 EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "compare": _markdown_of("compare/compare"),
     "compress": _first_table_of("compress/compress"),
+    "synthetic": synthetic,
     "layers": layers_excerpt,
     "icl": icl_excerpt,
 }
