@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-saelens lint bench format clean
+.PHONY: demo test test-all test-saelens lint docs bench format clean
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
@@ -49,6 +49,17 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/*.cu* tests/backends/csrc/*
 
+# The site, in an environment of its own: it reads the sources and imports none of them, so that it
+# needs no torch. The two packages are those of the extra `docs`.
+$(VENV)-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -57,4 +68,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-saelens build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-saelens $(VENV)-docs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""The documents: every example of Python runs, and what they name exists.
+
+A page's blocks run one after the other in one namespace, as a reader would type them. A block whose
+first line begins with ``# not run`` (it needs a language model, another package or minutes) is only
+compiled.
+"""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from bae_fast.autoencoder import ARCHITECTURES
+from bae_fast.baselines import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NOT_RUN = "# not run"
+
+
+def blocks(page: Path) -> list[str]:
+    """The page's examples; lines before each keep the numbers of lines in errors true."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        "\n" * text.count("\n", 0, found.start(1)) + found.group(1)
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+EXAMPLES = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture
+def _own_names():
+    """What an example registers is gone after it."""
+    before = [(table, set(table)) for table in (METHODS, ARCHITECTURES)]
+    yield
+    for table, keys in before:
+        for key in set(table) - keys:
+            del table[key]
+
+
+@pytest.mark.usefixtures("_own_names")
+@pytest.mark.parametrize("page", EXAMPLES, ids=name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "example"}
+    for block in blocks(page):
+        code = compile(block, str(page), "exec")
+        if not block.lstrip("\n").startswith(NOT_RUN):
+            exec(code, namespace)
+
+
+def test_the_readme_is_one_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8")) <= 8000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_objects_of_the_reference_exist(page):
+    for path in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        module, _, attribute = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tests_and_modules_that_pages_name_exist(page):
+    text = page.read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:tests|bae_fast|bench|csrc|kernels)/[\w/.-]+)`", text))
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert missing == set()
