@@ -168,10 +168,10 @@ def icl_excerpt(results: Path) -> str:
                 cells.append(f"{start:.0f} to {end:.0f}")
             if i == 0:
                 start = _mean(at(least, hook=hook), "accuracy")
-                end = {
+                last = {
                     d: _mean(at(most, hook=hook, draw=d), "accuracy") for d in ("fixed", "fresh")
                 }
-                cells.append(f"{start:.2f} to {end['fixed']:.2f} / {end['fresh']:.2f}")
+                cells.append(f"{start:.2f} to {last['fixed']:.2f} / {last['fresh']:.2f}")
                 bits = [
                     _mean(at(s, hook=hook, draw="fixed"), "next_token_bits") for s in (least, most)
                 ]
