@@ -128,7 +128,11 @@ def numpy_covariance(bits):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("n", [2, 3, 31, 64, 100, 256, 5000])
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.97])
-def test_counts_numerator_and_signs_equal_numpy(impl, n, density):
+@pytest.mark.parametrize("form", ["chosen", "bits"])
+def test_counts_numerator_and_signs_equal_numpy(impl, n, density, form, request):
+    """In the form that is chosen, and in the one that keeps signs, which lists of ones do not."""
+    if form == "bits":
+        request.getfixturevalue("by_bits")
     bits = torch.rand(n, 101) < density
     bits[:, :3] = torch.tensor([False, True, True])
     counts, v = numpy_covariance(bits)
@@ -136,8 +140,11 @@ def test_counts_numerator_and_signs_equal_numpy(impl, n, density):
     stats = code.statistics(covariance=True, impl=impl)
     np.testing.assert_array_equal(stats.counts.numpy(), counts)
     assert int(stats.numerator) == int(np.abs(v).sum())
-    above, below = unpack_rows(stats.signs, 101, torch.int8)
-    np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+    if form == "bits":
+        assert stats.signs is not None
+    if stats.signs is not None:
+        above, below = unpack_rows(stats.signs, 101, torch.int8)
+        np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
     assert float(stats.covariance()) == pytest.approx(np.abs(v).sum() / (n * (n - 1)), rel=1e-15)
 
 
