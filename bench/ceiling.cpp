@@ -32,13 +32,13 @@ constexpr int64_t kTurns = 20000;
 double scalar_turns() {
   uint64_t a = 0x3333333333333333, b = 0x5555555555555555;
   uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0;
-#define COUNT(s)                                         \
-  {                                                      \
-    uint64_t bits = a;                                   \
+#define COUNT(s)                                             \
+  {                                                          \
+    uint64_t bits = a;                                       \
     asm volatile("and %2, %0\n\tpopcnt %0, %0\n\tadd %0, %1" \
-                 : "+&r"(bits), "+r"(s)                  \
-                 : "r"(b)                                \
-                 : "cc");                                \
+                 : "+&r"(bits), "+r"(s)                      \
+                 : "r"(b)                                    \
+                 : "cc");                                    \
   }
   for (int64_t turn = 0; turn < kTurns; ++turn) {
     EACH_OF_6(COUNT)
@@ -51,20 +51,20 @@ __attribute__((target("avx2"))) double avx2_turns() {
   const __m256i low = _mm256_set1_epi8(15), table = _mm256_set1_epi8(1);
   const __m256i a = _mm256_set1_epi8(0x35), b = _mm256_set1_epi8(0x53);
   __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0;
-#define COUNT(s)                                                     \
-  {                                                                  \
-    __m256i bits, high;                                              \
-    asm volatile(                                                    \
-        "vpand %3, %4, %0\n\t"                                       \
-        "vpsrlw $4, %0, %1\n\t"                                      \
-        "vpand %5, %0, %0\n\t"                                       \
-        "vpand %5, %1, %1\n\t"                                       \
-        "vpshufb %0, %6, %0\n\t"                                     \
-        "vpshufb %1, %6, %1\n\t"                                     \
-        "vpaddb %0, %2, %2\n\t"                                      \
-        "vpaddb %1, %2, %2"                                          \
-        : "=&x"(bits), "=&x"(high), "+x"(s)                          \
-        : "x"(a), "x"(b), "x"(low), "x"(table));                     \
+#define COUNT(s)                                 \
+  {                                              \
+    __m256i bits, high;                          \
+    asm volatile(                                \
+        "vpand %3, %4, %0\n\t"                   \
+        "vpsrlw $4, %0, %1\n\t"                  \
+        "vpand %5, %0, %0\n\t"                   \
+        "vpand %5, %1, %1\n\t"                   \
+        "vpshufb %0, %6, %0\n\t"                 \
+        "vpshufb %1, %6, %1\n\t"                 \
+        "vpaddb %0, %2, %2\n\t"                  \
+        "vpaddb %1, %2, %2"                      \
+        : "=&x"(bits), "=&x"(high), "+x"(s)      \
+        : "x"(a), "x"(b), "x"(low), "x"(table)); \
   }
   for (int64_t turn = 0; turn < kTurns; ++turn) {
     EACH_OF_6(COUNT)
@@ -77,12 +77,12 @@ __attribute__((target("avx512f,avx512vpopcntdq"))) double avx512_turns() {
   const __m512i a = _mm512_set1_epi32(0x35), b = _mm512_set1_epi32(0x53);
   __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0;
   __m512i s6 = s0, s7 = s0, s8 = s0, s9 = s0, s10 = s0, s11 = s0;
-#define COUNT(s)                                                            \
-  {                                                                         \
-    __m512i bits;                                                           \
+#define COUNT(s)                                                             \
+  {                                                                          \
+    __m512i bits;                                                            \
     asm volatile("vpandd %2, %3, %0\n\tvpopcntd %0, %0\n\tvpaddd %0, %1, %1" \
-                 : "=&v"(bits), "+v"(s)                                     \
-                 : "v"(a), "v"(b));                                         \
+                 : "=&v"(bits), "+v"(s)                                      \
+                 : "v"(a), "v"(b));                                          \
   }
   for (int64_t turn = 0; turn < kTurns; ++turn) {
     EACH_OF_12(COUNT)

@@ -59,8 +59,8 @@ class ListedStrip {
   double counts_signs_[kMaxStrip];
 };
 
-// Runs the kernel, or with lists the other one, on strips of `columns` columns. body(strip, at, run) of every thread's own body
-// sets strip.g for columns at .. and calls run().
+// Runs the kernel, or with lists the other one, on strips of `columns` columns. body(strip, at,
+// run) of every thread's own body sets strip.g for columns at .. and calls run().
 template <typename T, typename MakeBody>
 void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t widest,
                     void (*kernel)(const BackwardStrip<T>&),
@@ -131,9 +131,9 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
               std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
               std::optional<Tensor> columns, std::optional<Tensor> ranks,
               std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
-              int64_t n_rows, std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
-              std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
-              Tensor column_sum) {
+              int64_t n_rows, std::optional<Tensor> digits, double scale,
+              std::optional<Tensor> window, std::optional<Tensor> factor,
+              std::optional<Tensor> keep, bool official, Tensor column_sum) {
   const std::optional<Tensor> lists[] = {ranks, counted, at_hand};
   const Statistics statistics(signs, columns, lists, counts, n_rows);
   const Backward b{
@@ -152,7 +152,7 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
   };
   if (g.scalar_type() == ScalarType::Double) {
     for_each_strip<double>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f64,
-                           kernels().backward_given_f64,                            in_place(double{}));
+                           kernels().backward_given_f64, in_place(double{}));
   } else {
     for_each_strip<float>(b, g.size(0), g.size(1), kernels().strip, kernels().backward_strip_f32,
                           kernels().backward_given_f32, in_place(float{}));
@@ -167,9 +167,8 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
                    bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,
                    std::optional<Tensor> ranks, std::optional<Tensor> counted,
                    std::optional<Tensor> at_hand, Tensor counts, int64_t n_rows,
-                   std::optional<Tensor> digits, double scale,
-                   std::optional<Tensor> window, std::optional<Tensor> keep, bool official,
-                   Tensor column_sum, Tensor grad_W) {
+                   std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
+                   std::optional<Tensor> keep, bool official, Tensor column_sum, Tensor grad_W) {
   const int64_t n = x.size(0), d = x.size(1), d_out = grad_recon.size(1), k = W_dec.size(0);
   const std::optional<Tensor> lists[] = {ranks, counted, at_hand};
   const Statistics statistics(signs, columns, lists, counts, n_rows);

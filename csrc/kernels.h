@@ -38,7 +38,8 @@ struct BackwardStrip {
   const uint32_t* above;  // sign planes [V > 0] of the strip, row-packed [columns, ...]; or null
   const uint32_t* below;  // [V < 0]
   int64_t planes_stride;
-  // B S [n, products_stride] and n^T S of the strip where they are there already, in place of planes
+  // B S [n, products_stride] and n^T S of the strip where they are there already, in place of
+  // planes
   const int32_t* products;
   int64_t products_stride;
   const double* counts_signs;

@@ -42,17 +42,16 @@ void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift
               std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
               std::optional<Tensor> columns, std::optional<Tensor> ranks,
               std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
-              int64_t n_rows, std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
-              std::optional<Tensor> factor, std::optional<Tensor> keep, bool official,
-              Tensor column_sum);
+              int64_t n_rows, std::optional<Tensor> digits, double scale,
+              std::optional<Tensor> window, std::optional<Tensor> factor,
+              std::optional<Tensor> keep, bool official, Tensor column_sum);
 bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_numbers,
                    Tensor words, std::optional<Tensor> shift, std::optional<Tensor> curvature,
                    bool covariance, std::optional<Tensor> signs, std::optional<Tensor> columns,
                    std::optional<Tensor> ranks, std::optional<Tensor> counted,
                    std::optional<Tensor> at_hand, Tensor counts, int64_t n_rows,
-                   std::optional<Tensor> digits, double scale,
-                   std::optional<Tensor> window, std::optional<Tensor> keep, bool official,
-                   Tensor column_sum, Tensor grad_W);
+                   std::optional<Tensor> digits, double scale, std::optional<Tensor> window,
+                   std::optional<Tensor> keep, bool official, Tensor column_sum, Tensor grad_W);
 
 // sparse_backward.cpp
 void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
@@ -60,8 +59,8 @@ void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
                      std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
                      std::optional<Tensor> columns, std::optional<Tensor> ranks,
                      std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
-                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
-                     Tensor grad_x, Tensor grad_W, Tensor column_sum);
+                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x,
+                     Tensor W_enc, Tensor grad_x, Tensor grad_W, Tensor column_sum);
 
 // gradients.cpp
 Tensor new_gradient(int64_t rows, int64_t columns);

@@ -10,8 +10,9 @@
 // their lists adds one to a counter: sum_r l_r^2 in all, whatever the number of features is. Lists
 // rise by rank, so the part before the feature's own place has each pair once, and the counters
 // that are used most lie side by side. Pairs of dense features are counted by bits.
-#include "operators.h"
 #include "pair_lists.h"
+
+#include "operators.h"
 
 namespace bae_fast {
 namespace {
@@ -105,8 +106,8 @@ bool is_listed(const RowLists& lists, const Ranks& ranks, int64_t n_rows, double
                bool all_rows) {
   double visited = 0;
   for (int64_t r = 0; r < lists.rows; ++r) {
-    visited += squared(lists.begin[r + 1] - lists.begin[r]) -
-               squared(lists.dense_end[r] - lists.begin[r]);
+    visited +=
+        squared(lists.begin[r + 1] - lists.begin[r]) - squared(lists.dense_end[r] - lists.begin[r]);
   }
   const double n = static_cast<double>(n_rows);
   double bits = n * squared(ranks.k), entries = visited;
@@ -218,8 +219,7 @@ Tensor dense_words(const RowLists& lists, const Ranks& ranks, const Tensor& like
 }
 
 Tensor dense_counts(const Ranks& ranks, const Tensor& like) {
-  Tensor out =
-      torch::stable::new_empty(like, {ranks.dense}, std::make_optional(ScalarType::Long));
+  Tensor out = torch::stable::new_empty(like, {ranks.dense}, std::make_optional(ScalarType::Long));
   std::copy_n(ranks.ones, ranks.dense, mutable_data<int64_t>(out));
   return out;
 }

@@ -99,7 +99,7 @@ class SignRow {
   std::vector<int32_t> pairs_;    // n_ij by rank of j; zero between calls
   std::vector<int32_t> touched_;  // ranks j with n_ij > 0
   int64_t n_touched_ = 0;
-  std::vector<uint8_t> above_;  // S_ij + 1 by rank of j that is not dense
+  std::vector<uint8_t> above_;   // S_ij + 1 by rank of j that is not dense
   std::vector<uint32_t> signs_;  // planes of dense j
   const uint32_t* planes_[2] = {nullptr, nullptr};
   int64_t rank_ = -1;

@@ -229,8 +229,8 @@ class SparseBackward {
             if (signs != nullptr) {
               // both terms are integers below 2^53: the difference is exact
               const double product = products[e - begin_of(j0)];
-              g += static_cast<T>((static_cast<double>(signs->n_rows) * product - counts_signs[j - j0]) *
-                                  scale);
+              g += static_cast<T>(
+                  (static_cast<double>(signs->n_rows) * product - counts_signs[j - j0]) * scale);
             }
             value_[e] = g;
             sum += g;
@@ -366,8 +366,8 @@ void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
                      std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
                      std::optional<Tensor> columns, std::optional<Tensor> ranks,
                      std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
-                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
-                     Tensor grad_x, Tensor grad_W, Tensor column_sum) {
+                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x,
+                     Tensor W_enc, Tensor grad_x, Tensor grad_W, Tensor column_sum) {
   const std::optional<Tensor> lists[] = {ranks, counted, at_hand};
   const Statistics statistics(signs, columns, lists, counts, n_rows);
   const auto run = [&](auto zero) {
