@@ -111,7 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", metavar="TEXT", help="only cases whose name holds it; prints, writes nothing"
     )
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="of timing a comparison (default: 4)"
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="seconds that one comparison is timed for (4)",
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.suites if name not in SUITES]

@@ -82,7 +82,8 @@ def run(
             for n, f in sizes[:1] if level == "scalar" else sizes:
                 if only not in f"{level}-{n}-{f}":
                     continue
-                for density in densities or DENSITIES.get(level, OTHERS):
+                usual = DENSITIES.get(level, OTHERS)
+                for density in usual if densities is None else densities:
                     rows.append(measure(level, n, f, density, min(seconds, SECONDS)))
                     print(line(rows[-1]), flush=True)
     finally:

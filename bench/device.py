@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,9 +245,10 @@ def _values(
 ) -> tuple[dict[str, Tensor], bf.BinaryCode]:
     leaves = [t.clone().requires_grad_() for t in tensors]
     out = bf.binary_autoencoder(*leaves, impl=impl, covariance=True, **options)
+    assert out.covariance is not None
     loss = (out.recon * direction).sum() * 0.25 + out.entropy * 3 + out.covariance * 2
     (loss if out.variance is None else loss + out.variance * 0.7).backward()
-    values = (out.recon, out.entropy, out.covariance, *(leaf.grad for leaf in leaves))
+    values = (out.recon, out.entropy, out.covariance, *map(exact.gradient, leaves))
     return {key: v.detach() for key, v in zip(NAMES, values, strict=True)}, out.code
 
 
@@ -436,7 +437,7 @@ def captured(run: Callable[[], Tensor]) -> Side:
 
 def build(case: Case, impls: list[str], device: str) -> Comparison:
     """The comparison of a case that is timed or checked; tensors on ``device``."""
-    kind, shape = case["kind"], [case[key] for key in "ndf"]
+    kind, shape = case["kind"], (case["n"], case["d"], case["f"])
     with torch.device(device):
         if kind == "pairs":
             return pairs(case["n"], case["f"], case["density"], impls)
@@ -451,7 +452,7 @@ def build(case: Case, impls: list[str], device: str) -> Comparison:
             names = impls if case["operator"].startswith("covariance") else halves
             return operators.build(case["operator"], *shape, case["density"], ["autocast", *names])
         dense = ["autocast", "compile bf16"] if case.get("compiled") else ["autocast"]
-        if shape == list(FULL.head) or device == "cpu":  # larger ones take it seconds
+        if shape == tuple(FULL.head) or device == "cpu":  # larger ones take it seconds
             halves = list(dict.fromkeys([*halves, "torch bf16"]))
         if kind == "graph":
             found = step.build(case["objective"], *shape, halves)
@@ -594,7 +595,7 @@ def check_repeats(impl: str, n: int, d: int, f: int, density: float) -> int:
     return REPEATS
 
 
-def profile(impl: str, shape: list[int], device: str) -> list[list[Any]]:
+def profile(impl: str, shape: tuple[int, int, int], device: str) -> list[list[Any]]:
     """Kernels of one step of the paper's objective: name, count and microseconds of all."""
     from torch.profiler import ProfilerActivity
 
@@ -846,13 +847,13 @@ def run_case(
         row["sides"]["pytest"] = run_tests(min(seconds_left() - 1, STALL - 10))
     elif kind == "profile":
         note(case["impl"])
-        shape = [case[key] for key in "ndf"]
+        shape = (case["n"], case["d"], case["f"])
         row["kernels"] = profile(case["impl"], shape, machine.device)
         row["sides"][case["impl"]] = {"checked": len(row["kernels"])}
     elif kind == "repeat":
         name = f"{case['impl']} bf16"
         note(name)
-        shape = [case[key] for key in "ndf"]
+        shape = (case["n"], case["d"], case["f"])
         try:
             with torch.device(machine.device):
                 same = check_repeats(case["impl"], *shape, case["density"])
@@ -1089,7 +1090,7 @@ def _rows(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
 
 
 def _comparison(
-    rows: list[dict[str, Any]], first: dict[str, Callable[[dict[str, Any]], str]], share: bool
+    rows: list[dict[str, Any]], first: Mapping[str, Callable[[dict[str, Any]], str]], share: bool
 ) -> str:
     """Rows by sides; of the first of ours also the peak and the share of the floor."""
     names = list(dict.fromkeys(name for row in rows for name in row["sides"]))
@@ -1221,8 +1222,8 @@ def plot(result: dict[str, Any]) -> bytes | None:
         Panel(
             f"d = {d}, F = {f}", "rows N", "ms a step",
             [
-                Series(name, *zip(*sorted(points), strict=True), dashed=name == "floor")
-                for name, points in series.items()
+                Series(name, [n for n, _ in found], [y for _, y in found], name == "floor")
+                for name, found in ((name, sorted(points)) for name, points in series.items())
             ],
             logarithmic=True,
         )
@@ -1256,16 +1257,19 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench device", description=(__doc__ or "").splitlines()[0]
     )
     found.add_argument("--out", type=Path, default=RESULTS, help="folder of device.json, .png")
-    found.add_argument("--seconds", type=float, default=SECONDS, help="of the whole (540)")
+    found.add_argument(
+        "--seconds", type=float, default=SECONDS, help="seconds that the whole may take (540)"
+    )
     found.add_argument("--impl", nargs="+", default=list(IMPLS), help="triton cuda")
     found.add_argument("--report-only", action="store_true", help="table and plot of device.json")
-    for name, more in {
+    hidden: dict[str, dict[str, Any]] = {
         "--device": {"default": "cuda", "choices": ["cuda", "cpu"]},  # for tests of this program
         "--tiny": {"action": "store_true"},
         "--worker": {"action": "store_true"},
         "--small": {"action": "store_true"},  # under a checker
         "--until": {"type": float, "default": 0.0},
-    }.items():
+    }
+    for name, more in hidden.items():
         found.add_argument(name, help=argparse.SUPPRESS, **more)
     return found
 

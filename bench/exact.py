@@ -40,6 +40,17 @@ def is_half(side: str) -> bool:
     return dtype_of(side) != torch.float32
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient that a backward pass has left.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if parameter.grad is None:
+        raise ValueError(f"parameter must have a gradient; {list(parameter.shape)} has none")
+    return parameter.grad
+
+
 def relative_error(got: Tensor, exact: Tensor, slack: Tensor | None = None) -> float:
     """|got - exact| / |exact| in the Frobenius norm, elements forgiven up to ``slack``; infinite
     where got is not finite."""

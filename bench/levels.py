@@ -29,6 +29,7 @@ PARTS = ("covariance", "covariance_backward")
 def measure(shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
     """Both parts at the level in use, in this process, beside that level's ceiling."""
     level = simd()
+    assert level is not None  # this process was started for a level of the compiled kernels
     ceiling = {"bit_macs": {level: ceilings.bit_macs(level)}}
     rows = []
     for part in PARTS:

@@ -148,7 +148,7 @@ def build(n: int, d: int, f: int, k: int) -> Comparison:
         error = x.double() - recon
         limit = LIMITS[exact.is_half(name)]
         _close("loss", loss, error.square().mean(), limit)
-        _close("gradient of W_dec", parameters[name][2].grad[features], torch.stack([
+        _close("gradient of W_dec", exact.gradient(parameters[name][2])[features], torch.stack([
             -2 / x.numel() * (weights * (indices == j)).sum(1) @ error for j in features
         ]), limit)  # fmt: skip
 
@@ -165,7 +165,7 @@ def build(n: int, d: int, f: int, k: int) -> Comparison:
             rows.float(), given[1:], bits, inside, features,
             entropy_weight=RECIPE.entropy_weight, covariance_weight=None, variance_weight=1.0,
         )  # fmt: skip
-        W_enc, b_enc, W_dec, b_dec = (p.grad for p in parameters[name])
+        W_enc, b_enc, W_dec, b_dec = map(exact.gradient, parameters[name])
         _close("loss", loss, right.loss, LIMITS[half])
         _close("gradient of W_enc", W_enc[:, features], right.W_enc, LIMITS[half])
         _close("gradient of b_enc", b_enc[features], right.b_enc, LIMITS[half])

@@ -272,7 +272,9 @@ def plot(result: dict[str, Any]) -> bytes:
             if "seconds" in side:
                 found.setdefault(name, []).append((row["f"], (side["seconds"] * 1e3,) * 3))
     series = [
-        Series(name, *zip(*sorted(points), strict=True), dashed=name == "floor")
+        Series(
+            name, [p[0] for p in sorted(points)], [p[1] for p in sorted(points)], name == "floor"
+        )
         for name, points in found.items()
     ]
     return plot_panels([Panel(f"N = {ROWS:,}, L0 = {ONES}", "F", "ms", series, logarithmic=True)])

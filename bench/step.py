@@ -185,7 +185,7 @@ def build(name: str, n: int, d: int, f: int, names: list[str] | None = None) -> 
         dtype = exact.dtype_of(side)
         right_bits.check(bits, dtype, side in eager.DENSE and exact.is_half(side))
         right = truth(bits, window)
-        W_enc, b_enc, W_dec, b_dec = (p.grad for p in parameters[side])
+        W_enc, b_enc, W_dec, b_dec = map(exact.gradient, parameters[side])
         close.check(side, "loss", loss, right.loss)
         close.check(side, "gradient of W_enc", W_enc[:, features], right.W_enc, right.W_enc_slack)
         close.check(side, "gradient of b_enc", b_enc[features], right.b_enc, right.b_enc_slack)

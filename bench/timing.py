@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import signal
 import statistics
@@ -182,7 +183,7 @@ def compare(
     for name, side in sides.items():
         arguments = side.prepare()
         if sys.platform == "linux":
-            found[name]["peak_bytes"] = peak_bytes(lambda s=side, a=arguments: s.run(*a))
+            found[name]["peak_bytes"] = peak_bytes(functools.partial(side.run, *arguments))
         else:
             side.run(*arguments)
         del arguments
