@@ -14,7 +14,6 @@ import torch
 from bae_fast.ops.products import raw
 from bae_fast.ops.registry import Request
 
-_BODIES = "bae_fast.kernels.bodies"
 # operator -> module of its body, and whether it takes the kernels of pairs and signs
 _MODULES = {
     "encode": ("encode", False),
@@ -47,12 +46,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _body(name: str, kernels: str) -> Callable[..., Any]:
+def _body(package: str, name: str, kernels: str) -> Callable[..., Any]:
     """The operator's body, imported, and triton with it, when it is first called."""
     module, takes_kernels = _MODULES[name]
 
     def call(*args: Any) -> Any:
-        body = getattr(importlib.import_module(f"{_BODIES}.{module}"), name)
+        body = getattr(importlib.import_module(f"{package}.{module}"), name)
         if takes_kernels:
             return body(importlib.import_module(kernels), *args)
         return body(*args)
@@ -60,14 +59,16 @@ def _body(name: str, kernels: str) -> Callable[..., Any]:
     return call
 
 
-def bodies(kernels: str) -> dict[str, Callable[..., Any]]:
-    """Every operator, with the kernels of pairs and signs in the module of that name."""
-    return {name: raw(_body(name, kernels)) for name in _MODULES}
+def bodies(package: str, kernels: str) -> dict[str, Callable[..., Any]]:
+    """Every operator: bodies of that package, the kernels of pairs and signs of that module."""
+    return {name: raw(_body(package, name, kernels)) for name in _MODULES}
 
 
-def warm(kernels: str, device: torch.device, surrogates: Sequence[str], multilinear: bool) -> None:
+def warm(
+    package: str, kernels: str, device: torch.device, surrogates: Sequence[str], multilinear: bool
+) -> None:
     """Compile on a device what a step with these surrogates starts."""
-    warmup = importlib.import_module(f"{_BODIES}.warmup").warmup
+    warmup = importlib.import_module(f"{package}.warmup").warmup
     warmup(importlib.import_module(kernels), device, surrogates, multilinear)
 
 

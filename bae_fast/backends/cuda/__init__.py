@@ -15,6 +15,7 @@ import torch
 
 from bae_fast.ops import nvidia, registry, schemas
 
+_BODIES = "bae_fast.kernels.bodies"
 _KERNELS = "bae_fast.kernels_cuda.covariance"
 # the chips that have the instruction; later ones take it apart into int8 products
 _LEAST_CAPABILITY, _MOST_CAPABILITY = (8, 0), (9, 0)
@@ -41,13 +42,13 @@ def _make() -> registry.Backend:
     if reason is not None:
         return registry.Backend(name="cuda", unavailable=reason)
     schemas.define("cuda")
-    schemas.implement("cuda", nvidia.bodies(_KERNELS), "CUDA")
+    schemas.implement("cuda", nvidia.bodies(_BODIES, _KERNELS), "CUDA")
     return registry.Backend(
         name="cuda",
         ops=schemas.overloads("cuda"),
         not_supported_reasons=_not_supported,
         may_leave_planes=nvidia.lists_may_serve,
-        warmup=functools.partial(nvidia.warm, _KERNELS),
+        warmup=functools.partial(nvidia.warm, _BODIES, _KERNELS),
     )
 
 

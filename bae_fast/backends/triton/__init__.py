@@ -13,6 +13,7 @@ import functools
 
 from bae_fast.ops import nvidia, registry, schemas
 
+_BODIES = "bae_fast.kernels.bodies"
 _KERNELS = "bae_fast.kernels.covariance"
 _LEAST_CAPABILITY = (8, 0)
 
@@ -33,13 +34,13 @@ def _make() -> registry.Backend:
         return registry.Backend(name="triton", unavailable=reason)
     schemas.define("triton")
     for key in ("CUDA", "CPU") if nvidia.interpreted() else ("CUDA",):
-        schemas.implement("triton", nvidia.bodies(_KERNELS), key)
+        schemas.implement("triton", nvidia.bodies(_BODIES, _KERNELS), key)
     return registry.Backend(
         name="triton",
         ops=schemas.overloads("triton"),
         not_supported_reasons=_not_supported,
         may_leave_planes=nvidia.lists_may_serve,
-        warmup=functools.partial(nvidia.warm, _KERNELS),
+        warmup=functools.partial(nvidia.warm, _BODIES, _KERNELS),
     )
 
 
