@@ -20,11 +20,21 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device; torch sees none")
 
 
-@pytest.fixture
-def by_bits(monkeypatch):
-    """The covariance by products of bits, whatever the codes: lists would serve the sparse ones."""
+def _cost_of_lists(monkeypatch, cost):
     from bae_fast.backends.cpp import covariance
     from bae_fast.backends.torch import pair_lists
 
-    monkeypatch.setattr(covariance, "LIST_COST", dict.fromkeys(covariance.LIST_COST, float("inf")))
-    monkeypatch.setattr(pair_lists, "LIST_COST", float("inf"))
+    monkeypatch.setattr(covariance, "LIST_COST", dict.fromkeys(covariance.LIST_COST, cost))
+    monkeypatch.setattr(pair_lists, "LIST_COST", cost)
+
+
+@pytest.fixture
+def by_bits(monkeypatch):
+    """The covariance by products of bits, whatever the codes: lists would serve the sparse ones."""
+    _cost_of_lists(monkeypatch, float("inf"))
+
+
+@pytest.fixture
+def by_lists(monkeypatch):
+    """The covariance by lists of ones, on every level's machine, where a code is at all sparse."""
+    _cost_of_lists(monkeypatch, 1.0)
