@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bae_fast.ops.products import product_dtype
 from bae_fast.statistics import entropy_bits, entropy_gradient
 
 BLOCK = 1024
@@ -101,14 +102,16 @@ class Bits:
 
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
         self.inputs = x, W_enc, b_enc
-        self.made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self.made: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
-    def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _products(self, dtype: torch.dtype, rounded: bool) -> tuple[Tensor, Tensor]:
         """x W_enc in float64 and |x| |W_enc| in float32, both of inputs rounded to ``dtype``."""
-        if dtype not in self.made:
-            x, W_enc = (t.to(dtype).float() for t in self.inputs[:2])
-            self.made[dtype] = x.double() @ W_enc.double(), x.abs() @ W_enc.abs()
-        return self.made[dtype]
+        if (dtype, rounded) not in self.made:
+            # where the CPU does not multiply a half dtype, fp32 weights are multiplied as they are
+            x, W_enc = self.inputs[0].to(dtype).float(), self.inputs[1]
+            W_enc = W_enc.to(dtype if rounded else product_dtype(dtype, W_enc.device)).float()
+            self.made[dtype, rounded] = x.double() @ W_enc.double(), x.abs() @ W_enc.abs()
+        return self.made[dtype, rounded]
 
     def check(self, bits: Tensor, dtype: torch.dtype, rounded: bool) -> None:
         """Raise WrongResultError unless bits ``[N, F]`` are float64's beyond the rounding bound.
@@ -117,7 +120,7 @@ class Bits:
             dtype: of the operands; the products are summed in float32.
             rounded: the sum is rounded to ``dtype`` before the bias is added.
         """
-        product, magnitude = self._products(dtype)
+        product, magnitude = self._products(dtype, rounded)
         b_enc = self.inputs[2]
         pre = product + b_enc.double()
         slips = (self.inputs[0].shape[1] + 2) * UNIT_ROUNDOFF[torch.float32]

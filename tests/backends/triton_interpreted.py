@@ -320,7 +320,9 @@ def test_the_product_with_the_signs_is_exact_stored_and_recomputed(shape):
     _, signs = OPS["covariance"](words, ones, total, True)
     middle = max(k // 2 // 32 * 32, min(k, 32))
     for planes, rows in ((signs, None), (None, words)):
-        spread = encoder_backward._Signs(covariance, words, total * 0.5, planes, rows, ones, total)
+        spread = encoder_backward._Signs(
+            covariance, words, None, total * 0.5, planes, rows, ones, total
+        )
         spread.scale = torch.tensor(1.0)
         parts = [spread(0, middle), *([spread(middle, k)] if middle < k else [])]
         np.testing.assert_array_equal(torch.cat(parts, 1).numpy(), expected)
