@@ -100,8 +100,8 @@ class Closeness:
 class Bits:
     """What float64 says of the bits of x W_enc + b_enc, and where rounding may say otherwise."""
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, autocast: bool = False) -> None:
-        self.inputs, self.autocast = (x, W_enc, b_enc), autocast
+    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+        self.inputs = x, W_enc, b_enc
         self.made: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor]] = {}
 
     def _products(self, dtype: torch.dtype, rounded: bool) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,9 @@ class Bits:
             # where the CPU does not multiply a half dtype, fp32 weights are multiplied as they are
             x, W_enc = self.inputs[0].to(dtype).float(), self.inputs[1]
             W_enc = W_enc.to(
-                product_dtype(dtype, W_enc.device) if self.autocast and not rounded else dtype
+                product_dtype(dtype, W_enc.device)
+                if dtype == torch.bfloat16 and not rounded
+                else dtype
             ).float()
             self.made[dtype, rounded] = x.double() @ W_enc.double(), x.abs() @ W_enc.abs()
         return self.made[dtype, rounded]

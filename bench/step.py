@@ -165,7 +165,7 @@ def build(name: str, n: int, d: int, f: int, names: list[str] | None = None) -> 
     parameters = {side: parameters_of(given) for side in names}
     features = torch.randperm(f)[:CHECKED]
     limits = {"compile": COMPILED, "compile bf16": 2 * COMPILED}
-    right_bits, close = exact.Bits(*given[:3], autocast=True), Closeness(**limits)
+    right_bits, close = exact.Bits(*given[:3]), Closeness(**limits)
     known: list[tuple[Tensor, Tensor | None, exact.Gradients]] = []
 
     def truth(bits: Tensor, window: Tensor | None) -> exact.Gradients:
