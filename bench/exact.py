@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bae_fast.ops.products import product_dtype
 from bae_fast.statistics import entropy_bits, entropy_gradient
+from bench import eager
 
 BLOCK = 1024
 # beyond twice the rival's error, for sums that the rival has rounded less often
@@ -39,6 +40,18 @@ def dtype_of(side: str) -> torch.dtype:
 def is_half(side: str) -> bool:
     """Whether a side's products are in half precision."""
     return dtype_of(side) != torch.float32
+
+
+def weights_dtype(side: str, device: torch.device) -> torch.dtype:
+    """The dtype that a side multiplies float32 weights in.
+
+    Those of `cpp` and `torch` stay as they are where the CPU does not multiply bfloat16. Sides in
+    float16 are given their weights rounded.
+    """
+    dtype = dtype_of(side)
+    if dtype == torch.bfloat16 and side.partition(" ")[0] in ("cpp", "torch"):
+        return product_dtype(dtype, device)
+    return dtype
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -102,29 +115,24 @@ class Bits:
 
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
         self.inputs = x, W_enc, b_enc
-        self.made: dict[tuple[torch.dtype, bool], tuple[Tensor, Tensor]] = {}
+        self.made: dict[tuple[torch.dtype, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def _products(self, dtype: torch.dtype, rounded: bool) -> tuple[Tensor, Tensor]:
-        """x W_enc in float64 and |x| |W_enc| in float32, both of inputs rounded to ``dtype``."""
-        if (dtype, rounded) not in self.made:
-            # where the CPU does not multiply a half dtype, fp32 weights are multiplied as they are
-            x, W_enc = self.inputs[0].to(dtype).float(), self.inputs[1]
-            W_enc = W_enc.to(
-                product_dtype(dtype, W_enc.device)
-                if dtype == torch.bfloat16 and not rounded
-                else dtype
-            ).float()
-            self.made[dtype, rounded] = x.double() @ W_enc.double(), x.abs() @ W_enc.abs()
-        return self.made[dtype, rounded]
+    def _products(self, dtype: torch.dtype, weights: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x W_enc in float64 and |x| |W_enc| in float32, x rounded to ``dtype``, W_enc to
+        ``weights``."""
+        if (dtype, weights) not in self.made:
+            x, W_enc = self.inputs[0].to(dtype).float(), self.inputs[1].to(weights).float()
+            self.made[dtype, weights] = x.double() @ W_enc.double(), x.abs() @ W_enc.abs()
+        return self.made[dtype, weights]
 
-    def check(self, bits: Tensor, dtype: torch.dtype, rounded: bool) -> None:
+    def check(self, bits: Tensor, side: str) -> None:
         """Raise WrongResultError unless bits ``[N, F]`` are float64's beyond the rounding bound.
 
-        Args:
-            dtype: of the operands; the products are summed in float32.
-            rounded: the sum is rounded to ``dtype`` before the bias is added.
+        The products of every side are summed in float32. Dense programs round the sum to the
+        side's dtype before the bias is added.
         """
-        product, magnitude = self._products(dtype, rounded)
+        dtype, rounded = dtype_of(side), side in eager.DENSE and is_half(side)
+        product, magnitude = self._products(dtype, weights_dtype(side, bits.device))
         b_enc = self.inputs[2]
         pre = product + b_enc.double()
         slips = (self.inputs[0].shape[1] + 2) * UNIT_ROUNDOFF[torch.float32]

@@ -98,7 +98,7 @@ def encode(n: int, d: int, f: int, density: float, names: Names = None) -> Compa
                 raise WrongResultError("counts are not those of the bits")
             if not tail_is_zero(words, f):
                 raise WrongResultError("bits past the last feature must be zero")
-        right.check(bits, dtype_of(side), side in eager.DENSE and exact.is_half(side))
+        right.check(bits, side)
 
     work = {"flops": 2.0 * n * d * f, "bytes": 4.0 * (n * d + d * f + f) + 4.0 * n * n_words(f)}
     sides = _sides("encode", eager.encode, (x, W_enc, b_enc), packed, names)

@@ -182,8 +182,7 @@ def build(name: str, n: int, d: int, f: int, names: list[str] | None = None) -> 
 
     def check(side: str, loss: Tensor) -> None:
         bits, window = own_bits(side, objective, x, given[1:])
-        dtype = exact.dtype_of(side)
-        right_bits.check(bits, dtype, side in eager.DENSE and exact.is_half(side))
+        right_bits.check(bits, side)
         right = truth(bits, window)
         W_enc, b_enc, W_dec, b_dec = map(exact.gradient, parameters[side])
         close.check(side, "loss", loss, right.loss)
