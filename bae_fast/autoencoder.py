@@ -377,18 +377,24 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None
-    ) -> Autoencoder:
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
         """Load what :meth:`save_pretrained` wrote, in eval mode.
+
+        Args:
+            folder: the folder of both files.
+            device: where the module is put; None leaves it on the CPU.
+            options: passed to :meth:`from_config`.
 
         Raises:
             FileNotFoundError: no such folder or file.
             ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
         """
-        values, source, tensors = read_pretrained(folder)
-        module = cls.from_config(values, str(source))
-        load_tensors_(module, tensors, folder)
-        return module.to(device).eval() if device is not None else module.eval()
+        return _made(cls, folder, read_pretrained(folder), device, **options)
 
 
 def as_code(features: BinaryCode | Tensor) -> BinaryCode:
@@ -493,6 +499,20 @@ def architecture_of(model: Autoencoder) -> str:
     )
 
 
+def _made(
+    kind: type[Autoencoder],
+    folder: str | os.PathLike[str],
+    files: tuple[dict[str, Any], Path, dict[str, Tensor]],
+    device: torch.device | str | None,
+    **options: Any,
+) -> Any:
+    """A module of a kind from what :func:`read_pretrained` read, in eval mode."""
+    values, source, tensors = files
+    module = kind.from_config(values, str(source), **options)
+    load_tensors_(module, tensors, folder)
+    return module.to(device).eval() if device is not None else module.eval()
+
+
 def load_autoencoder(
     folder: str | os.PathLike[str], *, device: torch.device | str | None = None
 ) -> Autoencoder:
@@ -502,14 +522,15 @@ def load_autoencoder(
         FileNotFoundError: no such folder or file.
         ValueError: an architecture that is not registered, or see ``from_pretrained`` of the class.
     """
-    values, source, _ = read_pretrained(folder)
+    files = read_pretrained(folder)
+    values, source, _ = files
     name = values.get("architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
             f"{source}: architecture must be one of {', '.join(sorted(ARCHITECTURES))}; "
             f"got {name!r}"
         )
-    return ARCHITECTURES[name].from_pretrained(folder, device=device)
+    return _made(ARCHITECTURES[name], folder, files, device)
 
 
 # -- the two files -----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -17,8 +16,6 @@ from bae_fast.autoencoder import (
     check_metadata,
     check_rows,
     check_sizes,
-    load_tensors_,
-    read_pretrained,
     register_architecture,
 )
 from bae_fast.codes import BinaryCode
@@ -540,22 +537,3 @@ class BinaryAutoencoder(Autoencoder):
             metadata=config.metadata,
             device="meta",
         )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        impl: str = "auto",
-        device: torch.device | str | None = None,
-    ) -> BinaryAutoencoder:
-        """Load what :meth:`save_pretrained` wrote, in eval mode.
-
-        Raises:
-            FileNotFoundError: no such folder or file.
-            ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
-        """
-        values, source, tensors = read_pretrained(folder)
-        bae = cls.from_config(values, str(source), impl=impl)
-        load_tensors_(bae, tensors, folder)
-        return bae.to(device).eval() if device is not None else bae.eval()

@@ -25,10 +25,10 @@ from torch import Tensor
 from bae_fast.codes import keep_signs
 from bae_fast.ops import registry
 from bae_fast.packing import column_counts, n_words, pack_rows, tail_is_zero, unpack_rows
-from bench import ceilings, eager, exact, tables
+from bench import eager, exact, tables
 from bench.exact import Closeness, WrongResultError, dtype_of
 from bench.inputs import DENSITIES, SHAPES, WIDTH, half_side, implementations, tensors
-from bench.timing import SECONDS, Comparison, Side, compare
+from bench.timing import SECONDS, Comparison, Side, run_cases
 
 LEFT_COLUMNS = 8
 
@@ -310,13 +310,7 @@ def build(operator: str, n: int, d: int, f: int, density: float, names: Names = 
 
 def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
     """Every operator at every shape and density; ``only`` those whose case holds that text."""
-    ceiling = ceilings.measure()
-    rows = []
-    for case in cases(SHAPES):
-        if only in tables.name(case):
-            rows.append(compare(build(*case), ceiling, seconds))
-            print(tables.line(rows[-1]), flush=True)
-    return {"ceilings": ceiling, "rows": rows}
+    return run_cases(cases(SHAPES), build, only, seconds)
 
 
 def table(result: dict[str, Any]) -> str:

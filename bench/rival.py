@@ -25,11 +25,11 @@ from bae_fast.devices import has_bfloat16
 from bae_fast.ops import registry
 from bae_fast.packing import n_words, unpack_rows
 from bae_fast.training import PRESETS, CodeBank
-from bench import ceilings, eager, exact, tables
+from bench import eager, exact, tables
 from bench.exact import WrongResultError
 from bench.inputs import implementations
 from bench.step import CHECKED, LEARNING_RATE, parameters_of
-from bench.timing import SECONDS, Comparison, Side, compare
+from bench.timing import SECONDS, Comparison, Side, run_cases
 
 # (N, d, F, k)
 CASES = [
@@ -190,13 +190,7 @@ def build(n: int, d: int, f: int, k: int) -> Comparison:
 
 def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
     """Every case; ``only`` those whose name holds that text."""
-    ceiling = ceilings.measure()
-    rows = []
-    for case in CASES:
-        if only in tables.name(case):
-            rows.append(compare(build(*case), ceiling, seconds))
-            print(tables.line(rows[-1]), flush=True)
-    return {"ceilings": ceiling, "rows": rows}
+    return run_cases(CASES, build, only, seconds)
 
 
 def table(result: dict[str, Any]) -> str:

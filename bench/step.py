@@ -20,10 +20,10 @@ from torch import Tensor
 from bae_fast import binary_autoencoder
 from bae_fast.ops import registry
 from bae_fast.packing import n_words, unpack_rows
-from bench import ceilings, eager, exact, tables
+from bench import eager, exact, tables
 from bench.exact import Closeness
 from bench.inputs import SHAPES, TINY, WIDTH, half_side, implementations, tensors
-from bench.timing import SECONDS, Comparison, Side, compare
+from bench.timing import SECONDS, Comparison, Side, run_cases
 
 ENTROPY_WEIGHT = COVARIANCE_WEIGHT = 1e-7
 LEARNING_RATE = 1e-9
@@ -205,13 +205,7 @@ def build(name: str, n: int, d: int, f: int, names: list[str] | None = None) -> 
 
 def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
     """Every case; ``only`` those whose name holds that text."""
-    ceiling = ceilings.measure()
-    rows = []
-    for case in CASES:
-        if only in tables.name(case):
-            rows.append(compare(build(*case), ceiling, seconds))
-            print(tables.line(rows[-1]), flush=True)
-    return {"ceilings": ceiling, "rows": rows}
+    return run_cases(CASES, build, only, seconds)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -14,13 +14,14 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from bench import ceilings, tables
 from bench.exact import WrongResultError, is_half
 from bench.inputs import simd
 
@@ -229,3 +230,20 @@ def shares(
         found["floor_seconds"] = max(sum(floors.values()), memory)
         found["floor_share"] = found["floor_seconds"] / seconds
     return found
+
+
+def run_cases(
+    cases: Iterable[tuple[Any, ...]],
+    build: Callable[..., Comparison],
+    only: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """The rows of a suite: the comparison that ``build`` makes of every case whose name holds
+    ``only``, beside the ceilings of this machine."""
+    ceiling = ceilings.measure()
+    rows = []
+    for case in cases:
+        if only in tables.name(case):
+            rows.append(compare(build(*case), ceiling, seconds))
+            print(tables.line(rows[-1]), flush=True)
+    return {"ceilings": ceiling, "rows": rows}

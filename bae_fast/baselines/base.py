@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -22,8 +21,6 @@ from bae_fast.autoencoder import (
     Autoencoder,
     check_metadata,
     check_sizes,
-    load_tensors_,
-    read_pretrained,
     register_architecture,
 )
 
@@ -319,21 +316,6 @@ class SparseAutoencoder(Autoencoder):
         config.check(source)
         kind = METHODS[config.architecture]
         return kind(config, transcoder=not values["apply_b_dec_to_input"], device="meta")
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None
-    ) -> SparseAutoencoder:
-        """Load what :meth:`save_pretrained` wrote, in eval mode, as the class it was.
-
-        Raises:
-            FileNotFoundError: no such folder or file.
-            ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
-        """
-        values, source, tensors = read_pretrained(folder)
-        module = cls.from_config(values, str(source))
-        load_tensors_(module, tensors, folder)
-        return module.to(device).eval() if device is not None else module.eval()
 
 
 # name -> class of every baseline; `bae_fast.baselines.methods` has the table

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from sparse_rows import module, synthetic
 
 import bae_fast as bf
 from bae_fast.baselines import TRAINING, make_baseline
@@ -21,17 +22,6 @@ from bae_fast.training import (
 )
 
 SMALL = TrainingConfig(steps=40, batch_size=64, precision="float32", revive_every=20)
-
-
-def synthetic(n=900, d=16, r=24, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    active = (torch.rand(n, r, generator=g) < 0.1).float()
-    clean = active @ torch.randn(r, d, generator=g) + 3.0
-    return clean + 0.05 * torch.randn(n, d, generator=g)
-
-
-def module(x, f=48, **options):
-    return bf.BinaryAutoencoder(x.shape[1], f, **options).fit_normalization_(x.float())
 
 
 # -- an objective of one's own -----------------------------------------------------------------
@@ -67,7 +57,7 @@ class MedianConfig(LoopConfig):
 
 
 def test_an_objective_of_ones_own_needs_no_change_of_the_trainer():
-    x = synthetic()
+    x = synthetic(n=900)
     trainer = Trainer(module(x), x, MedianConfig(steps=2, batch_size=64, precision="float32"))
     lines = trainer.fit(log_every=1)
     assert [line["step"] for line in lines] == [1, 2]
@@ -120,13 +110,13 @@ class Cache:
     ],
 )
 def test_rows_that_are_none_are_named(spoil, kind, message):
-    x = synthetic()
+    x = synthetic(n=900)
     with pytest.raises(kind, match=message):
         Trainer(module(x), spoil(x), SMALL)
 
 
 def test_a_configuration_that_is_none_is_named():
-    x = synthetic()
+    x = synthetic(n=900)
     with pytest.raises(TypeError, match=r"config must be a TrainingConfig .* got dict"):
         Trainer(module(x), x, {"steps": 3})
 
@@ -143,7 +133,7 @@ def test_a_constant_too_large_for_a_float_is_refused():
 
 
 def test_a_frozen_module_is_refused():
-    x = synthetic()
+    x = synthetic(n=900)
     bae = module(x).requires_grad_(False)
     with pytest.raises(ValueError, match=r"W_enc must require a gradient, or init and revive"):
         Trainer(bae, x, SMALL)
@@ -156,7 +146,7 @@ def test_a_frozen_module_is_refused():
 
 
 def test_a_frozen_decoder_stays_where_nothing_else_would_change_it():
-    x = synthetic()
+    x = synthetic(n=900)
     bae = module(x)
     bae.W_dec.requires_grad_(False)
     with pytest.raises(ValueError, match="got requires_grad=False for W_dec"):
@@ -170,7 +160,7 @@ def test_a_frozen_decoder_stays_where_nothing_else_would_change_it():
 
 
 def test_a_module_made_in_inference_mode_is_refused():
-    x = synthetic()
+    x = synthetic(n=900)
     with torch.inference_mode():
         bae = bf.BinaryAutoencoder(16, 48)
     with pytest.raises(ValueError, match=r"made outside of torch.inference_mode"):
@@ -182,7 +172,7 @@ def test_a_module_made_in_inference_mode_is_refused():
 
 def weights(make):
     torch.manual_seed(0)
-    x = synthetic()
+    x = synthetic(n=900)
     trainer = make(x)
     trainer.fit()
     return trainer.model.state_dict()
@@ -192,7 +182,7 @@ def weights(make):
 def test_training_does_not_depend_on_the_callers_gradient_mode(context):
     expected = weights(lambda x: Trainer(module(x), x, SMALL))
     torch.manual_seed(0)
-    x = synthetic()
+    x = synthetic(n=900)
     bae = module(x)
     with context():
         Trainer(bae, x, SMALL).fit()
@@ -223,7 +213,7 @@ def test_a_half_precision_module_gets_the_rounded_weights_of_its_float32_run(dty
 def test_a_half_precision_run_resumes_from_its_unrounded_weights(tmp_path):
     def new():
         torch.manual_seed(0)
-        x = synthetic().half()
+        x = synthetic(n=900).half()
         return Trainer(module(x).half(), x, SMALL)
 
     whole, first, second = new(), new(), new()
@@ -241,7 +231,7 @@ def test_a_half_precision_run_resumes_from_its_unrounded_weights(tmp_path):
 
 
 def test_a_state_of_other_rows_or_constants_is_refused():
-    x = synthetic()
+    x = synthetic(n=900)
     trainer = Trainer(module(x), x, SMALL)
     trainer.train_step()
     state = trainer.state_dict()
@@ -268,7 +258,7 @@ def test_a_state_of_other_rows_or_constants_is_refused():
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path):
-    x = synthetic()
+    x = synthetic(n=900)
     trainer = Trainer(module(x), x, SMALL)
     with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
         trainer.load(tmp_path / "none.pt")
@@ -299,7 +289,7 @@ def terminating():
 def test_sigterm_ends_a_step_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
     def new():
         torch.manual_seed(1)
-        x = synthetic()
+        x = synthetic(n=900)
         return Trainer(module(x), x, SMALL)
 
     whole = new()
@@ -333,7 +323,7 @@ def test_sigterm_ends_a_step_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp
 
 
 def test_checkpoints_are_written_every_so_many_steps(tmp_path):
-    x = synthetic()
+    x = synthetic(n=900)
     trainer = Trainer(module(x), x, SMALL)
     seen = []
     save = trainer.save
@@ -351,7 +341,7 @@ def test_checkpoints_are_written_every_so_many_steps(tmp_path):
 
 
 def test_a_numpy_array_can_be_trained_on_as_the_message_says():
-    x = synthetic().numpy()
+    x = synthetic(n=900).numpy()
     assert isinstance(x, np.ndarray)
     rows = torch.from_numpy(x)
     assert Trainer(module(rows), rows, dataclasses.replace(SMALL, steps=2)).fit()

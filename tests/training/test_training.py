@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from sparse_rows import module, synthetic
 
 import bae_fast as bf
 from bae_fast.training import (
@@ -19,18 +20,6 @@ from bae_fast.training import (
 )
 
 SMALL = TrainingConfig(steps=60, batch_size=64, precision="float32", revive_every=20)
-
-
-def synthetic(n=1500, d=16, r=24, seed=0):
-    """Sparse sums of r directions, a mean, a little noise: what a sparse code can learn."""
-    g = torch.Generator().manual_seed(seed)
-    active = (torch.rand(n, r, generator=g) < 0.1).float()
-    clean = active @ torch.randn(r, d, generator=g) + 3.0
-    return clean + 0.05 * torch.randn(n, d, generator=g)
-
-
-def module(x, f=48, **options):
-    return bf.BinaryAutoencoder(x.shape[1], f, **options).fit_normalization_(x)
 
 
 def fvu(bae, x):
