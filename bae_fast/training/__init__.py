@@ -11,6 +11,7 @@ from bae_fast.training.objective import (
     Trainable,
 )
 from bae_fast.training.recipe import init_from_rows_, refit_decoder_, revive_
+from bae_fast.training.supply import MemorySupply, Rows, Supply, merge_states
 from bae_fast.training.trainer import Trainer
 
 __all__ = [
@@ -19,14 +20,18 @@ __all__ = [
     "CodeBank",
     "LoopConfig",
     "Loss",
+    "MemorySupply",
     "Objective",
+    "Rows",
     "SparseConfig",
     "SparseObjective",
     "Step",
+    "Supply",
     "Trainable",
     "Trainer",
     "TrainingConfig",
     "init_from_rows_",
+    "merge_states",
     "refit_decoder_",
     "revive_",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import os
@@ -30,12 +29,10 @@ from bae_fast.files import replacing, write_text
 from bae_fast.progress import progress_bar
 from bae_fast.training.config import LoopConfig
 from bae_fast.training.objective import Loss, Step
+from bae_fast.training.supply import fingerprint
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
-
-# bytes of rows, evenly spaced, by which a resumed run knows its rows again
-_FINGERPRINT_BYTES = 64 * 2**20
 
 # signals that wait for the end of a step
 _HELD = (signal.SIGINT, signal.SIGTERM)
@@ -416,10 +413,10 @@ class Trainer(Generic[Config]):
                 name: list(tensor.shape) for name, tensor in self._trained.state_dict().items()
             },
             **self.config.settings(),
-            "rows": _fingerprint(self.rows),
+            "rows": fingerprint(self.rows),
         }
         if self.targets is not None:
-            found["targets"] = _fingerprint(self.targets)
+            found["targets"] = fingerprint(self.targets)
         return found
 
 
@@ -450,16 +447,6 @@ def _learning() -> Iterator[None]:
     """Gradients on and inference mode off, whatever the caller's setting."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def _fingerprint(rows: Tensor) -> str:
-    """Shape and dtype of rows, and a digest of at most 64 MiB of them, evenly spaced."""
-    size = max(rows.shape[1] * rows.element_size(), 1)
-    kept = min(len(rows), max(_FINGERPRINT_BYTES // size, 1))
-    at = torch.arange(kept) * len(rows) // kept
-    data = rows[at.to(rows.device)].cpu().contiguous().view(torch.uint8)
-    digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
-    return f"{list(rows.shape)} {str(rows.dtype).removeprefix('torch.')} {digest}"
 
 
 def _drop_later_lines(log: Path, step: int) -> None:
