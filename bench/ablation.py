@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from bae_fast.training import PRESETS
+from bench import tables
 from bench.recipe import rows, train_bae
 
 STEPS = 2000
@@ -44,12 +45,17 @@ def table(result: dict[str, Any]) -> str:
         return row["fvu"] + weight * row["bits"]
 
     base = objective(result["rows"][0])
-    lines = ["| change | FVU | bits a row | dead | FVU + a_e bits |", "|---|---|---|---|---|"]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['change']} | {row['fvu']:.4f} | {row['bits']:.0f} | {row['dead_share']:.1%} "
-            f"| {objective(row):.4f} ({objective(row) - base:+.4f}) |"
-        )
-    return (
-        "\n".join(lines) + f"\n\nOne change at a time, seed 0, {STEPS:,} steps, last rows held out."
+    text = tables.markdown(
+        ["change", "FVU", "bits a row", "dead", "FVU + a_e bits"],
+        [
+            [
+                row["change"],
+                f"{row['fvu']:.4f}",
+                f"{row['bits']:.0f}",
+                f"{row['dead_share']:.1%}",
+                f"{objective(row):.4f} ({objective(row) - base:+.4f})",
+            ]
+            for row in result["rows"]
+        ],
     )
+    return f"{text}\n\nOne change at a time, seed 0, {STEPS:,} steps, last rows held out."

@@ -30,6 +30,7 @@ from bae_fast.lm import (
     standard_library_text,
     windows,
 )
+from bae_fast.report import tables
 from bae_fast.training import PRESETS, Trainer
 
 SEEDS = (0, 1, 2)
@@ -123,32 +124,32 @@ def run() -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: mean and range over seeds."""
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["name"], row["steps"], row["split"]), []).append(row)
-    lines = [
-        "| code | steps | held out | FVU | bits a row | Gaussian bound | L0 | dead | p > 0.1 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-
-    def cell(rows: list[dict[str, Any]], key: str, form: str) -> str:
-        values = [row[key] for row in rows if key in row]
-        if not values:
-            return ""
-        mean = form.format(sum(values) / len(values))
-        low, high = form.format(min(values)), form.format(max(values))
-        return mean if low == high else f"{mean} ({low} to {high})"
-
-    for (name, steps, split), rows in groups.items():
-        cells = [
-            cell(rows, "fvu", "{:.4f}"),
-            cell(rows, "bits", "{:.0f}"),
-            cell(rows, "gaussian_bound_bits", "{:.0f}"),
-            cell(rows, "l0", "{:.0f}"),
-            cell(rows, "dead_share", "{:.1%}"),
-            cell(rows, "dense_share", "{:.1%}"),
-        ]
-        lines.append(f"| {name} | {steps} | {split} | " + " | ".join(cells) + " |")
+    columns = (
+        ("fvu", "{:.4f}"),
+        ("bits", "{:.0f}"),
+        ("gaussian_bound_bits", "{:.0f}"),
+        ("l0", "{:.0f}"),
+        ("dead_share", "{:.1%}"),
+        ("dense_share", "{:.1%}"),
+    )
+    groups = tables.grouped(result["rows"], ("name", "steps", "split"))
+    lines = tables.table(
+        [
+            "code",
+            "steps",
+            "held out",
+            "FVU",
+            "bits a row",
+            "Gaussian bound",
+            "L0",
+            "dead",
+            "p > 0.1",
+        ],
+        [
+            [*map(str, group), *(tables.cell(rows, key, form) for key, form in columns)]
+            for group, rows in groups.items()
+        ],
+    )
     environment = result["environment"]
     return "\n".join(lines) + (
         f"\n\nMean (range) over {len(SEEDS)} seeds; 16 whole windows held out of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bae_fast.report import tables as report
 from bench.eager import PROGRAMS
 
 
@@ -28,8 +29,7 @@ def splice(text: str, suite: str, table: str) -> str:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(report.table(header, rows))
 
 
 def milliseconds(seconds: float) -> str:

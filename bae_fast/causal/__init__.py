@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bae_fast.causal.matching import Matching, match_codes, matching_table, shuffled_rows
+from bae_fast.causal.matching import Matching, match_codes, shuffled_rows
 from bae_fast.causal.splice import Splice, replaced_output, spliced
 from bae_fast.causal.steering import (
     Differences,
@@ -38,7 +38,6 @@ __all__ = [
     "generate",
     "match_codes",
     "matched_controls",
-    "matching_table",
     "next_token",
     "next_token_shifted",
     "prompt_tokens",

@@ -25,7 +25,6 @@ keeps all densities and takes away what the codes share.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -219,27 +218,3 @@ def shuffled_rows(code: BinaryCode, seed: int = 0) -> BinaryCode:
     rows = code.flatten()
     order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
     return rows[order]
-
-
-def matching_table(found: Matching, control: Matching, names: tuple[str, str]) -> str:
-    """Markdown: shares of the classes, in brackets those of the control."""
-    lines = [
-        "| code | features | " + " | ".join(CLASSES) + " | mean best score |",
-        "|---|---|" + "---|" * (len(CLASSES) + 1),
-    ]
-    measured, chance = found.summary(), control.summary()
-    for side, name in zip("ab", names, strict=True):
-        one, other = measured[side], chance[side]
-        cells = [
-            f"{one[kind] / one['features']:.1%} ({other[kind] / one['features']:.1%})"
-            for kind in CLASSES
-        ]
-        scores = [math.nan if s["mean_score"] is None else s["mean_score"] for s in (one, other)]
-        cells.append(f"{scores[0]:.3f} ({scores[1]:.3f})")
-        lines.append(f"| {name} | {one['features']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Best partner by {found.score}, threshold {found.threshold:g}, {found.n_rows} rows, rare "
-        f"below {found.min_count}; in brackets the same with one code's rows shuffled.",
-    ]
-    return "\n".join(lines) + "\n"

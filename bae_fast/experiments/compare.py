@@ -20,25 +20,17 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.metrics import FVUAccumulator
-from bae_fast.baselines import (
-    METHODS,
-    TRAINING,
-    load_autoencoder,
-    make_baseline,
-)
-from bae_fast.experiments import runs
+from bae_fast.baselines import load_autoencoder
+from bae_fast.experiments import methods, runs
 from bae_fast.experiments.data import N_HELDOUT, Data, harvest_rows, pick_device
 from bae_fast.experiments.judges import JudgeOptions
 from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
 from bae_fast.files import read_json, write_json, write_text
-from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages, say
-from bae_fast.training import PRESETS, Trainer
+from bae_fast.training import Trainer
 
 if TYPE_CHECKING:
     from bae_fast.lm import ActivationCache
-
-BINARY = {"bae": "sparse", "bae_paper": "paper"}
 
 # rows reconstructed at a time
 _FVU_ROWS = 4096
@@ -52,8 +44,8 @@ class Config(JudgeOptions, Data):
     """Train methods at matched rows, judge them alike, write a table and a plot.
 
     Attributes:
-        methods: The methods that are trained, of bae, bae_paper, relu, rescaled_relu, topk,
-            batchtopk, gated, jumprelu, transcoder, binary_topk and random.
+        methods: The methods that are trained: bae, bae_paper, relu, rescaled_relu, topk,
+            batchtopk, gated, jumprelu, transcoder, binary_topk, random, and what is registered.
         k: The number of features in a row, for the sparse autoencoders.
         seeds: The seeds; every method is trained with each.
         expansion: The number of features over the width of a row, F / d.
@@ -74,7 +66,7 @@ class Config(JudgeOptions, Data):
             is run.
     """
 
-    methods: tuple[str, ...] = (*BINARY, *METHODS)
+    methods: tuple[str, ...] = methods.names()
     k: tuple[int, ...] = (32,)
     seeds: tuple[int, ...] = (0,)
     expansion: int = 4
@@ -114,7 +106,7 @@ def run(config: Config) -> runs.Result:
 
 def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
-    runs.check_one_of("methods", config.methods, (*BINARY, *METHODS))
+    runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size")
     stages = Stages()
     cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
@@ -136,7 +128,7 @@ def train_all(config: Config) -> dict[str, Any]:
     with stages.stage("train and evaluate"):
         for seed in config.seeds:
             for method in config.methods:
-                for k in [None] if method in BINARY else config.k:
+                for k in config.k if methods.method(method).takes_k else [None]:
                     done.append(
                         one(config, facts, method, k, seed, train, heldout, pair)
                         | {"method": method, "k": k, "seed": seed}
@@ -182,14 +174,15 @@ def settings_of(
 
 def training_config(config: Config, method: str, seed: int) -> Any:
     """The constants of a method's training."""
+    known = methods.method(method)
     constants = dataclasses.replace(
-        PRESETS[BINARY[method]] if method in BINARY else TRAINING,
+        known.training,
         steps=config.steps,
         batch_size=config.batch_size,
         seed=seed,
         precision=config.precision,
     )
-    if method not in BINARY and config.lr is not None:
+    if config.lr is not None and not known.own_lr:
         constants = dataclasses.replace(constants, lr=config.lr)
     return constants
 
@@ -219,19 +212,13 @@ def one(
             x, y, x_held, y_held = (
                 pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
             )
-        model: Any
-        if method in BINARY:
-            model = BinaryAutoencoder(d, settings["d_sae"], preset=BINARY[method], **options)
-        else:
-            assert k is not None
-            model = make_baseline(
-                method,
-                x.shape[1],
-                settings["d_sae"],
-                k=k,
-                d_out=None if y is None else y.shape[1],
-                **options,
-            )
+        model: Any = methods.method(method).make(
+            x.shape[1],
+            settings["d_sae"],
+            k=k,
+            d_out=None if y is None else y.shape[1],
+            **options,
+        )
         model.fit_normalization_(x, y)
         trainer = Trainer(model, x, training_config(config, method, seed), targets=y)
         say(f"   {name}")

@@ -229,7 +229,7 @@ def harvest_rows(
         if config.text is None:
             text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
         else:
-            text, text_name = lm_tools.read_text(list(config.text)), " ".join(config.text)
+            text, text_name = lm_tools.read_text(list(config.text)), " ".join(map(str, config.text))
         windows = lm_tools.windows(
             tokenizer, text, config.context, n_tokens=config.tokens, prepend_bos=config.bos
         )

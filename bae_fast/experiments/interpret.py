@@ -108,9 +108,9 @@ def run(config: Config) -> runs.Result:
         Passages,
         feature_tokens,
         score_features,
-        table,
     )
     from bae_fast.interpret.judges import JudgeError
+    from bae_fast.report.comsem import table
 
     constants = ComSemConfig(
         n_features=config.features,

@@ -20,6 +20,7 @@ from bae_fast.files import write_json, write_text
 from bae_fast.lm.loading import DEFAULT_MODEL
 from bae_fast.lm.origin import check_model
 from bae_fast.progress import Stages
+from bae_fast.report.match import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def run(config: Config) -> runs.Result:
                   "class": found.class_b.tolist()},
         }  # fmt: skip
         write_json(folder / "match.json", values)
-        text = causal.matching_table(found, control, names)
+        text = table(found, control, names)
         write_text(folder / "match.md", text)
     files = (config.out / "match.json", config.out / "match.md")
     return runs.Result(values, text, files)

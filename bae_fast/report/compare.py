@@ -26,7 +26,7 @@ LABELS = {
 
 
 def _label(method: str, k: int | None) -> str:
-    return LABELS[method] + ("" if k is None else f" k={k}")
+    return LABELS.get(method, method) + ("" if k is None else f" k={k}")
 
 
 def _groups(result: dict[str, Any]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bae_fast.analysis.pairs import joint_counts
-from bae_fast.causal import match_codes, matching_table, shuffled_rows
+from bae_fast.causal import match_codes, shuffled_rows
 from bae_fast.causal.matching import CLASSES
 from bae_fast.codes import BinaryCode
+from bae_fast.report.match import table
 
 
 def random_bits(n, f, density, seed=0):
@@ -84,7 +85,7 @@ def test_shuffled_rows_keep_densities_and_lose_the_match():
     assert not mixed.equal(code)
     found = match_codes(code, mixed)
     assert "same" not in names(found.class_a)
-    text = matching_table(match_codes(code, code), found, ("one", "two"))
+    text = table(match_codes(code, code), found, ("one", "two"))
     assert "| one | 64 | 100.0% (0.0%)" in text
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_lm import Same, save_tiny_model
+from toy_autoencoder import Toy
 
 import bae_fast as bf
 from bae_fast.analysis import fvu
+from bae_fast.autoencoder import load_autoencoder
 from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.causal import SubstitutionTest
 from bae_fast.cli import main
-from bae_fast.experiments import compare, runs, scorers
+from bae_fast.experiments import compare, methods, runs, scorers
 from bae_fast.files import write_json
 from bae_fast.lm import ActivationCache, load_language_model
 from bae_fast.report import compare as report
@@ -46,7 +48,7 @@ def test_every_method_gets_a_line_a_point_and_a_model(arguments, capsys):
     assert main(arguments) == 0
     out = folder_of(arguments, "--out")
     result = json.loads((out / "compare.json").read_text())
-    assert [run["method"] for run in result["runs"]] == [*compare.BINARY, *compare.METHODS]
+    assert [run["method"] for run in result["runs"]] == list(methods.names())
     text = (out / "compare.md").read_text()
     for name in ("BAE (sparse)", "TopK k=3", "JumpReLU k=3", "transcoder k=3*", "random k=3"):
         assert f"| {name} |" in text
@@ -61,7 +63,7 @@ def test_every_method_gets_a_line_a_point_and_a_model(arguments, capsys):
         )
         assert run["settings"]["training"]["steps"] == 25
         load = (
-            bf.BinaryAutoencoder if run["method"] in compare.BINARY else SparseAutoencoder
+            SparseAutoencoder if methods.method(run["method"]).takes_k else bf.BinaryAutoencoder
         ).from_pretrained
         model = load(out / run["model"])
         if run["method"] != "transcoder":
@@ -246,3 +248,32 @@ def test_what_a_user_can_mend_is_one_line(arguments, change, message, capsys, tm
     assert error.startswith("bae-fast compare: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_an_autoencoder_of_the_users_own_is_compared(arguments, tmp_path):
+    @methods.register("of my own")
+    def make(d_in, d_sae, *, k, d_out=None, metadata=None, device=None):
+        assert k is None
+        assert d_out is None
+        model = Toy(d_in, d_sae, device=device)
+        model.config.metadata.update(metadata)
+        return model
+
+    try:
+        with pytest.raises(ValueError, match="name must be a new method's; got 'of my own'"):
+            methods.register("of my own")(make)
+        out = tmp_path / "out"
+        found = compare.run(
+            compare.Config(
+                model=str(folder_of(arguments, "--model")), hook=HOOK, context=16, device="cpu",
+                text=(folder_of(arguments, "--text"),), cache=folder_of(arguments, "--cache"),
+                methods=("of my own",), steps=5, batch_size=64, expansion=2, out=out,
+                progress=False,
+            )
+        )  # fmt: skip
+    finally:
+        del methods.NAMED["of my own"]
+    (run,) = found.values["runs"]
+    assert "| of my own |" in found.text
+    assert 0 <= run["scores"]["substitution"]["js_bits"] <= 1
+    assert isinstance(load_autoencoder(out / run["model"]), Toy)

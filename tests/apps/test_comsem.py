@@ -25,10 +25,10 @@ from bae_fast.interpret.comsem import (
     read_verdict,
     score_features,
     score_model,
-    table,
 )
 from bae_fast.interpret.judges import Answer, RuleJudge
 from bae_fast.lm.cache import ActivationCache
+from bae_fast.report.comsem import table
 
 WORDS = ["cat", "dog", "tree", "stone", "river", "cloud", "«", "line\nbreak"]
 CONTEXT = 16

@@ -13,6 +13,7 @@ import pytest
 
 from bae_fast.autoencoder import ARCHITECTURES
 from bae_fast.baselines import METHODS
+from bae_fast.experiments.methods import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +40,7 @@ EXAMPLES = [page for page in PAGES if blocks(page)]
 @pytest.fixture
 def _own_names():
     """What an example registers is gone after it."""
-    before = [(table, set(table)) for table in (METHODS, ARCHITECTURES)]
+    before = [(table, set(table)) for table in (METHODS, ARCHITECTURES, NAMED)]
     yield
     for table, keys in before:
         for key in set(table) - keys:
