@@ -187,7 +187,7 @@ class Autoencoder(nn.Module):
         return self.activations(x).float()
 
     def scores(self, x: Tensor, features: Tensor | None = None) -> Tensor:
-        """By how much each feature stands out in raw x, ``[..., d_sae]``: what tokens are ranked
+        """How much each feature stands out in raw x, ``[..., d_sae]``: what tokens are ranked
         by when features are named.
 
         Args:

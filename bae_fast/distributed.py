@@ -38,7 +38,7 @@ def all_gather_code(code: BinaryCode, group: dist.ProcessGroup | None = None) ->
         out = bae(x, stats=stats)
 
     Args:
-        code: of this rank's rows, on a device that the group's backend can send from.
+        code: the code of this rank's rows, on a device that the group's backend can send from.
         group: None: the default group.
 
     Raises:

@@ -301,7 +301,7 @@ def _check_x(
 
 
 def _check_kept(row_mask: Tensor | None, least: int) -> None:
-    """For the reference what the operators check themselves; on a CPU only, as they do."""
+    """Check for the reference what the operators check themselves, on a CPU only, as they do."""
     if row_mask is None or row_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
     kept = int(row_mask.sum())

@@ -74,7 +74,7 @@ def warmup(
     Backends without a just-in-time part (``torch``) have nothing to do.
 
     Args:
-        surrogates: of the steps to come; naming fewer takes less time.
+        surrogates: the surrogates of the steps to come; naming fewer takes less time.
         multilinear: whether these steps have the multilinear term.
 
     Raises:

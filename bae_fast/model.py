@@ -360,7 +360,7 @@ class BinaryAutoencoder(Autoencoder):
         """mse + a_e H + a_c D, ``[]``, of what a forward pass gave.
 
         Args:
-            out: of this module; with ``covariance=True`` where D has a weight.
+            out: what this module gave; with ``covariance=True`` where D has a weight.
             target: see :meth:`mse`.
             entropy_weight, covariance_weight: a_e and a_c.
 

@@ -68,7 +68,7 @@ def unpack_rows(words: Tensor, n_columns: int, dtype: torch.dtype = torch.bool) 
     Args:
         words: int32 ``[..., W]``, row-packed; any strides.
         n_columns: K, at most 32 W.
-        dtype: of the result; ones become 1 of it.
+        dtype: the dtype of the result; ones become 1 of it.
 
     Returns:
         ``dtype [..., K]``.

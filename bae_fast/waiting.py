@@ -23,7 +23,7 @@ def is_command() -> bool:
 
 
 def let_commands_sleep() -> None:
-    """In a command, set ``OMP_WAIT_POLICY=PASSIVE`` unless the user has set a policy."""
+    """Set ``OMP_WAIT_POLICY=PASSIVE`` in a command, unless the user has set a policy."""
     if is_command() and "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault(VARIABLE, "PASSIVE")
 

@@ -512,7 +512,7 @@ class Machine:
             torch.cuda.empty_cache()
 
     def forget(self) -> None:
-        """As between two programs."""
+        """Free what the program before this one left: memory and compiled code."""
         self.release()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # every shape compiled for itself

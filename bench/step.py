@@ -45,7 +45,7 @@ class Objective(NamedTuple):
 
     @property
     def width(self) -> float | None:
-        """Of the surrogate, where it has one."""
+        """The width of the surrogate, where it has one."""
         return WIDTH if self.surrogate == "rectangle" else None
 
 

@@ -44,8 +44,8 @@ class Evaluation:
             (reverse water-filling): no code of Gaussian rows needs fewer bits; one of real rows
             may.
         l0: mean ones in a row.
-        dead_share, dense_share, always_on_share: of the columns; never on, on in more than 10 %,
-            on in more than 90 % of the rows.
+        dead_share, dense_share, always_on_share: shares of the columns that are never on, on in
+            more than 10 %, and on in more than 90 % of the rows.
         max_density: the largest share of rows a column is on in.
         n_rows: rows evaluated.
         fvu_quantized: FVU with values of ``value_bits`` bits; ``fvu`` for codes of bits, None
@@ -107,7 +107,7 @@ def evaluate(
     """Encode and decode rows in the module's own dtype and measure the code.
 
     Args:
-        model: in eval mode if it has values (BatchTopK would look at whole batches).
+        model: in eval mode where it has values (BatchTopK would look at whole batches).
         rows: raw hidden states ``[n, d_in]``, any floating dtype, n >= 2; read in blocks.
         targets: ``[n, d_out]``, of a transcoder.
         training_rows: ``[m, d_in]``, from which the quantiser of values takes its ranges; a code

@@ -57,7 +57,7 @@ def visible_text(text: str) -> str:
 
 
 def visible_token(text: str) -> str:
-    """As `visible_text`, with the spaces at either end of the token drawn as ␣."""
+    """What `visible_text` gives, with the spaces at either end of the token drawn as ␣."""
     core = text.strip(" ")
     if not core:
         return _spaces(len(text))

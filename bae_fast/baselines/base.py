@@ -40,8 +40,8 @@ class SAEConfig:
         d_in, d_sae, d_out: widths of x, of the features and of the reconstruction.
         k: features a row; for ``relu``, ``gated`` and ``jumprelu`` the mean L0 that lambda is
             steered to.
-        bandwidth: of the straight-through estimate of ``jumprelu``, and temperature of the
-            surrogate of ``binary_topk``; in units of pre, whose deviation starts near 1.
+        bandwidth: the width of the straight-through estimate of ``jumprelu``, and the temperature
+            of the surrogate of ``binary_topk``; in units of pre, whose deviation starts near 1.
         metadata: where the rows came from; JSON values only.
     """
 

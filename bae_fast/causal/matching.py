@@ -51,7 +51,7 @@ class Matching:
         class_a, class_b: int64, places in ``CLASSES``.
         n_rows: N.
         score: "jaccard" or "phi".
-        threshold, min_count: as given.
+        threshold, min_count: those that the call was given.
     """
 
     partner_a: Tensor
@@ -91,7 +91,7 @@ def _scores(joint: Tensor, n_i: Tensor, n_j: Tensor, n: int, score: str) -> Tens
 
 
 def _containment(joint: Tensor, inner: Tensor, outer: Tensor, n: int) -> Tensor:
-    """Of features with ``inner`` rows in features with ``outer`` rows; 0 where not counted."""
+    """How far the ``inner`` rows lie in the ``outer`` ones, beyond chance; 0 where not counted."""
     chance = outer / n
     share = joint / inner.clamp_min(1)
     counts = inner * (1 - chance) >= _LEAST_OUTSIDE

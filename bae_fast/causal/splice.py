@@ -94,7 +94,7 @@ class Splice:
     """What a splice has done so far.
 
     Attributes:
-        path: of the module.
+        path: the module's path.
         n_replaced, n_tokens: tokens whose state was replaced, of all that passed.
         codes: with ``record``, which features were on: a code ``[batch, length, F]`` a forward
             pass, before the edit, in order; tokens left alone are masked.
@@ -394,7 +394,7 @@ def spliced(
 
     Args:
         model: a :class:`LanguageModel`, or any module.
-        path: of the module, as ``named_modules()`` spells it. Its output, or the first part of
+        path: the module's path, as ``named_modules()`` spells it. Its output, or the first part of
             it, is ``[batch, length, d]``.
         autoencoder: see :func:`reconstruct`. A transcoder encodes the module's input.
         edit: dense features ``[m, F]`` of some tokens to features in their place; floats need not
@@ -403,8 +403,8 @@ def spliced(
             the last real token of each sequence in every forward, so under ``generate`` the
             prompt's last and all that follow. None: all.
         add_error: keep what the autoencoder does not explain.
-        source: of a transcoder: path of the module whose output it encodes, called earlier in the
-            same forward; None: the input of the module at ``path``.
+        source: for a transcoder, the path of the module whose output it encodes, called earlier in
+            the same forward; None: the input of the module at ``path``.
         drop_positions: this many tokens at the start of each sequence stay as they are.
         max_norm_ratio: so do tokens whose norm is over this multiple of the usual, see above;
             None: no bound.

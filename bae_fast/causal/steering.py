@@ -41,7 +41,7 @@ class FeatureDifference(NamedTuple):
     Attributes:
         feature: its number.
         share_a, share_b: share of the prompts in which it is on at the last token.
-        z: of two proportions.
+        z: the z score of two proportions.
         p: two-sided, times the number of features that vary, at most 1.
         value: mean of the feature where it is on, over both sets.
     """
@@ -133,8 +133,8 @@ def feature_differences(
     """Count features at the last token of two sets of prompts.
 
     Args:
-        path: of the module whose output the autoencoder stands for.
-        source: of a transcoder, path of the module whose output it encodes.
+        path: the path of the module whose output the autoencoder stands for.
+        source: for a transcoder, the path of the module whose output it encodes.
 
     Raises:
         ValueError: an empty set or prompt, or a transcoder without a source.

@@ -42,7 +42,7 @@ class Divergence(NamedTuple):
     """Two next-token distributions at each token; float64 ``[n]`` but for ``same``, bool.
 
     Attributes:
-        js, kl: in bits.
+        js, kl: divergences in bits.
         loss_original, loss: cross-entropy of the next token, in nats; NaN where none is known.
         same: whether the most likely token is the same.
     """
@@ -115,7 +115,8 @@ class Substitution:
 
     Attributes:
         js_bits, kl_bits: divergence of the next-token distribution, in bits.
-        js_standard_error: of the mean, from the means of windows; NaN of one window.
+        js_standard_error: the standard error of the mean, from the means of windows; NaN where
+            there is one window.
         loss_original, loss, loss_zero, loss_mean: cross-entropy in nats: as it is, with the
             autoencoder, and with zeros or the mean in the place of the same states.
         recovered_zero, recovered_mean: loss recovered beside each; 1 is no loss. NaN where
@@ -436,7 +437,7 @@ class SubstitutionTest:
 
         Args:
             feature_ids: features.
-            max_windows: of each feature, the first in which it is on; None: all.
+            max_windows: how many windows of each feature, the first in which it is on; None: all.
             n_tokens_shown: next tokens named in each direction.
 
         Raises:

@@ -20,7 +20,7 @@ def run_experiment(
     """Read the options, run the experiment, print its report and its files.
 
     Args:
-        name: of the command.
+        name: the command's name.
         arguments: the command line after the name.
         config: the experiment's configuration.
         run: the experiment.

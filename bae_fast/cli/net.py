@@ -40,7 +40,7 @@ def caught(name: str, run: Callable[[], int], *, debug: bool = False) -> int:
     """The exit status of a command, whose errors are printed as one line.
 
     Args:
-        name: of the command.
+        name: the command's name.
         debug: also show where an error comes from; ``BAE_FAST_DEBUG=1`` does the same.
     """
     debug = debug or os.environ.get(DEBUG, "") not in ("", "0")

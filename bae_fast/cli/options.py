@@ -32,7 +32,7 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
     """A parser with an option for every field of a configuration.
 
     Args:
-        name: of the command, for its usage.
+        name: the command's name, for its usage.
         config: a dataclass whose docstring describes it and its fields.
         positional: fields that are given by their place.
 

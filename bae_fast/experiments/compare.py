@@ -311,7 +311,7 @@ def transcoder_rows(
     """Inputs and targets at the same tokens, split by the same windows as the other methods.
 
     Args:
-        caches: of the input and of the target.
+        caches: the rows of the input and those of the target.
         base: the other methods' rows.
         train_stop, heldout_start: where those end and begin in ``base``.
     """

@@ -101,7 +101,7 @@ class Rows:
         rows: ``[n, d]``, training rows first.
         train, heldout: ranges of them.
         facts: where they come from, JSON values.
-        cache, tokenizer: of a language model; None for the user's own rows.
+        cache, tokenizer: a language model's rows and tokenizer; None for the user's own rows.
     """
 
     rows: Tensor

@@ -127,7 +127,7 @@ def run(config: Config) -> runs.Result:
 
 
 def _steps_per_second(log: list[dict[str, float]]) -> float:
-    """By the lines since the last start, whose seconds begin anew."""
+    """The speed by the lines since the last start, whose seconds begin anew."""
     first = max(
         (i for i in range(1, len(log)) if log[i]["seconds"] < log[i - 1]["seconds"]), default=0
     )

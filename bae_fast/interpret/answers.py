@@ -129,7 +129,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Prices:
-    """Of a million tokens, in any currency; None: not known."""
+    """The prices of a million tokens, in any currency; None: not known."""
 
     prompt: float | None = None
     completion: float | None = None
@@ -149,8 +149,8 @@ class Usage:
         calls: questions that a judge answered now.
         cached: answers that were on disk.
         failed: questions without an answer.
-        prompt_tokens, completion_tokens: of the calls, as the judge counts them.
-        seconds: in which the judge was asked.
+        prompt_tokens, completion_tokens: the calls' tokens, as the judge counts them.
+        seconds: how long the judge was asked.
     """
 
     calls: int = 0

@@ -41,7 +41,7 @@ _BLOCK_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class SalientTokens:
-    """For every feature, the rows (tokens) among whose k most salient features it is.
+    """The rows (tokens) of every feature in which it is among the k most salient ones.
 
     Attributes:
         offsets: int64 ``[F + 1]``; the entries of feature f are offsets[f] : offsets[f + 1].
@@ -168,7 +168,7 @@ def collect_code(
             way, the default, counts a bit that is off as well, by p: a feature that is nearly
             always on then collects the tokens on which it is off, and a row with fewer than k
             bits on goes to the most common features among those that are off.
-        impl: as in :func:`bae_fast.binary_autoencoder`; every implementation gives the same.
+        impl: the implementation, see :func:`bae_fast.binary_autoencoder`; all give the same.
 
     Raises:
         ValueError: more than one bit a feature, k below 1, or a density that does not fit.
@@ -255,7 +255,7 @@ def _table(density: Tensor, f: int, on_only: bool) -> tuple[Tensor, Tensor]:
 
 
 def _column_counts(words: Tensor, f: int) -> Tensor:
-    """As ``packing.column_counts``, transposed a block of rows at a time."""
+    """What ``packing.column_counts`` gives, transposed a block of rows at a time."""
     total = torch.zeros(f, dtype=torch.int64, device=words.device)
     for block in words.split(max(8 * _BLOCK_ELEMENTS // f, 1)):
         total += packing.column_counts(block, f)
@@ -268,7 +268,7 @@ def _select(words: Tensor, order: Tensor, f: int, k: int) -> Tensor:
     Args:
         words: int32 ``[N, W]``, row-packed.
         order: int64 ``[m]``, entries 2 f + b.
-        k: at most F.
+        k: how many, at most F.
 
     Returns:
         int32 ``[N, k]``, rising; m where a row has fewer.

@@ -68,7 +68,8 @@ class ComSemConfig:
     """How features are named and judged; the defaults are the released way.
 
     Attributes:
-        n_features: at most, evenly over the range of densities of those with enough tokens.
+        n_features: the largest number of features. They are taken evenly over the range of
+            densities of those with enough tokens.
         n_named: tokens that a feature is named from.
         least: tokens that a feature must have to be named.
         n_judged: further tokens judged, at most.
@@ -77,8 +78,8 @@ class ComSemConfig:
             and among equal ones of the largest margin.
         draws: judgments of each token; draw 0 is the judge's best answer, the score their mean.
         shuffled: also judge the tokens against another feature's phrase.
-        seed: of the choice of features (0: the middle of every part, else drawn), of negatives,
-            of the shuffling and of the bootstrap.
+        seed: the seed of the choice of features (0: the middle of every part, else drawn), of
+            negatives, of the shuffling and of the bootstrap.
         before, after: tokens of context shown.
     """
 
@@ -130,7 +131,7 @@ def feature_tokens(model: Autoencoder, rows: Tensor, *, k: int = 10) -> FeatureT
     """Give every row to its k most salient features: by burstiness, or by a baseline's scores.
 
     Args:
-        model: in eval mode.
+        model: an autoencoder in eval mode.
         rows: raw hidden states ``[n, d_in]``, any floating dtype; read in blocks.
         k: features a row.
 
@@ -377,7 +378,7 @@ def score_model(
         model: a Binary Autoencoder of one bit a feature or a baseline, in eval mode.
         cache: hidden states of the module that the model reads.
         rows: rows looked at, in steps of 1.
-        tokenizer: of the language model that was harvested.
+        tokenizer: the tokenizer of the language model that was harvested.
         judge: names and judges.
         config: None: the released way.
         k: features a row goes to.
@@ -593,7 +594,7 @@ def _auc(positive: Sequence[float | None], negative: Sequence[float | None]) -> 
 
 
 def _other_phrases(phrases: Sequence[str | None], seed: int) -> list[str | None]:
-    """For every feature the phrase of another, at a drawn distance; a different one in words."""
+    """The phrase of another feature for each one, at a drawn distance, different in words."""
     n = len(phrases)
     start = int(torch.randint(max(n - 1, 1), (), generator=torch.Generator().manual_seed(seed)))
     others: list[str | None] = []

@@ -34,8 +34,8 @@ def write_delphi_cache(
     """Write the features of harvested rows as delphi reads them.
 
     Args:
-        folder: of all modules; the files go into ``folder/<hook name>``.
-        model: in eval mode, one bit a feature.
+        folder: the folder of all modules; the files go into ``folder/<hook name>``.
+        model: an autoencoder in eval mode, one bit a feature.
         cache: harvested hidden states and their tokens. Rows that it dropped (the first of a
             window, outlying norms) have no features on.
         rows: row numbers, in steps of 1; None: all.

@@ -46,7 +46,7 @@ _LENS_BLOCK = 256
 
 @dataclass(frozen=True)
 class Burstiness:
-    """Of every feature, ``[F]`` float64.
+    """Figures of every feature, each ``[F]`` float64.
 
     Attributes:
         observed: share of its firings that follow another; NaN where it is never on.
@@ -428,7 +428,7 @@ def gather_facts(
         W_dec, model: decoder rows ``[F, d]`` and the transformers model, for the lens. Left out
             where the widths differ (a transcoder to another place).
         values: dense blocks for the histograms, of any rows.
-        positive_only: as in :func:`histograms`.
+        positive_only: see :func:`histograms`.
         neighbour_rows: ``max_rows`` of :func:`neighbours`; 0 for none.
     """
     lens = None
@@ -534,13 +534,13 @@ def feature_records(
     """Records for :func:`bae_fast.report.browser.write_browser`, feature by feature.
 
     Args:
-        facts: of all features.
+        facts: the facts of all features.
         tokenizer: a transformers tokenizer.
         contexts: how contexts are cut; with ``shown``.
         shown: the rows to show of a feature and a score each, e.g. its most salient ones.
         code: to mark further tokens of a context on which the feature is on.
         phrases: names by feature.
-        scores: by name, then by feature.
+        scores: values by name, then by feature.
     """
     texts: dict[int, str] = {}
     bursts = None if facts.burstiness is None else facts.burstiness.ratio.tolist()

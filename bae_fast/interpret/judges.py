@@ -75,7 +75,7 @@ class Answer:
 
     Attributes:
         text: the answer.
-        prompt_tokens, completion_tokens: as the judge counts them; 0 where it counts none.
+        prompt_tokens, completion_tokens: tokens as the judge counts them; 0 where it counts none.
         p_yes: probability of Yes against No, where the judge gives one.
     """
 
@@ -364,10 +364,10 @@ class OpenAIJudge:
             base_url: e.g. "http://localhost:8000/v1"; None: the client's own default.
             api_key_env: the environment variable that holds the key. A server on the loopback
                 address needs none.
-            temperature: of draw 0; None: the server's, for models that take no other. Later
+            temperature: that of draw 0; None: the server's, for models that take no other. Later
                 draws are sampled at 1.
-            max_tokens: of an answer; None: 32 of a phrase and 4 of a judgment, too few for
-                models that think first.
+            max_tokens: the length of an answer; None: 32 for a phrase and 4 for a judgment, too
+                few for models that think first.
             timeout: seconds a try.
             max_retries: tries after the first.
             concurrency: requests at once.

@@ -48,9 +48,9 @@ class FeatureRecord:
         contexts: places where it is on, strongest first.
         lens: vocabulary tokens nearest to its decoder direction and their scores, nearest first.
         neighbours: (feature, score) of those it fires with, closest first.
-        histogram: of its margins or activations.
+        histogram: the histogram of its margins or activations.
         phrase: what it was named, or None.
-        scores: by name, e.g. "ComSem"; None where a feature has none. Sorted by in the page.
+        scores: values by name, e.g. "ComSem"; None where a feature has none. Sorted by in the page.
     """
 
     feature: int

@@ -118,7 +118,7 @@ class ActivationCache:
         )
 
     def dropped_rows(self) -> str:
-        """In one line how many rows were kept, and how many were dropped for which reason."""
+        """One line: how many rows were kept, and how many were dropped for which reason."""
         reasons = {
             "position": "at the start of windows",
             "not_text": "at padding or special tokens",

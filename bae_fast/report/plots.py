@@ -59,7 +59,7 @@ def plot_training(log: Sequence[Mapping[str, Any]], *, dark: bool = False) -> by
         log: the rows of the training log in order; keys `step`, `mse`, `entropy_bits`, `l0`,
             `dead_share`, `density`. Rows and values that are missing or not finite are passed
             over; a key that no row has draws nothing.
-        dark: for a dark page.
+        dark: whether the page is dark.
 
     Returns:
         A PNG file's contents.
@@ -112,7 +112,7 @@ def plot_density(density: Tensor, *, dark: bool = False) -> bytes:
 
     Args:
         density: [F], the share of rows each feature is on in.
-        dark: for a dark page.
+        dark: whether the page is dark.
 
     Returns:
         A PNG file's contents.
@@ -176,7 +176,7 @@ def plot_fvu_bits(
         eigenvalues: [d], of the rows' covariance, or the covariance [d, d]; see
             `gaussian_rate_distortion_bits`.
         points: codes to show; those with `highlight` are drawn last and larger.
-        dark: for a dark page.
+        dark: whether the page is dark.
 
     Returns:
         A PNG file's contents.

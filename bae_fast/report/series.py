@@ -17,7 +17,7 @@ class Series(NamedTuple):
     """One curve.
 
     Attributes:
-        name: in the legend.
+        name: the name in the legend.
         x: places.
         y: (mean, least, largest) at each of them; NaN leaves a place out.
         dashed: a reference, drawn without markers.

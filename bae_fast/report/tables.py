@@ -25,7 +25,7 @@ def table(titles: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def spread(rows: Iterable[dict[str, Any]], key: str) -> Spread:
-    """Of ``key`` over rows, at least one."""
+    """Mean and range of ``key`` over rows, of which there is at least one."""
     values = [float(one[key]) for one in rows]
     return Spread(sum(values) / len(values), min(values), max(values))
 

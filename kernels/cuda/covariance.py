@@ -169,7 +169,7 @@ def sign_product(
         signs: rows of both planes, ``[2, slab, ceil(K/32)]``.
         digits: :func:`bae_fast.kernels.covariance.count_digits` of the counted rows.
         n_rows, scale: int64 ``[]`` and fp32 ``[]``.
-        unless: as in :func:`covariance`.
+        unless: see :func:`covariance`.
     """
     slab = signs.shape[1]
     raw = words.new_empty(digits.shape[0], slab)

@@ -105,7 +105,7 @@ def compile_cubin(name: str, text: str, headers: dict[str, str], arch: str) -> b
     Args:
         name: what messages call the source.
         headers: text of every file that it may include.
-        arch: as ``sm_90``.
+        arch: a name such as ``sm_90``.
 
     Raises:
         CompilationError: NVRTC's log.

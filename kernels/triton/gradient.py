@@ -137,7 +137,7 @@ def gradient(g: Tensor, dtype: torch.dtype, *args: Any) -> Any:
 
     Args:
         g: G W_dec^T, ``[N, chunk / n_bits]``, floating.
-        args: as those of :func:`_start` from ``dtype`` on.
+        args: the arguments of :func:`_start` from ``dtype`` on.
     """
     n, features = g.shape
     config = launch.configuration("surrogate", g.device, torch.float32, (n, features))
@@ -164,7 +164,7 @@ def _start(
 ) -> tuple[Tensor, Tensor]:
     """Args after ``product``:
 
-    dtype: of the result.
+    dtype: the dtype of the result.
     span: the chunk's columns, start and stop.
     words, window: row-packed, of all columns.
     columns, curvature: fp32 ``[chunk]``.

@@ -379,7 +379,7 @@ class WindowSigns:
     def __init__(self, pairs: PairLists, words: Tensor, window: Tensor, scale: Tensor) -> None:
         """Args:
         words: row-packed bits at hand ``[N, ceil(K/32)]``, those that were counted or others.
-        window: as words; what lies outside is not written.
+        window: packed words; what lies outside is not written.
         scale: fp32 ``[]``.
         """
         n, k = words.shape[0], pairs.counts.shape[0]

@@ -79,7 +79,7 @@ def bits_product(
     Args:
         bits: zero past the first K; any row stride.
         dense: bf16 or fp16.
-        dtype: of the result, ``[M, D]``.
+        dtype: the dtype of the result, ``[M, D]``.
         out: where the result is written, any row stride; new memory where it is None.
     """
     bits, dense = launch.dense_rows(bits), launch.dense_rows(dense)

@@ -44,7 +44,7 @@ def pair_lists(
     """Lists where they are the faster form, else None.
 
     Args:
-        words, counts, n_rows: of the rows counted.
+        words, counts, n_rows: the bits, sums and number of the rows that are counted.
         at_hand: words of the rows that are multiplied with the signs.
         all_rows: whether every row is, in every column.
     """

@@ -49,7 +49,7 @@ def _begins(numbers: Tensor, n: int) -> Tensor:
 
 
 def _expand(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """For groups of given lengths, one after the other: the group, and the place within it."""
+    """The group of each item, and its place within it, for groups that lie one after the other."""
     group = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     begin = lengths.cumsum(0) - lengths
     return group, torch.arange(len(group), device=lengths.device) - begin[group]
@@ -122,7 +122,7 @@ class PairLists:
         return self.rows
 
     def pairs(self, ranks: Tensor, before: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """At which of ``ranks`` is i, j, and n_ij > 0; ``before``: only for j < i.
+        """The places in ``ranks`` of i and j with n_ij > 0; ``before``: only for j < i.
 
         Entries i that are dense have no dense j.
         """

@@ -26,9 +26,9 @@ class Column(NamedTuple):
     """One column of the table.
 
     Attributes:
-        key: of a scorer's result; a value of None leaves the cell empty.
+        key: the key in a scorer's result; a value of None leaves the cell empty.
         header: its title.
-        form: of a number, for str.format.
+        form: how a number is written, for str.format.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Scorer(NamedTuple):
     """A further judge of trained models.
 
     Attributes:
-        name: of its part of a run's ``scores``, and of its files.
+        name: the name of its part of a run's ``scores``, and of its files.
         settings: all that its results depend on besides the run, JSON values only.
         score: (model, method, k, seed) to its results, JSON values only; the model is in eval
             mode.
@@ -57,10 +57,10 @@ class Context:
     """What scorers may need: the configuration, the held-out text and the language model.
 
     Attributes:
-        config: of the experiment.
+        config: the experiment's configuration.
         cache: hidden states of ``config.hook`` and the tokens they belong to.
         heldout: row numbers of the cache that nothing was trained on.
-        tokenizer: of the language model.
+        tokenizer: the language model's tokenizer.
         transcoder_hooks: modules that a transcoder reads and writes.
         pair: rows of the transcoder, empty where there is none.
     """

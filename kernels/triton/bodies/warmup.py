@@ -39,7 +39,7 @@ def warmup(
     """Run on ``device`` what any step with d and K in multiples of 16 runs.
 
     Args:
-        surrogates: of the steps; each has compiled kernels of its own.
+        surrogates: the surrogates of the steps; each has compiled kernels of its own.
         multilinear: whether steps with that term are run too.
     """
     if INTERPRETED:
