@@ -43,7 +43,8 @@ $(VENV)-saelens/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-saelens: $(VENV)-saelens/.installed
-	$(VENV)-saelens/bin/python -m pytest -o addopts=-q tests/layer/test_saelens.py
+	$(VENV)-saelens/bin/python -m pytest -o addopts=-q tests/layer/test_saelens.py \
+		"tests/package/test_examples.py::test_training_in_sae_lens"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

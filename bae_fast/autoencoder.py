@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bae_fast import hub
 from bae_fast.codes import BinaryCode
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
 
@@ -181,6 +183,10 @@ class Autoencoder(nn.Module):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Raw reconstruction ``[..., d_out]`` of raw x, differentiable in x and the parameters."""
         return self.decode(self.encode(x))
+
+    def as_layer(self) -> Reconstruction:
+        """A layer that gives the reconstruction alone, see :class:`Reconstruction`."""
+        return Reconstruction(self)
 
     def strength(self, x: Tensor) -> Tensor:
         """How strongly each feature is on, float32 ``[n, F]``; 0 exactly where it is off."""
@@ -381,20 +387,116 @@ class Autoencoder(nn.Module):
         folder: str | os.PathLike[str],
         *,
         device: torch.device | str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
         **options: Any,
     ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, in eval mode.
+        """Load what :meth:`save_pretrained` wrote, in eval mode, from disk or from the Hub.
 
         Args:
-            folder: the folder of both files.
+            folder: the folder of both files, or ``user/name`` of a repository on the Hugging Face
+                Hub, whose files are kept in the Hub's cache.
             device: where the module is put; None leaves it on the CPU.
+            revision: a branch, tag or commit of the repository.
+            subfolder: where in the folder or the repository the files lie.
+            token: the Hub's, as ``huggingface_hub`` takes it.
             options: passed to :meth:`from_config`.
 
         Raises:
-            FileNotFoundError: no such folder or file.
+            FileNotFoundError: no such folder, repository or file.
             ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
         """
-        return _made(cls, folder, read_pretrained(folder), device, **options)
+        found = find_pretrained(folder, revision=revision, subfolder=subfolder, token=token)
+        return _made(cls, found, read_pretrained(found), device, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        figures: dict[str, Any] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        license: str = "mit",
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the module into a repository of the Hugging Face Hub, with a model card.
+
+        Args:
+            repo_id: ``user/name``; made where it is missing.
+            subfolder: where in the repository the two files lie; SAELens asks for one. The card
+                lies at the top and speaks of the module that was put there last.
+            figures: the run's, for the card: ``evaluate(...).summary()``, or any numbers by name.
+            private: whether a new repository is; None leaves it to the Hub.
+            revision: the branch that is written to.
+            license: the Hub's short name of the licence.
+            token: the Hub's, as ``huggingface_hub`` takes it.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: repo_id is not ``user/name``.
+            OSError: the Hub refused or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as made:
+            self.save_pretrained(Path(made) / (subfolder or ""))
+            # at the top, where the Hub reads it
+            hub.write_card(
+                Path(made) / hub.CARD_NAME,
+                repo_id,
+                self.config_values(),
+                subfolder=subfolder,
+                figures=figures,
+                license=license,
+            )
+            return hub.upload(made, repo_id, private=private, revision=revision, token=token)
+
+
+def find_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The folder on disk of a model's two files, fetched from the Hub where it is a repository's.
+
+    Raises:
+        FileNotFoundError: no such repository, or the Hub cannot be reached.
+        ValueError: revision is given for a folder on disk.
+    """
+    if isinstance(folder, str) and hub.is_repo_id(folder):
+        return hub.download(
+            folder,
+            (CONFIG_NAME, WEIGHTS_NAME),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+        )
+    if revision is not None:
+        raise ValueError(f"revision must be None for a folder on disk; got {revision!r}")
+    return Path(folder) / (subfolder or "")
+
+
+class Reconstruction(nn.Module):
+    """An autoencoder as a layer from tensor to tensor, for ``nn.Sequential`` and the like.
+
+    Raw rows ``[..., d_in]`` in, the raw reconstruction ``[..., d_out]`` out, differentiable in both
+    and in the parameters. Terms of a loss beside it come from ``layer.model`` itself.
+
+    Example::
+
+        net = nn.Sequential(nn.Linear(10, 64), bae.as_layer(), nn.Linear(64, 2))
+    """
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.reconstruct(x)
 
 
 def as_code(features: BinaryCode | Tensor) -> BinaryCode:
@@ -514,15 +616,24 @@ def _made(
 
 
 def load_autoencoder(
-    folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> Autoencoder:
-    """Load whichever registered autoencoder a folder holds, in eval mode.
+    """Load whichever registered autoencoder a folder or a repository holds, in eval mode.
+
+    Args:
+        folder, device, revision, subfolder, token: see :meth:`Autoencoder.from_pretrained`.
 
     Raises:
-        FileNotFoundError: no such folder or file.
+        FileNotFoundError: no such folder, repository or file.
         ValueError: an architecture that is not registered, or see ``from_pretrained`` of the class.
     """
-    files = read_pretrained(folder)
+    found = find_pretrained(folder, revision=revision, subfolder=subfolder, token=token)
+    files = read_pretrained(found)
     values, source, _ = files
     name = values.get("architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -530,7 +641,7 @@ def load_autoencoder(
             f"{source}: architecture must be one of {', '.join(sorted(ARCHITECTURES))}; "
             f"got {name!r}"
         )
-    return _made(ARCHITECTURES[name], folder, files, device)
+    return _made(ARCHITECTURES[name], found, files, device)
 
 
 # -- the two files -----------------------------------------------------------------------------

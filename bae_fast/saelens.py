@@ -5,13 +5,16 @@
     sae = SAE.load_from_disk(folder)        # a folder of BinaryAutoencoder.save_pretrained
     sae.encode(x)                           # the bits as floats, dense, as SAELens has features
 
-Files go both ways: what SAELens saves, :meth:`BinaryAutoencoder.from_pretrained` loads. Dashboards
-and benchmarks that are built on SAELens follow from that.
+Files go both ways: what SAELens saves, :meth:`BinaryAutoencoder.from_pretrained` loads.
 
-``BinaryTrainingSAE`` trains in SAELens' loop: mse summed over dimensions, as SAELens has it, so the
-weights of entropy and covariance are ``d_in`` times those of :class:`bae_fast.training.Trainer`.
-SAELens' loop has no start from rows, no bank of past codes and no refit: the figures of the README
-are those of our trainer.
+``BinaryTrainingSAE`` trains in SAELens' loop. The first batch sets the normalisation, the
+directions of the features and their density, so that nothing depends on the scale of the rows. The
+mse is summed over dimensions, as SAELens has it, so the weights of entropy and covariance are
+``d_in`` times those of :class:`bae_fast.training.Trainer`. SAELens' loop has no bank of past codes
+and no refit: the figures of the README are those of our trainer.
+
+SAEDashboard 0.8 does not take a Binary Autoencoder: it knows a fixed list of architectures, and
+pins an older safetensors and transformers. ``bae-fast interpret`` makes a page of features instead.
 
 Needs SAELens 6 (extra ``saelens``).
 """
@@ -19,13 +22,17 @@ Needs SAELens 6 (extra ``saelens``).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bae_fast import functional
+from bae_fast.codes import BinaryCode
 from bae_fast.model import ARCHITECTURE, BAEConfig, BinaryAutoencoder
+from bae_fast.training.config import STARTS, TrainingConfig, check_bounds, check_integers
+from bae_fast.training.recipe import init_from_rows_, residual, revive_
 
 try:
     from sae_lens import registry
@@ -43,6 +50,12 @@ except ImportError as error:
 
 # buffers of the module beside its parameters
 _NORMALIZATION = ("x_mean", "x_scale")
+
+# rows of the first batch that are longer than the median row times this do not set the start: the
+# first tokens of a text have states a hundred times as long, and SAELens' store may hold them
+_LONGEST = 5.0
+
+_DEFAULTS = TrainingConfig()
 
 
 @dataclasses.dataclass
@@ -102,15 +115,35 @@ class BinaryTrainingSAEConfig(_Fields, TrainingSAEConfig):
         entropy_coefficient, covariance_coefficient: weights beside the squared error summed over
             dimensions.
         entropy_warm_up_steps: steps over which the entropy's weight rises from zero.
+        start: what the first batch of training sets, in a module that was not loaded: "rows", the
+            normalisation, the features' directions along rows and their density; "density", the
+            normalisation and the density; "none", nothing. A normalisation that was fitted before
+            stays.
+        density: share of the rows in which each bit is on at the start.
+        decoder_norm: norm of the rows of W_dec at the start "rows", in normalised units; None: the
+            one at which the first batch is reconstructed best.
+        revive_every: steps between revivals of dead features (0: never); SAELens' optimizer keeps
+            what it knew of them.
     """
 
     entropy_coefficient: float = 0.0
     entropy_warm_up_steps: int = 0
     covariance_coefficient: float = 0.0
+    start: str = "rows"
+    density: float = 0.05
+    decoder_norm: float | None = None
+    revive_every: int = _DEFAULTS.revive_every
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(self)
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}; got {self.start!r}")
+        check_integers(self, {"revive_every": 0})
+        if self.decoder_norm is not None:
+            check_bounds(self, {"decoder_norm": (0.0, math.inf)})
+        if not 0 < self.density < 1:
+            raise ValueError(f"density must lie between 0 and 1; got {self.density!r}")
 
     @classmethod
     def architecture(cls) -> str:
@@ -143,12 +176,16 @@ class _Binary(SAE[Any]):
         scale = torch.ones_like(self.W_dec[:, 0])
         self.register_buffer("feature_scale", scale.detach(), persistent=False)
 
-    @torch.no_grad()
+    def autoencoder(self) -> BinaryAutoencoder:
+        """A Binary Autoencoder that shares this module's tensors: what it changes, changes here."""
+        cfg = self.cfg
+        bae = BinaryAutoencoder(cfg.d_in, cfg.d_sae, n_bits=cfg.n_bits, device="meta")
+        bae.load_state_dict(self.state_dict(), assign=True)
+        return bae
+
     def fit_normalization_(self, x: Tensor) -> Any:
         """Set x_mean and x_scale from raw rows ``[..., d_in]``, see the Binary Autoencoder."""
-        bae = BinaryAutoencoder(self.cfg.d_in, 1).fit_normalization_(x)
-        for name in _NORMALIZATION:
-            getattr(self, name).copy_(getattr(bae, name))
+        self.autoencoder().fit_normalization_(x)
         return self
 
     def _normalized(self, x: Tensor) -> Tensor:
@@ -204,6 +241,66 @@ class BinarySAE(_Binary, SAE[BinarySAEConfig]):
 class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
     """A Binary Autoencoder for SAELens' trainer."""
 
+    def __init__(self, cfg: BinaryTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self._started = cfg.start == "none"
+        self._fired: Tensor | None = None
+        self._seen = self._steps = 0
+        # weights that were loaded, from a checkpoint or by hand, are trained on from where they are
+        self.register_load_state_dict_post_hook(_mark_as_started)
+
+    @torch.no_grad()
+    def start_(self, x: Tensor) -> None:
+        """Set what ``cfg.start`` says from raw rows ``[n, d_in]``, n >= 2; the first batch does.
+
+        Raises:
+            ValueError: fewer than 2 rows, or rows that are constant or not finite.
+        """
+        # a product in bfloat16 would shift the densities
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, self.cfg.d_in).to(self.dtype)
+            norms = rows.float().norm(dim=1)
+            rows = rows[norms <= _LONGEST * norms.median()]
+            bae = self.autoencoder()
+            if not bae.is_normalized():
+                bae.fit_normalization_(rows)
+            if self.cfg.start == "rows":
+                norm = self.cfg.decoder_norm
+                init_from_rows_(bae, rows, self.cfg.density, decoder_norm=norm or 1.0)
+                if norm is None:
+                    _fit_decoder_norm_(bae, rows)
+            elif self.cfg.start == "density":
+                bae.init_density_(rows, self.cfg.density)
+        self._started = True
+
+    def _count(self, code: BinaryCode) -> None:
+        """Note in how many rows each feature was on since the last revival."""
+        counts = code.counts().unflatten(0, (-1, self.cfg.n_bits)).sum(1)
+        self._fired = counts if self._fired is None else self._fired + counts
+        self._seen += code.shape[0]
+        self._steps += 1
+
+    @torch.no_grad()
+    def _revive(self, x: Tensor) -> None:
+        """Every so often, before a pass: point features that hardly were on at the residual."""
+        every = self.cfg.revive_every
+        if not every or self._fired is None or self._steps % every:
+            return
+        dead = self._fired < _DEFAULTS.dead_below * self._seen
+        with torch.autocast(x.device.type, enabled=False):
+            bae = self.autoencoder()
+            rows, error = residual(bae, x)
+            revive_(
+                bae,
+                dead,
+                rows,
+                error,
+                None,
+                quantile=_DEFAULTS.revive_quantile,
+                decoder_scale=_DEFAULTS.revive_decoder_scale,
+            )
+        self._fired, self._seen = None, 0
+
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {
             "entropy": TrainCoefficientConfig(
@@ -223,6 +320,9 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One pass of the packed layer; the pre-activations are not made (``hidden_pre`` empty)."""
         x = step_input.sae_in.to(self.dtype)
+        if not self._started:
+            self.start_(x)
+        self._revive(x)
         target = self._normalized(x)
         weights = step_input.coefficients
         out = functional.binary_autoencoder(
@@ -237,6 +337,7 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
             covariance=self.cfg.covariance or weights["covariance"] != 0,
             multilinear=True,
         )
+        self._count(out.code)
         error = (out.recon.float() - target.float()).square().sum()
         if out.variance is not None:
             error = error + out.variance  # zero; carries the exact change of a flipped bit
@@ -255,6 +356,26 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
             losses=losses,
             metrics={"bits": out.entropy.detach()},
         )
+
+
+@torch.no_grad()
+def _fit_decoder_norm_(bae: BinaryAutoencoder, x: Tensor) -> None:
+    """Scale W_dec by one number, and set b_dec, so that raw rows are reconstructed best."""
+    rows = bae.normalize(x)
+    bae.b_dec.zero_()
+    recon = functional.decode(bae.encode(x), bae.W_dec, bae.b_dec)
+    centre = recon.mean(0)
+    recon = recon - centre
+    energy = recon.double().square().sum()
+    along = (recon.double() * rows.double()).sum() / energy.clamp_min(1e-30)
+    # rows along the data reconstruct some of it; where chance has it otherwise, nothing is scaled
+    scale = float(along) if float(along) > 0 else 1.0
+    bae.W_dec.mul_(scale)
+    bae.b_dec.copy_(-scale * centre)
+
+
+def _mark_as_started(module: Any, _: Any) -> None:
+    module._started = True
 
 
 def _register() -> None:

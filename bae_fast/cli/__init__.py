@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "Train sparse autoencoders beside the binary one; write a table and a plot.",
     "interpret": "Name features by a judge and score the names.",
     "match": "Show which features of two saved autoencoders are the same.",
+    "neuronpedia": "Write features in the format that Neuronpedia imports.",
     "steer": "Find features that differ between two sets of prompts, and steer by them.",
     "compress": "Write hidden states as a file of codes, near the entropy of the code.",
     "decompress": "Read a file of codes.",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from bae_fast.entropy.components import independent_components, init_from_components_
 from bae_fast.entropy.estimate import EntropyEstimate, estimate_entropy
-from bae_fast.entropy.fit import fit_bae, measure, run_synthetic
+from bae_fast.entropy.fit import RowsEntropy, fit_bae, measure, rows_entropy, run_synthetic
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
 
 __all__ = [
     "KINDS",
     "EntropyEstimate",
+    "RowsEntropy",
     "SyntheticSpec",
     "estimate_entropy",
     "fit_bae",
     "independent_components",
     "init_from_components_",
     "measure",
+    "rows_entropy",
     "run_synthetic",
 ]

@@ -132,9 +132,15 @@ def estimate_entropy(code: BinaryCode) -> EntropyEstimate:
         code: ``[..., K]``, at least 2 rows, without a row mask.
 
     Raises:
+        TypeError: no code.
         ValueError: a row mask, fewer than 2 or at least 2^24 rows, or more than 16,384 columns
             that vary.
     """
+    if not isinstance(code, BinaryCode):
+        raise TypeError(
+            f"code must be a BinaryCode; got {type(code).__name__} (of rows, "
+            "bae_fast.entropy.rows_entropy fits a code first)"
+        )
     if code.row_mask is not None:
         raise ValueError("code must have no row_mask: index the kept rows first")
     rows = code.flatten()

@@ -75,7 +75,7 @@ def revive_(
     dead: Tensor,
     x: Tensor,
     error: Tensor,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     *,
     quantile: float,
     decoder_scale: float,
@@ -86,7 +86,7 @@ def revive_(
     Each dead feature takes the direction of the residual of one row, drawn with probability
     proportional to its squared error; the encoder gets the median norm of the live features, the
     decoder ``decoder_scale`` of it, b_enc the given quantile of the pre-activations of x, and
-    the optimizer forgets the feature.
+    the optimizer, if there is one, forgets the feature.
 
     Args:
         dead: bool ``[F]``.
@@ -119,7 +119,8 @@ def revive_(
         (bae.b_enc, (columns,)),
         (bae.W_dec, (dead_ids,)),
     ):
-        for name, state in optimizer.state.get(parameter, {}).items():
+        known = {} if optimizer is None else optimizer.state.get(parameter, {})
+        for name, state in known.items():
             if name != "step":
                 state[at] = 0
     return n_dead

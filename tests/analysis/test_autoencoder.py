@@ -409,3 +409,16 @@ def test_no_file_asks_whether_an_autoencoder_is_binary_by_its_type():
         and "BinaryAutoencoder" in ast.unparse(node)
     }
     assert found <= allowed
+
+
+@pytest.mark.parametrize("method", ["bae", "topk"])
+def test_any_autoencoder_is_a_layer_from_tensor_to_tensor(method):
+    torch.manual_seed(0)
+    model = bf.BinaryAutoencoder(D, F) if method == "bae" else make_baseline("topk", D, F, k=3)
+    net = nn.Sequential(nn.Linear(4, D), model.as_layer(), nn.Linear(D, 2))
+    x = torch.randn(9, 4)
+    hidden = net[0](x)
+    torch.testing.assert_close(net(x), net[2](model.reconstruct(hidden)))
+    net(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert net[0].weight.grad.any()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub_server import hub_server
 
 from bae_fast import BinaryAutoencoder
 
@@ -107,6 +111,52 @@ def test_the_loss_in_sae_lens_is_d_in_times_ours():
     torch.testing.assert_close(found.loss, ours)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_the_first_batch_sets_scale_directions_and_density(tmp_path, scale):
+    """Whatever the rows' scale, the start is the same; outlying rows have no part in it."""
+    _, x = module()
+    rows = scale * x.repeat(4, 1)
+    torch.manual_seed(1)
+    sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F, density=0.1))
+    step = trainer(sae, rows)
+    batch = torch.cat([rows, 500 * scale * torch.ones(1, D)])
+    step._train_step(sae, batch)
+    ours = BinaryAutoencoder(D, F).fit_normalization_(rows)
+    torch.testing.assert_close(sae.x_mean, ours.x_mean)
+    torch.testing.assert_close(sae.x_scale, ours.x_scale)
+    torch.testing.assert_close(sae.encode(rows).mean(), torch.tensor(0.1), rtol=0.1, atol=0)
+    before = sae.x_scale.clone()
+    step._train_step(sae, 2 * rows)
+    assert torch.equal(sae.x_scale, before)  # once
+    sae.save_model(tmp_path)
+    again = TrainingSAE.load_from_disk(tmp_path)
+    trainer(again, rows)._train_step(again, 2 * rows)  # what was loaded goes on as it is
+    assert torch.equal(again.x_scale, before)
+
+
+def test_without_a_start_nothing_is_set():
+    _, x = module()
+    sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F, start="none"))
+    trainer(sae, x)._train_step(sae, x)
+    assert not sae.x_mean.any()
+    with pytest.raises(ValueError, match="start must be one of rows, density, none"):
+        BinaryTrainingSAEConfig(d_in=D, d_sae=F, start="zero")
+    with pytest.raises(ValueError, match="density must lie between 0 and 1; got 1"):
+        BinaryTrainingSAEConfig(d_in=D, d_sae=F, density=1)
+
+
+def test_no_feature_dies_in_sae_lens_loop_with_the_defaults():
+    """Rows of deviation 0.3 along 12 hidden directions: without the start all features are off."""
+    torch.manual_seed(0)
+    bits = (torch.rand(2048, 24) < 0.2).float()
+    rows = 0.3 * bits @ torch.randn(24, D)
+    sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F))
+    trainer(sae, rows, steps=150).fit()
+    assert (sae.encode(rows).sum(0) == 0).float().mean() < 0.1
+    error = (sae(rows) - rows).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert error < 0.3
+
+
 def test_a_scaled_set_is_unscaled_after_training():
     _, x = module()
     config = BinaryTrainingSAEConfig(d_in=D, d_sae=F)
@@ -115,6 +165,49 @@ def test_a_scaled_set_is_unscaled_after_training():
     sae.fold_activation_norm_scaling_factor(4.0)
     assert torch.equal(sae.encode(x), code)
     torch.testing.assert_close(sae(x) * 4, recon)
+
+
+# a process of its own: huggingface_hub reads its endpoint when it is imported
+FROM_THE_HUB = """
+import sys
+from pathlib import Path
+from bae_fast import BinaryAutoencoder, hub
+import bae_fast.saelens
+from sae_lens import SAE
+from sae_lens.loading import pretrained_saes_directory as directory
+
+source, folder = map(Path, sys.argv[1:])
+bae = BinaryAutoencoder.from_pretrained(source)
+bae.push_to_hub("user/dictionary", subfolder="layers.1")
+SAE.from_pretrained("user/dictionary", "layers.1").save_model(folder / "direct")
+entry = {"id": "one", "path": "layers.1", "l0": 3.0}
+hub.write_registry(folder / "pretrained_saes.yaml", "ours", "user/dictionary", "lm", [entry])
+directory.files = lambda _: folder  # SAELens reads the file that lies in its own package
+directory.get_pretrained_saes_directory.cache_clear()
+SAE.from_pretrained("ours", "one").save_model(folder / "registry")
+"""
+
+
+def test_sae_lens_loads_from_the_hub_by_repository_and_by_registry(tmp_path):
+    bae, x = module()
+    source = bae.save_pretrained(tmp_path / "source")
+    with hub_server() as server:
+        environment = os.environ | {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_TOKEN": "hf_none",
+        }
+        command = [sys.executable, "-c", FROM_THE_HUB, str(source), str(tmp_path)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for way in ("direct", "registry"):
+        again = BinaryAutoencoder.from_pretrained(tmp_path / way)
+        assert again.encode(x).equal(bae.encode(x)), way
 
 
 def test_importing_again_registers_once():

@@ -42,6 +42,7 @@ LINES = (
         "surrogates",
         "files",
         "devices",
+        "hub",
         "progress",
         "waiting",
         "_version",

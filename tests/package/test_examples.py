@@ -61,6 +61,16 @@ def test_entropy_of_arrays(rows, capsys):
     assert f"{found['chain']:.2f} bits" in capsys.readouterr().out
 
 
+def test_training_in_sae_lens(rows):
+    pytest.importorskip("sae_lens", reason="SAELens is not installed (extra 'saelens')")
+    found = example("train_in_saelens")(
+        [rows, "--steps", "30", "--batch-size", "64", "--k", "4", "--deviation", "0.3"]
+    )
+    assert found["binary"]["dead"] < 0.1
+    assert found["binary"]["fvu"] < 1
+    assert found["topk"]["l0"] <= 4
+
+
 def test_from_a_model_to_features_and_back_into_the_model(model, tmp_path, capsys):
     draw = np.random.default_rng(0)
     text, out = tmp_path / "text.txt", tmp_path / "bae"

@@ -1,0 +1,111 @@
+"""An autoencoder's features as files that Neuronpedia imports."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from bae_fast.autoencoder import load_autoencoder
+from bae_fast.experiments import runs
+from bae_fast.experiments.data import Data, check_width, harvest_rows, pick_device
+from bae_fast.lm.loading import DEFAULT_MODEL
+from bae_fast.lm.origin import check_model
+from bae_fast.progress import Stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Data):
+    """Write an autoencoder's features in the format that Neuronpedia imports.
+
+    Attributes:
+        load: The folder of the saved model, or user/name of its repository on the Hub.
+        release: The id of the release.
+        title: One line about the release. Without it that is the id.
+        source_set: The id of the set of sources, such as res-bae-2k.
+        creator: The publisher's name.
+        creator_id: The id of the publisher's account on Neuronpedia.
+        url: The address of a paper or of code.
+        layer: The number of the block, from 0. Without it that is the last number in the hook.
+        examples: The number of windows of text that are shown for a feature.
+        logits: The tokens that a feature raises and lowers are written too; the language model is
+            loaded for its unembedding.
+        out: The folder of the files.
+    """
+
+    load: Path | None = None
+    release: str = ""
+    title: str = ""
+    source_set: str = ""
+    creator: str = ""
+    creator_id: str = ""
+    url: str | None = None
+    layer: int | None = None
+    examples: int = 20
+    logits: bool = True
+    out: Path = Path("results/neuronpedia")
+
+
+def run(config: Config) -> runs.Result:
+    """Harvest hidden states, read the features, write the files.
+
+    Raises:
+        ValueError, ImportError, OSError: naming the field, the package or the file.
+    """
+    from bae_fast.interpret.neuronpedia import Release, write_neuronpedia_export
+
+    if config.load is None:
+        raise runs.ConfigError("load", "must name a saved model; got none")
+    for name in ("release", "source_set", "creator", "creator_id"):
+        if not getattr(config, name):
+            raise runs.ConfigError(name, "must be given; got none")
+    runs.check_at_least(config, 1, "examples")
+    numbers = re.findall(r"\d+", config.hook)
+    if config.layer is None and not numbers:
+        raise runs.ConfigError("layer", f"must be given, as hook {config.hook!r} holds no number")
+    layer = int(numbers[-1]) if config.layer is None else config.layer
+    release = Release(
+        name=config.release,
+        title=config.title or config.release,
+        source_set=config.source_set,
+        creator=config.creator,
+        creator_id=config.creator_id,
+        urls=() if config.url is None else (config.url,),
+    )
+    model = load_autoencoder(str(config.load), device=pick_device(config))
+    if model.is_transcoder:
+        raise runs.ConfigError("load", "must be an autoencoder of the hook; it is a transcoder")
+    check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
+    stages = Stages()
+    cache, tokenizer, facts = harvest_rows(config, stages, 1)
+    check_width("load", config.load, model.d_in, cache.rows)
+    unembedding = None
+    if config.logits:
+        from bae_fast.lm import load_language_model
+
+        with stages.stage("load the unembedding"):
+            lm = load_language_model(config.model or DEFAULT_MODEL)
+            unembedding = lm.model.get_output_embeddings().weight.detach()
+    with stages.stage("write"):
+        folder = write_neuronpedia_export(
+            config.out,
+            model,
+            cache,
+            tokenizer,
+            release,
+            layer=layer,
+            unembedding=unembedding,
+            examples=config.examples,
+            progress=config.progress,
+        )
+    names = sorted(path for path in folder.rglob("*.jsonl*") if path.is_file())
+    values: dict[str, Any] = {
+        "environment": runs.environment(),
+        "data": {name: facts[name] for name in ("model_label", "hook_name", "dataset_path")},
+        "source": folder.name,
+        "features": model.d_sae,
+        "files": [str(path.relative_to(config.out)) for path in names],
+    }
+    text = f"{model.d_sae:,} features of {values['data']['model_label']} as source {folder.name}"
+    return runs.Result(values, text, (folder,))

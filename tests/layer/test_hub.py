@@ -1,0 +1,133 @@
+"""The Hugging Face Hub, by a stand-in that huggingface_hub talks to over HTTP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_server import hub_server
+
+from bae_fast import BinaryAutoencoder, hub
+from bae_fast.autoencoder import find_pretrained, load_autoencoder
+from bae_fast.baselines import make_baseline
+
+pytest.importorskip("huggingface_hub")
+
+# a process of its own: huggingface_hub reads its endpoint when it is imported
+PROGRAM = """
+import sys
+import torch
+from bae_fast.autoencoder import load_autoencoder
+import bae_fast.baselines
+
+source, repo, subfolder, revision, out = sys.argv[1:]
+model = load_autoencoder(source)
+print(model.push_to_hub(repo, subfolder=subfolder or None, figures={"fvu": 0.125, "l0": 3.0}))
+again = type(model).from_pretrained(repo, subfolder=subfolder or None, revision=revision or None)
+again.save_pretrained(out)
+try:
+    load_autoencoder("nobody/nothing")
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def server():
+    with hub_server() as running:
+        yield running
+
+
+def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
+    """What the program printed, and the model that came back."""
+    source, out = model.save_pretrained(tmp_path / "source"), tmp_path / "out"
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_TOKEN": "hf_none",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(source), repo, subfolder, revision, str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines(), load_autoencoder(out)
+
+
+@pytest.mark.parametrize(("kind", "subfolder"), [("bae", ""), ("topk", "model.layers.11")])
+def test_a_model_goes_to_the_hub_and_comes_back(server, tmp_path, kind, subfolder):
+    torch.manual_seed(0)
+    metadata = {"model_name": "user/language-model", "hook_name": "model.layers.11"}
+    if kind == "bae":
+        model = BinaryAutoencoder(6, 40, metadata=metadata)
+    else:
+        model = make_baseline("topk", 6, 40, k=3)
+    said, again = pushed(server, tmp_path, model, "user/dictionary", subfolder)
+    assert said[0].startswith(f"{server.url}/user/dictionary/commit/")
+    assert said[1].startswith("nobody/nothing must be a folder, or a repository")
+    assert type(again) is type(model)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = server.files["user/dictionary"]
+    weights = {prefix + name for name in ("cfg.json", "sae_weights.safetensors")}
+    assert set(files) - {".gitattributes"} == {"README.md", *weights}
+    card = files["README.md"].decode()
+    assert "| FVU | 0.1250 |" in card
+    assert "value: 0.125" in card
+    assert ("base_model: user/language-model" in card) == (kind == "bae")
+    assert f"load_autoencoder('user/dictionary'{', subfolder=' if subfolder else ')'}" in card
+
+
+def test_the_card_is_one_that_the_hub_reads(tmp_path):
+    from huggingface_hub import ModelCard
+
+    values = BinaryAutoencoder(6, 40, metadata={"note": "a | b"}).config_values()
+    path = hub.write_card(tmp_path / "README.md", "user/name", values, figures={"fvu": 0.5})
+    card = ModelCard.load(path)
+    assert card.data.library_name == "bae-fast"
+    assert [result.metric_value for result in card.data.eval_results] == [0.5]
+    assert "| note | a \\| b |" in card.text
+
+
+def test_a_registry_names_what_it_lists(tmp_path):
+    import yaml
+
+    entry = {"id": "one", "path": "layers.1", "l0": 3.0}
+    path = hub.write_registry(tmp_path / "saes.yaml", "ours", "user/name", "lm", [entry])
+    assert yaml.safe_load(path.read_text()) == {
+        "ours": {"model": "lm", "repo_id": "user/name", "saes": [entry]}
+    }
+    with pytest.raises(ValueError, match="saes must have an id and a path"):
+        hub.write_registry(path, "ours", "user/name", "lm", [{"id": "one"}])
+
+
+@pytest.mark.parametrize("name", ["name", "/a/b", "a/b/c", "../b", "user/", "user/ name"])
+def test_what_is_no_repository_is_a_folder(name):
+    assert not hub.is_repo_id(name)
+
+
+def test_a_folder_on_disk_comes_before_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = BinaryAutoencoder(6, 40)
+    model.save_pretrained("user/name")
+    assert torch.equal(BinaryAutoencoder.from_pretrained("user/name").W_enc, model.W_enc)
+    with pytest.raises(ValueError, match="revision must be None for a folder"):
+        find_pretrained("user/name", revision="main")
+
+
+def test_a_name_that_is_no_repository_is_refused_before_anything_is_sent(tmp_path):
+    with pytest.raises(ValueError, match="repo_id must be user/name; got 'name'"):
+        BinaryAutoencoder(6, 40).push_to_hub("name")
