@@ -146,6 +146,7 @@ def load_dictionary_learning(folder: str | os.PathLike[str]) -> SparseAutoencode
 
 def _of_dictionary(name: str, state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Our tensors of a state dict of dictionary_learning."""
+    names: tuple[str, ...]
     if name == "JumpReluAutoEncoder":
         names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
         W_enc, b_enc, W_dec, b_dec, threshold = _taken(state, names, source)
