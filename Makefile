@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-long test-saelens lint docs bench format clean
+.PHONY: demo test test-all test-long test-matrix test-saelens lint docs bench format clean
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
@@ -25,11 +25,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-# The long proofs: sanitizers, every chip and every size.
+# The long proofs: sanitizers, and the hardest variants of kernels for every chip.
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist load -m long $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m long $(ARGS)
 
-test-all: test test-long
+# Every variant of the Triton kernels, for every chip, by two versions of Triton: most of an hour.
+test-matrix: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m matrix $(ARGS)
+
+test-all: test test-long test-matrix
 
 # SAELens in an environment of its own, for it decides on other versions of transformers.
 $(VENV)-saelens/.installed: pyproject.toml constraints.txt

@@ -127,7 +127,7 @@ def _halves(tile, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def column_part(tile, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, part: tl.constexpr):
-    """Part of a tile [M, N] in 1, 2, 4 or 8 parts by columns: registers change their names only.
+    """Part of a tile [M, N] in 1, 2, 4, 8 or 16 by columns: registers change their names only.
 
     Epilogues go part by part: a whole accumulator takes half of a thread's registers, and what is
     made of it would need as many again.
@@ -140,7 +140,10 @@ def column_part(tile, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, par
             tile = low if part % (PARTS // 2) * 4 < PARTS else high
             if PARTS > 4:
                 low, high = _halves(tile, M, N // 4)
-                tile = low if part % 2 == 0 else high
+                tile = low if part % (PARTS // 4) * 8 < PARTS else high
+                if PARTS > 8:
+                    low, high = _halves(tile, M, N // 8)
+                    tile = low if part % 2 == 0 else high
     return tile
 
 

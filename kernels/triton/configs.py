@@ -59,9 +59,16 @@ _HOPPER = _table(
 # the bits of such a tile byte by byte)
 _DIGIT_TILE = (Config(64, 128, 128, 4, 3),)
 
+# with 64 of the inner index Triton 3.9's assembler stops at 96 registers on sm_120, and spills
+_THIN_TILE = Config(64, 64, 32, 4, 4)
+
 # warps of the covariance where V is int64: half of the registers a thread, else they spill
 # (Triton 3.6)
 WIDE_WARPS = {"sm_90": 16}
+
+# columns of a part of the gradient's tile of 256 where bits, covariance and pre are all read: with
+# 32 they spill (Triton 3.9)
+NARROW_PARTS = {"sm_90": 16}
 
 # A multiprocessor makes so many products while it reads one number of an operand from the L2 cache
 # (H100 and H200: 2,100 a cycle, 64 bytes): a tile with few products for its rows waits for them.
@@ -72,7 +79,7 @@ DEFAULTS: dict[str, Table] = {
     "sm_86": _AMPERE,
     "sm_90": {**_HOPPER, "sign_product": _DIGIT_TILE + _HOPPER["sign_product"]},
     "sm_100": _HOPPER,
-    "sm_120": _AMPERE,
+    "sm_120": {**_AMPERE, "gradient": (_THIN_TILE, _AMPERE["gradient"][1])},
     # small, so that small problems have several tiles
     "interpreter": {
         **_PASSES,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bae_fast.kernels import launch
 from bae_fast.kernels.bits import column_part, grouped, operand
+from bae_fast.kernels.configs import NARROW_PARTS
 from bae_fast.surrogates import SURROGATES
 
 # bits of TERMS
@@ -176,6 +177,9 @@ def _start(
     sums = torch.empty(n_tiles, k, dtype=torch.float32, device=G.device)
     terms = (curvature is not None) * CURVATURE
     terms |= (covariance is not None) * COVARIANCE
+    part = 32  # columns; with 64 a tile of 256 spills (Triton 3.6, sm_90)
+    if config.n > 128 and terms == CURVATURE | COVARIANCE and pre is not None:
+        part = NARROW_PARTS.get(launch.family(G.device), part)
     launch.start(
         gradient_kernel,
         (n_tiles * launch.cdiv(k, config.n),),
@@ -205,8 +209,7 @@ def _start(
         BLOCK_N=config.n,
         BLOCK_K=config.k,
         PRODUCT=product,
-        # 64 columns a part spill in a tile of 256 (Triton 3.6, sm_90)
-        PARTS=launch.parts(config.n, 32) if product else 1,
+        PARTS=launch.parts(config.n, part) if product else 1,
         TERMS=terms,
         SURROGATE=NUMBERS[surrogate],
         num_warps=config.warps,

@@ -7,9 +7,10 @@ matrix instructions its PTX and SASS hold.
 
     python tests/backends/triton_compile_worker.py sm_90 bfloat16 all
 
-``few`` in place of ``all`` compiles one variant a kernel, its largest; ``ones`` what one feature,
-one output and two rows need; ``packed`` products of packed bits, which not every chip starts;
-``uncovered`` in place of the dtype prints what steps start and the warm-up does not.
+``few`` in place of ``all`` compiles one variant a kernel, its largest; ``hard`` those and the ones
+that an assembler once spilled; ``ones`` what one feature, one output and two rows need; ``packed``
+products of packed bits, which not every chip starts; ``uncovered`` in place of the dtype prints
+what steps start and the warm-up does not.
 """
 
 import itertools
@@ -33,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bae_fast.kernels import covariance as kernels
-from bae_fast.kernels import launch, products
+from bae_fast.kernels import gradient, launch, products
 from bae_fast.kernels.bodies import covariance, decode, encode, encoder_backward, warmup
 from bae_fast.ops import nvidia
 from bae_fast.surrogates import SURROGATES
@@ -180,15 +181,23 @@ def compiled(kernel, signature, constants, attrs, options, capability, notes):
     }
 
 
+# terms and surrogate of products of the gradient that some tile has spilled with some assembler
+SPILLED = {(0, "rectangle"), (1, "official"), (3, "sigmoid")}
+
+
 def chosen(variants, amount):
     """The variants to compile: all, or of every kernel the last, which has the largest tile."""
     if amount == "all":
         return list(variants)
-    last = {}
-    for kernel, signature, constants, attrs, options in variants:
-        key = kernel.fn.__name__, constants.get("PRODUCT"), constants.get("SIGNS")
-        last[key] = (kernel, signature, constants, attrs, options)
-    return list(last.values())
+    spilled = {(terms, gradient.NUMBERS[surrogate]) for terms, surrogate in SPILLED}
+    last, hard = {}, {}
+    for at, variant in enumerate(variants):
+        name, constants = variant[0].fn.__name__, variant[2]
+        last[name, constants.get("PRODUCT"), constants.get("SIGNS")] = at, variant
+        kind = constants.get("TERMS"), constants.get("SURROGATE")
+        if amount == "hard" and constants.get("PRODUCT") and kind in spilled:
+            hard[at] = variant
+    return list((dict(last.values()) | hard).values())
 
 
 def main(chip, what, amount="all"):

@@ -132,6 +132,25 @@ def test_multi_bit_codes_and_the_multilinear_term(dtype, n_bits):
     assert_as_good_as_eager(x, parameters, direction, NAMES[:3], mask=mask, **options)
 
 
+@pytest.mark.parametrize(("columns", "parts"), [(128, 4), (256, 16)])
+def test_wide_tiles_of_the_gradient_go_part_by_part(columns, parts, monkeypatch):
+    tile = configs.Config(32, columns, 64, 4, 1)
+    monkeypatch.setitem(configs.DEFAULTS["interpreter"], "gradient", (tile,))
+    monkeypatch.setitem(configs.NARROW_PARTS, "interpreter", 16)
+    start, seen = launch.start, set()
+
+    def watched(kernel, grid, *args, **constants):
+        if constants.get("PRODUCT"):
+            seen.add(constants["PARTS"])
+        start(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(launch, "start", watched)
+    x, parameters, direction = problem(34, 9, 300, 1, 5, torch.bfloat16)
+    options = {"surrogate": "sigmoid", "surrogate_width": 3.0, "multilinear": True}
+    assert_as_good_as_eager(x, parameters, direction, NAMES[:3], **options)
+    assert seen == {parts}
+
+
 def test_several_chunks_with_stored_or_recomputed_signs(monkeypatch):
     monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "0")  # 256 columns at a time
     x, parameters, direction = problem(33, 5, 300, 1, 4, torch.bfloat16)
