@@ -38,7 +38,7 @@ AVX512_FLAGS = [
     "-Wno-maybe-uninitialized",  # gcc's own headers
 ]
 SIMD_FLAGS = {
-    "kernels_avx2": ["-mavx2"],
+    "kernels_avx2": ["-mavx2", "-mfma"],
     "kernels_avx512": AVX512_FLAGS,
     "kernels_amx": [
         *AVX512_FLAGS,

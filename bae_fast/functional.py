@@ -1,8 +1,8 @@
 """The layer as functions: one autograd Function over the packed operators.
 
 Kept between forward and backward: x and the parameters themselves, the packed bits, the packed
-window of the ``rectangle`` surrogate, the counts, and the sign planes of the covariance (or
-nothing, where backward counts the pairs again: for sparse codes, and beyond a budget).
+window of the ``rectangle`` surrogate, the counts, and the sign planes of the covariance (or lists
+of the ones of sparse codes, or nothing: then backward counts the pairs again).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class _Options(NamedTuple):
     n_bits: int
     covariance: bool
     store_signs: bool
+    store_lists: bool
     variance: bool
     extend: bool  # the given statistics are of more rows, to be added to the call's own
 
@@ -115,7 +116,7 @@ class _PackedAutoencoder(torch.autograd.Function):
             numerator = stats_numerator
             if stats_counts is None or options.extend:
                 numerator, signs = ops["covariance"](
-                    counted_words, counted, total, options.store_signs
+                    counted_words, counted, total, options.store_signs, options.store_lists
                 )
             pairs = total.double() * (total.double() - 1)
             covariance = (numerator / pairs).to(wide)
@@ -443,8 +444,9 @@ def binary_autoencoder(
             width=width,
             n_bits=n_bits,
             covariance=covariance,
-            # whether signs come back depends on the codes, and a trace has one shape
+            # what comes back depends on the codes, and a trace has one shape
             store_signs=keep_signs(n_columns, x.device) and not torch.compiler.is_compiling(),
+            store_lists=not torch.compiler.is_compiling(),
             variance=multilinear,
             extend=past is not None,
         )

@@ -39,7 +39,7 @@ def measure(level: str, n: int, f: int, density: float, seconds: float) -> dict[
         "level": level, "n": n, "f": f, "density": density, "visited": code.visited,
     }  # fmt: skip
     parts: dict[str, Callable[[float], Any]] = {
-        "forward": lambda cost: code.covariance(cost, keep=cost == NEVER),
+        "forward": lambda cost: code.covariance(cost, keep=True),
         "both": functools.partial(code.both, left),
     }
     lists, bits = (code.both(left, cost) for cost in forms.values())

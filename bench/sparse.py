@@ -4,6 +4,9 @@
                and ``floor`` (bench/lists.cpp), all from the same packed bits but eager
     gradient   the encoder's backward with nothing but the covariance's gradient, of the window's
                entries; it is checked at some features
+    step       a whole training step with its optimizer, with the covariance and without
+    bank       the numerator of many past rows, counted anew, beside a pass over pairs that were
+               kept: n_i changes with every batch, so updated counts need at least that pass
 
 A code has intensities log-normal over its columns, and the window holds 3.4 times as many entries
 as there are ones. Forms that would take minutes are left out: ``MOST_BITS``, ``MOST_EAGER``.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bae_fast import BAEOutput, binary_autoencoder
 from bae_fast.backends.cpp import covariance as cpp_covariance
 from bae_fast.ops import registry
 from bae_fast.packing import WORD_BITS, column_counts, n_words, popcount, unpack_rows
-from bench import ceilings, eager, exact, tables
+from bench import ceilings, eager, exact, rival, tables
 from bench.exact import WrongResultError
+from bench.step import LEARNING_RATE, parameters_of
 from bench.timing import SECONDS, Comparison, Side, compare
 
 SOURCE = Path(__file__).with_name("lists.cpp")
@@ -39,7 +44,10 @@ CHECKED = 16  # features whose gradient is checked
 LEFT_COLUMNS = 8
 NEVER, ALWAYS = float("inf"), 1e-9
 
-CROSSOVER_ROWS, CROSSOVER_FEATURES = (512, 4096), (2304, 8192, 32768)
+STEPS = ((4096, 512, 65536),)  # N, d, F
+COVARIANCE_WEIGHT = 1e-7
+BANKS = ((32768, 65536), (131072, 65536))  # N, F
+PAIR_BYTES = 12  # i, j and n_ij
 
 
 def sparse_words(n: int, f: int, ones: float, seed: int) -> Tensor:
@@ -59,26 +67,37 @@ def sparse_words(n: int, f: int, ones: float, seed: int) -> Tensor:
 
 
 @functools.cache
-def _floor() -> Any:
+def _program() -> Any:
     library = ceilings.compiled(SOURCE)
     if library is None:
         raise RuntimeError("the floor program needs a C++ compiler; none was found")
-    library.floor_numerator.restype = ctypes.c_int64
-    library.floor_numerator.argtypes = (
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
-        ctypes.POINTER(ctypes.c_double),
-    )  # fmt: skip
-    return library.floor_numerator
+    given = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
+    seconds, pairs = ctypes.POINTER(ctypes.c_double), ctypes.POINTER(ctypes.c_int64)
+    library.floor_numerator.argtypes = (*given, seconds)
+    library.kept_pairs_numerator.argtypes = (*given, seconds, pairs)
+    for function in (library.floor_numerator, library.kept_pairs_numerator):
+        function.restype = ctypes.c_int64
+    return library
+
+
+def _given(words: Tensor, f: int) -> tuple[int, ...]:
+    return words.data_ptr(), len(words), words.stride(0), f, torch.get_num_threads()
 
 
 def floor(words: Tensor, f: int) -> tuple[int, float]:
     """The numerator, and the seconds of the counting alone, without making the lists."""
     seconds = ctypes.c_double()
-    found = _floor()(
-        words.data_ptr(), len(words), words.stride(0), f, torch.get_num_threads(),
-        ctypes.byref(seconds),
-    )  # fmt: skip
+    found = _program().floor_numerator(*_given(words, f), ctypes.byref(seconds))
     return found, seconds.value
+
+
+def kept_pairs(words: Tensor, f: int) -> tuple[int, float, int]:
+    """The numerator from pairs that were counted before, the seconds of that, and the pairs."""
+    seconds, pairs = ctypes.c_double(), ctypes.c_int64()
+    found = _program().kept_pairs_numerator(
+        *_given(words, f), ctypes.byref(seconds), ctypes.byref(pairs)
+    )
+    return found, seconds.value, pairs.value
 
 
 @contextmanager
@@ -92,6 +111,11 @@ def list_cost(cost: float | None) -> Iterator[None]:
         yield
     finally:
         table.update(before)
+
+
+@functools.lru_cache(maxsize=1)
+def _parameters(f: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(LEFT_COLUMNS, f), torch.zeros(f), torch.zeros(f, LEFT_COLUMNS)
 
 
 class Code(NamedTuple):
@@ -113,22 +137,25 @@ class Code(NamedTuple):
         return sum(int(popcount(p).sum(-1).square().sum()) for p in self.words.split(256))
 
     def covariance(self, cost: float | None, keep: bool = False) -> tuple[Tensor, Tensor]:
+        """Numerator, and with ``keep`` what backward needs: planes, or lists."""
         total = torch.tensor(len(self.words))
         with list_cost(cost):
-            return registry.BACKENDS["cpp"].ops["covariance"](self.words, self.counts, total, keep)
+            return registry.BACKENDS["cpp"].ops["covariance"](
+                self.words, self.counts, total, keep, keep
+            )
 
     def gradient(self, left: Tensor, cost: float | None, signs: Tensor | None) -> Tensor:
-        f, total = self.f, torch.tensor(len(self.words))
-        zeros = torch.zeros(LEFT_COLUMNS, f), torch.zeros(f), torch.zeros(f, LEFT_COLUMNS)
+        total = torch.tensor(len(self.words))
         with list_cost(cost):
             return registry.BACKENDS["cpp"].ops["encoder_backward"](
-                left, *zeros, self.words, self.window, None, None, None, None, torch.ones(()),
-                signs, self.words, self.counts, total, "rectangle", 1.0, 1, [False, True, True],
+                left, *_parameters(self.f), self.words, self.window,
+                None, None, None, None, torch.ones(()), signs, self.words, self.counts, total,
+                "rectangle", 1.0, 1, [False, True, True],
             )[1]  # fmt: skip
 
     def both(self, left: Tensor, cost: float | None) -> tuple[Tensor, Tensor]:
         """Numerator and gradient, as one step asks for them."""
-        numerator, signs = self.covariance(cost, keep=cost == NEVER)
+        numerator, signs = self.covariance(cost, keep=True)
         return numerator, self.gradient(left, cost, signs if signs.numel() else None)
 
     def exact_gradient(self, left: Tensor, features: Tensor) -> Tensor:
@@ -189,7 +216,7 @@ def build(n: int, f: int, ones: float) -> tuple[Comparison, Comparison]:
     case = {"n": n, "f": f, "ones": ones}
     forward = {
         "floor": Side(lambda: floor(code.words, f)),
-        "lists": Side(lambda: code.covariance(None)),
+        "lists": Side(lambda: code.covariance(None, keep=True)),
     }
     both = {"lists": Side(lambda: code.both(left, None))}
     if f <= MOST_BITS:
@@ -204,13 +231,86 @@ def build(n: int, f: int, ones: float) -> tuple[Comparison, Comparison]:
     )
 
 
+def training_step(given: list[Tensor], width: float, covariance: bool) -> Callable[[], BAEOutput]:
+    """One step of the recipe's objective, with the covariance or without; returns its forward."""
+    x, parameters = given[0], parameters_of(given)
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+
+    def step() -> BAEOutput:
+        optimizer.zero_grad()
+        out = binary_autoencoder(
+            x, *parameters, surrogate="rectangle", surrogate_width=width, multilinear=True,
+            covariance=covariance, impl="cpp",
+        )  # fmt: skip
+        assert out.variance is not None
+        loss = (x - out.recon).square().mean() + out.variance / x.numel()
+        loss = loss + rival.RECIPE.entropy_weight * out.entropy
+        if out.covariance is not None:
+            loss = loss + COVARIANCE_WEIGHT * out.covariance
+        loss.backward()
+        optimizer.step()
+        return out
+
+    return step
+
+
+def build_step(n: int, d: int, f: int) -> Comparison:
+    """A step with the covariance beside the same without it, at the densities of a trained code."""
+    given, width = rival.trained(n, d, f, ONES // rival.ONES)
+
+    def check(side: str, out: BAEOutput) -> None:
+        if not torch.isfinite(out.recon).all():
+            raise WrongResultError("the reconstruction is not finite")
+        if out.covariance is None:
+            return
+        value = floor(out.code.words, f)[0] / (n * (n - 1))
+        if abs(float(out.covariance) / value - 1) > 1e-5:
+            raise WrongResultError(f"the covariance is {float(out.covariance)}; should be {value}")
+
+    sides = {
+        name: Side(training_step(given, width, covariance))
+        for name, covariance in (("without", False), ("with", True))
+    }
+    case = {"part": "step", "n": n, "d": d, "f": f, "ones": ONES}
+    return Comparison(case, sides, check, {"flops": 2.0 * n * d * f})
+
+
+def bank_row(n: int, f: int, seconds: float) -> dict[str, Any]:
+    """Counting anew, and what counts that follow the bank need at least."""
+    words = sparse_words(n, f, ONES, 0)
+    code = Code(words, words, column_counts(words, f), f)
+    truth = floor(words, f)[0]
+
+    def check(side: str, result: tuple[Tensor, Tensor]) -> None:
+        if int(result[0]) != truth:
+            raise WrongResultError(f"the numerator is {int(result[0])}; should be {truth}")
+
+    case = {"part": "bank", "n": n, "f": f, "ones": ONES}
+    sides = {"anew": Side(lambda: code.covariance(None))}
+    row = compare(Comparison(case, sides, check, {"visited": code.visited}), seconds=seconds)
+    kept = [kept_pairs(words, f) for _ in range(3)]
+    if {found for found, *_ in kept} != {truth}:
+        raise WrongResultError(f"kept pairs give {kept[0][0]}; should be {truth}")
+    row["kept_seconds"] = statistics.median(seconds for _, seconds, _ in kept)
+    return row | {"kept_pairs": kept[0][2]}
+
+
 def run(
-    only: str = "", seconds: float = SECONDS, features: tuple[int, ...] = FEATURES, n: int = ROWS
+    only: str = "",
+    seconds: float = SECONDS,
+    features: tuple[int, ...] = FEATURES,
+    n: int = ROWS,
+    steps: tuple[tuple[int, int, int], ...] = STEPS,
+    banks: tuple[tuple[int, int], ...] = BANKS,
 ) -> dict[str, Any]:
-    """Every size whose F is in ``only``."""
+    """What of "operators-F", "step-F" and "bank-N" holds ``only``."""
     rows = []
+    for rows_of_step, d, f in steps:
+        if only in f"step-{f}":
+            rows.append(compare(build_step(rows_of_step, d, f), seconds=seconds))
+            print(tables.line(rows[-1]), flush=True)
     for f in features:
-        if only not in str(f):
+        if only not in f"operators-{f}":
             continue
         for comparison in build(n, f, ONES):
             row = compare(comparison, seconds=seconds)
@@ -218,7 +318,12 @@ def run(
                 words = sparse_words(n, f, ONES, 0)
                 row["counting_seconds"] = statistics.median(floor(words, f)[1] for _ in range(5))
             rows.append(row)
-            print(tables.line({k: v for k, v in row.items() if k != "counting_seconds"}))
+            shown = {k: v for k, v in row.items() if k != "counting_seconds"}
+            print(tables.line(shown), flush=True)
+    for rows_of_bank, f in banks:
+        if only in f"bank-{rows_of_bank}":
+            rows.append(bank_row(rows_of_bank, f, seconds))
+            print(rows[-1], flush=True)
     return {"rows": rows}
 
 
@@ -227,7 +332,7 @@ def _pairs(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, A
     for row in result["rows"]:
         if row["part"] == "forward":
             for other in result["rows"]:
-                if other["part"] != "forward" and other["f"] == row["f"]:
+                if other["part"] == "forward and gradient" and other["f"] == row["f"]:
                     yield row, other
 
 
@@ -257,7 +362,26 @@ def table(result: dict[str, Any]) -> str:
         "F", "eager", "bits", "lists", "floor", "its counting", "lists : floor",
         "bits, with gradient", "lists, with gradient", "with gradient : forward",
     ]  # fmt: skip
-    return tables.markdown(header, body)
+    text = tables.markdown(header, body)
+    for row in result["rows"]:
+        if row["part"] == "step":
+            plain, whole = (row["sides"][side].get("seconds") for side in ("without", "with"))
+            if plain and whole:
+                text += (
+                    f"\n\nA whole training step at N, d, F = {row['n']:,}, {row['d']:,}, "
+                    f"{row['f']:,} takes {tables.milliseconds(plain)} without the covariance and "
+                    f"{tables.milliseconds(whole)} with it ({whole / plain:.2f})."
+                )
+        elif row["part"] == "bank" and "seconds" in row["sides"]["anew"]:
+            anew = tables.milliseconds(row["sides"]["anew"]["seconds"])
+            text += (
+                f"\n\nThe numerator of a bank of {row['n']:,} rows at F = {row['f']:,} takes "
+                f"{anew} when it is counted anew. A pass over its "
+                f"{row['kept_pairs'] / 1e6:,.1f} million pairs, had they been kept, "
+                f"takes {tables.milliseconds(row['kept_seconds'])}, and they need "
+                f"{tables.mebibytes(PAIR_BYTES * row['kept_pairs'])}."
+            )
+    return text
 
 
 def plot(result: dict[str, Any]) -> bytes:

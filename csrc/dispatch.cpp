@@ -53,7 +53,7 @@ bool has_simd(Simd level) {
   if (level == Simd::kScalar) return true;
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks whether the system saves the wide registers
-  if (level == Simd::kAvx2) return __builtin_cpu_supports("avx2");
+  if (level == Simd::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (level == Simd::kAvx512) return has_avx512();
   if (level == Simd::kAmx) {
     static const bool found = has_avx512() && has_tiles();

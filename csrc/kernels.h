@@ -126,9 +126,9 @@ struct SparseLists {
   int64_t step;
   int64_t count;          // outputs
   const uint16_t* index;  // rows of the panel
-  const T* panel;         // zero past the width, up to a whole register
+  const T* panel;         // zero past the width, up to a whole register, where that is not whole
   int64_t panel_stride;
-  int64_t width;  // columns, at most kPanelBytes of them
+  int64_t width;  // columns: at most kPanelBytes of them, or whole cache lines
 };
 
 template <typename T>

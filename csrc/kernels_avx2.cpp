@@ -1,4 +1,5 @@
-// AVX2: pairs counted by look-ups of nibbles (vpshufb). Compiled with -mavx2.
+// AVX2: pairs counted by look-ups of nibbles (vpshufb). Compiled with -mavx2
+// and -mfma.
 //
 // The table of a nibble of signs, 16 bytes, is one of 81, three signs to the power of four: none is
 // ever built. Its number has the signs as digits to the base of three, 0, 1, 2 for 0, 1, -1.

@@ -49,6 +49,15 @@ inline Register<double> multiply_add(Register<double> a, Register<double> b, Reg
   return reinterpret_cast<Register<double>>(_mm512_fmadd_pd(
       reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(sum)));
 }
+#elif defined(__FMA__)
+inline Register<float> multiply_add(Register<float> a, Register<float> b, Register<float> sum) {
+  return reinterpret_cast<Register<float>>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+}
+inline Register<double> multiply_add(Register<double> a, Register<double> b, Register<double> sum) {
+  return reinterpret_cast<Register<double>>(_mm256_fmadd_pd(
+      reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(sum)));
+}
 #else
 template <typename V>
 inline V multiply_add(V a, V b, V sum) {
@@ -100,16 +109,19 @@ inline void sparse_dots(const SparseLists<T>& s, const T* weight, int64_t weight
   alignas(64) T tail[kPanelBytes / sizeof(T)];
   for (int64_t j = 0; j < s.count; ++j) {
     const T* w = weight + j * weight_stride;
-    if (j + kAhead < s.count) {  // rows are far apart: the hardware does not see them come
+    const int64_t soon = (j + kAhead) * s.step;
+    // rows are far apart: the hardware does not see them come
+    if (j + kAhead < s.count && s.begin[soon] < s.begin[soon + 1]) {
       const T* next = w + kAhead * weight_stride;
       for (int64_t c = 0; c < s.width; c += kLine) __builtin_prefetch(next + c, 0, 2);
     }
+    int64_t k = s.begin[j * s.step];
+    const int64_t end = s.begin[j * s.step + 1];
+    if (k == end) continue;
     if (padded != s.width) {
       for (int64_t c = 0; c < padded; ++c) tail[c] = c < s.width ? w[c] : 0;
       w = tail;
     }
-    int64_t k = s.begin[j * s.step];
-    const int64_t end = s.begin[j * s.step + 1];
     for (; end - k > kDots / 2; k += kDots) {
       const int64_t used = end - k < kDots ? end - k : kDots;
       dots_of<kDots>(s, s.index + k, used, w, padded, value + k);

@@ -25,27 +25,6 @@ Tensor new_ints(const Tensor& like, int64_t size) {
   return torch::stable::new_empty(like, {size}, std::make_optional(ScalarType::Int));
 }
 
-// Appends the set bits of a row. Sixteen words at a time are looked at first: nearly all are zero.
-template <typename Add>
-void for_each_bit(const uint32_t* words, int64_t n, Add add) {
-  constexpr int64_t kLine = 16;
-  for (int64_t w0 = 0; w0 < n; w0 += kLine) {
-    const int64_t w1 = std::min(n, w0 + kLine);
-    if (w1 - w0 == kLine) {
-      uint64_t line[kLine / 2];
-      __builtin_memcpy(line, words + w0, sizeof(line));
-      uint64_t any = 0;
-      for (uint64_t part : line) any |= part;
-      if (any == 0) continue;
-    }
-    for (int64_t w = w0; w < w1; ++w) {
-      for (uint32_t rest = words[w]; rest != 0; rest &= rest - 1) {
-        add(w * kWordBits + __builtin_ctz(rest));
-      }
-    }
-  }
-}
-
 // A feature is dense where counting a pair of its like by lists takes longer than by bits.
 bool is_dense(int64_t ones, int64_t n_rows, double list_cost) {
   const double density = static_cast<double>(ones) / static_cast<double>(n_rows);
@@ -87,6 +66,57 @@ Tensor rank_features(const Tensor& counts, int64_t n_rows, double list_cost) {
 }
 
 double squared(double x) { return x * x; }
+
+// The first rank, not below `from`, whose features are on so seldom that with a feature of n_i
+// ones, in any row that both are on in, V > 0: N n_ij >= N > n_i n_j.
+int64_t first_above(const Ranks& ranks, int64_t from, int64_t n_i, int64_t n_rows) {
+  if (from == ranks.active || n_i * ranks.ones[from] < n_rows) return from;  // of most features
+  return std::partition_point(ranks.ones + from, ranks.ones + ranks.active,
+                              [&](int64_t n_j) { return n_i * n_j >= n_rows; }) -
+         ranks.ones;
+}
+
+// A feature j, and the feature i that met it last.
+struct Partner {
+  int32_t met, ones;
+};
+
+// Sum over j < i with n_ij > 0 of |V_ij| - n_i n_j. Where V > 0 that is N n_ij - 2 n_i n_j: what
+// rows are in common need not be counted by feature. `pairs` is zero between calls.
+uint64_t pairs_before(const Ranks& ranks, const RowLists& lists, int64_t i, int64_t n_rows,
+                      int32_t* pairs, int32_t* touched, Partner* partners) {
+  const int32_t* const entries = lists.entries;
+  const uint64_t n = static_cast<uint64_t>(n_rows), n_i = static_cast<uint64_t>(ranks.ones[i]);
+  const int32_t stamp = static_cast<int32_t>(i);
+  const int64_t above = first_above(ranks, 0, ranks.ones[i], n_rows);
+  int64_t used = 0;
+  uint64_t joint_above = 0, ones_above = 0;
+  for (int32_t e = lists.feature_begin[i]; e < lists.feature_begin[i + 1]; ++e) {
+    int32_t p = lists.begin[lists.row[e]];
+    const int32_t end = lists.place[e];
+    for (; p < end && entries[p] < above; ++p) {
+      const int32_t j = entries[p];
+      touched[used] = j;
+      used += pairs[j]++ == 0;
+    }
+    joint_above += static_cast<uint64_t>(end - p);
+    for (; p < end; ++p) {
+      Partner& partner = partners[entries[p]];
+      ones_above += static_cast<uint32_t>(partner.ones & -(partner.met != stamp));
+      partner.met = stamp;
+    }
+  }
+  uint64_t sum = n * joint_above - 2 * n_i * ones_above;
+  for (int64_t t = 0; t < used; ++t) {
+    const int32_t j = touched[t];
+    // |V| - n_i n_j: V >= 0 gives N n_ij - 2 n_i n_j, V < 0 gives -N n_ij
+    const uint64_t joint = n * static_cast<uint64_t>(pairs[j]);
+    const uint64_t expected = n_i * static_cast<uint64_t>(ranks.ones[j]);
+    sum += joint >= expected ? joint - 2 * expected : uint64_t{0} - joint;
+    pairs[j] = 0;
+  }
+  return sum;
+}
 
 // Whether lists may be the faster form, from counts: the least that they visit is that of equal
 // rows. Costs are in bit products; `list_cost` of them take the time of one visited entry.
@@ -244,35 +274,21 @@ Tensor listed_covariance(Tensor ranks_tensor, Tensor lists_tensor, int64_t n_fea
     const auto [part, none] = covariance(words, dense_counts(ranks, lists_tensor), n_rows, false);
     total += static_cast<uint64_t>(*data<int64_t>(part));
   }
-  const uint64_t n = static_cast<uint64_t>(n_rows);
   const int64_t groups = (ranks.active - ranks.dense + kRanksAtOnce - 1) / kRanksAtOnce;
   const int64_t threads = torch::stable::get_num_threads();
   std::atomic<uint64_t> counted{0};
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> pairs(ranks.active, 0), touched(ranks.active + 1);
+    std::vector<Partner> partners(ranks.active);
+    for (int64_t j = 0; j < ranks.active; ++j) partners[j] = {-1, ranks.ones[j]};
     uint64_t sum = 0;
     for (; begin < end; ++begin) {
       for (int64_t g = next++; g < groups; g = next++) {
         const int64_t first = ranks.dense + g * kRanksAtOnce;
         for (int64_t i = first; i < std::min(ranks.active, first + kRanksAtOnce); ++i) {
-          int64_t used = 0;
-          for (int32_t e = lists.feature_begin[i]; e < lists.feature_begin[i + 1]; ++e) {
-            for (int32_t p = lists.begin[lists.row[e]]; p < lists.place[e]; ++p) {
-              const int32_t j = lists.entries[p];
-              touched[used] = j;
-              used += pairs[j]++ == 0;
-            }
-          }
-          const uint64_t n_i = static_cast<uint64_t>(ranks.ones[i]);
-          for (int64_t t = 0; t < used; ++t) {
-            const int32_t j = touched[t];
-            // |V| - n_i n_j: V >= 0 gives N n_ij - 2 n_i n_j, V < 0 gives -N n_ij
-            const uint64_t joint = n * static_cast<uint64_t>(pairs[j]);
-            const uint64_t expected = n_i * static_cast<uint64_t>(ranks.ones[j]);
-            sum += joint >= expected ? joint - 2 * expected : uint64_t{0} - joint;
-            pairs[j] = 0;
-          }
+          sum +=
+              pairs_before(ranks, lists, i, n_rows, pairs.data(), touched.data(), partners.data());
         }
       }
     }
@@ -303,6 +319,7 @@ ListedSigns::ListedSigns(const Tensor& ranks_tensor, const Tensor& counted_tenso
 SignRow::SignRow(const ListedSigns& source)
     : source_(source),
       pairs_(source.ranks.active, 0),
+      counted_(source.ranks.active + 1),
       touched_(source.ranks.active + 1),
       above_(source.ranks.active, 0),
       signs_(2 * n_words(source.ranks.dense)) {}
@@ -311,20 +328,36 @@ void SignRow::make(int64_t feature) {
   const Ranks& ranks = source_.ranks;
   const RowLists& lists = source_.counted;
   const int64_t dense = ranks.dense, w = n_words(dense);
-  for (int64_t t = 0; t < n_touched_; ++t) above_[touched_[t]] = 0;
+  // pointers of their own: a store of a byte may change any member
+  int32_t *const pairs = pairs_.data(), *const counted = counted_.data();
+  int32_t* const touched = touched_.data();
+  uint8_t* const above = above_.data();
+  for (int64_t t = 0, used = n_touched_; t < used; ++t) above[touched[t]] = 0;
   n_touched_ = 0;
   counts_signs_ = 0;
   rank_ = ranks.of[feature];
   if (rank_ < 0) return;
 
   const bool rare = rank_ >= dense;
-  int64_t used = 0;
+  // from this rank on, S = 1 where n_ij > 0: nothing is counted
+  const int64_t positive = first_above(ranks, dense, ranks.ones[rank_], source_.n_rows);
+  const int32_t *const entries = lists.entries, *const ones = ranks.ones;
+  int64_t used = 0, kept = 0, sum = -source_.ones_of_rare;
   for (int32_t e = lists.feature_begin[rank_]; e < lists.feature_begin[rank_ + 1]; ++e) {
-    const int32_t r = lists.row[e];
-    for (int32_t p = rare ? lists.begin[r] : lists.dense_end[r]; p < lists.begin[r + 1]; ++p) {
-      const int32_t j = lists.entries[p];
-      touched_[used] = j;
-      used += pairs_[j]++ == 0;
+    const int32_t r = lists.row[e], end = lists.begin[r + 1];
+    int32_t p = rare ? lists.begin[r] : lists.dense_end[r];
+    for (; p < end && entries[p] < positive; ++p) {
+      const int32_t j = entries[p];
+      counted[used] = j;
+      used += pairs[j]++ == 0;
+    }
+    for (; p < end; ++p) {
+      const int32_t j = entries[p];
+      const int32_t first = above[j] == 0;
+      above[j] = 2;
+      touched[kept] = j;
+      kept += first;
+      sum += 2 * (ones[j] & -first);
     }
   }
   const int64_t n = source_.n_rows, n_i = ranks.ones[rank_];
@@ -332,7 +365,6 @@ void SignRow::make(int64_t feature) {
     const int64_t v = n * pairs_[j] - n_i * ranks.ones[j];
     return (v > 0) - (v < 0);
   };
-  int64_t sum = -source_.ones_of_rare;
   if (dense > 0 && rare) {
     planes_[0] = signs_.data();
     planes_[1] = signs_.data() + w;
@@ -352,14 +384,15 @@ void SignRow::make(int64_t feature) {
     }
   }
   for (int64_t t = 0; t < used; ++t) {
-    const int32_t j = touched_[t];
+    const int32_t j = counted[t];
     if (j >= dense) {
-      above_[j] = static_cast<uint8_t>(sign(j) + 1);
-      sum += above_[j] * static_cast<int64_t>(ranks.ones[j]);
-      touched_[n_touched_++] = j;
+      above[j] = static_cast<uint8_t>(sign(j) + 1);
+      sum += above[j] * static_cast<int64_t>(ones[j]);
+      touched[kept++] = j;
     }
-    pairs_[j] = 0;
+    pairs[j] = 0;
   }
+  n_touched_ = kept;
   // S_ii = 0: one more than the -1 that every entry of a row is taken for
   if (rare) {
     sum += (1 - above_[rank_]) * n_i;
@@ -387,11 +420,18 @@ void SignRow::listed(int64_t first, const uint16_t* index, int64_t count, int32_
     std::fill_n(out, count, 0);
     return;
   }
+  constexpr int64_t kAhead = 4;
   const RowLists& rows = source_.at_hand;
+  const int32_t *const begin = rows.begin + first, *const dense_end = rows.dense_end + first;
+  const int32_t* const entries = rows.entries;
+  const uint8_t* const above = above_.data();
   for (int64_t e = 0; e < count; ++e) {
-    const int64_t r = first + index[e];
-    int32_t sum = rows.dense_end[r] - rows.begin[r + 1];
-    for (int32_t p = rows.dense_end[r]; p < rows.begin[r + 1]; ++p) sum += above_[rows.entries[p]];
+    if (e + kAhead < count) __builtin_prefetch(entries + dense_end[index[e + kAhead]]);
+    const int64_t r = index[e];
+    const int32_t from = dense_end[r], to = begin[r + 1];
+    int32_t sum = from - to;
+#pragma GCC unroll 4
+    for (int32_t p = from; p < to; ++p) sum += above[entries[p]];
     out[e] = sum;
   }
   add_dense(first, index, count, out);

@@ -97,7 +97,8 @@ class SignRow {
 
   const ListedSigns& source_;
   std::vector<int32_t> pairs_;    // n_ij by rank of j; zero between calls
-  std::vector<int32_t> touched_;  // ranks j with n_ij > 0
+  std::vector<int32_t> counted_;  // ranks j with n_ij > 0 that were counted
+  std::vector<int32_t> touched_;  // ranks j with n_ij > 0 that are not dense
   int64_t n_touched_ = 0;
   std::vector<uint8_t> above_;   // S_ij + 1 by rank of j that is not dense
   std::vector<uint32_t> signs_;  // planes of dense j

@@ -7,8 +7,10 @@
 namespace bae_fast {
 namespace {
 
-constexpr int64_t kEntries = int64_t{1} << 21;  // listed at once, one tile of columns at least
-constexpr int64_t kSignBlock = 256;             // words of a row: 512 KiB of a block of rows
+// listed at once, one tile of columns at least: entries, and lists of them
+constexpr int64_t kEntries = int64_t{1} << 21, kLists = int64_t{1} << 18;
+constexpr int64_t kReuse = 2;  // entries of a group for a row of it, from which panels are copied
+constexpr int64_t kSignBlock = 256;  // words of a row: 512 KiB of a block of rows
 
 template <typename T>
 const SparseKernels<T>& sparse_kernels() {
@@ -54,17 +56,18 @@ class SparseBackward {
 
   void run() {
     blocks_ = (n + kPanelRows - 1) / kPanelRows;
-    Tensor columns = rows_to_columns(window, k);
-    columns_ = mutable_data<uint32_t>(columns);
-    stride_ = row_stride(columns);
-    if (keep != nullptr) drop_rows();
+    found_.resize(blocks_);
+    row_entries_.resize(n);
+    int64_t most = std::max(kLists / blocks_ / kStrip, int64_t{1}) * kStrip;
     for (first_ = 0; first_ < k; first_ = last_) {
-      count_span();
+      while (last_ = std::min(k, first_ + most), !find_entries()) {
+        most = round_up((last_ - first_) / 2, kStrip);
+      }
+      list_columns();
       const int64_t tiles = (last_ - first_ + kStrip - 1) / kStrip;
       torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
         const int64_t to = std::min(end * kStrip, last_ - first_);
         Worker worker;
-        list_columns(begin * kStrip, to);
         if (grad_recon != nullptr) dots(worker, begin * kStrip, to);
         finish(begin * kStrip, to);
         if (grad_W != nullptr) weight_gradient(worker, begin * kStrip, to);
@@ -86,74 +89,81 @@ class SparseBackward {
     int64_t block = -1, column = -1;
   };
 
-  int64_t blocks_;  // of rows
-  uint32_t* columns_;
-  int64_t stride_;
-  int64_t first_, last_;         // the span
-  std::vector<int64_t> begin_;   // of column j and block r: begin_[j blocks + r]
-  std::vector<uint16_t> index_;  // row within its block
+  int64_t blocks_;                           // of rows
+  int64_t first_, last_;                     // the span
+  std::vector<std::vector<int32_t>> found_;  // columns of the entries of a block, row by row
+  std::vector<int32_t> row_entries_;         // how many are of a row
+  std::vector<int64_t> begin_;               // of column j and block r: begin_[j blocks + r]
+  std::vector<uint16_t> index_;              // row within its block
   std::vector<T> value_;
 
   int64_t begin_of(int64_t j) const { return begin_[j * blocks_]; }
 
-  void drop_rows() {
-    for (int64_t m = 0; m < n_words(n); ++m) {
-      uint32_t kept = 0;
-      for (int64_t row = m * kWordBits; row < std::min((m + 1) * kWordBits, n); ++row) {
-        kept |= static_cast<uint32_t>(keep[row]) << row % kWordBits;
+  // The entries of the span, row by row; false where they are too many.
+  bool find_entries() {
+    const int64_t most = last_ - first_ <= kStrip ? INT64_MAX : kEntries;
+    const int64_t words_stride = row_stride(window), first_word = first_ / kWordBits;
+    const uint32_t* const words = data<uint32_t>(window) + first_word;
+    std::atomic<int64_t> total{0};
+    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) {
+        std::vector<int32_t>& columns = found_[b];
+        columns.clear();
+        for (int64_t row = b * kPanelRows; row < std::min(n, (b + 1) * kPanelRows); ++row) {
+          const size_t before = columns.size();
+          if (keep == nullptr || keep[row]) {
+            for_each_bit(words + row * words_stride, n_words(last_) - first_word,
+                         [&](int64_t j) { columns.push_back(static_cast<int32_t>(j)); });
+          }
+          row_entries_[row] = static_cast<int32_t>(columns.size() - before);
+          if ((total += row_entries_[row]) > most) return;
+        }
       }
-      for (int64_t j = 0; j < k; ++j) columns_[m * stride_ + j] &= kept;
-    }
+    });
+    return total <= most;
   }
 
-  // Tiles of columns from first_ while their entries fit; where each list begins.
-  void count_span() {
-    constexpr int64_t kWords = kPanelRows / kWordBits;
-    begin_.assign(1, 0);
-    for (last_ = first_; last_ < k; last_ = std::min(last_ + kStrip, k)) {
-      const int64_t used = std::min(k - last_, kStrip), at = begin_.size();
-      begin_.resize(at + used * blocks_, 0);
-      for (int64_t r = 0; r < blocks_; ++r) {
-        int64_t counts[kStrip] = {};
-        kernels().column_counts(columns_ + r * kWords * stride_ + last_, stride_,
-                                std::min(n_words(n) - r * kWords, kWords), used, counts);
-        for (int64_t j = 0; j < used; ++j) begin_[at + j * blocks_ + r] = counts[j];
+  // Sorts them by column and, within, by blocks; rows rise, as they are taken from the last.
+  void list_columns() {
+    const int64_t lists = (last_ - first_) * blocks_;
+    begin_.assign(lists + 1, 0);
+    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) {
+        for (int32_t j : found_[b]) ++begin_[j * blocks_ + b];
       }
-      for (int64_t b = at; b < static_cast<int64_t>(begin_.size()); ++b) begin_[b] += begin_[b - 1];
-      if (last_ > first_ && begin_.back() > kEntries) {
-        begin_.resize(at);
-        break;
-      }
-    }
+    });
+    for (int64_t i = 1; i <= lists; ++i) begin_[i] += begin_[i - 1];
     index_.resize(begin_.back());
     value_.assign(begin_.back(), 0);
-  }
-
-  // The words of columns next to each other share a cache line, those of one column do not.
-  void list_columns(int64_t from, int64_t to) {
-    constexpr int64_t kTogether = 16;
-    for (int64_t j0 = from; j0 < to; j0 += kTogether) {
-      const int64_t used = std::min(to - j0, kTogether);
-      uint16_t* out[kTogether];
-      for (int64_t j = 0; j < used; ++j) out[j] = index_.data() + begin_of(j0 + j);
-      for (int64_t m = 0; m < n_words(n); ++m) {
-        const int64_t row = m * kWordBits % kPanelRows;
-        const uint32_t* const words = columns_ + m * stride_ + first_ + j0;
-        for (int64_t j = 0; j < used; ++j) {
-          for (uint32_t rest = words[j]; rest != 0; rest &= rest - 1) {
-            *out[j]++ = static_cast<uint16_t>(row + __builtin_ctz(rest));
+    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) {
+        const int32_t* column = found_[b].data() + found_[b].size();
+        const int64_t top = b * kPanelRows;
+        for (int64_t row = std::min(n, top + kPanelRows) - 1; row >= top; --row) {
+          for (int32_t e = 0; e < row_entries_[row]; ++e) {
+            index_[--begin_[*--column * blocks_ + b]] = static_cast<uint16_t>(row - top);
           }
         }
       }
-    }
+    });
+  }
+
+  // Whether rows of a dense matrix are read where they lie: by few entries, in whole cache lines.
+  bool in_place(int64_t from, int64_t count, int64_t width) const {
+    return width % kLine == 0 && begin_of(from + count) - begin_of(from) < kReuse * n;
   }
 
   // Columns from .. from + count of the span against one block of rows of a dense matrix, of which
-  // the panel takes columns c .. c + kWidth.
+  // the panel takes columns c .. c + kWidth; or the matrix itself, from column c on.
   SparseLists<T> lists(Worker& w, int64_t from, int64_t count, const T* dense, int64_t stride,
-                       int64_t width, int64_t block, int64_t c) const {
-    T* const panel = reinterpret_cast<T*>(w.panel.get());
+                       int64_t width, int64_t block, int64_t c, bool here) const {
+    const int64_t* const begin = begin_.data() + from * blocks_ + block;
+    if (here) {
+      const T* const rows_here = dense + block * kPanelRows * stride + c;
+      return {begin, blocks_, count, index_.data(), rows_here, stride, width - c};
+    }
     const int64_t used = std::min(width - c, kWidth);
+    T* const panel = reinterpret_cast<T*>(w.panel.get());
     if (w.held != dense || w.block != block || w.column != c) {
       w.held = dense, w.block = block, w.column = c;
       const int64_t top = block * kPanelRows, bottom = std::min(n, top + kPanelRows);
@@ -163,8 +173,7 @@ class SparseBackward {
         std::fill(to + used, to + round_up(used, kLine), T{0});
       }
     }
-    return {
-        begin_.data() + from * blocks_ + block, blocks_, count, index_.data(), panel, kWidth, used};
+    return {begin, blocks_, count, index_.data(), panel, kWidth, used};
   }
 
   // With several blocks of rows a panel serves so many columns that its copy does not count.
@@ -175,11 +184,12 @@ class SparseBackward {
   void dots(Worker& w, int64_t from, int64_t to) {
     for (int64_t j = from, step = group(from, to); j < to; j += step) {
       const int64_t count = std::min(to - j, step);
-      for (int64_t c = 0; c < d_out; c += kWidth) {
+      const bool here = in_place(j, count, d_out);
+      for (int64_t c = 0; c < d_out; c += here ? d_out : kWidth) {
         for (int64_t r = 0; r < blocks_; ++r) {
-          sparse_kernels<T>().dots(lists(w, j, count, grad_recon, grad_recon_stride, d_out, r, c),
-                                   W_dec + (first_ + j) * W_dec_stride + c, W_dec_stride,
-                                   value_.data());
+          sparse_kernels<T>().dots(
+              lists(w, j, count, grad_recon, grad_recon_stride, d_out, r, c, here),
+              W_dec + (first_ + j) * W_dec_stride + c, W_dec_stride, value_.data());
         }
       }
     }
@@ -289,13 +299,17 @@ class SparseBackward {
     T* const out = reinterpret_cast<T*>(w.output.get());
     for (int64_t j0 = from, step = group(from, to); j0 < to; j0 += step) {
       const int64_t j1 = std::min(to, j0 + step), few = std::min(step, kPanelRows);
+      const bool here = in_place(j0, j1 - j0, d);
       for (int64_t c = 0; c < d; c += kWidth) {
         for (int64_t j = j0; j < j1; j += few) {
           const int64_t count = std::min(j1 - j, few);
-          std::fill_n(out, count * kPitch, T{0});
+          for (int64_t row = 0; row < count; ++row) {
+            std::fill_n(out + row * kPitch, std::min(d - c, kWidth), T{0});
+          }
           for (int64_t r = 0; r < blocks_; ++r) {
-            sparse_kernels<T>().sums(lists(w, j, count, x, x_stride, d, r, c), value_.data(), out,
-                                     kPitch);
+            SparseLists<T> rows_of_x = lists(w, j, count, x, x_stride, d, r, c, here);
+            rows_of_x.width = std::min(rows_of_x.width, kWidth);
+            sparse_kernels<T>().sums(rows_of_x, value_.data(), out, kPitch);
           }
           sparse_kernels<T>().transpose(out, kPitch, count, std::min(d - c, kWidth),
                                         grad_W + c * k + first_ + j, k);

@@ -72,6 +72,28 @@ inline void prefer_large_pages(const Tensor& fresh) {
   prefer_large_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size());
 }
 
+// Calls add with the number of every set bit. Sixteen words at a time are looked at first: nearly
+// all are zero in a sparse code.
+template <typename Add>
+void for_each_bit(const uint32_t* words, int64_t n, Add add) {
+  constexpr int64_t kLine = 16;
+  for (int64_t w0 = 0; w0 < n; w0 += kLine) {
+    const int64_t w1 = std::min(n, w0 + kLine);
+    if (w1 - w0 == kLine) {
+      uint64_t line[kLine / 2];
+      __builtin_memcpy(line, words + w0, sizeof(line));
+      uint64_t any = 0;
+      for (uint64_t part : line) any |= part;
+      if (any == 0) continue;
+    }
+    for (int64_t w = w0; w < w1; ++w) {
+      for (uint32_t rest = words[w]; rest != 0; rest &= rest - 1) {
+        add(w * kWordBits + __builtin_ctz(rest));
+      }
+    }
+  }
+}
+
 // The width of strips, a multiple of kStrip up to `widest`, that leaves threads the least idle.
 inline int64_t strip_width(int64_t columns, int64_t widest) {
   const int64_t threads = torch::stable::get_num_threads();

@@ -35,11 +35,13 @@ SCHEMAS = {
     # numerator = sum_{i != j} |N n_ij - n_i n_j|, int64 []; signs when keep_signs. Two forms give
     # the same integers. By bits: F^2 N products of bits. By lists: pairs that are never on together
     # are known in closed form, the rest is counted in sum_r l_r^2 steps (l_r ones in row r). A body
-    # chooses by that sum. By lists nothing is kept, so signs has no elements though keep_signs asks
-    # for them: a caller that traces, where a shape is one, passes False. A body on a device that is
-    # not read back returns both shapes as the fake does, and chooses again in backward.
+    # chooses by that sum. By lists no planes are made, so signs has no elements though keep_signs
+    # asks for them; with keep_lists it may be [m] instead, the lists of these rows, which are for
+    # encoder_backward of the same backend. A caller that traces, where a shape is one, passes False
+    # for both. A body on a device that is not read back returns both shapes as the fake does, and
+    # chooses again in backward.
     "covariance": (
-        "(Tensor words, Tensor counts, Tensor n_rows, bool keep_signs)"
+        "(Tensor words, Tensor counts, Tensor n_rows, bool keep_signs, bool keep_lists=False)"
         " -> (Tensor numerator, Tensor signs)"
     ),
     # value(B)^T grad_recon and the column sums of grad_recon, in `dtype`.
@@ -84,7 +86,7 @@ def _fake_decode(
 
 
 def _fake_covariance(
-    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool, keep_lists: bool = False
 ) -> tuple[Tensor, Tensor]:
     k = counts.shape[0]
     signs = words.new_empty((2, k, n_words(k)) if keep_signs else 0)

@@ -61,7 +61,7 @@ def exact(bits):
     return torch.from_numpy(counts), v
 
 
-def gradient_of_bits(impl, words, counted, counts, n_rows, window=None):
+def gradient_of_bits(impl, words, counted, counts, n_rows, window=None, signs=None):
     """N (B S) - n^T S at every bit of ``words``, by the encoder's backward on x = 1."""
     n, k = len(words), len(counts)
     zero = torch.zeros(n, k, dtype=torch.float64)
@@ -69,7 +69,7 @@ def gradient_of_bits(impl, words, counted, counts, n_rows, window=None):
     scale = torch.tensor(n_rows * (n_rows - 1) / 2, dtype=torch.float64)
     return registry.BACKENDS[impl].ops["encoder_backward"](
         torch.eye(n, dtype=torch.float64), zero, zero[0], torch.zeros(k, 1, dtype=torch.float64),
-        words, empty if window is None else window, None, None, None, None, scale, None, counted,
+        words, empty if window is None else window, None, None, None, None, scale, signs, counted,
         counts, torch.tensor(n_rows), "identity" if window is None else "rectangle", 1.0, 1,
         [False, True, True],
     )[1]  # fmt: skip
@@ -102,6 +102,39 @@ def test_numerator_and_gradient_equal_numpy(shape, cost, impl, monkeypatch):
     window = torch.rand(n, k) < 0.1
     got = gradient_of_bits(impl, words, words, counts, n, pack_rows(window))
     assert np.array_equal(got.numpy(), expected * window.numpy())
+
+
+@pytest.mark.skipif(CPP.unavailable is not None, reason=f"cpp: {CPP.unavailable}")
+@pytest.mark.parametrize("cost", COSTS)
+def test_kept_lists_give_the_gradient_of_lists_made_again(cost, monkeypatch):
+    set_cost(monkeypatch, cost)
+    bits = codes(300, 200, 6, dense=5)
+    words, (counts, v) = pack_rows(bits), exact(bits)
+    _, kept = CPP.ops["covariance"](words, counts, torch.tensor(300), False, True)
+    assert kept.dim() == 1
+    assert kept.numel() > 3 * int(counts[(counts > 0) & (counts < 300)].sum())
+    others = torch.rand(33, 200) < 0.1
+    for at_hand, counted in ((bits, words), (bits, None), (others, words)):
+        for window in (None, torch.rand(at_hand.shape) < 0.05):
+            got = gradient_of_bits(
+                "cpp", words if at_hand is bits else pack_rows(others), counted, counts, 300,
+                None if window is None else pack_rows(window), kept,
+            )  # fmt: skip
+            b = at_hand.numpy().astype(np.int64)
+            want = 300 * (b @ np.sign(v)) - counts.numpy() @ np.sign(v)
+            want = want if window is None else want * window.numpy()
+            assert np.array_equal(got.numpy(), want)
+
+
+@pytest.mark.skipif(CPP.unavailable is not None, reason=f"cpp: {CPP.unavailable}")
+@pytest.mark.parametrize("shape", [(0,), (2, 70, 2), (2, 69, 3)], ids=str)
+@pytest.mark.parametrize("windowed", [False, True])
+def test_signs_that_are_no_planes_are_refused(shape, windowed):
+    bits = torch.rand(40, 70) < 0.3
+    words, signs = pack_rows(bits), torch.zeros(shape, dtype=torch.int32)
+    window = pack_rows(torch.rand(40, 70) < 0.1) if windowed else None
+    with pytest.raises(RuntimeError, match=r"signs must hold planes \[2, 70, 3\]; got"):
+        gradient_of_bits("cpp", words, words, bits.sum(0), 40, window, signs)
 
 
 @pytest.mark.skipif(CPP.unavailable is not None, reason=f"cpp: {CPP.unavailable}")

@@ -192,6 +192,23 @@ def test_more_entries_than_one_span_lists(always):
     assert always
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_entries_read_rows_where_they_lie(dtype, always):
+    """Fewer than two entries a row in a group of 512 columns, rows of whole cache lines."""
+    x, parameters, direction = problem(1100, 48, 600, 32)
+    options = {"surrogate_width": 1e-3, "weights": (1.0, 0.01, 0, 0.7)}
+    expected = run("reference", x, parameters, direction, **options)
+    assert 0 < (expected["W_enc"] != 0).any(0).sum() < 600
+    given = [t.to(dtype) for t in (x, *parameters, direction)]
+    if dtype == torch.float32:  # the bits and windows of the numbers that the other side is given
+        x, *parameters, direction = (t.double() for t in given)
+        expected = run("reference", x, parameters, direction, **options)
+    actual = run("cpp", given[0], given[1:5], given[5], **options)
+    assert always
+    actual = {name: g.double() for name, g in actual.items()}
+    assert_same(actual, expected, 1e-12 if dtype == torch.float64 else 1e-4)
+
+
 def operands(dtype, n=530, d=200, k=300, density=0.1, seed=0):
     """Arguments of the operator with a window of given density, whatever the pre-activations."""
     g = torch.Generator().manual_seed(seed)

@@ -11,8 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 import bae_fast as bf
 from bae_fast.backends import torch as torch_backend
+from bae_fast.backends.cpp import covariance as cpp_covariance
+from bae_fast.ops import registry
 from bae_fast.ops.products import column_chunks
 from bench import memory
+
+CPP = registry.BACKENDS["cpp"]
 
 SURROGATES = ("identity", "official", "sigmoid", "rectangle")
 WORD = 32
@@ -28,7 +32,9 @@ def inputs(n: int, d: int, f: int, n_bits: int = 1) -> list[torch.Tensor]:
     return [x, *(parameter.requires_grad_() for parameter in parameters)]
 
 
-def saved_bytes(given: list[torch.Tensor], **options) -> tuple[dict[int, int], bf.BAEOutput]:
+def saved_bytes(
+    given: list[torch.Tensor], impl: str = "torch", **options
+) -> tuple[dict[int, int], bf.BAEOutput]:
     """Bytes of each distinct storage kept for backward, x and the parameters left out."""
     found: dict[int, int] = {}
     apart = {tensor.untyped_storage().data_ptr() for tensor in given}
@@ -42,7 +48,7 @@ def saved_bytes(given: list[torch.Tensor], **options) -> tuple[dict[int, int], b
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = bf.binary_autoencoder(*given, impl="torch", **options)
+        out = bf.binary_autoencoder(*given, impl=impl, **options)
     assert kept
     return found, out
 
@@ -88,6 +94,25 @@ def test_sparse_codes_keep_the_same_with_the_covariance_as_without(surrogate):
     assert sum(found.values()) == expected_bytes(
         n, k, surrogate=surrogate, covariance=True, signs=False, mask=False
     )
+
+
+@pytest.mark.skipif(CPP.unavailable is not None, reason=f"cpp: {CPP.unavailable}")
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_lists_of_sparse_codes_keep_twelve_bytes_a_one(surrogate, monkeypatch):
+    table = dict.fromkeys(cpp_covariance.LIST_COST, 1e-9)
+    monkeypatch.setattr(cpp_covariance, "LIST_COST", table)
+    n, k = 67, 1200
+    given = inputs(n, 9, k)
+    with torch.no_grad():
+        given[2] -= 7  # about ten ones a row
+    found, out = saved_bytes(given, impl="cpp", surrogate=surrogate, covariance=True)
+    counts = out.code.counts()
+    used = (counts > 0) & (counts < n)
+    ranks = 2 + k + 2 * int(used.sum())  # a head; by feature, and by rank
+    # a head; by row, by rank; three numbers a one
+    lists = 2 + (2 * n + 1) + (int(used.sum()) + 1) + 3 * int(counts[used].sum())
+    expected = expected_bytes(n, k, surrogate=surrogate, covariance=True, signs=False, mask=False)
+    assert sum(found.values()) == expected + 4 * (ranks + lists)
 
 
 @pytest.mark.usefixtures("by_bits")

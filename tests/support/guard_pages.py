@@ -201,6 +201,18 @@ def listed_operators(n, k, pad):
                 None, ranks, counted, here, counts, n, None, 0.25, window, None, None, False,
                 torch.zeros(k - start, dtype=torch.float64),
             )  # fmt: skip
+            d = start % 3 * 8 + 16 if start else 5  # rows of whole cache lines are read in place
+            empty = torch.empty(0, dtype=dtype)
+            check(
+                f"sparse_backward from lists {dtype}: {shape}, d {d}",
+                op("sparse_backward"),
+                window, torch.rand(n + 3) < 0.7 if all_rows else None, at_hand,
+                torch.randn(n + 3, d, dtype=dtype), torch.randn(k, d, dtype=dtype),
+                None, None, True, None, None, ranks, counted, here, counts, n, None, 0.25,
+                strided(torch.randn(n + 3, d, dtype=dtype), pad), torch.randn(d, k, dtype=dtype),
+                torch.zeros(n + 3, d, dtype=dtype) if all_rows else empty,
+                torch.zeros(d, k, dtype=dtype), torch.zeros(k, dtype=torch.float64),
+            )  # fmt: skip
     return found
 
 

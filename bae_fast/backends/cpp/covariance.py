@@ -3,8 +3,9 @@
     V_ij = N n_ij - n_i n_j,   n_ij = popcount of column i & column j
 
 Two forms of the same integers. By bits, F^2 N products of bits, and planes of the signs are kept.
-By lists (``csrc/pair_lists.cpp``), sum_r l_r^2 entries are visited for l_r ones in row r, and
-nothing is kept: backward counts again. Sparse codes make the second cheap whatever F is.
+By lists (``csrc/pair_lists.cpp``), sum_r l_r^2 entries are visited for l_r ones in row r; the lists
+of ones are kept, 12 bytes a one, and backward counts again. Sparse codes make the second cheap
+whatever F is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from math import isinf
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.extension import op, simd
@@ -55,18 +57,44 @@ def pair_lists(
     ranks, counted = op("pair_lists")(words, counts, n_rows, cost, all_rows)
     if ranks.numel() == 0:
         return None
-    same = at_hand.data_ptr() == words.data_ptr() and at_hand.shape == words.shape
-    here = counted if same else op("list_rows")(dense_rows(at_hand), ranks, len(counts))
+    return _with_rows_at_hand(ranks, counted, words, at_hand, len(counts))
+
+
+def _with_rows_at_hand(
+    ranks: Tensor, counted: Tensor, words: Tensor | None, at_hand: Tensor, n_features: int
+) -> Lists:
+    same = (
+        words is not None
+        and at_hand.data_ptr() == words.data_ptr()
+        and at_hand.shape == words.shape
+    )
+    here = counted if same else op("list_rows")(dense_rows(at_hand), ranks, n_features)
     return Lists(ranks, counted, here)
 
 
+# csrc/pair_lists.h: how many ranks there are comes first, then another number
+_HEAD = 2
+
+
+def are_lists(signs: Tensor) -> bool:
+    """Whether what a covariance kept are lists, ``[m]``, in place of planes."""
+    return signs.dim() == 1 and signs.numel() > 0
+
+
+def kept_lists(kept: Tensor, words: Tensor | None, at_hand: Tensor, n_features: int) -> Lists:
+    """Lists that :func:`covariance` kept of ``words``, and those of the rows at hand."""
+    end = _HEAD + n_features + 2 * int(kept[0])
+    return _with_rows_at_hand(kept[:end], kept[end:], words, at_hand, n_features)
+
+
 def covariance(
-    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool, keep_lists: bool = False
 ) -> tuple[Tensor, Tensor]:
     check_numerator(words, counts, n_rows)
     words, counts, n = dense_rows(words), counts.contiguous(), int(n_rows)
     lists = pair_lists(words, counts, n, words, False)
     if lists is not None:
         numerator = op("listed_covariance")(lists.ranks, lists.counted, len(counts), n)
-        return numerator, words.new_empty(0)
+        kept = torch.cat(lists[:2]) if keep_lists else words.new_empty(0)
+        return numerator, kept
     return op("covariance")(words, counts, n, keep_signs)

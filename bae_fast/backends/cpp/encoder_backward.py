@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.backends.cpp.covariance import dense_rows, pair_lists
+from bae_fast.backends.cpp.covariance import are_lists, dense_rows, kept_lists, pair_lists
 from bae_fast.backends.cpp.extension import empty_gradient, op
 from bae_fast.backends.cpp.sparse_backward import is_sparse, sparse_backward
 from bae_fast.backends.cpp.units import operand, unit_digits
@@ -71,6 +71,12 @@ def _statistics(
     if grad_covariance is None:
         return False, None, None, *none, counts, n_rows, None, 0.0
     scale = float(grad_covariance) * 2 / (n_rows * (n_rows - 1))
+    if signs is not None and are_lists(signs):
+        # bits may be the faster form for the product with all rows: then the choice is made again
+        if not all_rows or stats_words is None:
+            lists = kept_lists(signs, stats_words, words, len(counts))
+            return True, None, None, *lists, counts, n_rows, None, scale
+        signs = None
     if signs is not None:
         digits = _digits(counts, n_rows)
         return True, signs.contiguous(), None, *none, counts, n_rows, digits, scale

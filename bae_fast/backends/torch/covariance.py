@@ -59,7 +59,7 @@ def covariance_tile(
 
 
 def covariance(
-    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+    words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool, keep_lists: bool = False
 ) -> tuple[Tensor, Tensor]:
     if words.device.type == "cpu":  # reading them back would synchronise a GPU
         check_numerator(words, counts, n_rows)

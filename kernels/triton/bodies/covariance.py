@@ -18,7 +18,12 @@ from bae_fast.ops import nvidia
 
 
 def covariance(
-    kernels: Any, words: Tensor, counts: Tensor, n_rows: Tensor, keep_signs: bool
+    kernels: Any,
+    words: Tensor,
+    counts: Tensor,
+    n_rows: Tensor,
+    keep_signs: bool,
+    keep_lists: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if words.device.type == "cpu" and n_rows < 2:  # reading it back would synchronise a GPU
         raise ValueError(f"covariance needs at least 2 rows; got {int(n_rows)}")
