@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from bae_fast import reference
 from bae_fast.codes import BinaryCode, check_covariance_size, keep_signs
 from bae_fast.ops import registry
+from bae_fast.ops.schemas import EncoderBackward
 from bae_fast.packing import bit_weights, pack_rows
 from bae_fast.statistics import CodeStatistics, entropy_bits, entropy_gradient
 from bae_fast.surrogates import resolve_surrogate
@@ -188,13 +189,16 @@ class _PackedAutoencoder(torch.autograd.Function):
             if grad_variance is not None:
                 steps = _squared_steps(W_dec, options.n_bits, grad_variance.dtype)
                 curvature = steps * grad_variance
-            grad_x, grad_W, grad_b = ops["encoder_backward"](
-                x, W_enc, b_enc, W_dec, words, window, row_mask,
-                grad_recon, columns, curvature, grad_covariance,
-                signs if ctx.has_signs else None, counted_words, counts, n_rows,
-                options.surrogate, options.width, options.n_bits,
-                [need_x, need_W_enc, need_b_enc],
+            given = EncoderBackward(
+                x=x, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec,
+                words=words, window=window, row_mask=row_mask,
+                grad_recon=grad_recon, grad_columns=columns, curvature=curvature,
+                grad_covariance=grad_covariance, signs=signs if ctx.has_signs else None,
+                stats_words=counted_words, stats_counts=counts, stats_n_rows=n_rows,
+                surrogate=options.surrogate, width=options.width, n_bits=options.n_bits,
+                needs=[need_x, need_W_enc, need_b_enc],
             )  # fmt: skip
+            grad_x, grad_W, grad_b = ops["encoder_backward"](*given)
             grads[0] = grad_x if need_x else None
             grads[1] = grad_W if need_W_enc else None
             grads[2] = grad_b if need_b_enc else None

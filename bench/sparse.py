@@ -7,6 +7,8 @@
     step       a whole training step with its optimizer, with the covariance and without
     bank       the numerator of many past rows, counted anew, beside a pass over pairs that were
                kept: n_i changes with every batch, so updated counts need at least that pass
+    memory     peak of a whole step with the covariance beyond parameters, gradients and the
+               optimizer's state, beside the bytes kept for backward (docs/how/step.md)
 
 A code has intensities log-normal over its columns, and the window holds 3.4 times as many entries
 as there are ones. Forms that would take minutes are left out: ``MOST_BITS``, ``MOST_EAGER``.
@@ -29,7 +31,7 @@ from bae_fast import BAEOutput, binary_autoencoder
 from bae_fast.backends.cpp import covariance as cpp_covariance
 from bae_fast.ops import registry
 from bae_fast.packing import WORD_BITS, column_counts, n_words, popcount, unpack_rows
-from bench import ceilings, eager, exact, rival, tables
+from bench import ceilings, eager, exact, memory, rival, tables
 from bench.exact import WrongResultError
 from bench.step import LEARNING_RATE, parameters_of
 from bench.timing import SECONDS, Comparison, Side, compare
@@ -48,6 +50,7 @@ STEPS = ((4096, 512, 65536),)  # N, d, F
 COVARIANCE_WEIGHT = 1e-7
 BANKS = ((32768, 65536), (131072, 65536))  # N, F
 PAIR_BYTES = 12  # i, j and n_ij
+MEMORY = ((4096, 64, 2**20),)  # N, d, F
 
 
 def sparse_words(n: int, f: int, ones: float, seed: int) -> Tensor:
@@ -295,6 +298,21 @@ def bank_row(n: int, f: int, seconds: float) -> dict[str, Any]:
     return row | {"kept_pairs": kept[0][2]}
 
 
+def kept_bytes(n: int, f: int, ones: float, active: int) -> float:
+    """Bits, window, counts and lists of one step: ``active`` features are not constant."""
+    return 2 * 4 * n * n_words(f) + 8 * f + 12 * n * ones + 8 * n + 4 * f + 12 * active
+
+
+def memory_row(n: int, d: int, f: int) -> dict[str, Any]:
+    """Peak bytes of a whole step, in a process of its own."""
+    case = {"n": n, "d": d, "f": f}
+    asked = {"impl": "cpp", "objective": "million", "threads": torch.get_num_threads()}
+    peak = memory.in_fresh_process("packed", case | asked)["peak_bytes"]
+    ones = memory.MILLION.density * f
+    most = kept_bytes(n, f, ones, min(f, int(n * ones)))
+    return {"part": "memory", "sides": {}, "peak_bytes": peak, "kept_bytes": most} | case
+
+
 def run(
     only: str = "",
     seconds: float = SECONDS,
@@ -302,8 +320,9 @@ def run(
     n: int = ROWS,
     steps: tuple[tuple[int, int, int], ...] = STEPS,
     banks: tuple[tuple[int, int], ...] = BANKS,
+    memories: tuple[tuple[int, int, int], ...] = MEMORY,
 ) -> dict[str, Any]:
-    """What of "operators-F", "step-F" and "bank-N" holds ``only``."""
+    """What of "operators-F", "step-F", "bank-N" and "memory-F" holds ``only``."""
     rows = []
     for rows_of_step, d, f in steps:
         if only in f"step-{f}":
@@ -323,6 +342,10 @@ def run(
     for rows_of_bank, f in banks:
         if only in f"bank-{rows_of_bank}":
             rows.append(bank_row(rows_of_bank, f, seconds))
+            print(rows[-1], flush=True)
+    for rows_of_step, d, f in memories:
+        if only in f"memory-{f}":
+            rows.append(memory_row(rows_of_step, d, f))
             print(rows[-1], flush=True)
     return {"rows": rows}
 
@@ -380,6 +403,13 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['kept_pairs'] / 1e6:,.1f} million pairs, had they been kept, "
                 f"takes {tables.milliseconds(row['kept_seconds'])}, and they need "
                 f"{tables.mebibytes(PAIR_BYTES * row['kept_pairs'])}."
+            )
+        elif row["part"] == "memory":
+            text += (
+                f"\n\nPeak memory of a whole step with the covariance at N, d, F = {row['n']:,}, "
+                f"{row['d']:,}, {row['f']:,}, above parameters, gradients and the optimizer's "
+                f"state, is {tables.mebibytes(row['peak_bytes'])}, of which "
+                f"{tables.mebibytes(row['kept_bytes'])} are kept for backward by the formula."
             )
     return text
 

@@ -201,10 +201,16 @@ def test_a_wrong_form_gets_no_figure(name, monkeypatch):
 @needs_cpp
 def test_the_table_of_sparse_codes_has_a_line_a_size():
     result = sparse.run(
-        seconds=0, features=(331, 700), n=70, steps=((66, 24, 331),), banks=((90, 700),)
+        seconds=0,
+        features=(331, 700),
+        n=70,
+        steps=((66, 24, 331),),
+        banks=((90, 700),),
+        memories=((66, 24, 331),),
     )
-    table, step, bank = sparse.table(result).split("\n\n")
+    table, step, bank, memory_of_step = sparse.table(result).split("\n\n")
     assert step.startswith("A whole training step at N, d, F = 66, 24, 331 takes")
+    assert memory_of_step.startswith("Peak memory of a whole step with the covariance at N, d, F =")
     assert bank.startswith("The numerator of a bank of 90 rows at F = 700 takes")
     header, _, *lines = table.splitlines()
     assert [line.split()[1] for line in lines] == ["331", "700"]

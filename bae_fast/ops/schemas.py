@@ -14,7 +14,7 @@ come back in the parameters' own dtype. An absent tensor result has zero element
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,30 @@ SCHEMAS = {
         " -> (Tensor grad_x, Tensor grad_W_enc, Tensor grad_b_enc)"
     ),
 }
+
+
+class EncoderBackward(NamedTuple):
+    """What ``encoder_backward`` is given, in the order of its schema."""
+
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    words: Tensor
+    window: Tensor
+    row_mask: Tensor | None
+    grad_recon: Tensor | None
+    grad_columns: Tensor | None
+    curvature: Tensor | None
+    grad_covariance: Tensor | None
+    signs: Tensor | None
+    stats_words: Tensor | None
+    stats_counts: Tensor
+    stats_n_rows: Tensor
+    surrogate: str
+    width: float
+    n_bits: int
+    needs: list[bool]
 
 
 def _fake_encode(

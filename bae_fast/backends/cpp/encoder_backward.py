@@ -35,6 +35,7 @@ from bae_fast.ops.products import (
     product_dtype,
     sum_dtype,
 )
+from bae_fast.ops.schemas import EncoderBackward
 from bae_fast.packing import bit_weights, pack_rows
 
 
@@ -74,8 +75,8 @@ def _statistics(
     if signs is not None and are_lists(signs):
         # bits may be the faster form for the product with all rows: then the choice is made again
         if not all_rows or stats_words is None:
-            lists = kept_lists(signs, stats_words, words, len(counts))
-            return True, None, None, *lists, counts, n_rows, None, scale
+            kept = kept_lists(signs, stats_words, words, len(counts))
+            return True, None, None, *kept, counts, n_rows, None, scale
         signs = None
     if signs is not None:
         digits = _digits(counts, n_rows)
@@ -88,46 +89,35 @@ def _statistics(
     return True, None, columns, *none, counts, n_rows, _digits(counts, n_rows), scale
 
 
-def encoder_backward(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    words: Tensor,
-    window: Tensor,
-    row_mask: Tensor | None,
-    grad_recon: Tensor | None,
-    grad_columns: Tensor | None,
-    curvature: Tensor | None,
-    grad_covariance: Tensor | None,
-    signs: Tensor | None,
-    stats_words: Tensor | None,
-    stats_counts: Tensor,
-    stats_n_rows: Tensor,
-    surrogate: str,
-    width: float,
-    n_bits: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    given, wide = x.dtype, sum_dtype(x.dtype)
-    need_x, need_W, need_b = needs
+def encoder_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = EncoderBackward(*arguments)
+    x, W_enc, W_dec, grad_recon = given.x, given.W_enc, given.W_dec, given.grad_recon
+    n_bits, surrogate = given.n_bits, given.surrogate
+    wide = sum_dtype(x.dtype)
+    need_x, need_W, need_b = given.needs
     grad_x = x.new_zeros(x.shape if need_x else 0, dtype=wide)
     grad_W = W_enc.new_empty(0)
     if need_W:
         grad_W = empty_gradient(W_enc.shape[0], W_enc.shape[1], W_enc.dtype)
     column_sum = torch.empty(W_enc.shape[1], dtype=torch.float64)
-    words = dense_rows(words)
-    inside = dense_rows(window) if surrogate == "rectangle" else None
+    words = dense_rows(given.words)
+    inside = dense_rows(given.window) if surrogate == "rectangle" else None
     sparse = inside is not None and is_sparse(x, W_enc, inside, n_bits)
     terms = _Terms(
         words=words,
-        shift=None if grad_columns is None else grad_columns.to(wide).contiguous(),
-        curvature=None if curvature is None else curvature.to(wide).contiguous(),
+        shift=None if given.grad_columns is None else given.grad_columns.to(wide).contiguous(),
+        curvature=None if given.curvature is None else given.curvature.to(wide).contiguous(),
         statistics=_statistics(
-            grad_covariance, signs, stats_words, stats_counts, int(stats_n_rows), words, not sparse
+            given.grad_covariance,
+            given.signs,
+            given.stats_words,
+            given.stats_counts,
+            int(given.stats_n_rows),
+            words,
+            not sparse,
         ),
         window=inside,
-        keep=None if row_mask is None else row_mask.contiguous(),
+        keep=None if given.row_mask is None else given.row_mask.contiguous(),
     )
     dtype = wide if sparse else product_dtype(x.dtype, x.device)
     x = x.to(dtype)
@@ -154,11 +144,11 @@ def encoder_backward(
         )
     ):
         _dense_backward(
-            terms, x, W_enc, b_enc, W_dec, grad_recon, surrogate, width, n_bits,
+            terms, x, W_enc, given.b_enc, W_dec, grad_recon, surrogate, given.width, n_bits,
             grad_x, grad_W, column_sum,
         )  # fmt: skip
-    grad_b = (column_sum if need_b else column_sum[:0]).to(b_enc.dtype)
-    return grad_x.to(given), grad_W, grad_b
+    grad_b = (column_sum if need_b else column_sum[:0]).to(given.b_enc.dtype)
+    return grad_x.to(given.x.dtype), grad_W, grad_b
 
 
 def _unit_backward(

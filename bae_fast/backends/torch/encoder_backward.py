@@ -13,6 +13,8 @@ dW_enc and db_enc are disjoint; only dx accumulates.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from bae_fast.ops.products import (
     product_dtype,
     sum_dtype,
 )
+from bae_fast.ops.schemas import EncoderBackward
 from bae_fast.packing import WORD_BITS, bit_weights, n_words, unpack_rows
 
 
@@ -56,40 +59,25 @@ def _through_step(
     return g
 
 
-def encoder_backward(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    words: Tensor,
-    window: Tensor,
-    row_mask: Tensor | None,
-    grad_recon: Tensor | None,
-    grad_columns: Tensor | None,
-    curvature: Tensor | None,
-    grad_covariance: Tensor | None,
-    signs: Tensor | None,
-    stats_words: Tensor | None,
-    stats_counts: Tensor,
-    stats_n_rows: Tensor,
-    surrogate: str,
-    width: float,
-    n_bits: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, k, given = x.shape[0], W_enc.shape[1], x.dtype
-    wide = sum_dtype(given)
-    need_x, need_W, need_b = needs
-    grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, needs)
-    dtype = product_dtype(given, x.device)
+def encoder_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = EncoderBackward(*arguments)
+    x, W_enc, b_enc, W_dec, words = given[:5]
+    grad_recon, surrogate, n_bits = given.grad_recon, given.surrogate, given.n_bits
+    n, k = x.shape[0], W_enc.shape[1]
+    wide = sum_dtype(x.dtype)
+    need_x, need_W, need_b = given.needs
+    grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, given.needs)
+    dtype = product_dtype(x.dtype, x.device)
     x = x.to(dtype)
     grad_recon = None if grad_recon is None else grad_recon.to(dtype)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
     sign_product = scale = None
-    if grad_covariance is not None:
-        sign_product = SignProduct(words, signs, stats_words, stats_counts, stats_n_rows)
-        total = stats_n_rows.double()
-        scale = grad_covariance.double() * 2 / (total * (total - 1))
+    if given.grad_covariance is not None:
+        sign_product = SignProduct(
+            words, given.signs, given.stats_words, given.stats_counts, given.stats_n_rows
+        )
+        total = given.stats_n_rows.double()
+        scale = given.grad_covariance.double() * 2 / (total * (total - 1))
 
     for start, stop in column_chunks(n, k, n_bits, x.device):
         features = slice(start // n_bits, stop // n_bits)
@@ -99,10 +87,10 @@ def encoder_backward(
             g = product(grad_recon, W_dec[features].to(dtype).t()).to(wide)
             if n_bits > 1:
                 g = (g[:, :, None] * bit_weights(n_bits, wide, x.device)).flatten(1)
-        if grad_columns is not None:
-            g += grad_columns[start:stop].to(wide)
-        if curvature is not None:
-            v = curvature[start:stop].to(wide)
+        if given.grad_columns is not None:
+            g += given.grad_columns[start:stop].to(wide)
+        if given.curvature is not None:
+            v = given.curvature[start:stop].to(wide)
             bits = unpack_rows(words[:, start // WORD_BITS : n_words(stop)], stop - start, wide)
             g.addcmul_(bits, v, value=-2).add_(v)
         if sign_product is not None and scale is not None:
@@ -115,10 +103,10 @@ def encoder_backward(
         )
         inside = None
         if surrogate == "rectangle":
-            inside = unpack_rows(window[:, start // WORD_BITS : n_words(stop)], stop - start)
-        g = _through_step(g, pre, inside, surrogate, width)
-        if row_mask is not None:
-            g.masked_fill_(~row_mask[:, None], 0)
+            inside = unpack_rows(given.window[:, start // WORD_BITS : n_words(stop)], stop - start)
+        g = _through_step(g, pre, inside, surrogate, given.width)
+        if given.row_mask is not None:
+            g.masked_fill_(~given.row_mask[:, None], 0)
 
         if need_b:
             grad_b[start:stop] = g.sum(0)
@@ -127,4 +115,4 @@ def encoder_backward(
             grad_W[:, start:stop] = product(x.t(), g)
         if need_x:
             accumulate(grad_x, g, W_enc[:, start:stop].to(dtype).t())
-    return grad_x.to(given), grad_W, grad_b
+    return grad_x.to(given.x.dtype), grad_W, grad_b

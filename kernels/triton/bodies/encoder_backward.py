@@ -35,6 +35,7 @@ from bae_fast.ops.products import (
     product_into,
     sum_dtype,
 )
+from bae_fast.ops.schemas import EncoderBackward
 
 
 class _Signs:
@@ -94,41 +95,25 @@ class _Signs:
         return out
 
 
-def encoder_backward(
-    kernels: Any,
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    words: Tensor,
-    window: Tensor,
-    row_mask: Tensor | None,
-    grad_recon: Tensor | None,
-    grad_columns: Tensor | None,
-    curvature: Tensor | None,
-    grad_covariance: Tensor | None,
-    signs: Tensor | None,
-    stats_words: Tensor | None,
-    stats_counts: Tensor,
-    stats_n_rows: Tensor,
-    surrogate: str,
-    width: float,
-    n_bits: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def encoder_backward(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = EncoderBackward(*arguments)
+    x, W_enc, b_enc, W_dec = given[:4]
+    grad_recon, surrogate, n_bits = given.grad_recon, given.surrogate, given.n_bits
     n, k, dtype = x.shape[0], W_enc.shape[1], x.dtype
     wide = sum_dtype(dtype)
-    need_x, need_W, need_b = needs
-    words, window = words.contiguous(), window.contiguous()  # one row stride for both
-    grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, needs)
+    need_x, need_W, need_b = given.needs
+    words, window = given.words.contiguous(), given.window.contiguous()  # one row stride for both
+    grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, given.needs)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
-    columns = torch.zeros(k, device=x.device) if grad_columns is None else grad_columns.float()
-    curve = None if curvature is None else curvature.float()
+    columns = torch.zeros(k, device=x.device)
+    if given.grad_columns is not None:
+        columns = given.grad_columns.float()
+    curve = None if given.curvature is None else given.curvature.float()
     spread = None
-    if grad_covariance is not None:
-        statistics = (signs, stats_words, stats_counts, stats_n_rows)
+    if given.grad_covariance is not None:
+        statistics = (given.signs, given.stats_words, given.stats_counts, given.stats_n_rows)
         near = window if surrogate == "rectangle" else None
-        spread = _Signs(kernels, words, near, grad_covariance, *statistics)
+        spread = _Signs(kernels, words, near, given.grad_covariance, *statistics)
 
     for start, stop in column_chunks(n, k, n_bits, x.device):
         span, features = slice(start, stop), slice(start // n_bits, stop // n_bits)
@@ -138,13 +123,13 @@ def encoder_backward(
             n_bits,
             words,
             window,
-            row_mask,
+            given.row_mask,
             columns[span],
             None if curve is None else curve[span],
             None if spread is None else spread(start, stop),
             None if preactivation is None else preactivation(W_enc[:, span], b_enc[span]).to(wide),
             surrogate,
-            width,
+            given.width,
         )
         if grad_recon is None:
             nothing = x.new_zeros(1, features.stop - features.start, dtype=wide)
