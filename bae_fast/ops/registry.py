@@ -7,7 +7,9 @@ must be cheap and must not need the backend's toolchain: a backend that cannot r
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,9 @@ AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
 # only asked for by name, until a device has shown that it is right and faster
 BY_NAME = {"cuda": ("cuda",)}
 ENV_IMPL = "BAE_FAST_IMPL"
+
+# how the reason of a backend begins that the installation left out
+NOT_COMPILED = "not compiled"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -168,6 +173,8 @@ def choose(
         order = AUTO_ORDER.get(device_type, ("torch",))
         for name in order:
             if not reasons_against(name, request):
+                if name != order[0]:
+                    _say_what_is_missing(order[0], name)
                 return name
         refused = "; ".join(
             f"{name}: {', '.join(reasons_against(name, request))}" for name in order
@@ -177,6 +184,14 @@ def choose(
     if reasons:
         raise BackendUnavailableError(f"impl={impl!r} cannot serve {request}: {'; '.join(reasons)}")
     return impl
+
+
+@functools.cache
+def _say_what_is_missing(wanted: str, served: str) -> None:
+    """Warn once, at the first use, that the fastest backend was never installed."""
+    reason = BACKENDS[wanted].unavailable if wanted in BACKENDS else None
+    if reason is not None and reason.startswith(NOT_COMPILED):
+        warnings.warn(f"impl='auto' is {served!r} here; {wanted!r} is {reason}", stacklevel=5)
 
 
 def extras(impl: str, device_type: str) -> Extras:

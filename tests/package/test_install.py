@@ -92,6 +92,8 @@ def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, envi
     first, second = done.stdout.splitlines()
     assert "not compiled: install with a C++ compiler" in first
     assert "not compiled" in second
+    # said once, in one line, at the first use
+    assert done.stderr.count("impl='auto' is 'torch' here; 'cpp' is not compiled") == 1
 
 
 def test_a_wheel_with_the_extension_is_for_this_machine(source):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.ops.registry import NOT_COMPILED
+
 ENV_SIMD = "BAE_FAST_SIMD"
 
 # numbers as in csrc/dispatch.h
@@ -112,7 +114,10 @@ def load() -> str | None:
     if level and level not in LEVELS:
         raise ValueError(f"{ENV_SIMD} must be one of {', '.join(LEVELS)}; got {level!r}")
     if importlib.util.find_spec("bae_fast._C") is None:
-        return "not compiled: install with a C++ compiler and --no-build-isolation"
+        return (
+            f"{NOT_COMPILED}: install with a C++ compiler and --no-build-isolation; without it "
+            "impl='torch' does the same on plain torch operators, slower"
+        )
     if _library is None:
         _define()
     try:
