@@ -18,7 +18,7 @@ from bae_fast import reference
 from bae_fast.codes import BinaryCode, check_covariance_size, keep_signs
 from bae_fast.ops import registry
 from bae_fast.ops.schemas import EncoderBackward
-from bae_fast.packing import bit_weights, pack_rows
+from bae_fast.packing import bit_weights, n_words, pack_rows
 from bae_fast.statistics import CodeStatistics, entropy_bits, entropy_gradient
 from bae_fast.surrogates import resolve_surrogate
 
@@ -42,6 +42,22 @@ class BAEOutput(NamedTuple):
     variance: Tensor | None = None
 
 
+class Encoded(NamedTuple):
+    """Rows that are encoded already, see :func:`encode_rows`; no gradient.
+
+    Attributes:
+        words: int32 ``[n, ceil(K/32)]``, the bits, row-packed.
+        window: of the same shape, the packed window of the ``rectangle`` surrogate; empty else.
+        counts: int64 ``[K]``, ones in each column of the rows kept.
+        n_rows: int64 ``[]``, the rows kept.
+    """
+
+    words: Tensor
+    window: Tensor
+    counts: Tensor
+    n_rows: Tensor
+
+
 class _Options(NamedTuple):
     """What a call asks of the Function besides its tensors."""
 
@@ -54,6 +70,7 @@ class _Options(NamedTuple):
     store_lists: bool
     variance: bool
     extend: bool  # the given statistics are of more rows, to be added to the call's own
+    recon_dtype: torch.dtype
 
 
 def _ops(name: str) -> dict[str, Callable[..., Any]]:
@@ -93,11 +110,15 @@ class _PackedAutoencoder(torch.autograd.Function):
         stats_numerator: Tensor | None,
         stats_signs: Tensor | None,
         options: _Options,
+        *encoded: Tensor,
     ) -> tuple[Tensor, ...]:
         ops = _ops(options.impl)
         window_width = options.width if options.surrogate == "rectangle" else None
-        words, window, counts, n_rows = ops["encode"](x, W_enc, b_enc, row_mask, window_width)
-        recon = ops["decode"](words, W_dec, b_dec, options.n_bits, x.dtype)
+        if encoded:
+            words, window, counts, n_rows = encoded
+        else:
+            words, window, counts, n_rows = ops["encode"](x, W_enc, b_enc, row_mask, window_width)
+        recon = ops["decode"](words, W_dec, b_dec, options.n_bits, options.recon_dtype)
 
         # a tensor of its own for each: torch.compile cannot return one tensor twice
         signs, sum_counts, sum_n_rows, sum_words = (words.new_empty(0) for _ in range(4))
@@ -114,13 +135,15 @@ class _PackedAutoencoder(torch.autograd.Function):
         entropy = entropy_bits(counted, total).to(wide)
         covariance = entropy.new_zeros(())
         if options.covariance:
-            numerator = stats_numerator
+            numerator: Any = stats_numerator
             if stats_counts is None or options.extend:
                 numerator, signs = ops["covariance"](
                     counted_words, counted, total, options.store_signs, options.store_lists
                 )
             pairs = total.double() * (total.double() - 1)
             covariance = (numerator / pairs).to(wide)
+        if encoded:  # an input is not returned as well
+            words, window, counts, n_rows = (words.new_empty(0) for _ in range(4))
         return (
             recon, entropy, covariance, entropy.new_zeros(()),
             words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words,
@@ -133,6 +156,9 @@ class _PackedAutoencoder(torch.autograd.Function):
         options: _Options = inputs[11]
         state = output[4:]
         words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words = state
+        ctx.n_encoded = len(inputs) - 12
+        if ctx.n_encoded:
+            words, window, counts, n_rows = inputs[12:]
         ctx.options = options
         ctx.mark_non_differentiable(*state)
         ctx.set_materialize_grads(False)
@@ -172,6 +198,7 @@ class _PackedAutoencoder(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 5
 
         if grad_recon is not None:
+            grad_recon = grad_recon.to(x.dtype)
             if row_mask is not None:
                 grad_recon = grad_recon.masked_fill(~row_mask[:, None], 0)
             if need_W_dec or need_b_dec:
@@ -202,7 +229,7 @@ class _PackedAutoencoder(torch.autograd.Function):
             grads[0] = grad_x if need_x else None
             grads[1] = grad_W if need_W_enc else None
             grads[2] = grad_b if need_b_enc else None
-        return *grads, *[None] * 7
+        return *grads, *[None] * (7 + ctx.n_encoded)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
@@ -354,6 +381,8 @@ def binary_autoencoder(
     stats: CodeStatistics | None = None,
     past: CodeStatistics | None = None,
     multilinear: bool = False,
+    encoded: Encoded | None = None,
+    recon_dtype: torch.dtype | None = None,
     impl: str = "auto",
     check_finite: bool = False,
 ) -> BAEOutput:
@@ -379,6 +408,11 @@ def binary_autoencoder(
             derivative, c (1 - 2 b), turns the slope of the loss at a bit into the exact change of
             the loss when the bit flips. For the mean of squares over n numbers add
             ``out.variance / n`` to the loss.
+        encoded: what :func:`encode_rows` gave for this x and these parameters, mask and
+            surrogate: the rows are not encoded again. Micro-batches and ranks encode first, add
+            their counts, and go on from here.
+        recon_dtype: of recon, float32 or wider; None: the compute dtype. Sums of partial
+            reconstructions over processes want a wide one.
         impl: "auto", "reference", "torch", "cpp", "triton" or "cuda"; an explicit choice never
             falls back.
         check_finite: raise on NaN or Inf in x (synchronises a GPU).
@@ -426,6 +460,14 @@ def binary_autoencoder(
         if stats is None:
             n_past = 0 if past is None else len(past.require_words())
             check_covariance_size(rows.shape[0] + n_past, n_columns, x.device.type)
+    if encoded is not None:
+        _require("encoded.words", encoded.words, (rows.shape[0], n_words(n_columns)))
+        _require("encoded.counts", encoded.counts, (n_columns,))
+        if (surrogate == "rectangle") != (encoded.window.numel() > 0):
+            raise ValueError(
+                f"encoded must be made for the surrogate {surrogate!r}; got one "
+                f"{'without' if surrogate == 'rectangle' else 'with'} a window"
+            )
 
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
     if name == "reference":
@@ -453,14 +495,18 @@ def binary_autoencoder(
             store_lists=not torch.compiler.is_compiling(),
             variance=multilinear,
             extend=past is not None,
+            recon_dtype=recon_dtype or dtype,
         )
+        given_rows = () if encoded is None else encoded
         recon, entropy, spread, variance, words, _, counts, *_ = _PackedAutoencoder.apply(
-            rows.to(dtype), W_enc, b_enc, W_dec, b_dec, row_mask, *parts, options
+            rows.to(dtype), W_enc, b_enc, W_dec, b_dec, row_mask, *parts, options, *given_rows
         )
+        if encoded is not None:
+            words, counts = encoded.words, encoded.counts
         if not covariance:
             spread = None
     code = _as_code(words, counts, lead, n_columns, n_bits, mask)
-    recon = recon.to(dtype).view(*lead, recon.shape[-1])
+    recon = recon.to(recon_dtype or dtype).view(*lead, recon.shape[-1])
     return BAEOutput(recon, entropy, spread, code, variance if multilinear else None)
 
 
@@ -496,6 +542,47 @@ def encode(
     else:
         words, _, counts, _ = _ops(name)["encode"](rows.to(dtype), W_enc, b_enc, row_mask, None)
     return _as_code(words, counts, x.shape[:-1], n_columns, n_bits, mask)
+
+
+@torch.no_grad()
+def encode_rows(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    *,
+    surrogate: str = "rectangle",
+    surrogate_width: float | None = None,
+    n_bits: int = 1,
+    mask: Tensor | None = None,
+    impl: str = "auto",
+    check_finite: bool = False,
+) -> Encoded:
+    """What :func:`binary_autoencoder` needs of the bits of x, for its argument ``encoded``.
+
+    Arguments, errors: as :func:`binary_autoencoder`.
+    """
+    _check_parameters(x, {"W_enc": W_enc, "b_enc": b_enc})
+    _require("W_enc", W_enc, ("d_in", "k F"))
+    _check_x(x, W_enc, n_bits, mask, check_finite)
+    n_columns, dtype = W_enc.shape[1], compute_dtype(x)
+    _require("b_enc", b_enc, (n_columns,))
+    surrogate, width = resolve_surrogate(surrogate, surrogate_width)
+    rows = x.reshape(-1, x.shape[-1])
+    row_mask = None if mask is None else mask.reshape(-1)
+    if row_mask is not None:
+        rows = rows.masked_fill(~row_mask[:, None], 0)
+    name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
+    window_width = width if surrogate == "rectangle" else None
+    if name == "reference":
+        _check_kept(row_mask, 1)
+        pre = rows @ W_enc + b_enc
+        bits = pre > 0 if row_mask is None else (pre > 0) & row_mask[:, None]
+        inside = rows.new_empty(0, dtype=torch.int32)
+        if window_width is not None:
+            inside = pack_rows(pre.abs() < window_width)
+        n_rows = torch.as_tensor(len(rows)) if row_mask is None else row_mask.sum()
+        return Encoded(pack_rows(bits), inside, bits.sum(0), n_rows.to(x.device))
+    return Encoded(*_ops(name)["encode"](rows.to(dtype), W_enc, b_enc, row_mask, window_width))
 
 
 class _PackedDecoder(torch.autograd.Function):

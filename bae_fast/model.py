@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from bae_fast.autoencoder import (
     register_architecture,
 )
 from bae_fast.codes import BinaryCode
-from bae_fast.functional import BAEOutput
+from bae_fast.functional import BAEOutput, Encoded
 from bae_fast.info import warmup
 from bae_fast.ops.registry import check_impl
 from bae_fast.packing import bit_weights
@@ -289,6 +289,8 @@ class BinaryAutoencoder(Autoencoder):
         stats: CodeStatistics | None = None,
         past: CodeStatistics | None = None,
         multilinear: bool = False,
+        encoded: Encoded | None = None,
+        combine: Callable[[Tensor], Tensor] | None = None,
     ) -> BAEOutput:
         """Encode, decode and measure.
 
@@ -301,6 +303,10 @@ class BinaryAutoencoder(Autoencoder):
             past: statistics of more rows, added to those of x (a bank of past codes).
             multilinear: let :meth:`mse` pass the exact change of the error when a bit flips to
                 the bits, instead of the slope; see :func:`bae_fast.binary_autoencoder`.
+            encoded: what :meth:`encode_rows` gave for this x; then x is not encoded again.
+            combine: where this module holds some of the features of a larger one: given the sum of
+                its own features' decoder rows, float32 or wider, it returns the sum over all,
+                differentiably. b_dec is added after it.
 
         Returns:
             :class:`BAEOutput` with the raw reconstruction ``[..., d_out]``.
@@ -312,12 +318,15 @@ class BinaryAutoencoder(Autoencoder):
                     "x must hold at least 2 rows for the covariance, which this module computes "
                     "while it trains; got 1 (covariance=False, or eval(), does without)"
                 )
+        rows, wide = self.normalize(x), None
+        if combine is not None:
+            wide = torch.promote_types(functional.compute_dtype(rows), torch.float32)
         out = functional.binary_autoencoder(
-            self.normalize(x),
+            rows,
             self.W_enc,
             self.b_enc,
             self.W_dec,
-            self.b_dec,
+            self.b_dec if combine is None else torch.zeros_like(self.b_dec),
             surrogate=self.config.surrogate,
             surrogate_width=self.config.surrogate_width or None,
             n_bits=self.config.n_bits,
@@ -326,13 +335,16 @@ class BinaryAutoencoder(Autoencoder):
             stats=stats,
             past=past,
             multilinear=multilinear,
+            encoded=encoded,
+            recon_dtype=wide,
             impl=self.impl,
             check_finite=self.check_finite,
         )
         if self.training and not torch.compiler.is_compiling() and not self._hinted:
             self._hint(out.code)
         # not out._replace(...): torch 2.11 cannot return its result from a compiled graph
-        recon = self.denormalize(out.recon)
+        recon = out.recon if combine is None else combine(out.recon) + self.b_dec
+        recon = self.denormalize(recon)
         return BAEOutput(recon, out.entropy, out.covariance, out.code, out.variance)
 
     def _hint(self, code: BinaryCode) -> None:
@@ -375,11 +387,15 @@ class BinaryAutoencoder(Autoencoder):
         total = self.mse(out, target) + entropy_weight * out.entropy
         return total if out.covariance is None else total + covariance_weight * out.covariance
 
-    def mse(self, out: BAEOutput, target: Tensor) -> Tensor:
+    def mse(self, out: BAEOutput, target: Tensor, *, total: int | Tensor | None = None) -> Tensor:
         """Mean over rows and dimensions of (target - recon)^2 in normalised units, ``[]``.
 
         float32 or wider; masked rows are left out. ``target`` is x, or the target of a
         transcoder, raw. (SAELens sums over dimensions: its weights are d_in times ours.)
+
+        Args:
+            total: rows that the sum is divided by in place of the call's own: the rows of the whole
+                batch where the call has a part of it. The parts then add up to the mean.
         """
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor; got {type(target).__name__}")
@@ -394,9 +410,25 @@ class BinaryAutoencoder(Autoencoder):
         if mask is not None:
             # before the square: the gradient of a dropped row that holds NaN must be zero
             error, n = torch.where(mask[..., None], error, 0), mask.sum() * error.shape[-1]
-        total = error.square().sum()
+        if total is not None:
+            n = total * error.shape[-1]
+        squares = error.square().sum()
         # out.variance is zero: it carries the curvature of the squares to the bits
-        return (total if out.variance is None else total + out.variance) / n
+        return (squares if out.variance is None else squares + out.variance) / n
+
+    def encode_rows(self, x: Tensor, *, mask: Tensor | None = None) -> Encoded:
+        """What forward needs of the bits of raw x ``[..., d_in]``, for its argument ``encoded``."""
+        return functional.encode_rows(
+            self.normalize(x),
+            self.W_enc,
+            self.b_enc,
+            surrogate=self.config.surrogate,
+            surrogate_width=self.config.surrogate_width or None,
+            n_bits=self.config.n_bits,
+            mask=mask,
+            impl=self.impl,
+            check_finite=self.check_finite,
+        )
 
     def encode(self, x: Tensor, *, mask: Tensor | None = None) -> BinaryCode:
         """Packed bits of raw x ``[..., d_in]``; no gradient."""

@@ -77,11 +77,18 @@ class Extras:
             that hold in each row, int32 ``[N, k]``; m where a row has fewer.
         grouped: (numbers int32 ``[M]``, G) -> offsets int64 ``[G + 1]`` and the rising indices of
             each number in 0 .. G-1; other numbers are left out.
+        covariance_columns: (gradient at D ``[]``, words of the rows at hand, words, counts and
+            number of the rows counted) -> a function (g ``[rows at hand, columns]``, first) that
+            adds D's gradient at the bits of those columns, from a multiple of 32 on, to g. All
+            words are of all K columns.
     """
 
     column_counts: Callable[[Tensor, int], Tensor] | None = None
     salient: Callable[[Tensor, Tensor, int, int], Tensor] | None = None
     grouped: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+    covariance_columns: (
+        Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Callable[[Tensor, int], None]] | None
+    ) = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ LINES = (
     {"baselines", "entropy", "causal"},
     {"training", "analysis", "saelens", "released", ""},
     {"model"},
-    {"functional", "autoencoder", "compression", "distributed"},
+    {"functional", "columns", "autoencoder", "compression", "distributed"},
     {"backends", "kernels", "kernels_cuda", "codes", "info"},
     {"ops", "reference", "lm"},
     {

@@ -29,9 +29,15 @@ def _bodies() -> dict[str, Callable[..., Any]]:
 
 
 def _extras() -> registry.Extras:
+    from bae_fast.backends.cpp.encoder_backward import covariance_columns
     from bae_fast.backends.cpp.salient import column_counts, grouped, salient
 
-    return registry.Extras(column_counts=column_counts, grouped=grouped, salient=salient)
+    return registry.Extras(
+        column_counts=column_counts,
+        grouped=grouped,
+        salient=salient,
+        covariance_columns=covariance_columns,
+    )
 
 
 def _not_supported(request: registry.Request) -> list[str]:

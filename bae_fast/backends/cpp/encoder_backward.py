@@ -17,6 +17,7 @@ each time, and so is n^T S: the binary digits of n are further rows of bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,22 @@ def _statistics(
         return True, None, None, *lists, counts, n_rows, None, scale
     columns = op("rows_to_columns")(dense_rows(stats_words), len(counts))
     return True, None, columns, *none, counts, n_rows, _digits(counts, n_rows), scale
+
+
+def covariance_columns(
+    grad_covariance: Tensor, at_hand: Tensor, words: Tensor, counts: Tensor, n_rows: Tensor
+) -> Callable[[Tensor, int], None]:
+    """See :attr:`bae_fast.ops.registry.Extras.covariance_columns`."""
+    at_hand = dense_rows(at_hand)
+    statistics = _statistics(grad_covariance, None, words, counts, int(n_rows), at_hand, True)
+
+    def add(g: Tensor, first: int) -> None:
+        column_sum = torch.empty(g.shape[1], dtype=torch.float64)
+        op("backward")(
+            g, at_hand, first, None, None, *statistics, None, None, None, False, column_sum
+        )
+
+    return add
 
 
 def encoder_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from bae_fast.backends.torch.covariance import covariance
 from bae_fast.backends.torch.decode import decode, decoder_backward
 from bae_fast.backends.torch.encode import encode
-from bae_fast.backends.torch.encoder_backward import encoder_backward
+from bae_fast.backends.torch.encoder_backward import covariance_columns, encoder_backward
 from bae_fast.ops import registry, schemas
 from bae_fast.ops.products import raw
 
@@ -27,4 +27,10 @@ schemas.implement(
     "torch", {name: raw(body) for name, body in _BODIES.items()}, "CompositeExplicitAutograd"
 )
 
-BACKEND = registry.register(registry.Backend(name="torch", ops=schemas.overloads("torch")))
+BACKEND = registry.register(
+    registry.Backend(
+        name="torch",
+        ops=schemas.overloads("torch"),
+        extras=registry.Extras(covariance_columns=covariance_columns),
+    )
+)

@@ -13,6 +13,7 @@ dW_enc and db_enc are disjoint; only dx accumulates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,25 @@ def _add_covariance(
         end = min(start + TILE, stop)
         g[:, : end - start] += (sign_product((start, end)) * scale).to(g.dtype)
         g, start = g[:, end - start :], end
+
+
+def covariance_columns(
+    grad_covariance: Tensor, at_hand: Tensor, words: Tensor, counts: Tensor, n_rows: Tensor
+) -> Callable[[Tensor, int], None]:
+    """See :attr:`bae_fast.ops.registry.Extras.covariance_columns`."""
+    signs = SignProduct(at_hand, None, words, counts, n_rows)
+    scale = _covariance_scale(grad_covariance, n_rows)
+
+    def add(g: Tensor, first: int) -> None:
+        _add_covariance(g, first, first + g.shape[1], signs, scale)
+
+    return add
+
+
+def _covariance_scale(grad_covariance: Tensor, n_rows: Tensor) -> Tensor:
+    """What N (B S) - n^T S is multiplied with."""
+    total = n_rows.double()
+    return grad_covariance.double() * 2 / (total * (total - 1))
 
 
 def _through_step(
@@ -76,8 +96,7 @@ def encoder_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         sign_product = SignProduct(
             words, given.signs, given.stats_words, given.stats_counts, given.stats_n_rows
         )
-        total = given.stats_n_rows.double()
-        scale = given.grad_covariance.double() * 2 / (total * (total - 1))
+        scale = _covariance_scale(given.grad_covariance, given.stats_n_rows)
 
     for start, stop in column_chunks(n, k, n_bits, x.device):
         features = slice(start // n_bits, stop // n_bits)
