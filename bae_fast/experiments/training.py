@@ -49,6 +49,8 @@ class Training:
         refit: The decoder is replaced by its least-squares optimum at the end.
         precision: The precision of the products; auto is bfloat16 where it is native.
         seed: The seed of every random draw.
+        warmup_steps: The learning rate rises from zero over so many steps.
+        clip_norm: The largest norm of the gradients, to which longer ones are shortened; 0 is none.
     """
 
     preset: Literal["sparse", "paper"] = "sparse"
@@ -77,6 +79,8 @@ class Training:
     refit: bool | None = None
     precision: Literal["auto", "bfloat16", "float32"] | None = None
     seed: int = 0
+    warmup_steps: int | None = None
+    clip_norm: float | None = None
 
 
 def training_config(config: Training) -> TrainingConfig:

@@ -2,6 +2,9 @@
 
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.config import PRESETS, LoopConfig, SparseConfig, TrainingConfig
+from bae_fast.training.feature_shards import gather_features, shard_features
+from bae_fast.training.jobs import Job, JobTrainer, RunConfig, StoppedError
+from bae_fast.training.learner import Learner
 from bae_fast.training.objective import (
     BinaryObjective,
     Loss,
@@ -18,20 +21,27 @@ __all__ = [
     "PRESETS",
     "BinaryObjective",
     "CodeBank",
+    "Job",
+    "JobTrainer",
+    "Learner",
     "LoopConfig",
     "Loss",
     "MemorySupply",
     "Objective",
     "Rows",
+    "RunConfig",
     "SparseConfig",
     "SparseObjective",
     "Step",
+    "StoppedError",
     "Supply",
     "Trainable",
     "Trainer",
     "TrainingConfig",
+    "gather_features",
     "init_from_rows_",
     "merge_states",
     "refit_decoder_",
     "revive_",
+    "shard_features",
 ]

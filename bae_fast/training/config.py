@@ -53,6 +53,9 @@ class LoopConfig:
             1 keeps it constant.
         precision: "bfloat16" (autocast), "float32", or "auto" (bfloat16 where it is native).
         seed: of the draws of rows, start and revival.
+        warmup_steps: steps over which the learning rate rises linearly from zero.
+        clip_norm: the largest norm of all gradients together, to which a longer one is shortened;
+            0: no limit.
 
     Raises:
         ValueError: a constant of another type or out of its range.
@@ -67,14 +70,16 @@ class LoopConfig:
     decay_from: float = 0.2
     precision: str = "auto"
     seed: int = 0
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        check_integers(self, {"steps": 1, "batch_size": 1, "seed": 0})
+        check_integers(self, {"steps": 1, "batch_size": 1, "seed": 0, "warmup_steps": 0})
         positive = (0.0, math.inf)
         check_bounds(
             self,
             {"lr": positive, "eps": positive, "decoder_lr_scale": positive,
-             "decay_from": (0.0, 1.0)},
+             "decay_from": (0.0, 1.0), "clip_norm": positive},
         )  # fmt: skip
         if not self.lr > 0:
             raise ValueError(f"lr must be positive; got {self.lr}")
@@ -100,6 +105,9 @@ class LoopConfig:
         """The constants as JSON values: what tells this run from another in files of results."""
         values = dataclasses.asdict(self)
         values["betas"] = list(self.betas)
+        for name in ("warmup_steps", "clip_norm"):
+            if not values[name]:  # a result from before there was such a constant stays recognised
+                del values[name]
         return values
 
 
@@ -110,8 +118,8 @@ class TrainingConfig(LoopConfig):
     The loss is mse (mean over rows and dimensions, normalised units) + a_e H + a_c D.
 
     Attributes:
-        steps, batch_size, lr, betas, eps, decoder_lr_scale, decay_from, precision, seed: see
-            :class:`LoopConfig`.
+        steps, batch_size, lr, betas, eps, decoder_lr_scale, decay_from, precision, seed,
+            warmup_steps, clip_norm: see :class:`LoopConfig`.
         entropy_weight, covariance_weight: a_e and a_c.
         entropy_from: share of the steps before which a_e is zero (step schedule).
         init: "rows" (features start along rows of the data), "density" (random weights, bits on

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -17,14 +18,18 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.codes import BinaryCode
-from bae_fast.functional import BAEOutput
+from bae_fast.columns import covariance_of_columns
+from bae_fast.distributed import Mesh
+from bae_fast.functional import BAEOutput, Encoded, compute_dtype
 from bae_fast.model import BinaryAutoencoder
-from bae_fast.statistics import entropy_bits
+from bae_fast.statistics import CodeStatistics, entropy_bits
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.config import LoopConfig, TrainingConfig
+from bae_fast.training.feature_shards import gather_features
 from bae_fast.training.recipe import (
     START_ROWS,
     init_from_rows_,
+    reconstruct,
     refit_decoder_,
     residual,
     revive_,
@@ -32,6 +37,9 @@ from bae_fast.training.recipe import (
 
 # given n, that many raw rows drawn at random (all of them where there are fewer)
 Sample = Callable[[int], Tensor]
+
+# gives the context of a forward pass: autocast, or nothing
+Precision = Callable[[], AbstractContextManager[Any]]
 
 
 class Step(NamedTuple):
@@ -73,12 +81,48 @@ class Objective(ABC):
     model: Autoencoder
     n_columns: int
 
+    def spread(self, mesh: Mesh | None, micro_batches: int) -> None:
+        """Told once, before :meth:`start`: the processes and the parts that a batch is cut into.
+
+        Raises:
+            ValueError: more than one of either, for an objective whose statistics are not pooled.
+        """
+        if micro_batches > 1 or (mesh is not None and mesh.world > 1):
+            processes = 1 if mesh is None else mesh.world
+            raise ValueError(
+                f"micro_batches and the number of processes must be 1 for {type(self).__name__}, "
+                f"whose loss is not made of parts; got {micro_batches} and {processes}"
+            )
+
     def start(self, sample: Sample, generator: torch.Generator) -> None:  # noqa: B027
         """Prepare the module before the first step; draws come from the generator alone."""
 
     @abstractmethod
     def loss(self, x: Tensor, target: Tensor | None, step: Step) -> Loss:
         """The loss of raw rows ``[n, d_in]``; the target is None unless the run has targets."""
+
+    def backward(self, x: Tensor, target: Tensor | None, step: Step, precision: Precision) -> Loss:
+        """The loss of a batch, after its gradients have been added to the parameters.
+
+        Args:
+            x, target: raw rows of this process.
+            precision: gives the context of a forward pass.
+        """
+        with precision():
+            loss = self.loss(x, target, step)
+        loss.total.backward()
+        return loss
+
+    def entropy(self, own: Tensor) -> Tensor:
+        """H for the log, ``[]``, given the one of this process; a collective on several."""
+        return own
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(reconstruction, ones in each column of this process) of raw rows, without gradient.
+
+        The reconstruction is raw and of all features; None for a code that is not of bits.
+        """
+        return self.model.reconstruct(x), None
 
     def before_update(self) -> None:  # noqa: B027
         """Between the backward pass and the optimizer's step."""
@@ -106,7 +150,7 @@ class Objective(ABC):
 class BinaryTrainable(Protocol):
     """What :class:`BinaryObjective` asks of a module beside its four parameters."""
 
-    def mse(self, out: BAEOutput, target: Tensor) -> Tensor:
+    def mse(self, out: BAEOutput, target: Tensor, *, total: int | None = None) -> Tensor:
         """See :meth:`bae_fast.BinaryAutoencoder.mse`."""
 
     def init_density_(self, x: Tensor, density: float) -> Any:
@@ -151,15 +195,46 @@ class BinaryObjective(Objective):
                 f"got requires_grad=False for {', '.join(frozen)}"
             )
         self.n_columns = self.model.W_enc.shape[1]
-        self.bank = CodeBank(config.bank_batches) if config.bank_batches else None
+        self.mesh: Mesh | None = None
+        self.micro_batches = 1
+        self._counted: CodeStatistics | None = None
+        self.bank = self._new_bank()
         self._fired = torch.zeros(self.n_columns, dtype=torch.int64, device=self.model.W_enc.device)
         self._seen = 0
+
+    def _new_bank(self) -> CodeBank | None:
+        config = self.config
+        if not config.bank_batches:
+            return None
+        return CodeBank(config.bank_batches, keep_codes=config.covariance_weight > 0)
+
+    def spread(self, mesh: Mesh | None, micro_batches: int) -> None:
+        config = self.config
+        n_parts = micro_batches * (1 if mesh is None else mesh.data)
+        if config.batch_size % n_parts:
+            raise ValueError(
+                f"batch_size must be a multiple of {n_parts}, the micro-batches of all processes "
+                f"along data; got {config.batch_size}"
+            )
+        if mesh is not None and mesh.feature > 1:
+            config.check_size(self.model.config.d_sae * mesh.feature)
+            if self.model.config.surrogate == "official" and config.covariance_weight:
+                raise ValueError(
+                    "covariance_weight must be 0 for the surrogate 'official' with features on "
+                    f"several processes; got {config.covariance_weight}"
+                )
+        self.mesh, self.micro_batches = mesh, micro_batches
+
+    @property
+    def _features(self) -> int:
+        """Processes that the features are divided among."""
+        return 1 if self.mesh is None else self.mesh.feature
 
     def start(self, sample: Sample, generator: torch.Generator) -> None:
         config, model = self.config, self.model
         if config.init == "none":
             return
-        rows = sample(max(START_ROWS, model.config.d_sae))
+        rows = sample(max(START_ROWS, model.config.d_sae * self._features))
         rows = rows.to(model.W_enc.device, model.W_enc.dtype)
         if config.init == "rows":
             init_from_rows_(
@@ -168,15 +243,19 @@ class BinaryObjective(Objective):
                 config.density,
                 decoder_norm=config.decoder_norm,
                 generator=generator,
+                part=(0 if self.mesh is None else self.mesh.feature_rank, self._features),
             )
         else:
             model.init_density_(rows, config.density)
 
+    def _entropy_weight(self, step: Step) -> float:
+        config = self.config
+        late = step.number >= config.entropy_from * config.steps
+        return config.entropy_weight if late else 0.0
+
     def loss(self, x: Tensor, target: Tensor | None, step: Step) -> Loss:
         config, model = self.config, self.model
-        late = step.number >= config.entropy_from * config.steps
-        a_e = config.entropy_weight if late else 0.0
-        a_c = config.covariance_weight
+        a_e, a_c = self._entropy_weight(step), config.covariance_weight
         past = None
         if self.bank is not None and len(self.bank):
             past = self.bank.statistics(words=a_c > 0)
@@ -198,6 +277,116 @@ class BinaryObjective(Objective):
         self._seen += len(x)
         return Loss(mse + terms, parts, counts)
 
+    def backward(self, x: Tensor, target: Tensor | None, step: Step, precision: Precision) -> Loss:
+        """As the loss of all micro-batches of all processes at once: rows are encoded first.
+
+        Gradients are this process's part of the whole batch's: added over "data" they are whole.
+        """
+        if self.mesh is None and self.micro_batches == 1:
+            return super().backward(x, target, step, precision)
+        config, model, mesh = self.config, self.model, self.mesh
+        a_e, a_c = self._entropy_weight(step), config.covariance_weight
+        n = len(x) * (1 if mesh is None else mesh.data)
+        parts = x.chunk(self.micro_batches)
+        targets = parts if target is None else target.chunk(self.micro_batches)
+        with precision():
+            encoded = [model.encode_rows(part) for part in parts]
+        counts = torch.stack([one.counts for one in encoded]).sum(0)
+        if mesh is not None:
+            mesh.sum_(counts, "data", "counts")
+        n_rows = torch.full_like(counts[:1].sum(), n)
+
+        past = None
+        if self.bank is not None and len(self.bank):
+            past = self.bank.statistics(words=a_c > 0)
+        stats = CodeStatistics(n_rows, counts)
+        if past is not None:
+            stats = CodeStatistics(n_rows + past.n_rows, counts + past.counts)
+        everywhere: CodeStatistics | None = None
+        words = row_words = None
+        if a_c:
+            words = row_words = torch.cat([one.words for one in encoded])
+            if mesh is not None:
+                row_words, words = mesh.gather_words(words)
+            everywhere = self._pairs(words, past)
+            if self._features == 1:
+                stats = everywhere
+        self._counted = stats
+
+        scale = 1.0 if past is None else 1 + past.n_rows.float() / n
+        combine = mesh.sum_reconstructions if mesh is not None and mesh.feature > 1 else None
+        mse, terms = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        found: dict[str, Tensor] = {}
+        at = 0
+        for part, goal, one in zip(parts, targets, encoded, strict=True):
+            with precision():
+                out = model(
+                    part,
+                    covariance=a_c > 0 and self._features == 1,
+                    stats=stats,
+                    multilinear=config.multilinear,
+                    encoded=one,
+                    combine=combine,
+                )
+                error = model.mse(out, goal, total=n)
+                terms = a_e * out.entropy
+                spread = out.covariance
+                if self._features > 1 and everywhere is not None and row_words is not None:
+                    spread = self._spread(part, one, row_words[at : at + len(part)], everywhere)
+                if spread is not None:
+                    terms = terms + a_c * spread
+                terms = terms * scale
+            (error + terms).backward()
+            at += len(part)
+            mse = mse + error.detach()
+            found = {"entropy_bits": out.entropy.detach()}
+            if spread is not None:
+                found["covariance"] = spread.detach()
+        if self.bank is not None:
+            code = None
+            if words is not None:
+                columns = model.W_enc.shape[1] * self._features
+                code = BinaryCode(words, columns, n_bits=model.config.n_bits)
+            self.bank.append_counts(n_rows, counts, code)
+        self._fired += counts
+        self._seen += n
+        return Loss(mse + terms.detach(), {"mse": mse, **found}, counts)
+
+    def _pairs(self, words: Tensor, past: CodeStatistics | None) -> CodeStatistics:
+        """Statistics of all rows counted in all columns, with the covariance."""
+        if past is not None:
+            words = torch.cat([past.require_words(), words])
+        columns = self.model.W_enc.shape[1] * self._features
+        code = BinaryCode(words, columns, n_bits=self.model.config.n_bits)
+        return code.statistics(covariance=True, impl=self.model.impl)
+
+    def _spread(
+        self, x: Tensor, encoded: Encoded, row_words: Tensor, stats: CodeStatistics
+    ) -> Tensor:
+        """D of all columns, with its gradient at this process's."""
+        model, mesh = self.model, self.mesh
+        assert mesh is not None
+        rows = model.normalize(x)
+        return covariance_of_columns(
+            rows.to(compute_dtype(rows)),
+            model.W_enc,
+            model.b_enc,
+            encoded,
+            row_words,
+            stats,
+            mesh.feature_rank * model.W_enc.shape[1],
+            surrogate=model.config.surrogate,
+            surrogate_width=model.config.surrogate_width or None,
+            impl=model.impl,
+        )
+
+    def entropy(self, own: Tensor) -> Tensor:
+        """H of all columns, in the order of one process that holds them all."""
+        if self.mesh is None or self.mesh.feature == 1 or self._counted is None:
+            return own
+        counts = self.mesh.gather(self._counted.counts, "feature", "counts")
+        return entropy_bits(counts, self._counted.n_rows).to(own.dtype)
+
     def after_update(
         self, x: Tensor, optimizer: torch.optim.Optimizer, step: int, generator: torch.Generator
     ) -> None:
@@ -207,7 +396,7 @@ class BinaryObjective(Objective):
             return
         if step < config.revive_until * config.steps and not model.is_transcoder:
             fired = self._fired.unflatten(0, (-1, model.config.n_bits)).sum(1)
-            rows, error = residual(model, x.to(model.W_enc.dtype))
+            rows, error = residual(model, x.to(model.W_enc.dtype), self.mesh)
             revive_(
                 model,
                 fired < config.dead_below * self._seen,
@@ -217,32 +406,58 @@ class BinaryObjective(Objective):
                 quantile=config.revive_quantile,
                 decoder_scale=config.revive_decoder_scale,
                 generator=generator,
+                mesh=self.mesh,
             )
         self._fired.zero_()
         self._seen = 0
 
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        model = self.model
+        recon, code = reconstruct(model, model.normalize(x.to(model.W_enc.dtype)), self.mesh)
+        return model.denormalize(recon), code.counts()
+
+    @torch.no_grad()
     def finish(self, rows: Tensor) -> None:
         """Refit the decoder."""
-        if self.config.refit and not self.model.is_transcoder:
-            refit_decoder_(self.model, rows)
+        model, mesh = self.model, self.mesh
+        if not self.config.refit or model.is_transcoder:
+            return
+        if mesh is None or mesh.feature == 1:
+            refit_decoder_(model, rows)
+            return
+        whole = gather_features(model, mesh)  # small: the refit has a largest number of features
+        refit_decoder_(whole, rows)
+        each = model.config.d_sae
+        model.W_dec.copy_(whole.W_dec[mesh.feature_rank * each :][:each])
+        model.b_dec.copy_(whole.b_dec)
 
     def state_dict(self) -> dict[str, Any]:
-        codes = [] if self.bank is None else self.bank.codes
-        return {
-            "fired": self._fired,
-            "seen": self._seen,
-            "bank": [code.words for code in codes],
-        }
+        bank = self.bank
+        held: list[Any] = []
+        if bank is not None and bank.keep_codes:
+            held = [code.words for code in bank.codes]
+        elif bank is not None:
+            held = [{"n_rows": n_rows, "counts": counts} for n_rows, counts in bank.counts]
+        return {"fired": self._fired, "seen": self._seen, "bank": held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self._fired.device
         self._fired = state["fired"].to(device, copy=True)
         self._seen = state["seen"]
-        if self.bank is not None:
-            self.bank = CodeBank(self.config.bank_batches)
-            for words in state["bank"]:
-                code = BinaryCode(words.to(device), self.n_columns, n_bits=self.model.config.n_bits)
-                self.bank.append(code)
+        self.bank = self._new_bank()
+        if self.bank is None:
+            return
+        for held in state["bank"]:
+            if isinstance(held, Tensor):
+                columns = self.n_columns * self._features
+                code = BinaryCode(held.to(device), columns, n_bits=self.model.config.n_bits)
+                # counts are of this process's columns
+                own = slice(None) if self.mesh is None else self.mesh.columns(columns)
+                self.bank.append_counts(code.n_rows(), code.counts()[own], code)
+            else:
+                self.bank.append_counts(
+                    held["n_rows"].to(device, copy=True), held["counts"].to(device, copy=True)
+                )
 
 
 # -- any other ---------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.codes import BinaryCode
+from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
 from bae_fast.model import BinaryAutoencoder
 
@@ -29,6 +31,7 @@ def init_from_rows_(
     *,
     decoder_norm: float,
     generator: torch.Generator | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Start every feature along a row of the data, on in a given share of the rows.
 
@@ -43,6 +46,8 @@ def init_from_rows_(
         density: share of the rows in which each bit is on.
         decoder_norm: norm of the rows of W_dec, in normalised units.
         generator: of the draws.
+        part: (i, m): the module holds the i-th of m equal parts of the features, and gets what
+            they get in the whole.
 
     Raises:
         ValueError: for a transcoder, whose inputs and targets have different spaces.
@@ -50,12 +55,13 @@ def init_from_rows_(
     if bae.is_transcoder:
         raise ValueError("init_from_rows_ needs d_out=None: a transcoder's target is not x")
     rows = bae.normalize(x).to(bae.W_enc.dtype)
-    f = bae.config.d_sae
+    each = bae.config.d_sae
+    f, own = each * part[1], slice(each * part[0], each * (part[0] + 1))
     order = torch.randperm(len(rows), generator=generator)
-    chosen = order.repeat(-(-f // len(rows)))[:f].to(rows.device)
+    chosen = order.repeat(-(-f // len(rows)))[:f][own].to(rows.device)
     directions = torch.nn.functional.normalize(rows[chosen], dim=1)
     if f > len(rows):
-        noise = torch.randn(directions.shape, generator=generator, dtype=torch.float32).to(
+        noise = torch.randn((f, rows.shape[1]), generator=generator, dtype=torch.float32)[own].to(
             directions
         )
         directions = torch.nn.functional.normalize(
@@ -80,6 +86,7 @@ def revive_(
     quantile: float,
     decoder_scale: float,
     generator: torch.Generator | None = None,
+    mesh: Mesh | None = None,
 ) -> int:
     """Point dead features at what is reconstructed worst.
 
@@ -92,24 +99,36 @@ def revive_(
         dead: bool ``[F]``.
         x: normalised rows ``[N, d_in]``.
         error: target - reconstruction of these rows, normalised, ``[N, d_out]``; d_out = d_in.
+        mesh: where the module holds the features of one rank: ``x`` and ``error`` are of all
+            ranks' rows, and every rank calls with the same generator state.
 
     Returns:
-        How many features were revived.
+        How many features were revived, over all ranks.
     """
+    k = bae.config.n_bits
     dead_ids = dead.nonzero().flatten()
-    n_dead = len(dead_ids)
-    if n_dead == 0 or n_dead == len(dead):
+    all_dead, before = dead, 0
+    if mesh is not None:
+        all_dead = mesh.gather(dead.to(torch.uint8), "feature", "dead features").bool()
+        before = int(all_dead[: mesh.feature_rank * len(dead)].sum())
+    n_dead = int(all_dead.sum())
+    if n_dead == 0 or n_dead == len(all_dead):
         return 0
     badness = error.square().sum(1).cpu()  # where the generator is
     picked = torch.multinomial(
         badness, n_dead, replacement=n_dead > len(badness), generator=generator
-    ).to(error.device)
+    )[before : before + len(dead_ids)].to(error.device)
     directions = torch.nn.functional.normalize(error[picked].to(bae.W_dec.dtype), dim=1)
-    k = bae.config.n_bits
     columns = (dead_ids[:, None] * k + torch.arange(k, device=dead.device)).flatten()
-    live_columns = (~dead).repeat_interleave(k)
-    encoder_norm = bae.W_enc[:, live_columns].norm(dim=0).median()
-    bae.W_dec[dead_ids] = directions * (decoder_scale * bae.W_dec[~dead].norm(dim=1).median())
+    encoder_norms = bae.W_enc[:, (~dead).repeat_interleave(k)].norm(dim=0)
+    decoder_norms = bae.W_dec[~dead].norm(dim=1)
+    if mesh is not None:
+        encoder_norms = _of_live(mesh, bae.W_enc.norm(dim=0), all_dead.repeat_interleave(k))
+        decoder_norms = _of_live(mesh, bae.W_dec.norm(dim=1), all_dead)
+    encoder_norm = encoder_norms.median()
+    bae.W_dec[dead_ids] = directions * (decoder_scale * decoder_norms.median())
+    if not len(dead_ids):
+        return n_dead
     bae.W_enc[:, columns] = directions.T.repeat_interleave(k, dim=1) * encoder_norm
     pre = x.to(bae.W_enc.dtype) @ bae.W_enc[:, columns]
     rank = min(max(round(quantile * len(pre)), 1), len(pre))
@@ -124,6 +143,11 @@ def revive_(
             if name != "step":
                 state[at] = 0
     return n_dead
+
+
+def _of_live(mesh: Mesh, norms: Tensor, dead: Tensor) -> Tensor:
+    """Norms of the live features of all ranks."""
+    return mesh.gather(norms, "feature", "norms")[~dead]
 
 
 @torch.no_grad()
@@ -161,9 +185,30 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
     bae.b_dec.copy_(solution[f])
 
 
-def residual(bae: BinaryAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised rows and what is left of them: (``[N, d_in]``, ``[N, d_in]``), no gradient."""
-    with torch.no_grad():
-        rows = bae.normalize(x)
-        code = encode(rows, bae.W_enc, bae.b_enc, n_bits=bae.config.n_bits, impl=bae.impl)
-        return rows, rows - decode(code, bae.W_dec, bae.b_dec, impl=bae.impl)
+@torch.no_grad()
+def reconstruct(
+    bae: BinaryAutoencoder, rows: Tensor, mesh: Mesh | None = None
+) -> tuple[Tensor, BinaryCode]:
+    """(reconstruction, code) of normalised rows ``[N, d_in]``, in normalised units.
+
+    With a mesh the reconstruction is that of all ranks' features, the code that of this rank's.
+    """
+    code = encode(rows, bae.W_enc, bae.b_enc, n_bits=bae.config.n_bits, impl=bae.impl)
+    if mesh is None or mesh.feature == 1:
+        return decode(code, bae.W_dec, bae.b_dec, impl=bae.impl), code
+    recon = decode(code, bae.W_dec, torch.zeros_like(bae.b_dec), impl=bae.impl)
+    recon = recon.to(torch.promote_types(recon.dtype, torch.float32))
+    return mesh.sum_(recon, "feature", "reconstructions") + bae.b_dec, code
+
+
+@torch.no_grad()
+def residual(bae: BinaryAutoencoder, x: Tensor, mesh: Mesh | None = None) -> tuple[Tensor, Tensor]:
+    """Normalised rows and what is left of them: (``[N, d_in]``, ``[N, d_in]``), no gradient.
+
+    With a mesh, x is of this rank's rows, and the result of all ranks'.
+    """
+    rows = bae.normalize(x)
+    error = rows - reconstruct(bae, rows, mesh)[0]
+    if mesh is None:
+        return rows, error
+    return mesh.gather(rows, "data", "rows"), mesh.gather(error, "data", "errors")

@@ -18,27 +18,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder, check_rows
-from bae_fast.devices import has_bfloat16
 from bae_fast.files import replacing, write_text
 from bae_fast.progress import progress_bar
-from bae_fast.training.config import LoopConfig
-from bae_fast.training.objective import Loss, Step
-from bae_fast.training.supply import fingerprint
-
-# steps without a one after which the log counts a column as dead
-DEAD_WINDOW = 200
+from bae_fast.training.learner import Config, Learner, check_finite, learning
+from bae_fast.training.supply import MemorySupply, Rows
 
 # signals that wait for the end of a step
 _HELD = (signal.SIGINT, signal.SIGTERM)
-
-
-Config = TypeVar("Config", bound=LoopConfig)
 
 
 class Trainer(Generic[Config]):
@@ -51,7 +43,8 @@ class Trainer(Generic[Config]):
 
     The module's normalisation should be fitted first. :meth:`state_dict` and
     :meth:`load_state_dict` (or :meth:`save` and :meth:`load`, with a file) resume a run exactly:
-    the same batches, the same optimizer state.
+    the same batches, the same optimizer state. Several modules from one supply of rows, or several
+    processes, are a :class:`bae_fast.training.JobTrainer`'s.
 
     Gradients are switched on inside, whatever the caller's setting. A module of float16 or
     bfloat16 parameters is trained as a float32 copy, whose rounded values the module gets after
@@ -59,6 +52,7 @@ class Trainer(Generic[Config]):
 
     Attributes:
         model: the caller's module.
+        learner: what trains it.
         objective: what is minimised, see :mod:`bae_fast.training.objective`.
         step: steps done.
     """
@@ -86,116 +80,95 @@ class Trainer(Generic[Config]):
             ValueError: rows of another width, fewer rows than a batch, targets that do not fit,
                 a module without a parameter to train, or a constant that does not fit the module.
         """
-        if not isinstance(config, LoopConfig):
-            raise TypeError(
-                f"config must be a TrainingConfig or a SparseConfig; got {type(config).__name__}"
+        self.model, self.config = model, config
+        self.learner = Learner(model, config, self._sample)
+        if model.is_transcoder != (targets is not None):
+            raise ValueError(
+                f"targets must {'be given' if model.is_transcoder else 'be None'}: d_out decides"
             )
-        with _learning():
-            self.model, self.config = model, config
-            narrow = any(p.element_size() < 4 for p in model.parameters())
-            self._trained = copy.deepcopy(model).float() if narrow else model
-            self.objective = config.objective(self._trained)
-            _check_parameters(model)
-            if model.is_transcoder != (targets is not None):
+        check_rows("rows", rows, model.d_in)
+        if targets is not None:
+            check_rows("targets", targets, model.d_out)
+            if len(targets) != len(rows):
                 raise ValueError(
-                    f"targets must {'be given' if model.is_transcoder else 'be None'}: "
-                    "d_out decides"
+                    f"targets must have shape [{len(rows)}, {model.d_out}]; "
+                    f"got {list(targets.shape)}"
                 )
-            check_rows("rows", rows, model.d_in)
-            if targets is not None:
-                check_rows("targets", targets, model.d_out)
-                if len(targets) != len(rows):
-                    raise ValueError(
-                        f"targets must have shape [{len(rows)}, {model.d_out}]; "
-                        f"got {list(targets.shape)}"
-                    )
-            if len(rows) < config.batch_size:
-                raise ValueError(
-                    f"rows must hold at least one batch of {config.batch_size}; got {len(rows)}"
-                )
-            self.rows = rows.detach()
-            self.targets = None if targets is None else targets.detach()
-            first = next(self._trained.parameters())
-            self.device, self._dtype = first.device, first.dtype
-            self.step = 0
-            self.generator = torch.Generator().manual_seed(config.seed)
-            self._order = torch.empty(0, dtype=torch.int64)
-            self._last_fired = torch.zeros(
-                self.objective.n_columns, dtype=torch.int64, device=self.device
+        if len(rows) < config.batch_size:
+            raise ValueError(
+                f"rows must hold at least one batch of {config.batch_size}; got {len(rows)}"
             )
-            self._in_step = False
-            self.bfloat16 = config.precision == "bfloat16" or (
-                config.precision == "auto"
-                and has_bfloat16(self.device)
-                and self._dtype == torch.float32
-            )
-            self.objective.start(self._sample, self.generator)
-            decoder = [p for n, p in self._trained.named_parameters() if n == "W_dec"]
-            rest = [
-                p for n, p in self._trained.named_parameters() if n != "W_dec" and p.requires_grad
-            ]
-            groups = [
-                {"params": rest, "scale": 1.0},
-                {"params": decoder, "scale": config.decoder_lr_scale},
-            ]
-            self.optimizer = torch.optim.Adam(
-                [group for group in groups if group["params"]],
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                fused=self.device.type in ("cpu", "cuda"),
-            )
-            self._publish()
+        self.rows = rows.detach()
+        self.targets = None if targets is None else targets.detach()
+        hooks = {"rows": self.rows}
+        if self.targets is not None:
+            hooks["targets"] = self.targets
+        # one generator draws the order, the start and the revival, as runs have always had it
+        self.supply = MemorySupply(hooks, generator=self.learner.generator)
+        self._in_step = False
+        self.learner.start()
 
     @property
     def bae(self) -> Any:
         """The caller's module, by the name it had when only Binary Autoencoders were trained."""
         return self.model
 
-    def _sample(self, n: int) -> Tensor:
-        picked = torch.randperm(len(self.rows), generator=self.generator)[:n]
-        sample = self.rows[picked.to(self.rows.device)]
-        _check_finite("rows", sample, picked)
-        return sample
+    @property
+    def objective(self) -> Any:
+        """What is minimised."""
+        return self.learner.objective
 
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Give the caller's module the values of its float32 copy, where there is one."""
-        if self._trained is not self.model:
-            own = self.model.state_dict()
-            for name, value in self._trained.state_dict().items():
-                own[name].copy_(value)
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam, over the parameters that are trained."""
+        return self.learner.optimizer
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.learner.step
+
+    @property
+    def device(self) -> torch.device:
+        """The module's."""
+        return self.learner.device
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether products are made in bfloat16."""
+        return self.learner.bfloat16
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of all draws."""
+        return self.learner.generator
+
+    def _sample(self, n: int, generator: torch.Generator) -> Tensor:
+        found = self.supply.sample(n, generator)
+        check_finite("rows", found.x["rows"], found.ids)
+        return found.x["rows"]
 
     # -- one step ------------------------------------------------------------------------------
 
     def learning_rate(self, step: int) -> float:
-        """Constant, then a cosine to zero."""
-        done, start = step / self.config.steps, self.config.decay_from
-        if done < start:
-            return self.config.lr
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (done - start) / (1 - start)))
-
-    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
-        n = self.config.batch_size
-        if len(self._order) < n:
-            self._order = torch.randperm(len(self.rows), generator=self.generator)
-        picked, self._order = self._order[:n], self._order[n:]
-        return self._batch("rows", self.rows, picked), (
-            None if self.targets is None else self._batch("targets", self.targets, picked)
-        )
-
-    def _batch(self, name: str, rows: Tensor, picked: Tensor) -> Tensor:
-        batch = rows[picked.to(rows.device)]
-        if batch.device.type == "cpu":  # elsewhere it would wait for the device: mse tells later
-            _check_finite(name, batch, picked)
-        batch = batch.to(self.device)
-        return batch if self.bfloat16 else batch.to(self._dtype)
+        """See :meth:`Learner.learning_rate`."""
+        return self.learner.learning_rate(step)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a forward pass: autocast where products are bfloat16."""
-        if self.bfloat16:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        return self.learner.autocast()
+
+    def _next_batch(self) -> tuple[Tensor, Tensor | None]:
+        batch = self.supply.next(self.config.batch_size)
+        return self._input(batch, "rows"), (
+            None if self.targets is None else self._input(batch, "targets")
+        )
+
+    def _input(self, batch: Rows, name: str) -> Tensor:
+        rows = batch.x[name]
+        if rows.device.type == "cpu":  # elsewhere it would wait for the device: mse tells later
+            check_finite(name, rows, batch.ids)
+        return self.learner.as_input(rows)
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimizer step; returns the parts of its loss, entropy and L0 as device tensors.
@@ -203,33 +176,15 @@ class Trainer(Generic[Config]):
         Raises:
             ValueError: a row of the batch holds NaN or Inf.
         """
-        config = self.config
-        with _learning():
+        with learning():
             x, target = self._next_batch()
             self._in_step = True
-            lr = self.learning_rate(self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            at = Step(self.step, self.step / config.steps, self._dead(DEAD_WINDOW))
-            with self.autocast():
-                loss: Loss = self.objective.loss(x, target, at)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()
-            self.objective.before_update()
-            self.optimizer.step()
-            self.step += 1
-            self.objective.after_update(x, self.optimizer, self.step, self.generator)
-            self._last_fired.masked_fill_(loss.counts > 0, self.step)
-            self._publish()
+            loss = self.learner.backward(x, target)
+            if self.config.clip_norm:
+                self.learner.clip(float(self.learner.summary(loss).squares))
+            self.learner.update(x, loss)
             self._in_step = False
-            result = {name: value.detach() for name, value in loss.parts.items()}
-            result["l0"] = loss.counts.sum().float() / len(x)
-            result["dead_share"] = self._dead(min(DEAD_WINDOW, self.step)).double().mean()
-        return result
-
-    def _dead(self, window: int) -> Tensor:
-        """Columns without a one in the last steps, bool ``[K]``."""
-        return self.step - self._last_fired >= window
+            return self.learner.result(loss, len(x))
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -273,8 +228,8 @@ class Trainer(Generic[Config]):
         lines: list[dict[str, float]] = []
         start = time.perf_counter()
         if log is not None and self.step:
-            _drop_later_lines(log, self.step)
-        self._train(True)
+            drop_later_lines(log, self.step)
+        self.learner.train(True)
         try:
             with progress_bar(
                 self.config.steps, what="train", unit="step", initial=self.step, show=progress
@@ -306,21 +261,17 @@ class Trainer(Generic[Config]):
                     if checkpoint and checkpoint_every and self.step % checkpoint_every == 0:
                         with _whole():
                             self.save(checkpoint)
-            with _whole(), _learning():
+            with _whole(), learning():
                 self.objective.finish(self.rows)
-                self._publish()
+                self.learner.publish()
         except (KeyboardInterrupt, SystemExit):
             if checkpoint is not None and not self._in_step:
                 with _whole():
                     self.save(checkpoint)
             raise
         finally:
-            self._train(False)
+            self.learner.train(False)
         return lines
-
-    def _train(self, mode: bool) -> None:
-        self.model.train(mode)
-        self._trained.train(mode)
 
     # -- resume --------------------------------------------------------------------------------
 
@@ -330,16 +281,9 @@ class Trainer(Generic[Config]):
         It carries what it belongs to: the constants, the module's sizes, and a digest of at most
         64 MiB of rows.
         """
-        live = {
-            "model": self._trained.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "objective": self.objective.state_dict(),
-            "step": self.step,
-            "generator": self.generator.get_state(),
-            "order": self._order,
-            "last_fired": self._last_fired,
-            "belongs_to": self._belongs_to(),
-        }
+        live = self.learner.live_state()
+        live["order"] = self.supply.state_dict()["streams"][0]["order"]
+        live["belongs_to"] = self._belongs_to()
         return copy.deepcopy(live)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -368,16 +312,10 @@ class Trainer(Generic[Config]):
                 "state must be of a run with the same module, constants and rows; it is of one "
                 f"with {', '.join(differing)}"
             )
-        with _learning():
-            self._trained.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.objective.load_state_dict(state["objective"])
-            self.step = state["step"]
-            self.generator.set_state(state["generator"].cpu())
-            self._order = state["order"].cpu().clone()
-            self._last_fired = state["last_fired"].to(self.device, copy=True)
-            self._in_step = False
-            self._publish()
+        self.learner.load_state(state)
+        stream = {"order": state["order"], "generator": state["generator"]}
+        self.supply.load_state_dict({**self.supply.state_dict(), "streams": {0: stream}})
+        self._in_step = False
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write :meth:`state_dict` into a file, whole or not at all."""
@@ -407,49 +345,10 @@ class Trainer(Generic[Config]):
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a state fits: constants, module and rows."""
-        found: dict[str, Any] = {
-            "module": type(self._trained).__name__,
-            "parameters": {
-                name: list(tensor.shape) for name, tensor in self._trained.state_dict().items()
-            },
-            **self.config.settings(),
-            "rows": fingerprint(self.rows),
-        }
-        if self.targets is not None:
-            found["targets"] = fingerprint(self.targets)
-        return found
+        return {**self.learner.identity(), **self.supply.identity()}
 
 
-def _check_parameters(model: Autoencoder) -> None:
-    parameters = dict(model.named_parameters())
-    if any(p.is_inference() for p in parameters.values()):
-        raise ValueError(
-            "model must be made outside of torch.inference_mode(): its parameters cannot be "
-            "trained; got inference tensors"
-        )
-    if not any(p.requires_grad for p in parameters.values()):
-        raise ValueError(
-            "model must have a parameter that requires a gradient (model.requires_grad_(True)); "
-            f"got none of {len(parameters)}"
-        )
-
-
-def _check_finite(name: str, rows: Tensor, numbers: Tensor) -> None:
-    """Refuse NaN and Inf; ``numbers`` are those of the rows among all."""
-    finite = rows.isfinite().all(1)
-    if not bool(finite.all()):
-        row = int(numbers[int((~finite).int().argmax())])
-        raise ValueError(f"{name} must be finite; got NaN or Inf in row {row}")
-
-
-@contextlib.contextmanager
-def _learning() -> Iterator[None]:
-    """Gradients on and inference mode off, whatever the caller's setting."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def _drop_later_lines(log: Path, step: int) -> None:
+def drop_later_lines(log: Path, step: int) -> None:
     """Keep the lines of a log up to a step: those after it are about to be written again."""
     if not log.is_file():
         return

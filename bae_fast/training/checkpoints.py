@@ -1,0 +1,288 @@
+"""Folders of checkpoints: every tensor by torch.distributed.checkpoint, plain values as JSON.
+
+A state is a tree of dictionaries, lists, tensors and plain values. Its tensors are written by all
+ranks, each its own features, into ``step-N.tmp``, which is renamed when every rank has written: a
+folder under its final name is whole. Written with R ranks, it is read with any other number.
+Nothing in it is unpickled but torch's own table of contents.
+
+torch promises no compatibility of this format between its versions: results of a run are files of
+``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bae_fast.distributed import Mesh
+from bae_fast.files import read_json, write_json
+from bae_fast.progress import say
+
+VALUES = "run.json"
+_PREFIX, _UNFINISHED = "step-", ".tmp"
+# keys of the JSON that stand for something else than an object of JSON
+_TENSOR, _ITEMS, _TUPLE = "tensor", "items", "tuple"
+
+# path of a tensor within the state -> dimension along which ranks have features of their own, or
+# None where every rank has the same
+FeatureDim = Callable[[tuple[Any, ...]], int | None]
+
+
+def flatten(state: Any, path: tuple[Any, ...] = ()) -> tuple[Any, dict[tuple[Any, ...], Tensor]]:
+    """(JSON values with the paths of tensors in their place, tensors by path)."""
+    if isinstance(state, Tensor):
+        return {_TENSOR: list(map(str, path))}, {path: state}
+    tensors: dict[tuple[Any, ...], Tensor] = {}
+
+    def inner(key: Any, value: Any) -> Any:
+        found, below = flatten(value, (*path, key))
+        tensors.update(below)
+        return found
+
+    if isinstance(state, dict):
+        return {_ITEMS: [[key, inner(key, value)] for key, value in state.items()]}, tensors
+    if isinstance(state, tuple):
+        return {_TUPLE: [inner(i, value) for i, value in enumerate(state)]}, tensors
+    if isinstance(state, list):
+        return [inner(i, value) for i, value in enumerate(state)], tensors
+    return state, tensors
+
+
+def unflatten(values: Any, tensors: dict[str, Tensor]) -> Any:
+    """The state of :func:`flatten`, tensors by their joined paths."""
+    if isinstance(values, list):
+        return [unflatten(value, tensors) for value in values]
+    if not isinstance(values, dict):
+        return values
+    if _TENSOR in values:
+        return tensors["/".join(values[_TENSOR])]
+    if _TUPLE in values:
+        return tuple(unflatten(value, tensors) for value in values[_TUPLE])
+    return {key: unflatten(value, tensors) for key, value in values[_ITEMS]}
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every whole checkpoint, by rising step."""
+    found = []
+    for path in folder.glob(_PREFIX + "*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdecimal() and (path / VALUES).is_file():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """What one save writes: copies, which training does not change any more."""
+
+    step: int
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+    best: bool
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run, one at a time and in the background.
+
+    Attributes:
+        folder: where they lie.
+        keep: how many of the last ones stay; the best one stays too.
+        failed: saves that could not be written, one after the other.
+        error: the last of them, or None.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int, mesh: Mesh | None) -> None:
+        self.folder, self.keep, self.mesh = Path(folder), keep, mesh
+        self.failed = 0
+        self.error: OSError | None = None
+        self._first = mesh is None or mesh.is_first
+        # a group of its own: the save's messages must not meet those of a step
+        self._group = dist.new_group(backend="gloo") if mesh is not None else None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        if self._first:
+            for path in self.folder.glob(_PREFIX + "*" + _UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save(
+        self, state: dict[str, Any], step: int, feature_dim: FeatureDim, *, best: bool = False
+    ) -> None:
+        """Copy a state and write it in the background; a collective.
+
+        An earlier save is waited for. A save that fails leaves the folders before it as they are;
+        :meth:`wait` tells.
+
+        Args:
+            state: of this rank, see the module.
+            step: names the folder.
+            feature_dim: which tensors are of this rank's features alone.
+            best: that this one stays, whatever comes after.
+        """
+        self.wait()
+        values, tensors = flatten(state)
+        copies = {
+            "/".join(map(str, path)): self._as_global(tensor.detach().clone(), feature_dim(path))
+            for path, tensor in tensors.items()
+        }
+        snapshot = _Snapshot(step, {"step": step, "best": best, "state": values}, copies, best)
+        self._pending = self._worker.submit(self._write, snapshot)
+
+    def _as_global(self, tensor: Tensor, dim: int | None) -> Tensor:
+        mesh = self.mesh
+        if mesh is None or mesh.feature == 1 or dim is None:
+            return tensor
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        return DTensor.from_local(
+            tensor, mesh.device_mesh, [Replicate(), Shard(dim)], run_check=False
+        )
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        from torch.distributed import checkpoint
+
+        target = self.path(snapshot.step)
+        work = target.with_name(target.name + _UNFINISHED)
+        with _naming(target):
+            if self._first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with _quiet():
+                checkpoint.save(
+                    snapshot.tensors,
+                    storage_writer=checkpoint.FileSystemWriter(work),
+                    process_group=self._group,
+                    no_dist=self.mesh is None,
+                )
+            # the first rank's save ends when those of all have
+            if self._first:
+                write_json(work / VALUES, snapshot.values)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(work, target)
+                self._drop(snapshot)
+
+    def _drop(self, latest: _Snapshot) -> None:
+        """Remove what is neither among the last ones nor the best."""
+        found = checkpoints(self.folder)
+        stay = {path for _, path in found[-self.keep :]}
+        best = [path for _, path in found if read_json(path / VALUES)["best"]]
+        stay |= set(best[-1:])
+        for _, path in found:
+            if path not in stay:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def failures(self) -> int:
+        """Saves that failed one after the other, as far as they have ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        return self.failed
+
+    def wait(self) -> None:
+        """Wait for the save in hand; count it where it failed, and say so."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except OSError as error:
+            self.failed += 1
+            self.error = error
+            if self._first:
+                say(f"note: {error.filename}: {error.strerror}", error=True)
+        else:
+            self.failed, self.error = 0, None
+
+    def close(self) -> None:
+        """Wait for the save in hand and end the thread."""
+        self.wait()
+        self._worker.shutdown()
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"{_PREFIX}{step}"
+
+    def latest(self) -> Path | None:
+        """The last whole checkpoint, or None."""
+        found = checkpoints(self.folder)
+        return found[-1][1] if found else None
+
+    def load(self, path: Path, feature_dim: FeatureDim) -> dict[str, Any]:
+        """A state from a folder, of this rank's features; a collective.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: a folder that is not whole, or was written by another version of torch.
+        """
+        from torch.distributed import checkpoint
+
+        if not (path / VALUES).is_file():
+            raise FileNotFoundError(f"{path} holds no whole checkpoint")
+        values = read_json(path / VALUES)
+        reader = checkpoint.FileSystemReader(path)
+        wanted: dict[str, Tensor] = {}
+        try:
+            for name, entry in reader.read_metadata().state_dict_metadata.items():
+                wanted[name] = self._room(entry, feature_dim(tuple(name.split("/"))))
+            with _quiet():
+                checkpoint.load(
+                    wanted,
+                    storage_reader=reader,
+                    process_group=self._group,
+                    no_dist=self.mesh is None,
+                )
+        except (Exception, checkpoint.api.CheckpointException) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        local = {name: _local(tensor) for name, tensor in wanted.items()}
+        state: dict[str, Any] = unflatten(values["state"], local)
+        return state
+
+    def _room(self, entry: Any, dim: int | None) -> Tensor:
+        shape, dtype = list(entry.size), entry.properties.dtype
+        mesh = self.mesh
+        if mesh is None or mesh.feature == 1 or dim is None:
+            return torch.empty(shape, dtype=dtype)
+        shape[dim] //= mesh.feature
+        return self._as_global(torch.empty(shape, dtype=dtype), dim)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a process is alone, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Every failure as an OSError that names the checkpoint."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        inner: Any = error
+        failures = getattr(error, "failures", None)  # of torch's exception: rank -> what happened
+        if failures:
+            inner = next(iter(failures.values()))[0]
+        number = getattr(inner, "errno", None) or errno.EIO
+        lines = str(inner).strip().splitlines()
+        reason = getattr(inner, "strerror", None) or (lines[0] if lines else type(inner).__name__)
+        raise OSError(number, f"the checkpoint cannot be written: {reason}", str(target)) from error

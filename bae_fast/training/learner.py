@@ -1,0 +1,361 @@
+"""One module that learns from batches: its objective, optimizer, learning rate and dead features.
+
+Who draws the batches, logs and keeps checkpoints is the trainer's business
+(:mod:`bae_fast.training.trainer`, :mod:`bae_fast.training.jobs`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from bae_fast.autoencoder import Autoencoder
+from bae_fast.devices import has_bfloat16
+from bae_fast.distributed import Mesh
+from bae_fast.statistics import entropy_bits
+from bae_fast.training.config import LoopConfig
+from bae_fast.training.objective import Loss, Step
+
+# steps without a one after which the log counts a column as dead
+DEAD_WINDOW = 200
+
+# raw rows drawn at random, given their number and the generator of the draw
+Draw = Callable[[int, torch.Generator], Tensor]
+
+Config = TypeVar("Config", bound=LoopConfig)
+
+
+class Summary(NamedTuple):
+    """Numbers of a step that processes add up: each adds its part.
+
+    Attributes:
+        squares: sum of the squares of the gradients; not finite where a gradient is not.
+        mse, l0, dead: see :meth:`Learner.result`.
+    """
+
+    squares: Tensor
+    mse: Tensor
+    l0: Tensor
+    dead: Tensor
+
+
+class Learner(Generic[Config]):
+    """Trains one module on batches that it is given.
+
+    Gradients are switched on inside, whatever the caller's setting. A module of float16 or
+    bfloat16 parameters is trained as a float32 copy, whose rounded values the module gets after
+    every step: steps of Adam would be lost in the rounding of half precision.
+
+    Attributes:
+        model: the caller's module, or this rank's part of it.
+        trained: the module whose parameters the optimizer changes: a float32 copy, or the same.
+        objective: what is minimised.
+        step: steps done.
+        optimized: names of the optimizer's parameters, in its order.
+        bfloat16: whether products are made in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        config: Config,
+        draw: Draw,
+        *,
+        generator: torch.Generator | None = None,
+        mesh: Mesh | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        """Prepare the start of the features and the optimizer.
+
+        Args:
+            model: what the configuration's objective can train, on its device.
+            config: the constants.
+            draw: gives raw rows for the start.
+            generator: of the start and the revival; None: one made from ``config.seed``.
+            mesh: the processes; the module is this rank's part of the features.
+            micro_batches: parts that a batch of this process is computed in.
+
+        Raises:
+            TypeError, ValueError: see :class:`bae_fast.training.Trainer`.
+        """
+        if not isinstance(config, LoopConfig):
+            raise TypeError(
+                f"config must be a TrainingConfig or a SparseConfig; got {type(config).__name__}"
+            )
+        with learning():
+            self.model, self.config, self.mesh = model, config, mesh
+            narrow = any(p.element_size() < 4 for p in model.parameters())
+            self.trained = copy.deepcopy(model).float() if narrow else model
+            self.objective = config.objective(self.trained)
+            if mesh is not None or micro_batches > 1:
+                self.objective.spread(mesh, micro_batches)
+            _check_parameters(model)
+            first = next(self.trained.parameters())
+            self.device, self.dtype = first.device, first.dtype
+            self.step = 0
+            self.generator = generator or torch.Generator().manual_seed(config.seed)
+            self.last_fired = torch.zeros(
+                self.objective.n_columns, dtype=torch.int64, device=self.device
+            )
+            self.bfloat16 = config.precision == "bfloat16" or (
+                config.precision == "auto"
+                and has_bfloat16(self.device)
+                and self.dtype == torch.float32
+            )
+            self._draw = draw
+
+    def start(self) -> None:
+        """Start the features and make the optimizer."""
+        config = self.config
+        with learning():
+            self.objective.start(lambda n: self._draw(n, self.generator), self.generator)
+            decoder = [p for n, p in self.trained.named_parameters() if n == "W_dec"]
+            rest = [
+                p for n, p in self.trained.named_parameters() if n != "W_dec" and p.requires_grad
+            ]
+            names = [n for n, p in self.trained.named_parameters() if p.requires_grad]
+            self.optimized = [n for n in names if n != "W_dec"]
+            self.optimized += ["W_dec"] * len(decoder)
+            groups = [
+                {"params": rest, "scale": 1.0},
+                {"params": decoder, "scale": config.decoder_lr_scale},
+            ]
+            self.optimizer = torch.optim.Adam(
+                [group for group in groups if group["params"]],
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                fused=self.device.type in ("cpu", "cuda"),
+            )
+            self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the caller's module the values of its float32 copy, where there is one."""
+        if self.trained is not self.model:
+            own = self.model.state_dict()
+            for name, value in self.trained.state_dict().items():
+                own[name].copy_(value)
+
+    def train(self, mode: bool) -> None:
+        """Set both modules to training or to evaluation."""
+        self.model.train(mode)
+        self.trained.train(mode)
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def learning_rate(self, step: int) -> float:
+        """A linear rise over the warm-up, constant, then a cosine to zero."""
+        config = self.config
+        done, start = step / config.steps, config.decay_from
+        rate = config.lr
+        if config.warmup_steps:
+            rate *= min((step + 1) / config.warmup_steps, 1.0)
+        if done < start:
+            return rate
+        return rate * 0.5 * (1 + math.cos(math.pi * (done - start) / (1 - start)))
+
+    def as_input(self, batch: Tensor) -> Tensor:
+        """A batch on the module's device, in the dtype that a forward pass takes."""
+        batch = batch.to(self.device)
+        return batch if self.bfloat16 else batch.to(self.dtype)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward pass: autocast where products are bfloat16."""
+        if self.bfloat16:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def backward(self, x: Tensor, target: Tensor | None) -> Loss:
+        """The loss of a batch, after its gradients have been computed and added over "data"."""
+        config = self.config
+        lr = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        at = Step(self.step, self.step / config.steps, self.is_dead(DEAD_WINDOW))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.objective.backward(x, target, at, self.autocast)
+        if self.mesh is not None and self.mesh.data > 1:
+            for name, parameter in self.trained.named_parameters():
+                if parameter.grad is not None:
+                    self.mesh.sum_(parameter.grad, "data", f"gradient of {name}")
+        return loss
+
+    @torch.no_grad()
+    def summary(self, loss: Loss) -> Summary:
+        """This process's part of what is logged of a step, and of its gradients' squares."""
+        mesh = self.mesh
+        data, feature = (1, 1) if mesh is None else (mesh.data, mesh.feature)
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for name, parameter in self.trained.named_parameters():
+            if parameter.grad is not None:
+                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+                # b_dec is the same on every rank along feature, and all are along data
+                squares += norm.square() / (data * (feature if name == "b_dec" else 1))
+        columns = self.is_dead(min(DEAD_WINDOW, self.step + 1), loss.counts)
+        return Summary(
+            squares,
+            loss.parts["mse"].double() / feature,
+            loss.counts.sum().double() / (self.config.batch_size * data),
+            columns.double().mean() / (data * feature),
+        )
+
+    def clip(self, squares: float) -> None:
+        """Shorten the gradients where their norm, over all processes, is beyond the limit."""
+        limit = self.config.clip_norm
+        if limit and squares > limit**2:
+            for parameter in self.trained.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(limit / math.sqrt(squares))
+
+    def update(self, x: Tensor, loss: Loss) -> None:
+        """The optimizer's step and what belongs to it."""
+        self.objective.before_update()
+        self.optimizer.step()
+        self.step += 1
+        self.objective.after_update(x, self.optimizer, self.step, self.generator)
+        self.last_fired.masked_fill_(loss.counts > 0, self.step)
+        self.publish()
+
+    def skip(self) -> None:
+        """Count a step whose gradients are not finite, and leave the module as it is."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def result(self, loss: Loss, n_rows: int) -> dict[str, Tensor]:
+        """The parts of the loss of a step that was made, L0 and the share of dead columns."""
+        found = {name: value.detach() for name, value in loss.parts.items()}
+        found["l0"] = loss.counts.sum().float() / n_rows
+        found["dead_share"] = self.is_dead(min(DEAD_WINDOW, self.step)).double().mean()
+        return found
+
+    @torch.no_grad()
+    def heldout(self, blocks: Iterable[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+        """What the log shows of held-out rows; the same on every process, each of which sees all.
+
+        Args:
+            blocks: raw rows and targets ``[n, d]``.
+
+        Returns:
+            ``heldout_fvu``, ``heldout_entropy_bits`` where the objective has a code of bits, and
+            ``heldout_score``, which early stopping compares: the FVU plus a_e times the entropy.
+
+        Raises:
+            ValueError: no held-out rows.
+        """
+        n = 0
+        error = squares = torch.zeros((), dtype=torch.float64)
+        shift: Tensor | None = None
+        sums, counts = torch.zeros(0), None
+        for x, target in blocks:
+            goal = (x if target is None else target).to(self.device).double()
+            with self.autocast():
+                recon, ones = self.objective.look(self.as_input(x))
+            if shift is None:
+                shift = goal.mean(0)  # so that the variance is no difference of large numbers
+                sums = torch.zeros_like(shift)
+            error = error + (recon.double() - goal).square().sum().cpu()
+            sums += (goal - shift).sum(0)
+            squares = squares + (goal - shift).square().sum().cpu()
+            counts = ones if counts is None or ones is None else counts + ones
+            n += len(x)
+        if not n:
+            raise ValueError("evaluate_every must be 0 for a supply without held-out rows")
+        variance = squares - (sums.square().sum() / n).cpu()
+        found = {"heldout_fvu": float(error / variance)}
+        if counts is not None:
+            if self.mesh is not None:
+                counts = self.mesh.gather(counts, "feature", "held-out counts")
+            found["heldout_entropy_bits"] = float(
+                entropy_bits(counts, torch.full_like(counts[:1].sum(), n))
+            )
+        weight = getattr(self.config, "entropy_weight", 0.0)
+        found["heldout_score"] = found["heldout_fvu"] + weight * found.get(
+            "heldout_entropy_bits", 0.0
+        )
+        return found
+
+    def is_dead(self, window: int, counts: Tensor | None = None) -> Tensor:
+        """Columns without a one in the last steps, bool ``[K]``.
+
+        Args:
+            window: steps.
+            counts: of a step that is not counted yet.
+        """
+        if counts is None:
+            return self.step - self.last_fired >= window
+        return (self.step + 1 - self.last_fired >= window) & (counts == 0)
+
+    # -- resume --------------------------------------------------------------------------------
+
+    def live_state(self) -> dict[str, Any]:
+        """Everything needed to go on exactly, but the rows; not copied."""
+        return {
+            "model": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "step": self.step,
+            "generator": self.generator.get_state(),
+            "last_fired": self.last_fired,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`live_state`, of the same module and constants."""
+        with learning():
+            self.trained.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, own in self.optimizer.state.items():
+                for name, value in own.items():
+                    # the fused step reads both by the parameter's strides, which files do not keep
+                    if value.shape == parameter.shape and value.stride() != parameter.stride():
+                        own[name] = torch.empty_like(parameter).copy_(value)
+            self.objective.load_state_dict(state["objective"])
+            self.step = state["step"]
+            self.generator.set_state(state["generator"].cpu())
+            self.last_fired = state["last_fired"].to(self.device, copy=True)
+            self.publish()
+
+    def identity(self) -> dict[str, Any]:
+        """What a state fits: constants and module, JSON values."""
+        return {
+            "module": type(self.trained).__name__,
+            "parameters": {
+                name: list(tensor.shape) for name, tensor in self.trained.state_dict().items()
+            },
+            **self.config.settings(),
+        }
+
+
+def _check_parameters(model: Autoencoder) -> None:
+    parameters = dict(model.named_parameters())
+    if any(p.is_inference() for p in parameters.values()):
+        raise ValueError(
+            "model must be made outside of torch.inference_mode(): its parameters cannot be "
+            "trained; got inference tensors"
+        )
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            "model must have a parameter that requires a gradient (model.requires_grad_(True)); "
+            f"got none of {len(parameters)}"
+        )
+
+
+@contextlib.contextmanager
+def learning() -> Iterator[None]:
+    """Gradients on and inference mode off, whatever the caller's setting."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def check_finite(name: str, rows: Tensor, numbers: Tensor) -> None:
+    """Refuse NaN and Inf; ``numbers`` are those of the rows among all."""
+    finite = rows.isfinite().all(1)
+    if not bool(finite.all()):
+        row = int(numbers[int((~finite).int().argmax())])
+        raise ValueError(f"{name} must be finite; got NaN or Inf in row {row}")

@@ -1,0 +1,194 @@
+"""Training on several processes: bytes a rank sends, and what is to be expected of large runs.
+
+    python -m bench.scale
+
+prints the table of docs/guide/scale.md, and with ``--jobs`` times eight jobs on the same batches
+against eight runs. The table is arithmetic and nothing in it was measured: products
+at 60 % of an H100's 989 TFLOP/s in bfloat16, memory at 2.85 TB/s, 360 GB/s among the 8 GPUs of a
+machine and 45 GB/s a GPU between machines. What a rank sends is tested against the tensors that
+torch.distributed is given (tests/training/test_mesh.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+
+from bae_fast import BinaryAutoencoder
+from bae_fast.training import Job, JobTrainer, MemorySupply, TrainingConfig
+
+# doubles in the control word: three flags, and four numbers a job
+FLAGS, NUMBERS = 3, 4
+
+_PRODUCTS = 0.6 * 989e12  # operations a second
+_MEMORY = 2.85e12  # bytes a second
+_INSIDE, _BETWEEN = 360e9, 45e9  # bytes a second
+_GPUS = 8  # of a machine
+_OPERATIONS = 10  # a row, feature and dimension
+# bytes of parameters, gradients and Adam's two moments that a step reads and writes, a parameter
+_UPDATE = 28
+_CAPACITY = 80e9
+
+# (F, N, GPUs, R_d, R_f)
+CASES = [
+    (65536, 4096, 1, 1, 1),
+    (65536, 4096, 8, 1, 8),
+    (65536, 4096, 8, 8, 1),
+    (65536, 32768, 1, 1, 1),
+    (65536, 32768, 8, 1, 8),
+    (65536, 32768, 8, 4, 2),
+    (2**20, 4096, 8, 1, 8),
+    (2**20, 32768, 8, 1, 8),
+    (2**20, 32768, 64, 1, 64),
+    (2**20, 32768, 64, 8, 8),
+]
+WIDTH = 4096
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank sends in a step."""
+
+    data: float
+    feature: float
+    world: float
+
+    @property
+    def total(self) -> float:
+        return self.data + self.feature + self.world
+
+
+def ring(n_bytes: float, ranks: int, times: int = 1) -> float:
+    """Bytes that a rank sends: ``times`` is 2 for an all-reduce of so many bytes, 1 for a gather
+    of so many in all."""
+    return times * n_bytes * (ranks - 1) / ranks
+
+
+def sent_bytes(
+    batch: int,
+    d_in: int,
+    d_sae: int,
+    data: int,
+    feature: int,
+    *,
+    covariance: bool = False,
+    jobs: int = 1,
+    itemsize: int = 4,
+) -> Traffic:
+    """Bytes that a rank sends in one step without a line of the log, a revival or a checkpoint.
+
+    Args:
+        batch: rows of the whole batch, N.
+        d_in, d_sae: d and F, one bit a feature.
+        data, feature: R_d and R_f.
+        covariance: whether the covariance has a weight: then bits travel.
+        jobs: modules that are trained on the batch.
+        itemsize: bytes of a parameter.
+    """
+    n, f = batch // data, d_sae // feature
+    parameters = 2 * f * d_in + f + d_in
+    over_data = ring(8 * f, data, 2) + ring(itemsize * parameters, data, 2)
+    over_feature = ring(itemsize * n * d_in, feature, 2)
+    if covariance:
+        over_feature += ring(n * d_sae / 8, feature)
+        over_data += ring(batch * d_sae / 8, data)
+    control = ring(8 * (FLAGS + NUMBERS * jobs), data * feature, 2)
+    return Traffic(jobs * over_data, jobs * over_feature, control)
+
+
+def predicted_ms(batch: int, d_sae: int, data: int, feature: int) -> float | None:
+    """Milliseconds of a step without covariance; None where a GPU's memory does not hold it."""
+    n, f = batch / data, d_sae / feature
+    parameters = 2 * f * WIDTH
+    if 16 * parameters > _CAPACITY:  # fp32: parameters, gradients, two moments
+        return None
+    sent = sent_bytes(batch, WIDTH, d_sae, data, feature)
+    inside_feature = feature <= _GPUS
+    inside_data = data * feature <= _GPUS
+    seconds = _OPERATIONS * n * WIDTH * f / _PRODUCTS + _UPDATE * parameters / _MEMORY
+    seconds += sent.feature / (_INSIDE if inside_feature else _BETWEEN)
+    seconds += sent.data / (_INSIDE if inside_data else _BETWEEN)
+    return seconds * 1e3
+
+
+def table() -> str:
+    """The predictions as Markdown."""
+    lines = [
+        "| F | N | GPUs | data x feature | ms a step | MB a GPU sends: feature, data |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d_sae, batch, gpus, data, feature in CASES:
+        took = predicted_ms(batch, d_sae, data, feature)
+        sent = sent_bytes(batch, WIDTH, d_sae, data, feature)
+        said = "does not fit" if took is None else f"{took:.3g}"
+        lines.append(
+            f"| {d_sae:,} | {batch:,} | {gpus} | {data} x {feature} | {said} | "
+            f"{sent.feature / 1e6:,.0f}, {sent.data / 1e6:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+# -- several jobs at once ----------------------------------------------------------------------
+
+
+def compare_jobs(steps: int, n_rows: int, d_in: int, d_sae: int, batch: int) -> dict[str, float]:
+    """Seconds of eight jobs, two hooks by four settings, together and one run after the other.
+
+    Rows lie in memory, so what is shared is the drawing of batches alone; where a language model
+    makes the rows, its passes are shared too. Both sides alternate, three times; medians.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        hook: torch.randn(n_rows, 16, generator=generator)
+        @ torch.randn(16, d_in, generator=generator)
+        for hook in ("first", "second")
+    }
+
+    def jobs() -> list[Job]:
+        torch.manual_seed(0)
+        found = []
+        for hook, x in rows.items():
+            for weight in (0.0, 1e-4, 3e-4, 1e-3):
+                config = TrainingConfig(
+                    steps=steps, batch_size=batch, entropy_weight=weight, refit=False
+                )
+                bae = BinaryAutoencoder(d_in, d_sae).fit_normalization_(x)
+                found.append(Job(f"{hook} {weight}", bae, config, hook))
+        return found
+
+    def seconds(runs: list[list[Job]]) -> float:
+        start = time.perf_counter()
+        for one in runs:
+            JobTrainer(one, MemorySupply(rows, streams=8)).fit()
+        return time.perf_counter() - start
+
+    together, apart = [], []
+    for _ in range(3):
+        together.append(seconds([jobs()]))
+        apart.append(seconds([[job] for job in jobs()]))
+    sides = statistics.median(together), statistics.median(apart)
+    return {"together": sides[0], "apart": sides[1], "ratio": sides[0] / sides[1]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, or measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", action="store_true", help="time eight jobs against eight runs")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--d", type=int, default=128)
+    parser.add_argument("--f", type=int, default=512)
+    parser.add_argument("--n", type=int, default=256)
+    given = parser.parse_args(arguments)
+    if not given.jobs:
+        print(table())
+        return
+    print(json.dumps(compare_jobs(given.steps, given.rows, given.d, given.f, given.n)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""Several jobs from one supply in one process: beside each alone, going on, failures, the log."""
+
+import dataclasses
+import json
+import resource
+import signal
+import sys
+import types
+
+import pytest
+import torch
+from sparse_rows import module, synthetic
+
+import bae_fast as bf
+from bae_fast.baselines import TRAINING, make_baseline
+from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, TrainingConfig
+from bae_fast.training.checkpoints import checkpoints
+
+SMALL = TrainingConfig(steps=30, batch_size=64, precision="float32", revive_every=10)
+
+
+def jobs(x, names="abc", **changes):
+    """Two settings of the layer and a baseline."""
+    found = []
+    for name in names:
+        torch.manual_seed(ord(name))
+        if name == "c":
+            config = dataclasses.replace(TRAINING, steps=30, batch_size=64, precision="float32")
+            model = make_baseline("topk", 16, 48, k=4).fit_normalization_(x)
+        else:
+            config = dataclasses.replace(SMALL, entropy_weight=1e-3 * (name == "b"), **changes)
+            model = module(x)
+        found.append(Job(name, model, config, hook="rows"))
+    return found
+
+
+def supply(x, heldout=None):
+    return MemorySupply(x, heldout=heldout, seed=1, streams=4)
+
+
+def log_of(folder, name):
+    return [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder, name):
+    from safetensors.torch import load_file
+
+    return load_file(folder / name / "sae_weights.safetensors")
+
+
+def test_jobs_together_are_to_the_bit_what_each_is_alone(tmp_path):
+    x = synthetic()
+    JobTrainer(jobs(x), supply(x), RunConfig(out=tmp_path / "all", log_every=5)).fit()
+    for name in "abc":
+        out = tmp_path / name
+        JobTrainer(jobs(x, name), supply(x), RunConfig(out=out, log_every=5)).fit()
+        together, alone = weights(tmp_path / "all", name), weights(out, name)
+        assert together.keys() == alone.keys()
+        for key, value in alone.items():
+            assert torch.equal(together[key], value), (name, key)
+        lines = [log_of(tmp_path / "all", name), log_of(out, name)]
+        assert [line["step"] for line in lines[0]] == [5, 10, 15, 20, 25, 30]
+        for line in (*lines[0], *lines[1]):
+            del line["seconds"], line["rows_per_second"]
+        assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("covariance", [0.0, 1e-3])
+def test_micro_batches_have_the_gradient_of_the_batch_and_encode_each_row_once(
+    monkeypatch, covariance
+):
+    x = synthetic().double()
+    config = dataclasses.replace(SMALL, covariance_weight=covariance, batch_size=64)
+    rows = []
+    encode = bf.functional.registry.BACKENDS["cpp"].ops["encode"]
+
+    def counted(x, *arguments):
+        rows.append(len(x))
+        return encode(x, *arguments)
+
+    monkeypatch.setitem(bf.functional.registry.BACKENDS["cpp"].ops, "encode", counted)
+    gradients = []
+    for parts in (1, 8):
+        torch.manual_seed(0)
+        trainer = JobTrainer(
+            [Job("a", module(x, dtype=torch.float64, impl="cpp"), config, "rows")],
+            supply(x),
+            RunConfig(micro_batches=parts),
+        )
+        for _ in range(3):  # the bank has something to add
+            trainer.train_step()
+        rows.clear()
+        learner = trainer.learners["a"]
+        learner.backward(trainer.supply.next(64).x["rows"], None)
+        assert sum(rows) == 64
+        assert len(rows) == parts
+        gradients.append({n: p.grad.clone() for n, p in learner.trained.named_parameters()})
+    for name, grad in gradients[0].items():
+        assert grad.any()
+        assert (gradients[1][name] - grad).abs().max() <= 1e-12, name
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
+    x = synthetic()
+
+    def new(name):
+        run = RunConfig(out=tmp_path / name, checkpoint_every=7, log_every=1)
+        return JobTrainer(jobs(x), supply(x), run)
+
+    new("whole").fit()
+    cut = new("cut")
+    step = cut.train_step
+
+    def dying():
+        if cut.step == 17:
+            raise MemoryError
+        return step()
+
+    cut.train_step = dying
+    with pytest.raises(MemoryError):
+        cut.fit()
+    again = new("cut")
+    assert again.resume()
+    assert again.step == 14
+    again.fit()
+    for name in "abc":
+        expected = weights(tmp_path / "whole", name)
+        for key, value in weights(tmp_path / "cut", name).items():
+            assert torch.equal(value, expected[key]), (name, key)
+        assert [line["step"] for line in log_of(tmp_path / "cut", name)] == list(range(1, 31))
+    # the last two stay
+    assert [step for step, _ in checkpoints(tmp_path / "cut" / "checkpoints")] == [21, 28]
+
+
+def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
+    x = synthetic()
+    first = JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path))
+    assert not first.resume()
+    first.train_step()
+    first.save()
+    first.close()
+    other = JobTrainer(jobs(x, "a", lr=1e-2), supply(x), RunConfig(out=tmp_path))
+    with pytest.raises(
+        ValueError, match=r"same jobs and constants; .* a\.lr 0\.004 \(here 0\.01\)"
+    ):
+        other.resume()
+    shorter = JobTrainer(jobs(x, "a"), supply(x[:900]), RunConfig(out=tmp_path))
+    with pytest.raises(ValueError, match="state must be of the same rows"):
+        shorter.resume()
+    with pytest.raises(FileNotFoundError, match="holds no whole checkpoint"):
+        shorter.resume(tmp_path / "nothing")
+    (tmp_path / "checkpoints" / "step-1" / ".metadata").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"step-1 is not a readable checkpoint"):
+        JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path)).resume()
+
+
+def test_a_full_disk_fails_the_save_by_name_keeps_the_older_ones_and_ends_the_third_time(
+    tmp_path, capfd
+):
+    x = synthetic()
+    run = RunConfig(out=tmp_path, checkpoint_every=2, log_every=30)
+    trainer = JobTrainer(jobs(x, "a"), supply(x), run)
+    step, before = trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def filling():
+        if trainer.step == 5:
+            trainer._store.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        return step()
+
+    trainer.train_step = filling
+    try:
+        with pytest.raises(OSError, match="the checkpoint cannot be written") as caught:
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "step-" in str(caught.value)
+    assert trainer.step <= 12
+    assert [n for n, _ in checkpoints(tmp_path / "checkpoints")] == [2, 4]
+    assert "step-6" in capfd.readouterr().err
+
+
+def test_three_steps_that_are_not_finite_end_the_run_and_fewer_do_not(tmp_path):
+    x = synthetic()
+    trainer = JobTrainer(jobs(x, "a", init="none"), supply(x), RunConfig(out=tmp_path, log_every=1))
+    give, bad = trainer.supply.next, {3, 4, 8, 9, 10}
+
+    def spoiled(n):
+        batch = give(n)
+        if trainer.step + 1 in bad:
+            batch.x["rows"][5] = float("inf")
+        return batch
+
+    trainer.supply.next = spoiled
+    with pytest.raises(RuntimeError, match=r"job a must be finite; got 3 steps in a row, up to 10"):
+        trainer.fit()
+    assert [step for step, _, _ in trainer.skipped] == sorted(bad)
+    lines = log_of(tmp_path, "a")
+    assert {line["step"] for line in lines if "skipped_rows" in line} == bad
+    assert all(p.isfinite().all() for p in trainer.learners["a"].model.parameters())
+
+
+def test_held_out_rows_stop_a_job_and_keep_the_best_checkpoint(tmp_path):
+    x = synthetic(n=1200)
+    run = RunConfig(out=tmp_path, evaluate_every=3, patience=2, checkpoint_every=3, keep=1)
+    trainer = JobTrainer(jobs(x[:1000], "ab"), supply(x[:1000], x[1000:]), run)
+    looks = {"a": [0.9, 0.5, 0.6, 0.4, 0.4, 0.7], "b": [0.9, 0.8, 0.85, 0.8]}
+    for name, learner in trainer.learners.items():
+        learner.heldout = lambda blocks, name=name: {"heldout_score": looks[name].pop(0)}
+    trainer.fit()
+    # b stops after its fourth look, a two after its best, the run with the last of them
+    assert looks == {"a": [], "b": []}
+    assert trainer.step == 18
+    assert [trainer.learners[name].step for name in "ab"] == [18, 12]
+    # the mean of both was best at the fourth look; beside it the last one stays
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [12, 18]
+
+
+def test_held_out_numbers_are_those_of_the_evaluation():
+    from bae_fast.analysis import evaluate
+
+    x = synthetic(n=1200)
+    trainer = JobTrainer(jobs(x[:1000]), supply(x[:1000], x[1000:]), RunConfig())
+    for _ in range(5):
+        trainer.train_step()
+    trainer._evaluate()
+    trainer._train(False)
+    for name, part in ((p.name, p) for p in trainer._parts):
+        found = evaluate(part.learner.model, x[1000:])
+        assert part.line["heldout_fvu"] == pytest.approx(found.fvu, rel=1e-5), name
+        if name != "c":
+            assert part.line["heldout_entropy_bits"] == pytest.approx(found.bits, rel=1e-9)
+
+
+def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path):
+    x = synthetic()
+    trainer = JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path))
+    backward = trainer.learners["a"].backward
+
+    def interrupted(rows, target):
+        if trainer.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return backward(rows, target)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        trainer.learners["a"].backward = interrupted
+        with pytest.raises(StoppedError, match=r"stopped by SIGINT after step 5; .*step-5"):
+            trainer.fit()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [5]
+
+
+def test_clipping_and_warm_up():
+    x = synthetic()
+    (job,) = jobs(x, "a", clip_norm=1e-3, warmup_steps=10, decay_from=1.0)
+    learner = JobTrainer([job], supply(x)).learners["a"]
+    assert [learner.learning_rate(i) for i in (0, 4, 9)] == pytest.approx([4e-4, 2e-3, 4e-3])
+    loss = learner.backward(x[:64], None)
+    squares = float(learner.summary(loss).squares)
+    every = torch.cat([p.grad.flatten() for p in learner.trained.parameters()]).double()
+    assert squares == pytest.approx(float(every.square().sum()), rel=1e-12)
+    assert squares > 1e-6
+    learner.clip(squares)
+    clipped = torch.cat([p.grad.flatten() for p in learner.trained.parameters()]).double()
+    assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-5)
+    assert torch.allclose(clipped / clipped.norm(), every / every.norm(), rtol=1e-4, atol=1e-9)
+
+
+def test_the_log_has_rates_and_the_trackers_get_the_numbers(tmp_path, monkeypatch):
+    seen = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **given: seen.append(("init", given["name"]))
+    fake.log = lambda numbers, step: seen.append((step, numbers))
+    fake.finish = lambda: seen.append(("finish",))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    x = synthetic()
+    run = RunConfig(out=tmp_path / "r", log_every=15, trackers=("wandb",), peak_flops=1e12)
+    JobTrainer(jobs(x, "ab"), supply(x), run).fit()
+    assert seen[0] == ("init", "r")
+    assert seen[-1] == ("finish",)
+    assert [one[0] for one in seen[1:-1]] == [15, 15, 30, 30]
+    line = log_of(tmp_path / "r", "b")[-1]
+    assert seen[-2][1]["b/mse"] == line["mse"]
+    assert line["mfu"] == pytest.approx(10 * 16 * 48 * line["rows_per_second"] / 1e12)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    missing = dataclasses.replace(run, trackers=("trackio",))
+    with pytest.raises(ImportError, match="this tracker needs trackio: pip install trackio"):
+        JobTrainer(jobs(x, "a"), supply(x), missing).fit()
+
+
+def test_jobs_that_do_not_fit_are_refused():
+    x = synthetic()
+    a, b = jobs(x, "ab")
+    with pytest.raises(ValueError, match="jobs must hold at least one job"):
+        JobTrainer([], supply(x))
+    with pytest.raises(ValueError, match="names of their own; got a, a"):
+        JobTrainer([a, a], supply(x))
+    longer = dataclasses.replace(b, config=dataclasses.replace(b.config, steps=9))
+    with pytest.raises(ValueError, match="steps must be the same for all jobs; got 30 for a and 9"):
+        JobTrainer([a, longer], supply(x))
+    with pytest.raises(ValueError, match="needs a hook 'layer' of width 16; the supply has"):
+        JobTrainer([dataclasses.replace(a, hook="layer")], supply(x))
+    with pytest.raises(ValueError, match="the name of a job must be that of a folder; got 'a/b'"):
+        JobTrainer([dataclasses.replace(a, name="a/b")], supply(x))
+    for change, words in (
+        ({"patience": 1}, "evaluate_every must be at least 1"),
+        ({"checkpoint_every": 1}, "out must be a folder"),
+        ({"trackers": ("mlflow",)}, "trackers must be of tensorboard, wandb, trackio; got mlflow"),
+        ({"log_every": 0}, "log_every must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RunConfig(**change)

@@ -1,0 +1,240 @@
+"""Training on several processes against one: statistics, parameters, bytes, failures, going on."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import mesh_worker as worker
+import pytest
+import torch
+
+from bae_fast.distributed import Mesh
+from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig
+from bench.scale import predicted_ms, sent_bytes, table
+
+PAIRS = ([2, 1], [1, 2])
+FOURS = ([4, 1], [1, 4], [2, 2])
+
+
+def cases_of(grids, folder):
+    for grid in grids:
+        name = "x".join(map(str, grid))
+        yield f"exact {name}", "exact", grid, {}
+        yield f"steps {name}", "steps", grid, {}
+        yield f"micro {name}", "steps", grid, {"micro_batches": 4, "steps": 6}
+        yield f"refit {name}", "steps", grid, {"steps": 4, "refit": True, "init": "density"}
+        for covariance in (False, True):
+            yield f"sent {covariance} {name}", "sent", grid, {"covariance": covariance}
+        yield f"not finite {name}", "not_finite", grid, {}
+        stop = {"folder": str(folder / f"stop {name}"), "rank": 1, "step": 5}
+        yield f"stopped {name}", "stopped", grid, stop
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return worker.launch(folder / "ranks", 2, list(cases_of(PAIRS, folder)))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    return worker.launch(folder / "ranks", 4, list(cases_of(FOURS, folder)))
+
+
+def every_grid(test):
+    """A test of two processes, and of four as a long proof."""
+    marks = [pytest.param(grid, "two", id="x".join(map(str, grid))) for grid in PAIRS]
+    marks += [
+        pytest.param(grid, "four", id="x".join(map(str, grid)), marks=pytest.mark.long)
+        for grid in FOURS
+    ]
+    return pytest.mark.parametrize(("grid", "ranks"), marks)(test)
+
+
+def results(request, ranks, case, grid):
+    name = f"{case} {'x'.join(map(str, grid))}"
+    return [rank[name] for rank in request.getfixturevalue(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same trainings in this process, made once."""
+    torch.set_num_threads(1)
+    kept = {}
+
+    def get(case, **arguments):
+        key = (case, *sorted(arguments.items()))
+        if key not in kept:
+            kept[key] = worker.CASES[case](None, **arguments)
+        return kept[key]
+
+    return get
+
+
+@every_grid
+def test_counts_covariance_and_entropy_of_integers_are_those_of_one_process(
+    request, alone, grid, ranks
+):
+    one = alone("exact")
+    assert 0 < one["counts"].sum() < one["counts"].numel() * worker.N
+    assert one["terms"][0] > 0
+    for found in results(request, ranks, "exact", grid):
+        assert torch.equal(found["counts"], one["counts"])
+        assert found["terms"] == one["terms"]
+        assert found["mse"] == one["mse"]
+        assert found["l0"] == one["l0"]
+
+
+def assert_same_training(found, one, within=1e-9):
+    assert torch.equal(found["counts"], one["counts"])
+    assert found["parameters"].keys() == one["parameters"].keys()
+    for name, value in one["parameters"].items():
+        assert (found["parameters"][name] - value).abs().max() <= within, name
+    for name in ("mse", "entropy_bits", "covariance", "l0", "dead_share"):
+        assert found["line"][name] == pytest.approx(one["line"][name], rel=1e-9, abs=1e-12), name
+
+
+@every_grid
+def test_fifty_steps_give_the_parameters_of_one_process(request, alone, grid, ranks):
+    for found in results(request, ranks, "steps", grid):
+        assert_same_training(found, alone("steps"))
+
+
+@every_grid
+def test_micro_batches_of_every_process_give_the_parameters_of_one(request, alone, grid, ranks):
+    one = alone("steps", steps=6)
+    for found in results(request, ranks, "micro", grid):
+        assert_same_training(found, one)
+
+
+@every_grid
+def test_the_refit_is_of_all_features(request, alone, grid, ranks):
+    one = alone("steps", steps=4, refit=True, init="density")
+    for found in results(request, ranks, "refit", grid):
+        assert_same_training(found, one, within=1e-7)
+
+
+@every_grid
+@pytest.mark.parametrize("covariance", [False, True])
+def test_a_rank_sends_the_bytes_of_the_formulas(request, grid, ranks, covariance):
+    expected = sent_bytes(worker.N, worker.D, worker.F, *grid, covariance=covariance, itemsize=8)
+    for found in results(request, ranks, f"sent {covariance}", grid):
+        assert found["bytes"] - expected.total == 0
+
+
+@every_grid
+def test_nan_on_one_rank_leaves_out_one_update_on_all_and_names_the_row(request, grid, ranks):
+    found = results(request, ranks, "not finite", grid)
+    (spoiled,) = {one["id"] for one in found} - {None}
+    for one in found:
+        assert one["skipped"] == [(2, "a", [spoiled])]
+        assert one["same"]
+        assert one["went_on"]
+
+
+@every_grid
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(request, grid, ranks):
+    for one in results(request, ranks, "stopped", grid):
+        assert one["step"] == 5
+        assert one["signal"] == 15
+        assert "stopped by SIGTERM after step 5; the same call goes on from" in one["text"]
+        assert one["text"].endswith("step-5")
+
+
+def go_on(folder, worlds, n):
+    """Ids of all steps, of runs of so many processes one after the other, and the parameters."""
+    seen, last = [], None
+    for number, grid in enumerate(worlds):
+        world = grid[0] * grid[1]
+        given = {"folder": str(folder / "run"), "n": n}
+        (last, *_) = [
+            rank["ids"] for rank in worker.launch(
+                folder / f"ranks {number}", world, [("ids", "ids", grid, given)]
+            )
+        ]  # fmt: skip
+        seen.append(last["ids"])
+    return torch.cat(seen), last["parameters"]
+
+
+@pytest.mark.long
+def test_four_processes_then_one_then_two_see_the_rows_of_one(tmp_path):
+    one = worker.ids(None, str(tmp_path / "one"), 12)
+    found, parameters = go_on(tmp_path, ([2, 2], [1, 1], [1, 2]), 4)
+    assert torch.equal(found, one["ids"])
+    for name, value in one["parameters"].items():
+        assert (parameters[name] - value).abs().max() <= 1e-9, name
+
+
+@pytest.mark.long
+def test_a_killed_run_of_four_goes_on_to_the_bit_and_logs_each_step_once(tmp_path):
+    grid, draw = [2, 2], random.Random(0)
+    whole = {"folder": str(tmp_path / "whole")}
+    expected = worker.launch(tmp_path / "w", 4, [("run", "trained", grid, whole)])[0]["run"]
+    given = {"folder": str(tmp_path / "cut")}
+    for number, step in enumerate(sorted(draw.sample(range(1, worker.CONFIG.steps), 5))):
+        kill = {**given, "kill": {str(draw.randrange(4)): step}}
+        worker.launch(tmp_path / f"k{number}", 4, [("run", "trained", grid, kill)], killed=True)
+    found = worker.launch(tmp_path / "last", 4, [("run", "trained", grid, given)])[0]["run"]
+    assert_equal_runs(tmp_path, expected, found)
+
+
+def assert_equal_runs(folder, expected, found):
+    for name, value in expected["parameters"].items():
+        assert torch.equal(found["parameters"][name], value), name
+    lines = [
+        [json.loads(line) for line in (folder / name / "a" / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    for line in (*lines[0], *lines[1]):
+        del line["seconds"], line["rows_per_second"]
+    assert [line["step"] for line in lines[1]] == list(range(1, worker.CONFIG.steps + 1))
+    assert lines[0] == lines[1]
+
+
+def test_a_killed_run_goes_on_to_the_bit_and_logs_each_step_once(tmp_path):
+    expected = worker.trained(None, str(tmp_path / "whole"))
+    given = {"folder": str(tmp_path / "cut")}
+    for number, step in enumerate((8, 20)):
+        kill = {**given, "kill": {"0": step}}
+        worker.launch(tmp_path / f"k{number}", 1, [("run", "trained", [1, 1], kill)], killed=True)
+    found = worker.trained(None, given["folder"])
+    assert_equal_runs(tmp_path, expected, found)
+
+
+@pytest.mark.long
+def test_a_rank_that_does_not_come_ends_the_others_by_name(tmp_path):
+    cases = [("asleep", "asleep", [4, 1], {"rank": 2, "seconds": 40})]
+    for rank, found in enumerate(worker.launch(tmp_path / "r", 4, cases, timeout=20)):
+        if rank != 2:
+            assert found["asleep"]["seconds"] < 30
+            assert "did not end at step 2" in found["asleep"]["text"]
+            assert "over data" in found["asleep"]["text"]
+
+
+def test_a_mesh_without_a_process_group_says_what_to_call():
+    with pytest.raises(RuntimeError, match=r"^Mesh needs .*init_process_group\(\)"):
+        Mesh(1, 2)
+    with pytest.raises(ValueError, match=r"^data must be an int >= 1; got 0$"):
+        Mesh(0, 2)
+
+
+def test_a_baseline_is_not_trained_in_parts():
+    from bae_fast.baselines import TRAINING, make_baseline
+
+    x = worker.synthetic(d=worker.D)
+    config = dataclasses.replace(TRAINING, steps=2, batch_size=64, precision="float32")
+    sae = make_baseline("topk", worker.D, 64, k=4).fit_normalization_(x)
+    with pytest.raises(ValueError, match="micro_batches and the number of processes must be 1"):
+        JobTrainer([Job("a", sae, config, "rows")], MemorySupply(x), RunConfig(micro_batches=2))
+
+
+def test_the_guide_has_the_table_of_the_formulas():
+    page = Path(__file__).resolve().parents[2] / "docs" / "guide" / "scale.md"
+    assert table() in page.read_text(encoding="utf-8")
+
+
+def test_a_step_that_does_not_fit_is_no_prediction():
+    assert predicted_ms(4096, 2**20, 1, 1) is None
+    assert sent_bytes(4096, 4096, 65536, 1, 1).total == 0
