@@ -27,7 +27,8 @@ def run_experiment(
         positional: fields that are given by their place.
     """
     result = run(read(make_parser(name, config, positional), config, arguments))
-    say("\n" + result.text)
+    if result.text:  # of several processes one reports
+        say("\n" + result.text)
     if result.files:
         first, *rest = result.files
         say(", ".join([str(first), *(path.name for path in rest)]))

@@ -70,7 +70,7 @@ def _said(error: BaseException) -> bool:
 
 def _is_termination(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, TerminatedError):
+        if isinstance(error, TerminatedError) or getattr(error, "signal", 0) == signal.SIGTERM:
             return True
         error = error.__cause__ or error.__context__
     return False

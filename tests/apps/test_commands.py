@@ -31,7 +31,7 @@ from bae_fast.training import TrainingConfig
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = [
     "demo", "compare", "interpret", "match", "steer", "compress", "decompress",
-    "entropy.synthetic", "entropy.layers", "entropy.icl", "entropy.rows",
+    "train", "evaluate", "entropy.synthetic", "entropy.layers", "entropy.icl", "entropy.rows",
 ]  # fmt: skip
 
 
@@ -40,7 +40,9 @@ def config_of(name):
 
 
 def parser_of(name):
-    positional = {"match": ("folders",), "decompress": ("file",)}.get(name, ())
+    positional = {"match": ("folders",), "decompress": ("file",), "evaluate": ("folder",)}.get(
+        name, ()
+    )
     return make_parser(name, config_of(name), positional)
 
 
@@ -56,7 +58,7 @@ def test_every_field_is_an_option_with_a_sentence_of_help(name):
         assert text[0].isupper(), (field.name, text)
         assert text.endswith("."), (field.name, text)
         option = field.name.replace("_", "-")
-        assert f"--{option}" in shown or field.name in ("folders", "file")
+        assert f"--{option}" in shown or field.name in ("folders", "folder", "file")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

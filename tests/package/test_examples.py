@@ -1,6 +1,9 @@
 """The programs of examples/ run, at tiny sizes and without a network."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,25 @@ def test_train_on_rows(rows, tmp_path, capsys):
     assert found.fvu < 0.5  # six bits in 64 features; the mean alone has 1
     assert bf.BinaryAutoencoder.from_pretrained(out).config.d_sae == 64
     assert f"FVU {found.fvu:.3f}" in capsys.readouterr().out
+
+
+def test_train_on_processes(rows, tmp_path):
+    options = [rows, "--steps", "50", "--out"]
+    alone = example("train_on_processes")([*options, str(tmp_path / "alone")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = [str(EXAMPLES / "train_on_processes.py"), *options, str(tmp_path / "two")]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *program],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, line in alone.items():
+        assert line["heldout_fvu"] < 1
+        one, two = (
+            bf.BinaryAutoencoder.from_pretrained(tmp_path / run / name) for run in ("alone", "two")
+        )
+        assert two.config == one.config
+        assert f"{name}: FVU" in done.stdout
 
 
 def test_entropy_of_arrays(rows, capsys):

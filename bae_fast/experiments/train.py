@@ -1,0 +1,286 @@
+"""Autoencoders trained on hidden states from files, several at once, on one process or many.
+
+Under ``torchrun`` every process runs the same call; the first one writes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bae_fast.distributed import TIMEOUT_SECONDS, Mesh
+from bae_fast.experiments import runs
+from bae_fast.experiments.data import own_rows, pick_device
+from bae_fast.experiments.training import Training, check, training_config
+from bae_fast.files import check_writable, write_text
+from bae_fast.model import BinaryAutoencoder
+from bae_fast.progress import say
+from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, Supply
+
+# rows that the normalisation is fitted to
+_NORMALIZATION_ROWS = 65536
+
+# hook of the rows of a file
+FILE_HOOK = "rows"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """Train autoencoders on hidden states, on one process or many, and go on where a run stopped.
+
+    Attributes:
+        states: The file of hidden states, [n, d], .npy or .safetensors. The last 4,096 rows, or a
+            tenth if there are fewer than 40,960, are held out.
+        jobs: A YAML file with a list of jobs, which are trained on the same batches. Each is a
+            mapping with a name of its own and any of the options of training, which overrule those
+            of the command. Without it there is one job, called bae.
+        load: The folder of a saved model that training starts from. Features start as they are in
+            it, and its normalisation stays.
+        device: The device to run on, for instance cpu or cuda:0; auto takes a GPU where there is
+            one, and under torchrun each process takes its own.
+        data: The number of processes that rows are divided among.
+        feature: The number of processes that features are divided among.
+        streams: The number of streams that the order of the rows is made of; a run goes on with any
+            number of processes along data that divides it.
+        micro_batches: The number of parts that each process computes a batch in.
+        log_every: The number of steps between two lines of the log.
+        checkpoint_every: The number of steps between two checkpoints; 0 writes one only when the
+            run is stopped.
+        keep: The number of checkpoints that stay, beside the best one.
+        evaluate_every: The number of steps between two looks at the held-out rows; 0 never looks.
+        patience: The number of looks without a better one after which a job stops; 0 stops none.
+        trackers: Where the numbers of the log go beside the log itself, of tensorboard, wandb and
+            trackio.
+        peak_flops: The operations a second of all devices together that the MFU in the log is a
+            share of; 0 logs no MFU.
+        timeout: The number of seconds that a process waits for the others.
+        resume: Whether the run goes on from its last checkpoint; auto does where there is one,
+            never begins anew.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
+        out: The folder of the run.
+    """
+
+    states: Path | None = None
+    jobs: Path | None = None
+    load: Path | None = None
+    device: str = "auto"
+    data: int = 1
+    feature: int = 1
+    streams: int = 8
+    micro_batches: int = 1
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 0
+    patience: int = 0
+    trackers: tuple[str, ...] = ()
+    peak_flops: float = 0.0
+    timeout: float = TIMEOUT_SECONDS
+    resume: Literal["auto", "never"] = "auto"
+    progress: bool = True
+    out: Path = Path("results/train")
+
+
+def run(config: Config) -> runs.Result:
+    """Train, or go on with, every job; write models, logs and checkpoints into ``config.out``.
+
+    Raises:
+        ValueError, OSError: naming the field or the file.
+        RuntimeError: three updates in a row were not finite, or a process did not answer.
+        InterruptedRunError: it was stopped by a signal; the same call goes on.
+    """
+    runs.check_one_of("resume", config.resume, ("auto", "never"))
+    runs.check_at_least(config, 1, "data", "feature", "streams")
+    settings = read_jobs(config)
+    for one in settings.values():
+        check(one)
+    run_config = RunConfig(
+        out=config.out,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        evaluate_every=config.evaluate_every,
+        patience=config.patience,
+        micro_batches=config.micro_batches,
+        trackers=tuple(config.trackers),
+        peak_flops=config.peak_flops,
+    )
+    check_writable(config.out)
+    with processes(config) as mesh:
+        supply = supply_of(config, mesh)
+        jobs = [_job(name, one, config, supply) for name, one in settings.items()]
+        trainer = JobTrainer(jobs, supply, run_config, mesh=mesh)
+        if trainer.is_first:
+            write_text(config.out / runs.RESOLVED, runs.resolved(config))
+        if config.resume == "auto" and trainer.resume() and trainer.is_first:
+            say(f"goes on from step {trainer.step:,}")
+        try:
+            lines = trainer.fit(progress=config.progress)
+        except StoppedError as error:
+            raise runs.InterruptedRunError(str(error)) from error
+        finally:
+            trainer.close()
+        first = trainer.is_first
+    rows = [
+        f"{name}: " + ", ".join(
+            f"{key} {line[key]:.4g}"
+            for key in ("mse", "entropy_bits", "l0", "dead_share", "heldout_fvu")
+            if key in line
+        )
+        for name, line in lines.items()
+    ]  # fmt: skip
+    values = {"steps": trainer.step, "jobs": lines}
+    files = tuple(config.out / name / "cfg.json" for name in lines) if first else ()
+    return runs.Result(values, "\n".join(rows) if first else "", files)
+
+
+def read_jobs(config: Config) -> dict[str, Config]:
+    """The configuration of every job, by its name.
+
+    Raises:
+        ConfigError: a file that is no list of mappings, a name that is missing or there twice, or
+            an option that is none of a job's.
+    """
+    if config.jobs is None:
+        return {"bae": config}
+    import yaml
+
+    try:
+        listed = yaml.safe_load(config.jobs.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise runs.ConfigError("jobs", f"{config.jobs} cannot be read: {reason}") from error
+    if not isinstance(listed, list) or not listed or not all(isinstance(j, dict) for j in listed):
+        raise runs.ConfigError("jobs", f"{config.jobs} must hold a list of mappings")
+    allowed = {field.name for field in dataclasses.fields(Training)}
+    found: dict[str, Config] = {}
+    for job in listed:
+        name = job.pop("name", None)
+        if not isinstance(name, str) or not name or name in found:
+            raise runs.ConfigError(
+                "jobs", f"{config.jobs}: every job must have a name of its own; got {name!r}"
+            )
+        unknown = sorted(set(job) - allowed)
+        if unknown:
+            raise runs.ConfigError(
+                "jobs",
+                f"{config.jobs}: {name} has {', '.join(unknown)}, which is no option of a job",
+            )
+        found[name] = dataclasses.replace(config, **job)
+    return found
+
+
+@contextlib.contextmanager
+def processes(config: Config) -> Iterator[Mesh | None]:
+    """The processes that torchrun started, or None for this one alone.
+
+    Raises:
+        ConfigError: data x feature is another number than that of the processes.
+    """
+    import torch.distributed as dist
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.data * config.feature != world:
+        raise runs.ConfigError(
+            "data",
+            f"times feature must be the number of processes that torchrun starts, {world}; "
+            f"got {config.data} x {config.feature}",
+        )
+    if world == 1:
+        yield None
+        return
+    kind = torch.device(device_of(config)).type
+    if kind == "cuda":
+        torch.cuda.set_device(device_of(config))
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=config.timeout),
+        )
+    try:
+        yield Mesh(config.data, config.feature, device_type=kind, timeout=config.timeout)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def device_of(config: Config) -> str:
+    """The device of this process."""
+    name = pick_device(config)
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
+
+
+def supply_of(config: Config, mesh: Mesh | None = None) -> Supply:
+    """The rows of a configuration, this process's share of them.
+
+    Raises:
+        ConfigError: no rows, or rows that cannot be read.
+    """
+    if config.states is None:
+        raise runs.ConfigError("states", "must name a file of hidden states; got none")
+    rows = own_rows(config.states)
+    rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data)
+    return MemorySupply(
+        rows.train_rows,
+        heldout=rows.heldout_rows,
+        seed=config.seed,
+        streams=config.streams,
+        rank=rank,
+        world=world,
+    )
+
+
+def _job(name: str, one: Config, config: Config, supply: Supply) -> Job:
+    """A job with its module, the same on every process."""
+    constants = training_config(one)
+    width = supply.widths[FILE_HOOK]
+    if config.load is not None:
+        bae = BinaryAutoencoder.from_pretrained(config.load, device=device_of(config))
+        if bae.d_in != width:
+            raise runs.ConfigError("load", f"{config.load} has rows of {bae.d_in}; got {width}")
+        constants = dataclasses.replace(constants, init="none")
+        return Job(name, bae, constants, FILE_HOOK)
+    torch.manual_seed(one.seed)
+    bae = BinaryAutoencoder(
+        width,
+        one.expansion * width,
+        preset=one.preset,
+        impl=one.impl,
+        metadata={"rows": config.states.name if config.states else ""},
+        device=device_of(config),
+    )
+    bae.fit_normalization_(supply.sample(_NORMALIZATION_ROWS, one.seed).x[FILE_HOOK])
+    return Job(name, bae, constants, FILE_HOOK)
+
+
+def resolved_config(folder: Path) -> Config:
+    """The configuration that a run's folder was made with.
+
+    Raises:
+        FileNotFoundError, ValueError: no run in the folder, or a file of another kind.
+    """
+    path = folder / runs.RESOLVED
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no run: {path} does not exist")
+    values: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(": ")
+        try:
+            values[name] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{path} is not the configuration of a run: {line!r}") from error
+    for name in ("states", "jobs", "load", "out"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    fields = {field.name for field in dataclasses.fields(Config)}
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields}
+    return Config(**lists)

@@ -1,0 +1,147 @@
+"""The commands train and evaluate: jobs from a file, going on, errors, and torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sparse_rows import synthetic
+
+import bae_fast as bf
+from bae_fast.cli import main
+from bae_fast.experiments import evaluate, runs, train
+from bae_fast.training import JobTrainer
+
+SMALL = ["--steps", "20", "--batch-size", "64", "--precision", "float32", "--log-every", "5"]
+
+
+@pytest.fixture
+def states(tmp_path):
+    np.save(tmp_path / "rows.npy", synthetic(d=16).numpy())
+    return str(tmp_path / "rows.npy")
+
+
+@pytest.fixture
+def listed(tmp_path):
+    path = tmp_path / "jobs.yaml"
+    path.write_text("- {name: a}\n- {name: b, entropy_weight: 1.0e-3, seed: 4, expansion: 2}\n")
+    return str(path)
+
+
+def weights(folder):
+    return bf.BinaryAutoencoder.from_pretrained(folder).state_dict()
+
+
+def test_jobs_of_a_file_are_trained_and_evaluated(states, listed, tmp_path, capsys):
+    out = tmp_path / "run"
+    given = ["--states", states, "--jobs", listed, "--out", str(out), "--evaluate-every", "10"]
+    assert main(["train", *given, *SMALL]) == 0
+    assert "b: mse" in capsys.readouterr().out
+    assert weights(out / "a")["W_enc"].shape == (16, 64)
+    assert weights(out / "b")["W_enc"].shape == (16, 32)
+    lines = [json.loads(line) for line in (out / "b" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 10, 15, 20, 20]
+    assert main(["evaluate", str(out)]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    rows = torch.from_numpy(np.load(states))[-150:]  # a tenth is held out
+    assert found["a"]["n_rows"] == 150
+    assert found["b"]["fvu"] == pytest.approx(
+        bf.analysis.evaluate(bf.BinaryAutoencoder.from_pretrained(out / "b"), rows).fvu
+    )
+    assert "| b |" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_and_one_that_is_done_is_not_trained_again(
+    states, tmp_path, monkeypatch, capsys
+):
+    base = ["train", "--states", states, *SMALL, "--checkpoint-every", "3"]
+    assert main([*base, "--out", str(tmp_path / "whole")]) == 0
+    step, done, dies = JobTrainer.train_step, [], [11]
+
+    def dying(self):
+        if self.step in dies:
+            raise MemoryError("no more")
+        done.append(self.step)
+        return step(self)
+
+    monkeypatch.setattr(JobTrainer, "train_step", dying)
+    cut = [*base, "--out", str(tmp_path / "cut")]
+    assert main(cut) == 1
+    monkeypatch.setattr(
+        JobTrainer, "train_step", lambda self: (done.append(self.step), step(self))[1]
+    )
+    done.clear()
+    assert main(cut) == 0
+    assert done == list(range(9, 20))
+    assert "goes on from step 9" in capsys.readouterr().out
+    one, two = weights(tmp_path / "whole" / "bae"), weights(tmp_path / "cut" / "bae")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_saved_model_is_trained_on(states, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    base = ["train", "--states", states, *SMALL, "--no-refit"]
+    assert main([*base, "--out", str(first)]) == 0
+    more = ["--load", str(first / "bae"), "--lr", "1e-9", "--revive-every", "0"]
+    assert main([*base, *more, "--out", str(second)]) == 0
+    one, two = weights(first / "bae"), weights(second / "bae")
+    for name in one:  # it starts where the first ended, and hardly moves
+        assert torch.allclose(one[name], two[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{name: a}", "must hold a list of mappings"),
+        ("[]", "must hold a list of mappings"),
+        ("- {lr: 1.0}", "every job must have a name of its own; got None"),
+        ("- {name: a}\n- {name: a}", "every job must have a name of its own; got 'a'"),
+        ("- {name: a, colour: red}", "a has no option colour of a job"),
+        ("- {name: [", "cannot be read"),
+    ],
+)
+def test_a_bad_list_of_jobs_is_named(states, tmp_path, capsys, text, words):
+    (tmp_path / "jobs.yaml").write_text(text)
+    assert main(["train", "--states", states, "--jobs", str(tmp_path / "jobs.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("bae-fast train: --jobs ")
+    assert said.count("\n") == 1
+
+
+def test_what_a_run_lacks_is_named(states, tmp_path, capsys):
+    for given, words in (
+        ([], "--states must name a file of hidden states"),
+        (["--states", states, "--data", "2"], "--data times feature must be the number of proc"),
+        (["--states", states, "--streams", "0"], "--streams must be at least 1"),
+        (["--states", states, "--patience", "2"], "evaluate_every must be at least 1"),
+    ):
+        assert main(["train", *given, "--out", str(tmp_path / "x"), *SMALL]) == 1
+        assert words in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        evaluate.run(evaluate.Config(tmp_path))
+    (tmp_path / runs.RESOLVED).write_text("states: {")
+    with pytest.raises(ValueError, match="is not the configuration of a run"):
+        evaluate.run(evaluate.Config(tmp_path))
+    (tmp_path / runs.RESOLVED).write_text(runs.resolved(train.Config(states=states)))
+    with pytest.raises(FileNotFoundError, match="holds no trained model"):
+        evaluate.run(evaluate.Config(tmp_path))
+
+
+@pytest.mark.long
+def test_torchrun_divides_the_features(states, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    given = ["--states", states, *SMALL, "--feature", "2", "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", "-m", "bae_fast", "train", *given],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("bae: mse") == 1
+    assert main(["train", "--states", states, *SMALL, "--out", str(tmp_path / "one")]) == 0
+    one, two = weights(tmp_path / "one" / "bae"), weights(tmp_path / "two" / "bae")
+    for name in one:
+        assert one[name].shape == two[name].shape
