@@ -99,7 +99,7 @@ def test_a_saved_model_is_trained_on(states, tmp_path):
         ("[]", "must hold a list of mappings"),
         ("- {lr: 1.0}", "every job must have a name of its own; got None"),
         ("- {name: a}\n- {name: a}", "every job must have a name of its own; got 'a'"),
-        ("- {name: a, colour: red}", "a has no option colour of a job"),
+        ("- {name: a, colour: red}", "a has colour, which is no option of a job"),
         ("- {name: [", "cannot be read"),
     ],
 )
