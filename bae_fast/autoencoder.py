@@ -477,7 +477,7 @@ def find_pretrained(
         )
     if revision is not None:
         raise ValueError(f"revision must be None for a folder on disk; got {revision!r}")
-    return Path(folder) / (subfolder or "")
+    return folder_path(folder) / (subfolder or "")
 
 
 class Reconstruction(nn.Module):
@@ -638,13 +638,24 @@ def load_autoencoder(
     name = values.get("architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
-            f"{source}: architecture must be one of {', '.join(sorted(ARCHITECTURES))}; "
-            f"got {name!r}"
+            f"{source}: architecture must be one of {', '.join(sorted(ARCHITECTURES))} "
+            f"(bae_fast.baselines registers more); got {name!r}"
         )
     return _made(ARCHITECTURES[name], found, files, device)
 
 
 # -- the two files -----------------------------------------------------------------------------
+
+
+def folder_path(folder: str | os.PathLike[str]) -> Path:
+    """A folder as it is given; a leading ``~`` is the user's home.
+
+    Raises:
+        TypeError: no path.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder must be a path; got {folder!r}")
+    return Path(folder).expanduser()
 
 
 def write_pretrained(
@@ -657,7 +668,7 @@ def write_pretrained(
     content = json.dumps(values, sort_keys=True, allow_nan=False)
     save_id = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
     values = {**values, "save_id": save_id}
-    folder = Path(folder)
+    folder = folder_path(folder)
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
     write_json(folder / CONFIG_NAME, values)
     return folder
@@ -672,9 +683,10 @@ def read_pretrained(
         FileNotFoundError: no such folder or file.
         ValueError: a corrupt file.
     """
-    folder = Path(folder)
+    folder = folder_path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist")
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"folder {folder} {kind}")
     source = folder / CONFIG_NAME
     # a first save cut off between the two files leaves the weights, which carry the same
     values = read_json(source) if source.is_file() else None

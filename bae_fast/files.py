@@ -132,8 +132,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: not JSON, or not an object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        # editors on Windows put a mark before UTF-8
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")

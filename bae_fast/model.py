@@ -261,7 +261,7 @@ class BinaryAutoencoder(Autoencoder):
         Returns:
             self.
         """
-        if not 0 < density < 1:
+        if isinstance(density, str) or not 0 < density < 1:
             raise ValueError(f"density must lie between 0 and 1; got {density!r}")
         if not isinstance(x, Tensor):
             check_rows("x", x, self.config.d_in)

@@ -14,6 +14,7 @@ results; ``recipe`` and ``ablation``, which train, run by name.
 | ``ceilings.py``, ``ceiling.cpp`` | what the machine can do at best |
 | ``step.py``, ``operators.py``, ``levels.py``, ``memory.py`` | the suites |
 | ``rival.py`` | the recipe's step beside that of a plain TopK autoencoder |
+| ``models.py`` | real language models: loads, and what runs inside them, beside their own |
 | ``test_*.py`` | the same comparisons under pytest: tiny and untimed, or with |
 | | ``pytest bench --benchmark-enable`` at full size by pytest-benchmark, a side at a time |
 """

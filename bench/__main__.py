@@ -22,6 +22,7 @@ from bench import (
     documents,
     levels,
     memory,
+    models,
     operators,
     recipe,
     rival,
@@ -50,7 +51,9 @@ LARGE: dict[str, Any] = {"rival": rival}
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
 # of the covariance of sparse codes; only by name
 LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
-SUITES = MEASURED | LARGE | TRAINED | LISTS
+# of real language models, which have to be named; only by name
+MODELS: dict[str, Any] = {"models": models}
+SUITES = MEASURED | LARGE | TRAINED | LISTS | MODELS
 
 
 def cpu_name() -> str:
@@ -116,6 +119,27 @@ def main(arguments: list[str] | None = None) -> int:
         default=SECONDS,
         help="seconds that one comparison is timed for (4)",
     )
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help="a language model for the suite models: a folder, a GGUF file or a Hugging Face id; "
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="the dtype that the suite models runs them in (auto)"
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=models.TIMED,
+        help="windows of 256 tokens that the suite models times (8)",
+    )
+    parser.add_argument(
+        "--later-loads",
+        action="store_true",
+        help="the suite models leaves out the first load of a GGUF file whose copy is kept already",
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
@@ -126,8 +150,17 @@ def main(arguments: list[str] | None = None) -> int:
         more = (
             {"only": options.only or "", "seconds": options.seconds} if name not in TRAINED else {}
         )
+        if name in MODELS:
+            more |= {
+                "models": options.model,
+                "dtype": options.dtype,
+                "n_timed": options.windows,
+                "later_loads": options.later_loads,
+            }
         result = {"environment": environment(), **SUITES[name].run(**more)}
         refused += refusals(result)
+        if name in MODELS:
+            result = models.merged(RESULTS / f"{name}.json", result)
         if options.only is None:
             write_json(RESULTS / f"{name}.json", result)
             if name == "sparse":

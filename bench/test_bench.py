@@ -21,6 +21,7 @@ from bench import (
     inputs,
     levels,
     memory,
+    models,
     operators,
     rival,
     sparse,
@@ -434,3 +435,43 @@ def test_the_time_of_an_import_is_one_of_fresh_processes():
     found = imports.seconds(2)
     assert len(found) == 2
     assert all(figure > 0 for figure in found)
+
+
+# -- language models ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_model(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_lm import save_tiny_model
+
+    from bae_fast.lm import load_language_model
+
+    monkeypatch.setattr(models, "CONTEXT", 12)
+    folder = save_tiny_model(tmp_path / "model", ["one", "two", "three", "four"])
+    return load_language_model(str(folder), dtype="float32")
+
+
+def test_a_language_model_is_held_against_itself(tiny_model, tmp_path, monkeypatch):
+    tokens = torch.randint(0, 5, (3, 12), generator=torch.Generator().manual_seed(0))
+    found = models.check(tiny_model, "model.layers.0", tokens[:2], tmp_path)
+    assert max(found[f"{name}_gap"] for name in ("rows", "head", "identity", "loss")) < 1e-5
+    assert found["half_js_bits"] > 1e-4
+    assert found["identity_js_bits"] < 1e-9
+    timed = models.times(tiny_model, "model.layers.0", tokens)
+    assert timed["n_judged"] == 30
+    row = {
+        "model": "tiny", "dtype": "float32", "n_parameters": 1, "vocabulary": 5,
+        "loads": [None, {"seconds": 2.0, "cpu_seconds": 1.0}],
+        "environment": environment(), **found, **timed,
+    }  # fmt: skip
+    assert "| tiny, float32 | 5 |  | 2 s (1) | 30 |" in models.table({"rows": [row]})
+    write_json(tmp_path / "models.json", {"rows": [row, row | {"model": "other"}]})
+    new = {"environment": environment(), "rows": [row | {"n_judged": 7}]}
+    merged = models.merged(tmp_path / "models.json", new)["rows"]
+    assert [(r["model"], r["n_judged"]) for r in merged] == [("other", 30), ("tiny", 7)]
+
+    # a splice that replaces nothing is found, whatever it says
+    monkeypatch.setattr(models, "_Half", models._Identity)
+    with pytest.raises(exact.WrongResultError, match="half_js is off by 1, over"):
+        models.check(tiny_model, "model.layers.0", tokens[:2], tmp_path)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
-from bae_fast.lm.cache import MAX_NORM_RATIO
+from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
 from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
@@ -127,16 +127,20 @@ class _Place(threading.local):
     def clear(self) -> None:
         """Forget the pass: nothing is under way."""
         self.depth = -1
+        self.outermost: int | None = None
         self.shape: tuple[int, int] | None = None
         self.offset: int | None = None
         self.uncounted = False
         self.attention_mask: Tensor | None = None
+        self.position_ids: Tensor | None = None
         self.source: Tensor | None = None
 
     def note(self, depth: int, arguments: dict[str, Any]) -> None:
         """Take down the arguments of a forward, 0 being the outermost."""
         if depth <= self.depth:  # another pass: the last one was left without its end
             self.clear()
+        if self.outermost is None:
+            self.outermost = depth
         self.depth = depth
         given = arguments.get("input_ids")
         given = arguments.get("inputs_embeds") if given is None else given
@@ -145,6 +149,9 @@ class _Place(threading.local):
         mask = arguments.get("attention_mask")
         if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
             self.attention_mask = mask
+        places = arguments.get("position_ids")
+        if self.position_ids is None and isinstance(places, Tensor) and places.dim() == 2:
+            self.position_ids = places
         cache: Any = arguments.get("past_key_values")
         if self.offset is None and hasattr(cache, "get_seq_length"):
             self.offset = int(cache.get_seq_length())
@@ -152,18 +159,35 @@ class _Place(threading.local):
         if state is not None and self.shape is not None and self.shape[1] == 1:
             self.uncounted = True  # a recurrent state goes on, and does not say from where
 
+    def leave(self, depth: int) -> None:
+        """A forward has returned; with the outermost that was called the pass is over.
+
+        That need not be the wrapper's: peft's ``generate`` calls the model inside it.
+        """
+        if depth == self.outermost:
+            self.clear()
+        else:
+            self.depth = depth - 1
+
     def positions(self, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Position of every token from the first real one, and which tokens are real."""
+        """Position of every token from the first real one, and which tokens are real.
+
+        Positions that were given count too where they are smaller: several texts in one sequence.
+        """
         batch, length = shape
         offset = self.offset or 0
         position = torch.arange(offset, offset + length, device=device)
         position = position.expand(batch, length)
         mask = self.attention_mask
-        if mask is None or len(mask) != batch or mask.shape[1] < offset + length:
-            return position, torch.ones(shape, dtype=torch.bool, device=device)
-        real = mask.to(device) != 0
-        first = real.int().argmax(1, keepdim=True)
-        return position - first, real[:, offset : offset + length]
+        real = torch.ones(shape, dtype=torch.bool, device=device)
+        if mask is not None and len(mask) == batch and mask.shape[1] >= offset + length:
+            whole = mask.to(device) != 0
+            position = position - whole.int().argmax(1, keepdim=True)
+            real = whole[:, offset : offset + length]
+        given = self.position_ids
+        if given is not None and given.shape[1] == length and len(given) in (1, batch):
+            position = torch.minimum(position, given.to(device))
+        return position, real
 
 
 def _listened(model: nn.Module) -> list[nn.Module]:
@@ -201,7 +225,7 @@ def norm_bounds(autoencoder: Any, max_norm_ratio: float | None) -> tuple[float, 
 
 def _within(rows: Tensor, bound: float) -> Tensor:
     """Finite rows of at most this norm: bool ``[...]``; norms as in a harvest."""
-    norms = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.float32)
+    norms = row_norms(rows)
     return norms.isfinite() & (norms <= bound)
 
 
@@ -337,9 +361,7 @@ def replaced_output(
                 place.note(depth, _arguments(signature, args, kwargs))
 
             def after(_module: nn.Module, _args: Any, _output: Any, depth: int = depth) -> None:
-                place.depth = depth - 1
-                if depth == 0:
-                    place.clear()
+                place.leave(depth)
 
             handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(part.register_forward_hook(after, always_call=True))
@@ -389,7 +411,8 @@ def spliced(
 
     Example::
 
-        with spliced(lm, "model.layers.11", bae, lambda f: f.index_fill(1, feature, 0.0)):
+        off = torch.tensor([feature])
+        with spliced(lm, "model.layers.11", bae, lambda f: f.index_fill(1, off, 0.0)):
             lm.model.generate(**prompt)
 
     Args:

@@ -160,6 +160,8 @@ def settings_of(
         "tokens": facts["tokens"],
         "split": facts["split"],
     }
+    if config.revision is not None:  # a kept run of the main one is known without it
+        data["model_revision"] = facts["model_revision"]
     if method == "transcoder":
         data["transcoder_hooks"] = transcoder_hooks(config)
     return {

@@ -25,7 +25,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.data import Data, OwnRows, Rows, pick_device, rows_of
 from bae_fast.experiments.training import Training, check, new_autoencoder
 from bae_fast.files import read_json, write_json, write_text
-from bae_fast.lm.origin import check_model
+from bae_fast.lm.origin import check_origin
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages
 from bae_fast.training import Trainer, TrainingConfig
@@ -160,7 +160,7 @@ def _model(
                 "load", f"{config.load}: the model must be of width {width}; it is {kind}"
             )
         if facts.get("model_name"):
-            check_model(bae.config.metadata, facts["model_name"], "--model")
+            check_origin(bae.config.metadata, facts)
         return bae, config.load
     if len(source.train) < constants.batch_size:
         raise runs.ConfigError(

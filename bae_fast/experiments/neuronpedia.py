@@ -11,7 +11,7 @@ from bae_fast.autoencoder import load_autoencoder
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import Data, check_width, harvest_rows, pick_device
 from bae_fast.lm.loading import DEFAULT_MODEL
-from bae_fast.lm.origin import check_model
+from bae_fast.lm.origin import check_model, check_origin
 from bae_fast.progress import Stages
 
 
@@ -79,13 +79,14 @@ def run(config: Config) -> runs.Result:
     check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
     stages = Stages()
     cache, tokenizer, facts = harvest_rows(config, stages, 1)
+    check_origin(model.config.metadata, facts)
     check_width("load", config.load, model.d_in, cache.rows)
     unembedding = None
     if config.logits:
         from bae_fast.lm import load_language_model
 
         with stages.stage("load the unembedding"):
-            lm = load_language_model(config.model or DEFAULT_MODEL)
+            lm = load_language_model(config.model or DEFAULT_MODEL, revision=config.revision)
             unembedding = lm.model.get_output_embeddings().weight.detach()
     with stages.stage("write"):
         folder = write_neuronpedia_export(

@@ -261,6 +261,12 @@ class ActivationCache:
 MAX_NORM_RATIO = 5.0
 
 
+def row_norms(rows: Tensor) -> Tensor:
+    """Norms of rows ``[..., d]``, in float32 or wider: those that the ratio is of."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=dtype)
+
+
 def cache_key(
     name: str,
     revision: str,

@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows has other locks
     fcntl = None  # type: ignore[assignment]
 
-from bae_fast.files import cache_folder, write_safetensors
+from bae_fast.files import cache_folder, check_writable, write_safetensors
 from bae_fast.lm.cache import (
     DTYPE_NAMES,
     FORMAT,
@@ -40,6 +40,7 @@ from bae_fast.lm.cache import (
     ActivationCache,
     RowsFile,
     cache_key,
+    row_norms,
     tokens_digest,
 )
 from bae_fast.lm.hooks import StopForward, in_order, resolve_hook, running, stop_here
@@ -122,12 +123,15 @@ def harvest(
         RuntimeError: the model finished without calling the module.
         OSError: the folder cannot be written.
     """
-    _check_arguments(lm, token_windows, batch_size, drop_positions, max_norm_ratio)
+    _check_arguments(lm, token_windows, batch_size, drop_positions, max_norm_ratio, exclude_tokens)
     hook = resolve_hook(lm.model, hook)
     module = lm.model.get_submodule(hook)
+    # once: it may be an iterator, or hold NumPy's numbers
+    excluded = None if exclude_tokens is None else sorted({int(i) for i in exclude_tokens})
+    max_norm_ratio = float(max_norm_ratio)
     if mask is None:
         mask = padding_mask(lm.tokenizer, token_windows)
-    text = text_mask(lm.tokenizer, token_windows, mask=mask, exclude_tokens=exclude_tokens)
+    text = text_mask(lm.tokenizer, token_windows, mask=mask, exclude_tokens=excluded)
     hooks = own_hooks(lm.model)
     revision = lm.current_revision()
     if hooks:
@@ -148,7 +152,12 @@ def harvest(
     if cached is not None:
         return cached
 
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        check_writable(root)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"folder must be one that can be written; {error.strerror}", str(root)
+        ) from error
     _remove_abandoned(root)
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
@@ -183,9 +192,7 @@ def harvest(
             "tokens_sha256": tokens_digest(token_windows),
             "prepend_bos": isinstance(bos, int) and bool((token_windows[:, 0] == bos).all()),
             "padding_masked": mask is not None,
-            "exclude_tokens": (
-                special_tokens(lm.tokenizer) if exclude_tokens is None else sorted(exclude_tokens)
-            ),
+            "exclude_tokens": special_tokens(lm.tokenizer) if excluded is None else excluded,
             "dtype": DTYPE_NAMES[file.dtype],
             "d_in": file.width,
             "n_rows": len(kept),
@@ -276,7 +283,7 @@ def _run(
     drop_positions: int,
     progress: bool,
 ) -> Tensor:
-    """Write every candidate row to `file`; return their norms, float32 [n_candidates]."""
+    """Write every candidate row to `file`; return their norms [n_candidates]."""
 
     def forward(part: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         batch, real = part
@@ -295,7 +302,7 @@ def _run(
                 f"[batch, context_size, d], here [{len(batch)}, {batch.shape[1]}, d]"
             )
         rows = out[:, drop_positions:].reshape(-1, out.shape[-1]).cpu()
-        return rows, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        return rows, row_norms(rows)
 
     norms = []
     handle = module.register_forward_hook(stop_here)
@@ -340,10 +347,13 @@ def _check_arguments(
     batch_size: int,
     drop_positions: int,
     max_norm_ratio: float,
+    exclude_tokens: Iterable[int] | None,
 ) -> None:
     if not isinstance(token_windows, Tensor) or token_windows.is_floating_point():
-        kind = getattr(token_windows, "dtype", type(token_windows).__name__)
-        raise TypeError(f"token_windows is {kind}: an integer tensor is needed")
+        kind = type(token_windows).__name__
+        if isinstance(token_windows, Tensor):
+            kind = str(token_windows.dtype)
+        raise TypeError(f"token_windows must be an integer tensor; got {kind}")
     if token_windows.dim() != 2 or token_windows.numel() == 0:
         raise ValueError(
             f"token_windows has shape {tuple(token_windows.shape)}: [n_windows, context_size] "
@@ -357,7 +367,11 @@ def _check_arguments(
             f"drop_positions={drop_positions!r} is not allowed: an integer from 0 to "
             f"context_size - 1 = {context_size - 1}"
         )
-    if not max_norm_ratio > 1:
-        raise ValueError(f"max_norm_ratio={max_norm_ratio!r} is not allowed: a number over 1")
+    if not isinstance(max_norm_ratio, (int, float, np.number)) or not max_norm_ratio > 1:
+        raise ValueError(
+            f"max_norm_ratio={max_norm_ratio!r} is not allowed: a number over 1; infinity keeps all"
+        )
+    if exclude_tokens is not None and not isinstance(exclude_tokens, (Iterable, Tensor)):
+        raise TypeError(f"exclude_tokens must be token ids, or None; got {exclude_tokens!r}")
     check_ids(lm.model, token_windows, "token_windows")
     check_length(lm.model, context_size, "token_windows")

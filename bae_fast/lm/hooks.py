@@ -112,8 +112,14 @@ def resolve_hook(model: torch.nn.Module, hook: str) -> str:
     itself are understood too.
 
     Raises:
+        TypeError: a hook that is no string.
         ValueError: no such module, or a place that is no module's output.
     """
+    if not isinstance(hook, str):
+        raise TypeError(
+            "hook must be the path of a module, or a name such as 'blocks.11.hook_resid_post'; "
+            f"got {hook!r}"
+        )
     names = dict(model.named_modules())
     if hook in names and hook:
         return hook
@@ -155,8 +161,10 @@ def resolve_hook(model: torch.nn.Module, hook: str) -> str:
     )
 
 
-# what wrappers put before the paths of the model inside: torch.compile, peft, both
-_WRAPPERS = ("_orig_mod.", "base_model.model.", "_orig_mod.base_model.model.")
+# what wrappers put before the paths of the model inside: torch.compile, peft (the second where its
+# adapter adds tokens), both
+_PEFT = ("base_model.model.", "base_model.")
+_WRAPPERS = ("_orig_mod.", *_PEFT, *(f"_orig_mod.{prefix}" for prefix in _PEFT))
 
 
 def find_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:

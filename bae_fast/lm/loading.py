@@ -64,6 +64,11 @@ class LanguageModel:
     _head: Head | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not hasattr(self.model, "get_input_embeddings"):
+            inside = "; give its .module" if hasattr(self.model, "module") else ""
+            raise TypeError(
+                f"model must be a model of transformers; got {type(self.model).__name__}{inside}"
+            )
         if not self.revision:
             self.revision = model_digest(self.model)
 
@@ -199,9 +204,23 @@ def load_language_model(
         label=source.label,
         dtype=torch_dtype,
         d_model=int(text_config.hidden_size),
-        revision=source.revision or str(getattr(config, "_commit_hash", None) or ""),
+        revision=source.revision or _commit(source, config),
         loaded=model_digest(model),
     )
+
+
+def _commit(source: ModelSource, config: Any) -> str:
+    """The commit of a model of the hub that was loaded; empty where it is not known."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = getattr(config, "_commit_hash", None)
+    if known:
+        return str(known)
+    # newer transformers does not keep it; the hub's folder on disk is named by it
+    path = try_to_load_from_cache(
+        source.location, "config.json", revision=source.hub_revision or "main"
+    )
+    return Path(path).parent.name if isinstance(path, str) else ""
 
 
 def _from_pretrained(source: ModelSource, **options: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,43 @@ def check_model(metadata: dict[str, Any], model_name: str, argument: str = "mode
         raise ValueError(
             f"{argument} must be {trained_on!r}, whose hidden states the autoencoder was trained "
             f"on; got {model_name!r}"
+        )
+
+
+# a commit of the hub; other revisions (a file's time, a package's version) differ without a change
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def check_origin(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse hidden states of another model or module than an autoencoder was trained on.
+
+    Metadata that does not say where it comes from says nothing. A warning says where both are of
+    one model of the hub and its commits differ.
+
+    Args:
+        metadata: of the autoencoder's configuration.
+        facts: of the hidden states: ``model_name``, ``hook_name`` and ``model_revision``.
+
+    Raises:
+        ValueError: naming both models, or both modules.
+    """
+    check_model(dict(metadata), str(facts["model_name"]), "--model")
+    hooks = metadata.get("transcoder_hooks")
+    hook = hooks[0] if isinstance(hooks, (list, tuple)) and hooks else metadata.get("hook_name")
+    given = facts.get("hook_name")
+    # a name of TransformerLens is understood only with the model at hand
+    known = isinstance(hook, str) and ".hook_" not in hook
+    if known and given is not None and hook != given:
+        raise ValueError(
+            f"--hook must be {hook!r}, whose output the autoencoder was trained on; got {given!r}"
+        )
+    before, now = (str(one.get("model_revision") or "") for one in (metadata, facts))
+    if before != now and _COMMIT.fullmatch(before) and _COMMIT.fullmatch(now):
+        warnings.warn(
+            f"the autoencoder was trained on revision {before} of {facts['model_name']!r}, and "
+            f"these hidden states are of {now}; --revision names one",
+            UserWarning,
+            stacklevel=2,
         )
 
 

@@ -16,6 +16,10 @@ from bae_fast.lm.inputs import bos_to_prepend
 # of English, with room: a first part that is too short is only tokenized once more
 _CHARACTERS_A_TOKEN = 6
 _MARGIN = 128
+# characters tokenized at a time, and how many of them the next time again: an encoding takes some
+# 200 bytes a character while it is made
+_PIECE = 2**18
+_OVERLAP = 2**12
 
 
 def standard_library_text() -> str:
@@ -91,7 +95,8 @@ def windows(
     (Llama, Gemma), so does every window, and `context_size - 1` tokens of text follow; else a
     window is the text's tokens and nothing else. What is left over at the end is dropped.
 
-    With `n_tokens` only as much of the text is tokenized as they need; the tokens are the same.
+    With `n_tokens` only as much of the text is tokenized as they need, and a long text by pieces;
+    the tokens are the same.
 
     Args:
         tokenizer: a transformers tokenizer, or anything called in the same way.
@@ -106,9 +111,13 @@ def windows(
         int64 [n_windows, context_size].
 
     Raises:
+        TypeError: a text that is no string.
         ValueError: a size out of range, a text shorter than one window, or no
             beginning-of-text token where one is asked for.
     """
+    if not isinstance(text, str):
+        several = "; '\\n\\n'.join(texts) makes one of several" if isinstance(text, list) else ""
+        raise TypeError(f"text must be a string; got {type(text).__name__}{several}")
     if not isinstance(context_size, int) or context_size < 2:
         raise ValueError(f"context_size={context_size!r} is not allowed: an integer of at least 2")
     if n_tokens is not None and (not isinstance(n_tokens, int) or n_tokens < 1):
@@ -123,25 +132,26 @@ def windows(
             f"text has {len(ids):,} tokens: at least one window of context_size={context_size} "
             "is needed"
         )
-    out = torch.tensor(ids[: n_windows * body], dtype=torch.int64).view(n_windows, body)
+    out = torch.as_tensor(ids[: n_windows * body], dtype=torch.int64).view(n_windows, body)
     if bos is not None:
         out = torch.cat([torch.full((n_windows, 1), bos, dtype=torch.int64), out], dim=1)
     return out
 
 
-def _first_tokens(tokenizer: Any, text: str, n: int | None) -> list[int]:
+def _first_tokens(tokenizer: Any, text: str, n: int | None) -> list[int] | Tensor:
     """At least the first n token ids of a text, or all there are; None: all of them."""
 
     def tokens(part: str) -> list[int]:
         # verbose=False: a text longer than the model's context is the normal case here.
         return list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
 
-    if n is None:
-        return tokens(text)
-    # tokens at the end of a part may be others in the whole text: so many are not taken
-    wanted = n + _MARGIN
+    wanted = len(text) if n is None else n + _MARGIN
     length = _CHARACTERS_A_TOKEN * wanted
-    while length < len(text):
+    if min(length, len(text)) > _PIECE + _OVERLAP:
+        pieces = _by_pieces(tokenizer, text, n)
+        if pieces is not None:
+            return pieces
+    while n is not None and length < len(text):
         # a word cut in two would be tokens that the text does not have
         cut = max(text.rfind("\n", 0, length), text.rfind(" ", 0, length))
         ids = tokens(text[: cut if cut > length // 2 else length])
@@ -149,3 +159,44 @@ def _first_tokens(tokenizer: Any, text: str, n: int | None) -> list[int]:
             return ids[:n]
         length *= max(2, -(-wanted // max(len(ids), 1)))
     return tokens(text)
+
+
+def _by_pieces(tokenizer: Any, text: str, n: int | None) -> Tensor | None:
+    """At least the first n token ids of a long text, int32; None where pieces do not fit together.
+
+    A piece begins before the end of the last one. Both have tokens of what lies between, and where
+    tokens and their places agree all over the middle of it, the text goes over from one to the
+    other. Tokens at the two ends, which a cut may have changed, are in neither.
+    """
+    parts: list[Tensor] = []
+    n_tokens = begin = 0
+    before: tuple[Tensor, Tensor] | None = None
+    while True:
+        end = begin + _PIECE + _OVERLAP
+        try:
+            found = tokenizer(
+                text[begin:end],
+                add_special_tokens=False,
+                verbose=False,
+                return_offsets_mapping=True,
+            )
+        except (NotImplementedError, TypeError):  # slow tokenizers know no places
+            return None
+        ids = torch.tensor(found["input_ids"], dtype=torch.int32)
+        starts = torch.tensor(found["offset_mapping"], dtype=torch.int64).view(-1, 2)[:, 0] + begin
+        if before is not None:
+            edge = begin + _OVERLAP // 2
+            low, high = edge - _OVERLAP // 4, edge + _OVERLAP // 4
+            (old, old_starts), inside = before, (starts >= low) & (starts < high)
+            old_inside = (old_starts >= low) & (old_starts < high)
+            same = torch.equal(ids[inside], old[old_inside]) and torch.equal(
+                starts[inside], old_starts[old_inside]
+            )
+            if not same or not bool(inside.any()):
+                return None
+            parts.append(old[old_starts < edge])
+            n_tokens += len(parts[-1])
+            ids, starts = ids[starts >= edge], starts[starts >= edge]
+        if end >= len(text) or (n is not None and n_tokens + len(ids) >= n + _OVERLAP):
+            return torch.cat([*parts, ids])[:n]
+        before, begin = (ids, starts), begin + _PIECE

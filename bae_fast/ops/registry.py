@@ -46,6 +46,10 @@ class Request:
     n_bits: int = 1
     device_index: int | None = None
 
+    def __str__(self) -> str:
+        columns = "" if self.n_columns is None else f" with {self.n_columns:,} columns"
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device_type}{columns}"
+
 
 def environment_megabytes(name: str, default: int) -> int:
     """The value of a budget in the environment, in MiB, or ``default`` where it is not set.

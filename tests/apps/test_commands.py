@@ -383,6 +383,15 @@ def test_a_cache_that_cannot_be_written_is_named_before_a_model_is_loaded(
     assert "--cache must name a folder" in capsys.readouterr().err
 
 
+def test_a_revision_of_files_that_are_here_is_refused(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text("{}")
+    options = ["--model", str(tmp_path), "--revision", "main", "--out", str(tmp_path / "out")]
+    assert main(["demo", "--cache", str(tmp_path / "cache"), *options]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("bae-fast demo: --revision is of a Hugging Face id; the files of ")
+
+
 # -- the user's own rows -----------------------------------------------------------------------
 
 

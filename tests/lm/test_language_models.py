@@ -7,9 +7,12 @@ model's own.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +33,7 @@ from bae_fast.lm import (
     windows,
 )
 from bae_fast.lm import gguf as gguf_copies
+from bae_fast.lm.origin import check_origin
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -195,6 +199,42 @@ def test_generation_and_padding_leave_the_first_token_and_pads_alone(kind, token
     with spliced(model, path, bae, record=True) as splice, torch.no_grad():
         model(input_ids=padded, attention_mask=mask)
     assert splice.codes[0].row_mask[0].tolist() == [False] * 6 + [True] * 7
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_passes_of_the_body_alone_know_their_own_padding(kind, tokenizer):
+    lm, path = lm_of(kind, tokenizer), MODELS[kind][2]
+    ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    masks = [torch.ones(2, 9), (torch.arange(9) >= torch.tensor([[4], [2]])), torch.ones(2, 9)]
+    with (
+        spliced(lm, path, bf.BinaryAutoencoder(WIDTH, 64), record=True) as splice,
+        torch.no_grad(),
+    ):
+        for mask in masks:
+            lm.body(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    for code, mask in zip(splice.codes, masks, strict=True):
+        real = mask != 0
+        assert torch.equal(code.row_mask, real & (real.cumsum(1) > 1))
+
+
+def test_every_text_of_a_packed_sequence_has_a_first_token(tokenizer):
+    model, bae = model_of("llama", tokenizer), bf.BinaryAutoencoder(WIDTH, 64)
+    ids = torch.randint(3, 200, (1, 9), generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
+    for given in (places, places + 100):  # positions that begin elsewhere are no new text
+        with spliced(model, "model.layers.1", bae, record=True) as splice, torch.no_grad():
+            model(input_ids=ids, position_ids=given)
+        expected = [p > 0 for p in places[0].tolist()] if given is places else [False] + [True] * 8
+        assert splice.codes[0].row_mask[0].tolist() == expected
+
+
+def test_a_model_in_double_precision_is_harvested_and_spliced(tokenizer, tmp_path):
+    model = model_of("llama", tokenizer).double()
+    lm = LanguageModel(model, tokenizer, "llama", "llama", torch.float64, WIDTH)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    assert torch.equal(rows_of(lm, tokens, tmp_path), own_rows(model, tokens))
+    found = SubstitutionTest(lm, tokens).run("model.layers.1", bf.BinaryAutoencoder(WIDTH, 64))
+    assert found.replaced > 0.9
 
 
 def test_a_recurrent_model_going_on_from_its_state_is_refused(tokenizer):
@@ -380,6 +420,16 @@ def test_a_harvest_under_way_is_never_swept(tokenizer, tmp_path, monkeypatch):
     assert len(found) == 1
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_runs(tokenizer, tmp_path):
+    lm = lm_of("llama", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    (tmp_path / "file").touch()
+    lm.model.forward = None
+    with pytest.raises(OSError, match="folder must be one that can be written") as caught:
+        rows_of(lm, tokens, tmp_path / "file" / "cache")
+    assert caught.value.filename == str(tmp_path / "file" / "cache")
+
+
 # -- which tokens are text -----------------------------------------------------------------------
 
 
@@ -395,6 +445,42 @@ def test_bos_is_put_first_where_the_tokenizer_asks_for_it(tokenizer, tmp_path):
     cache = harvest(lm, tokens, "model.layers.1", folder=tmp_path, progress=False)
     assert cache.manifest["prepend_bos"] is True
     assert cache.manifest["dropped"]["not_text"] == 0  # BOS is the position that is dropped
+
+
+def test_tokens_to_leave_out_may_come_as_any_numbers(tokenizer, tmp_path):
+    lm = lm_of("llama", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    out = sorted({int(i) for i in tokens[:, 3]})
+    forms = (out, (i for i in out), torch.tensor(out), np.array(out), set(out))
+    for number, form in enumerate(forms):
+        cache = harvest(
+            lm, tokens, "model.layers.1", folder=tmp_path / str(number), exclude_tokens=form,
+            max_norm_ratio=np.float32(100), progress=False,
+        )  # fmt: skip
+        assert cache.manifest["exclude_tokens"] == out
+        kept = cache.tokens[cache.row_window.long(), cache.row_position.long()]
+        assert len(kept) == int((~torch.isin(tokens[:, 1:], torch.tensor(out))).sum())
+    with pytest.raises(TypeError, match=r"hook must be the path of a module.*got 11"):
+        harvest(lm, tokens, 11, folder=tmp_path)
+
+
+def test_what_is_no_text_tokens_or_model_is_named(tokenizer, tmp_path):
+    lm = lm_of("llama", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    with pytest.raises(TypeError, match=r"text must be a string; got list; '.*join\(texts\)"):
+        windows(tokenizer, [TEXT, TEXT], 16)
+    with pytest.raises(TypeError, match="text must be a string; got NoneType"):
+        windows(tokenizer, None, 16)
+    for wrong, message in (
+        ({"token_windows": tokens.numpy()}, "token_windows must be an integer tensor; got ndarray"),
+        ({"token_windows": tokens.float()}, "token_windows must be an integer .*; got torch.float"),
+        ({"exclude_tokens": 5}, "exclude_tokens must be token ids, or None; got 5"),
+        ({"max_norm_ratio": None}, "max_norm_ratio=None is not allowed: a number over 1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            harvest(lm, **{"token_windows": tokens, "folder": tmp_path, **wrong})
+    with pytest.raises(TypeError, match=r"got DataParallel; give its \.module"):
+        lm_of("llama", tokenizer, torch.nn.DataParallel(lm.model))
 
 
 def test_padding_is_masked_and_special_tokens_are_no_rows(tmp_path):
@@ -446,6 +532,68 @@ def test_only_as_much_text_as_needed_is_tokenized_and_it_is_the_same(tokenizer):
     assert torch.equal(
         windows(tokenizer, dense, 16, n_tokens=320), windows(tokenizer, dense, 16)[:20]
     )
+
+
+LONG = {"lines": TEXT, "dense": "漢字é" * 4000, "breaks": "\n" * 9000}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces", "words"])
+@pytest.mark.parametrize(
+    "text", [TEXT, "漢字é" * 4000, "\n" * 9000], ids=["lines", "dense", "breaks"]
+)
+def test_a_long_text_is_tokenized_by_pieces_and_the_tokens_are_the_same(kind, text, monkeypatch):
+    if kind == "bytes":
+        tokenizer = word_pieces(eos_token="</s>")
+    else:
+        core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<u>"))
+        if kind == "spaces":  # as SentencePiece does it: the whole text is one word
+            core.normalizer = tokenizers.normalizers.Sequence(
+                [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+            )
+        else:
+            core.normalizer = tokenizers.normalizers.NFKD()  # places in the text as it was
+            core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        lines = [line.replace(" ", "▁") if kind == "spaces" else line for line in TEXT.split("\n")]
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=200, special_tokens=["<u>"], show_progress=False, max_token_length=12
+        )
+        core.train_from_iterator([*lines, "\n", "漢字é"], trainer)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<u>")
+    if not tokenizer(text, add_special_tokens=False)["input_ids"]:
+        return  # nothing but space, and this tokenizer drops it
+    whole = windows(tokenizer, text, 16)
+    seen = []
+
+    def spy(part, **options):
+        seen.append(len(part))
+        return tokenizer(part, **options)
+
+    monkeypatch.setattr("bae_fast.lm.text._PIECE", 2048)
+    monkeypatch.setattr("bae_fast.lm.text._OVERLAP", 512)
+    assert torch.equal(windows(spy, text, 16, prepend_bos=False), whole)
+    assert len(seen) > 2
+    assert max(seen) <= 2048 + 512
+    seen.clear()
+    n = whole.numel() // 2
+    found = windows(spy, text, 16, n_tokens=n, prepend_bos=False)
+    assert torch.equal(found, whole[: -(-n // 16)])
+    assert max(seen) <= 2048 + 512
+
+
+def test_pieces_that_do_not_fit_together_are_given_up(monkeypatch):
+    monkeypatch.setattr("bae_fast.lm.text._PIECE", 100)
+    monkeypatch.setattr("bae_fast.lm.text._OVERLAP", 40)
+    seen = []
+
+    def pairs(text, **options):
+        seen.append(len(text))
+        starts = range(0, len(text), 3)  # three characters a token, from wherever a piece begins
+        places = [(i, i + 3) for i in starts]
+        return {"input_ids": [ord(text[i]) for i in starts], "offset_mapping": places}
+
+    found = windows(pairs, TEXT[:1000], 10, prepend_bos=False)
+    assert found.view(-1).tolist() == [ord(c) for c in TEXT[:1000:3]][: found.numel()]
+    assert seen[-1] == 1000
 
 
 # -- names, answers, files -----------------------------------------------------------------------
@@ -505,6 +653,59 @@ def test_a_folder_of_another_kind_of_model_is_refused_in_one_line(tokenizer, tmp
         load_language_model(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+HUB = """
+import sys
+from bae_fast.lm import load_language_model, load_tokenizer
+for revision in (None, "old", sys.argv[1], "gone"):
+    try:
+        lm = load_language_model("tiny/llama", dtype="float32", revision=revision)
+        assert len(load_tokenizer("tiny/llama", revision=revision)) == len(lm.tokenizer)
+        print(lm.revision, float(lm.model.lm_head.weight[0, 0]))
+    except ValueError as error:
+        print("refused:", error)
+"""
+
+
+def test_a_revision_of_the_hub_is_the_one_that_is_loaded(tokenizer, tmp_path):
+    # the hub's folder on disk, two commits of one model
+    repository = tmp_path / "hub" / "models--tiny--llama"
+    commits = {"main": "a" * 40, "old": "b" * 40}
+    (repository / "refs").mkdir(parents=True)
+    for number, (name, commit) in enumerate(commits.items()):
+        (repository / "refs" / name).write_text(commit)
+        model = model_of("llama", tokenizer)
+        model.lm_head.weight[0, 0] = number + 1
+        model.save_pretrained(repository / "snapshots" / commit)
+        tokenizer.save_pretrained(repository / "snapshots" / commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, commits["old"]], env=environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    *found, gone = done.stdout.splitlines()
+    assert found == [f"{'a' * 40} 1.0", f"{'b' * 40} 2.0", f"{'b' * 40} 2.0"]
+    assert gone.startswith("refused: name='tiny/llama' could not be loaded")
+
+
+def test_hidden_states_of_another_place_are_refused():
+    trained = {"model_name": "tiny/llama", "hook_name": "model.layers.1"}
+    facts = {**trained, "model_revision": "a" * 40}
+    for metadata in (trained, {}, {**trained, "hook_name": "blocks.1.hook_resid_post"}):
+        check_origin(metadata, facts)
+    check_origin({**trained, "model_name": "/home/me/llama"}, facts)  # a folder that was moved
+    with pytest.raises(ValueError, match=r"--model must be 'tiny/llama'.*got 'tiny/gemma'"):
+        check_origin(trained, {**facts, "model_name": "tiny/gemma"})
+    with pytest.raises(ValueError, match=r"--hook must be 'model.layers.1'.*'model.layers.2'"):
+        check_origin(trained, {**facts, "hook_name": "model.layers.2"})
+    pair = {"transcoder_hooks": ["model.norm", "model.layers.1"]}
+    check_origin(pair, {**facts, "hook_name": "model.norm"})
+    with pytest.raises(ValueError, match=r"--hook must be 'model.norm'"):
+        check_origin(pair, facts)
+    with pytest.warns(UserWarning, match=f"revision {'b' * 40} of 'tiny/llama'"):
+        check_origin({**trained, "model_revision": "b" * 40}, facts)
+    check_origin({**trained, "model_revision": "files-0123"}, facts)
 
 
 def test_a_dequantised_copy_is_whole_or_absent(tokenizer, tmp_path, monkeypatch):

@@ -522,6 +522,34 @@ def test_a_folder_that_does_not_exist(tmp_path):
         load(tmp_path / "nowhere")
 
 
+def test_a_folder_that_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    with refused(FileNotFoundError, "folder", "file is a file"):
+        load(tmp_path / "file")
+    for wrong in (None, 3):
+        with refused(TypeError, f"folder must be a path; got {wrong}"):
+            load(wrong)
+
+
+def test_a_configuration_of_a_windows_editor_is_read(folder):
+    path = folder / "cfg.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    load(folder)
+
+
+def test_a_configuration_nested_too_deeply(folder):
+    (folder / "cfg.json").write_text("[" * 100_000)
+    with refused(ValueError, "cfg.json is not valid JSON"):
+        load(folder)
+
+
+def test_the_users_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert bf.BinaryAutoencoder(8, 16).save_pretrained("~/my model") == tmp_path / "my model"
+    assert load("~/my model").config.d_sae == 16
+
+
 def test_an_empty_folder(tmp_path):
     with refused(FileNotFoundError, "sae_weights.safetensors", "does not exist"):
         load(tmp_path)

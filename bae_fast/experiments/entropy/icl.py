@@ -8,7 +8,13 @@ from typing import Any
 
 from bae_fast.entropy.icl import DRAWS, LABELS, run_task
 from bae_fast.experiments import runs
-from bae_fast.experiments.entropy.common import Fits, finish, lazy_model, training_config
+from bae_fast.experiments.entropy.common import (
+    Fits,
+    finish,
+    lazy_model,
+    training_config,
+    with_revision,
+)
 from bae_fast.lm.tasks import TASKS, Task, load_task, task_from_dataset
 
 
@@ -138,5 +144,9 @@ def _runs(config: Config) -> list[dict[str, Any]]:
 
             label = task.name.replace("/", "-").replace(":", "-")
             settings = settings_of(config, name, task.name, len(task.examples), seed)
-            found.append(runs.once(config.out / "runs", f"{label}-s{seed}", settings, make))
+            found.append(
+                runs.once(
+                    config.out / "runs", f"{label}-s{seed}", with_revision(config, settings), make
+                )
+            )
     return found

@@ -10,7 +10,13 @@ from typing import Any, Literal
 import torch
 
 from bae_fast.experiments import runs
-from bae_fast.experiments.entropy.common import Fits, finish, lazy_model, training_config
+from bae_fast.experiments.entropy.common import (
+    Fits,
+    finish,
+    lazy_model,
+    training_config,
+    with_revision,
+)
 from bae_fast.progress import say
 
 
@@ -91,7 +97,7 @@ def _runs(config: Config) -> list[dict[str, Any]]:
             "positions", f"must lie in 0 to {config.context - 1}; got {positions}"
         )
     name, load = lazy_model(config)
-    tokenizer = lm_tools.load_tokenizer(name)
+    tokenizer = lm_tools.load_tokenizer(name, revision=config.revision)
     if config.text is None:
         text = lm_tools.standard_library_text() + "\n\n" + lm_tools.standard_library_docstrings()
         text_name = "the standard library's topics and docstrings"
@@ -125,6 +131,7 @@ def _runs(config: Config) -> list[dict[str, Any]]:
                 config, model=name, text=text_name, text_sha256=digest, windows=len(sequences),
                 hook=hook, seed=seed,
             )  # fmt: skip
+            settings = with_revision(config, settings)
 
             def make(hook: str = hook, seed: int = seed) -> dict[str, Any]:
                 return run_layer(
