@@ -13,9 +13,9 @@ from bae_fast.progress import say
 # subcommand -> what it does; the file of that name has ``run(arguments) -> int``
 COMMANDS = {
     "demo": "Train on a language model's hidden states and show what was learned.",
+    "compare": "Train sparse autoencoders beside the binary one; write a table and a plot.",
     "train": "Train autoencoders on hidden states, on one process or many.",
     "evaluate": "Evaluate the autoencoders of a training run.",
-    "compare": "Train sparse autoencoders beside the binary one; write a table and a plot.",
     "interpret": "Name features by a judge and score the names.",
     "match": "Show which features of two saved autoencoders are the same.",
     "neuronpedia": "Write features in the format that Neuronpedia imports.",

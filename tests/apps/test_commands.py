@@ -63,10 +63,11 @@ def test_every_field_is_an_option_with_a_sentence_of_help(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_defaults_read_from_a_command_line_are_the_configuration(name):
-    given = {"match": ["a", "b"], "decompress": ["codes.bae"]}.get(name, [])
+    given = {"match": ["a", "b"], "decompress": ["codes.bae"], "evaluate": ["run"]}.get(name, [])
     places = {
         "match": {"folders": (Path("a"), Path("b"))},
         "decompress": {"file": Path("codes.bae")},
+        "evaluate": {"folder": Path("run")},
     }
     config = config_of(name)
     assert read(parser_of(name), config, given) == config(**places.get(name, {}))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import signal
 import sys
 import types
@@ -99,6 +100,38 @@ def test_micro_batches_have_the_gradient_of_the_batch_and_encode_each_row_once(
         assert (gradients[1][name] - grad).abs().max() <= 1e-12, name
 
 
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
+    x = synthetic()
+
+    def new(name):
+        run = RunConfig(out=tmp_path / name, checkpoint_every=7, log_every=1)
+        return JobTrainer(jobs(x), supply(x), run)
+
+    new("whole").fit()
+    cut = new("cut")
+    step = cut.train_step
+
+    def dying():
+        if cut.step == 17:
+            raise MemoryError
+        return step()
+
+    cut.train_step = dying
+    with pytest.raises(MemoryError):
+        cut.fit()
+    again = new("cut")
+    assert again.resume()
+    assert again.step == 14
+    again.fit()
+    for name in "abc":
+        expected = weights(tmp_path / "whole", name)
+        for key, value in weights(tmp_path / "cut", name).items():
+            assert torch.equal(value, expected[key]), (name, key)
+        assert [line["step"] for line in log_of(tmp_path / "cut", name)] == list(range(1, 31))
+    # the last two stay
+    assert [step for step, _ in checkpoints(tmp_path / "cut" / "checkpoints")] == [21, 28]
+
+
 def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
     x = synthetic()
     first = JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path))
@@ -121,6 +154,34 @@ def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
         JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path)).resume()
 
 
+def test_a_full_disk_fails_the_save_by_name_keeps_the_older_ones_and_ends_the_third_time(
+    tmp_path, capfd
+):
+    x = synthetic()
+    run = RunConfig(out=tmp_path, checkpoint_every=2, log_every=30)
+    trainer = JobTrainer(jobs(x, "a"), supply(x), run)
+    step, before = trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def filling():
+        if trainer.step == 5:
+            trainer._store.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        return step()
+
+    trainer.train_step = filling
+    try:
+        with pytest.raises(OSError, match="the checkpoint cannot be written") as caught:
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "step-" in str(caught.value)
+    assert trainer.step <= 13  # the save of step 12 waits for the third that failed
+    assert [n for n, _ in checkpoints(tmp_path / "checkpoints")] == [2, 4]
+    assert "step-6" in capfd.readouterr().err
+
+
 def test_three_steps_that_are_not_finite_end_the_run_and_fewer_do_not(tmp_path):
     x = synthetic()
     trainer = JobTrainer(jobs(x, "a", init="none"), supply(x), RunConfig(out=tmp_path, log_every=1))
@@ -139,6 +200,38 @@ def test_three_steps_that_are_not_finite_end_the_run_and_fewer_do_not(tmp_path):
     lines = log_of(tmp_path, "a")
     assert {line["step"] for line in lines if "skipped_rows" in line} == bad
     assert all(p.isfinite().all() for p in trainer.learners["a"].model.parameters())
+
+
+def test_held_out_rows_stop_a_job_and_keep_the_best_checkpoint(tmp_path):
+    x = synthetic(n=1200)
+    run = RunConfig(out=tmp_path, evaluate_every=3, patience=2, checkpoint_every=3, keep=1)
+    trainer = JobTrainer(jobs(x[:1000], "ab"), supply(x[:1000], x[1000:]), run)
+    looks = {"a": [0.9, 0.5, 0.6, 0.4, 0.4, 0.7], "b": [0.9, 0.8, 0.85, 0.8]}
+    for name, learner in trainer.learners.items():
+        learner.heldout = lambda blocks, name=name: {"heldout_score": looks[name].pop(0)}
+    trainer.fit()
+    # b stops after its fourth look, a two after its best, the run with the last of them
+    assert looks == {"a": [], "b": []}
+    assert trainer.step == 18
+    assert [trainer.learners[name].step for name in "ab"] == [18, 12]
+    # the mean of both was best at the fourth look; beside it the last one stays
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [12, 18]
+
+
+def test_held_out_numbers_are_those_of_the_evaluation():
+    from bae_fast.analysis import evaluate
+
+    x = synthetic(n=1200)
+    trainer = JobTrainer(jobs(x[:1000]), supply(x[:1000], x[1000:]), RunConfig())
+    for _ in range(5):
+        trainer.train_step()
+    trainer._evaluate()
+    trainer._train(False)
+    for name, part in ((p.name, p) for p in trainer._parts):
+        found = evaluate(part.learner.model, x[1000:])
+        assert part.line["heldout_fvu"] == pytest.approx(found.fvu, rel=1e-5), name
+        if name != "c":
+            assert part.line["heldout_entropy_bits"] == pytest.approx(found.bits, rel=1e-9)
 
 
 def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path):
@@ -160,6 +253,22 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [5]
+
+
+def test_clipping_and_warm_up():
+    x = synthetic()
+    (job,) = jobs(x, "a", clip_norm=1e-3, warmup_steps=10, decay_from=1.0)
+    learner = JobTrainer([job], supply(x)).learners["a"]
+    assert [learner.learning_rate(i) for i in (0, 4, 9)] == pytest.approx([4e-4, 2e-3, 4e-3])
+    loss = learner.backward(x[:64], None)
+    squares = float(learner.summary(loss).squares)
+    every = torch.cat([p.grad.flatten() for p in learner.trained.parameters()]).double()
+    assert squares == pytest.approx(float(every.square().sum()), rel=1e-12)
+    assert squares > 1e-6
+    learner.clip(squares)
+    clipped = torch.cat([p.grad.flatten() for p in learner.trained.parameters()]).double()
+    assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-5)
+    assert torch.allclose(clipped / clipped.norm(), every / every.norm(), rtol=1e-4, atol=1e-9)
 
 
 def test_the_log_has_rates_and_the_trackers_get_the_numbers(tmp_path, monkeypatch):
