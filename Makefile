@@ -21,9 +21,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 demo: $(VENV)/.installed
 	$(BIN)/bae-fast demo $(ARGS)
 
-# Files of tests side by side, one process a core; each process computes with one thread.
+# Side by side, one process a core; each process computes with one thread. What ends first takes over
+# tests of the other.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The long proofs: sanitizers, and the hardest variants of kernels for every chip.
 test-long: $(VENV)/.installed

@@ -94,7 +94,7 @@ CHECK = case("check", operator="decode", density=0.5)
 # -- the whole -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys):
     begin = time.time()
     assert command(tmp_path) == 0, capsys.readouterr()
@@ -125,7 +125,7 @@ def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys)
     assert capsys.readouterr().out.strip() in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys):
     assert command(tmp_path, fault="dies") == 1
     result = read_json(tmp_path / "device.json")
@@ -140,7 +140,7 @@ def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys
     assert "status 66" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "STALL", 8.0)
     assert command(tmp_path, fault="hangs") == 1

@@ -25,26 +25,44 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"word{i}" for i in range(60)]
 
 
+# a run that a signal can interrupt
+LONGER = ("--steps", "600", "--entropy-weight", "3e-4")
+
+
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory):
-    """A random Llama of two blocks and a tokenizer with one token a word."""
-    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"), WORDS)
-
-
-@pytest.fixture
-def arguments(language_model, tmp_path):
-    text = tmp_path / "text.txt"
+def given(tmp_path_factory):
+    """What all runs read: a model with one token a word, a text, hidden states once harvested."""
+    folder = tmp_path_factory.mktemp("given")
+    model = save_tiny_model(folder / "tiny-llama", WORDS)
+    text = folder / "text.txt"
     order = torch.randint(len(WORDS), (9000,), generator=torch.Generator().manual_seed(0))
     text.write_text(" ".join(WORDS[i] for i in order))
+    return {"--model": model, "--text": text, "--cache": folder / "cache"}
+
+
+def demo(given, out):
+    paths = [str(part) for pair in (given | {"--out": out}).items() for part in pair]
     return [
-        "demo", "--model", str(language_model), "--hook", "model.layers.0", "--text", str(text),
-        "--context", "16", "--expansion", "2", "--steps", "30", "--batch-size", "64",
-        "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--no-progress",
-        "--device", "cpu",
+        "demo", *paths, "--hook", "model.layers.0", "--context", "16", "--expansion", "2",
+        "--steps", "30", "--batch-size", "64", "--no-progress", "--device", "cpu",
     ]  # fmt: skip
 
 
+@pytest.fixture
+def arguments(given, tmp_path):
+    return demo(given, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(given, tmp_path_factory):
+    """What the longer run finds when nothing happens."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert main([*demo(given, out), *LONGER]) == 0
+    return json.loads((out / "metrics.json").read_text())["heldout"]
+
+
 def test_the_demo_leaves_a_model_metrics_plots_and_a_page(arguments, tmp_path, capsys, monkeypatch):
+    arguments += ["--cache", str(tmp_path / "cache")]
     assert main(arguments) == 0
     out = tmp_path / "out"
     names = {path.name for path in out.iterdir()}
@@ -97,13 +115,12 @@ def run_until_logged(arguments, log, n_lines):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
-    arguments, tmp_path, number, capsys
+    arguments, uninterrupted, tmp_path, number, capsys
 ):
     out = tmp_path / "out"
-    straight = tmp_path / "straight"
     assert main(arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
-    longer = [*arguments, "--steps", "600", "--entropy-weight", "3e-4"]
+    longer = [*arguments, *LONGER]
     process = run_until_logged(longer, out / "log.jsonl", 5)
     try:
         process.send_signal(number)
@@ -123,11 +140,7 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
     steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(10, 601, 10))
     # as if nothing had happened
-    assert main([*longer, "--out", str(straight)]) == 0
-    found, expected = (
-        json.loads((folder / "metrics.json").read_text())["heldout"] for folder in (out, straight)
-    )
-    assert found == expected
+    assert json.loads((out / "metrics.json").read_text())["heldout"] == uninterrupted
     assert not (out / ".unfinished").exists()
 
 

@@ -140,6 +140,7 @@ def test_operators_run_clean_under_sanitizers(sanitized, tmp_path, level):
     assert done.endswith("done\n")
 
 
+@pytest.mark.long
 def test_neon_kernels_equal_plain_loops_under_an_emulator(tmp_path):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
