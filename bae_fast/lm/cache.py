@@ -309,6 +309,19 @@ def cache_key(
     return f"{readable}-{digest}"
 
 
+def rows_header(dtype: torch.dtype, n_rows: int, width: int) -> bytes:
+    """What a file of rows begins with: as safetensors has it, ended in spaces."""
+    header = {
+        "rows": {
+            "dtype": _SAFETENSORS_DTYPES[DTYPE_NAMES[dtype]],
+            "shape": [n_rows, width],
+            "data_offsets": [0, n_rows * width * dtype.itemsize],
+        }
+    }
+    text = json.dumps(header).encode().ljust(RowsFile.HEADER - 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class RowsFile:
     """rows.safetensors, written row by row without holding the rows.
 
@@ -318,7 +331,7 @@ class RowsFile:
     header is written last, when the number of rows is known.
     """
 
-    _HEADER = 512  # bytes, the leading length included: keeps the data aligned
+    HEADER = 512  # bytes, the leading length included: keeps the data aligned
     _CHUNK = 1 << 16  # rows moved at a time when closing up
 
     def __init__(self, path: Path) -> None:
@@ -327,7 +340,7 @@ class RowsFile:
         self.width = 0
         self.n_rows = 0
         self._file = path.open("w+b")
-        self._file.write(bytes(self._HEADER))
+        self._file.write(bytes(self.HEADER))
 
     def __enter__(self) -> RowsFile:
         return self
@@ -358,7 +371,7 @@ class RowsFile:
                 self._file,
                 dtype=np.uint8,
                 mode="r+",
-                offset=self._HEADER,
+                offset=self.HEADER,
                 shape=(self.n_rows, self._row_bytes),
             )
             mask, end = keep.numpy(), 0
@@ -369,18 +382,9 @@ class RowsFile:
                 end += len(chunk)
             data.flush()
             del data
-        size = n_kept * self._row_bytes
-        header = {
-            "rows": {
-                "dtype": _SAFETENSORS_DTYPES[DTYPE_NAMES[self.dtype]],
-                "shape": [n_kept, self.width],
-                "data_offsets": [0, size],
-            }
-        }
-        text = json.dumps(header).encode().ljust(self._HEADER - 8)
         self._file.seek(0)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._HEADER + size)
+        self._file.write(rows_header(self.dtype, n_kept, self.width))
+        self._file.truncate(self.HEADER + n_kept * self._row_bytes)
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -43,12 +43,12 @@ from bae_fast.lm.cache import (
     row_norms,
     tokens_digest,
 )
-from bae_fast.lm.hooks import StopForward, in_order, resolve_hook, running, stop_here
+from bae_fast.lm.capture import Engine, text_places
+from bae_fast.lm.hooks import in_order, resolve_hook
 from bae_fast.lm.identity import own_hooks
 from bae_fast.lm.inputs import (
     check_ids,
     check_length,
-    masked,
     padding_mask,
     special_tokens,
     text_mask,
@@ -125,7 +125,7 @@ def harvest(
     """
     _check_arguments(lm, token_windows, batch_size, drop_positions, max_norm_ratio, exclude_tokens)
     hook = resolve_hook(lm.model, hook)
-    module = lm.model.get_submodule(hook)
+    engine = Engine(lm, [hook])
     # once: it may be an iterator, or hold NumPy's numbers
     excluded = None if exclude_tokens is None else sorted({int(i) for i in exclude_tokens})
     max_norm_ratio = float(max_norm_ratio)
@@ -162,11 +162,9 @@ def harvest(
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
         n_windows, context_size = token_windows.shape
-        with _held(temporary), RowsFile(temporary / ROWS_NAME) as file, running(lm.model):
-            norms = _run(
-                lm, module, hook, token_windows, mask, file, batch_size, drop_positions, progress
-            )
-            wanted = _wanted(token_windows, mask, text, drop_positions)
+        with _held(temporary), RowsFile(temporary / ROWS_NAME) as file:
+            norms = _run(engine, token_windows, mask, file, batch_size, drop_positions, progress)
+            wanted = text_places(token_windows, mask, text, drop_positions)
             keep, dropped = _keep(norms, wanted, max_norm_ratio)
             dropped["position"] = n_windows * drop_positions
             file.finish(keep)
@@ -261,21 +259,8 @@ def _remove_abandoned(root: Path) -> None:
 # running the model
 
 
-def _wanted(
-    token_windows: Tensor, mask: Tensor | None, text: Tensor | None, drop_positions: int
-) -> Tensor:
-    """Which candidate rows belong to text behind the dropped positions: bool [n_candidates]."""
-    wanted = torch.ones(token_windows.shape, dtype=torch.bool) if text is None else text.clone()
-    if mask is not None:
-        first = (mask.cpu() != 0).int().argmax(1, keepdim=True)
-        wanted &= torch.arange(token_windows.shape[1]) - first >= drop_positions
-    return wanted[:, drop_positions:].reshape(-1)
-
-
 def _run(
-    lm: LanguageModel,
-    module: torch.nn.Module,
-    hook: str,
+    engine: Engine,
     token_windows: Tensor,
     mask: Tensor | None,
     file: RowsFile,
@@ -286,41 +271,24 @@ def _run(
     """Write every candidate row to `file`; return their norms [n_candidates]."""
 
     def forward(part: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-        batch, real = part
-        options = {} if real is None else masked(lm.model, real.to(lm.device))
-        try:
-            with torch.no_grad():
-                lm.model(input_ids=batch.to(lm.device, torch.int64), use_cache=False, **options)
-        except StopForward as stop:
-            out = stop.output
-        else:
-            raise RuntimeError(f"hook={hook!r}: the model's forward never called this module")
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if not isinstance(out, Tensor) or out.dim() != 3 or shape[:2] != tuple(batch.shape):
-            raise ValueError(
-                f"hook={hook!r} gives {shape}: a module is needed whose output is "
-                f"[batch, context_size, d], here [{len(batch)}, {batch.shape[1]}, d]"
-            )
+        (out,) = engine.forward(*part).values()
         rows = out[:, drop_positions:].reshape(-1, out.shape[-1]).cpu()
         return rows, row_norms(rows)
 
     norms = []
-    handle = module.register_forward_hook(stop_here)
-    try:
-        masks = [None] * len(token_windows) if mask is None else mask.split(batch_size)
-        batches = list(zip(token_windows.split(batch_size), masks, strict=False))
-        # closing: workers end before the hook that stops the model early is taken away.
-        with (
-            progress_bar(token_windows.numel(), what="harvest", unit="tok", show=progress) as bar,
-            contextlib.closing(in_order(forward, batches, lm.device.type)) as results,
-        ):
-            for (batch, _), (rows, norm) in zip(batches, results, strict=True):
-                norms.append(norm)
-                file.append(rows)
-                os.utime(file.path.parent)  # so that another harvest does not take it for abandoned
-                bar.update(batch.numel())
-    finally:
-        handle.remove()
+    masks = [None] * len(token_windows) if mask is None else mask.split(batch_size)
+    batches = list(zip(token_windows.split(batch_size), masks, strict=False))
+    # closing: workers end before the hook that stops the model early is taken away.
+    with (
+        engine,
+        progress_bar(token_windows.numel(), what="harvest", unit="tok", show=progress) as bar,
+        contextlib.closing(in_order(forward, batches, engine.lm.device.type)) as results,
+    ):
+        for (batch, _), (rows, norm) in zip(batches, results, strict=True):
+            norms.append(norm)
+            file.append(rows)
+            os.utime(file.path.parent)  # so that another harvest does not take it for abandoned
+            bar.update(batch.numel())
     return torch.cat(norms)
 
 

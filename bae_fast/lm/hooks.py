@@ -1,4 +1,4 @@
-"""Modules of a running model: find one by its path, stop after it, run batches in order."""
+"""Modules of a running model: find one by its path, run batches in order."""
 
 from __future__ import annotations
 
@@ -25,21 +25,9 @@ _Result = TypeVar("_Result")
 _MAX_WORKERS = 8
 
 
-class StopForward(Exception):  # noqa: N818 (no error: the way out)
-    """Carries the hooked module's output out of the model's forward, which ends there."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
 def first_part(output: Any) -> Any:
     """A module's output, or the first part of a tuple or list."""
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def stop_here(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-    """A forward hook that leaves the model's forward with a module's output."""
-    raise StopForward(first_part(output))
 
 
 @contextlib.contextmanager

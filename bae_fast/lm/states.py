@@ -6,8 +6,8 @@ of every prompt. What comes back lies in memory.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import StopForward, find_module, first_part, running
+from bae_fast.lm.capture import Engine
 from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
@@ -73,23 +73,11 @@ def states_at(
         )
     if share_prefix and positions is not None:
         raise ValueError("share_prefix must be False where positions are given")
-    found: dict[str, Tensor] = {}
-    wanted = len(hooks) if not next_token else None
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: Any, _arguments: Any, output: Any) -> None:
-            found[name] = first_part(output)
-            if len(found) == wanted:
-                raise StopForward(None)
-
-        return hook
-
     check_length(lm.model, max(map(len, sequences)), "sequences")
     for extreme in (min, max):
         ends = torch.tensor([extreme(sequence) for sequence in sequences])
         check_ids(lm.model, ends, "sequences")
-    modules = {name: find_module(lm.model, name) for name in hooks}
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
+    engine = Engine(lm, hooks)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     states: dict[str, list[Tensor]] = {name: [] for name in hooks}
     after: list[Tensor] = []
@@ -97,14 +85,11 @@ def states_at(
     prefix: Sequence[int] = []
     cache = None
     step = lm.head.rows_at_a_time if next_token else 1
-    try:
+    with engine:
         if share_prefix and _has_keys(lm) and (prefix := _common_prefix(sequences)):
-            cache = _keys_and_values(lm, prefix)
+            cache = _keys_and_values(engine, prefix, stop=not next_token)
             sequences = [sequence[len(prefix) :] for sequence in sequences]
-        with (
-            running(lm.model),
-            progress_bar(total, what="states", unit="tok", show=progress) as bar,
-        ):
+        with progress_bar(total, what="states", unit="tok", show=progress) as bar:
             for batch in _batches(order, sequences, batch_tokens):
                 lengths = torch.tensor([len(sequences[i]) for i in batch])
                 width = int(lengths[-1])
@@ -113,37 +98,25 @@ def states_at(
                     ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
                 mask = torch.arange(width) < lengths[:, None]
                 mask = torch.nn.functional.pad(mask, (len(prefix), 0), value=True)
-                found.clear()
-                last = None
-                try:
-                    out = lm.body(
-                        input_ids=ids.to(lm.device),
-                        attention_mask=mask.to(lm.device).long(),
-                        use_cache=cache is not None,
-                        **_going_on(cache, len(batch)),
-                    )
-                    last = out.last_hidden_state
-                except StopForward:
-                    pass
-                if len(found) < len(hooks):
-                    missing = ", ".join(name for name in hooks if name not in found)
-                    raise RuntimeError(f"the model finished without calling {missing}")
+                options = {
+                    "input_ids": ids.to(lm.device),
+                    "attention_mask": mask.to(lm.device).long(),
+                    "use_cache": cache is not None,
+                    **_going_on(cache, len(batch)),
+                }
+                found, out = engine.run(functools.partial(lm.body, **options), stop=not next_token)
                 rows = torch.arange(len(batch))[:, None].to(lm.device)
                 at = (
                     (lengths - 1)[:, None]
                     if positions is None
                     else torch.tensor(list(positions))[None].expand(len(batch), -1)
                 ).to(lm.device)
-                for name in hooks:
-                    states[name].append(found[name][rows, at].cpu())
+                for name, output in zip(hooks, found.values(), strict=True):
+                    states[name].append(output[rows, at].cpu())
                 if next_token:
-                    assert last is not None
-                    final = last[rows[:, 0], (lengths - 1).to(lm.device)]
+                    final = out.last_hidden_state[rows[:, 0], (lengths - 1).to(lm.device)]
                     after += [lm.head(part).log_softmax(-1).cpu() for part in final.split(step)]
                 bar.update(int(lengths.sum()) + len(prefix) * len(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
     kept = {name: torch.cat(parts)[back] for name, parts in states.items()}
@@ -171,17 +144,21 @@ def _has_keys(lm: LanguageModel) -> bool:
     return plain and "past_key_values" in inspect.signature(model.forward).parameters
 
 
-def _keys_and_values(lm: LanguageModel, prefix: Sequence[int]) -> Any:
+def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> Any:
     from transformers import DynamicCache
 
+    lm = engine.lm
     cache = DynamicCache(config=causal_model(lm.model).config)
-    # blocks after the last hook are not run later either
-    with running(lm.model), contextlib.suppress(StopForward):
-        lm.body(
+    # blocks that are not run later are not run here either
+    engine.run(
+        functools.partial(
+            lm.body,
             input_ids=torch.tensor([list(prefix)], device=lm.device),
             past_key_values=cache,
             use_cache=True,
-        )
+        ),
+        stop=stop,
+    )
     return cache
 
 

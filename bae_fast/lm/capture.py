@@ -1,0 +1,269 @@
+"""Outputs of several modules of one forward pass, and which of their rows are kept.
+
+Harvests, supplies that run the model while a trainer works, and states at chosen positions all
+read a model's modules here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bae_fast.lm.cache import MAX_NORM_RATIO
+from bae_fast.lm.hooks import first_part, resolve_hook, running
+from bae_fast.lm.inputs import masked, padding_mask, text_mask
+from bae_fast.lm.loading import LanguageModel
+
+
+class _Done(Exception):  # noqa: N818 (no error: the way out)
+    """Leaves a model's forward when all wanted modules have been called."""
+
+
+class Engine:
+    """Runs a model and keeps the outputs of some of its modules.
+
+    The outputs are of each module's first call in a pass. A pass ends behind the last of them, so
+    that later blocks and the output head cost nothing. Several threads may run passes at the same
+    time, and passes of others through the same model are left alone.
+
+    Example::
+
+        with Engine(lm, ["model.layers.3", "model.layers.11"]) as engine:
+            states = engine.forward(tokens)  # path -> [batch, length, d]
+
+    Attributes:
+        lm: the model.
+        hooks: paths of the modules, resolved.
+    """
+
+    def __init__(self, lm: LanguageModel, hooks: Sequence[str]) -> None:
+        """Find the modules.
+
+        Raises:
+            ValueError: no hook, one twice, or no such module.
+        """
+        if isinstance(hooks, str) or not hooks:
+            raise ValueError(f"hooks must name at least one module, in a list; got {hooks!r}")
+        self.lm = lm
+        self.hooks = [resolve_hook(lm.model, hook) for hook in hooks]
+        if len(set(self.hooks)) < len(self.hooks):
+            raise ValueError(f"hooks must name each module once; got {list(hooks)}")
+        self._here = threading.local()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Engine:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(running(self.lm.model))
+            for hook in self.hooks:
+                module = self.lm.model.get_submodule(hook)
+                stack.enter_context(_removed(module.register_forward_hook(self._hook(hook))))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stack.close()
+
+    def _hook(self, name: str) -> Callable[[Any, Any, Any], None]:
+        def keep(_module: Any, _arguments: Any, output: Any) -> None:
+            found = getattr(self._here, "found", None)
+            if found is None:  # a pass that is not ours
+                return
+            found.setdefault(name, first_part(output))
+            if self._here.stop and len(found) == len(self.hooks):
+                raise _Done
+
+        return keep
+
+    def run(self, forward: Callable[[], Any], *, stop: bool = True) -> tuple[dict[str, Any], Any]:
+        """Call the model in some way: (path -> output, what the call gave).
+
+        Args:
+            forward: calls the model, on this thread.
+            stop: end the call behind the last module, without a result.
+
+        Raises:
+            RuntimeError: the call ended and a module was never called.
+        """
+        found: dict[str, Any] = {}
+        self._here.found, self._here.stop = found, stop
+        result = None
+        try:
+            with torch.no_grad(), contextlib.suppress(_Done):
+                result = forward()
+        finally:
+            self._here.found = None
+        for hook in self.hooks:
+            if hook not in found:
+                raise RuntimeError(f"hook={hook!r}: the model's forward never called this module")
+        return {hook: found[hook] for hook in self.hooks}, result
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The modules' outputs for windows of tokens.
+
+        Args:
+            tokens: integers ``[batch, length]`` on any device.
+            mask: of that shape, false (or 0) at padding.
+
+        Returns:
+            path -> ``[batch, length, d]`` on the model's device, in its dtype.
+
+        Raises:
+            RuntimeError: the model finished without calling a module.
+            ValueError: a module whose output has another shape.
+        """
+        lm = self.lm
+        options = {} if mask is None else masked(lm.model, mask.to(lm.device))
+        ids = tokens.to(lm.device, torch.int64)
+        found, _ = self.run(lambda: lm.model(input_ids=ids, use_cache=False, **options))
+        for hook, out in found.items():
+            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            if not isinstance(out, Tensor) or out.dim() != 3 or shape[:2] != tuple(tokens.shape):
+                raise ValueError(
+                    f"hook={hook!r} gives {shape}: a module is needed whose output is "
+                    f"[batch, context_size, d], here [{len(tokens)}, {tokens.shape[1]}, d]"
+                )
+        return found
+
+
+@contextlib.contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    """Take a forward hook away at the end."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# -- rows --------------------------------------------------------------------------------------
+
+
+def text_places(
+    token_windows: Tensor, mask: Tensor | None, text: Tensor | None, drop_positions: int
+) -> Tensor:
+    """Which rows belong to text behind the dropped positions: bool ``[n (length - drop)]``.
+
+    Args:
+        token_windows: ``[n, length]``.
+        mask: false at padding, see :func:`bae_fast.lm.inputs.padding_mask`; None: no padding.
+        text: false where no text is, see :func:`bae_fast.lm.inputs.text_mask`; None: all of it is.
+        drop_positions: tokens dropped at the start of each window, padding not counted.
+    """
+    wanted = torch.ones(token_windows.shape, dtype=torch.bool) if text is None else text.clone()
+    if mask is not None:
+        first = (mask.cpu() != 0).int().argmax(1, keepdim=True)
+        wanted &= torch.arange(token_windows.shape[1]) - first >= drop_positions
+    return wanted[:, drop_positions:].reshape(-1)
+
+
+class Candidates(NamedTuple):
+    """Rows of some windows before those of outlying norms are dropped.
+
+    Attributes:
+        x: hook -> ``[n, d]`` on the CPU: the rows at tokens that are text.
+        norms: hook -> float32 ``[n]``.
+        places: int64 ``[n]``: window of the batch times its length, plus the position.
+        dropped: rows that are gone already, by reason: "position", "not_text".
+    """
+
+    x: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    places: Tensor
+    dropped: dict[str, int]
+
+    def kept(self, limits: dict[str, float]) -> tuple[Tensor, dict[str, int]]:
+        """Rows within the limits at every hook, bool ``[n]``, and all dropped ones by reason."""
+        return within(self.norms, limits, self.dropped)
+
+
+def within(
+    norms: dict[str, Tensor], limits: dict[str, float], dropped: dict[str, int]
+) -> tuple[Tensor, dict[str, int]]:
+    """Rows that are finite and not above the limits at every hook, and the dropped by reason."""
+    finite = torch.stack([norm.isfinite() for norm in norms.values()]).all(0)
+    keep = torch.stack([norm <= limits[hook] for hook, norm in norms.items()]).all(0) & finite
+    return keep, {
+        **dropped,
+        "not_finite": int((~finite).sum()),
+        "norm": int((finite & ~keep).sum()),
+    }
+
+
+class Capture:
+    """How windows of tokens become rows: the hooks, and what is dropped.
+
+    Attributes:
+        engine: runs the model; it must be entered (``with capture.engine:``) before
+            :meth:`candidates`.
+        drop_positions, max_norm_ratio, exclude_tokens: see :func:`bae_fast.lm.harvest`.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        hooks: Sequence[str],
+        *,
+        exclude_tokens: Iterable[int] | None = None,
+        drop_positions: int = 1,
+        max_norm_ratio: float = MAX_NORM_RATIO,
+    ) -> None:
+        """Find the modules.
+
+        Raises:
+            ValueError: no such module, or a number out of range.
+        """
+        if not isinstance(drop_positions, int) or drop_positions < 0:
+            raise ValueError(f"drop_positions must be an int >= 0; got {drop_positions!r}")
+        if not max_norm_ratio > 1:
+            raise ValueError(f"max_norm_ratio must be over 1; got {max_norm_ratio!r}")
+        self.engine = Engine(lm, hooks)
+        self.exclude_tokens = None if exclude_tokens is None else sorted(exclude_tokens)
+        self.drop_positions, self.max_norm_ratio = drop_positions, max_norm_ratio
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model."""
+        return self.engine.lm
+
+    @property
+    def hooks(self) -> list[str]:
+        """Paths of the modules."""
+        return self.engine.hooks
+
+    def candidates(self, tokens: Tensor) -> Candidates:
+        """Run windows ``[batch, length]`` and take the rows at text."""
+        tokenizer, drop = self.lm.tokenizer, self.drop_positions
+        mask = padding_mask(tokenizer, tokens)
+        text = text_mask(tokenizer, tokens, mask=mask, exclude_tokens=self.exclude_tokens)
+        wanted = text_places(tokens, mask, text, drop)
+        places = torch.arange(tokens.numel()).view(tokens.shape)[:, drop:].reshape(-1)[wanted]
+        x = {}
+        for hook, out in self.engine.forward(tokens, mask).items():
+            rows = out[:, drop:].reshape(-1, out.shape[-1])
+            if len(places) < len(wanted):
+                rows = rows[wanted.to(rows.device)]
+            x[hook] = rows.cpu()
+        norms = {
+            hook: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+            for hook, rows in x.items()
+        }
+        dropped = {"position": len(tokens) * drop, "not_text": int((~wanted).sum())}
+        return Candidates(x, norms, places, dropped)
+
+    def limit(self, norms: Tensor) -> float:
+        """The largest norm that is kept, by the norms of the first rows.
+
+        Raises:
+            ValueError: no row is finite.
+        """
+        finite = norms[norms.isfinite()]
+        if not len(finite):
+            raise ValueError(
+                "text must give hidden states that are finite; none of the first "
+                f"{len(norms):,} rows is: try dtype='float32'"
+            )
+        return float(self.max_norm_ratio * finite.median())
