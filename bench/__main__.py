@@ -28,6 +28,7 @@ from bench import (
     rival,
     sparse,
     step,
+    supply,
     tables,
 )
 from bench.inputs import simd
@@ -53,7 +54,9 @@ TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
 LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
 # of real language models, which have to be named; only by name
 MODELS: dict[str, Any] = {"models": models}
-SUITES = MEASURED | LARGE | TRAINED | LISTS | MODELS
+# of where rows come from; a case writes 5 GB: only by name
+ROWS: dict[str, Any] = {"supply": supply}
+SUITES = MEASURED | LARGE | TRAINED | LISTS | MODELS | ROWS
 
 
 def cpu_name() -> str:

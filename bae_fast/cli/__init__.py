@@ -13,6 +13,7 @@ from bae_fast.progress import say
 # subcommand -> what it does; the file of that name has ``run(arguments) -> int``
 COMMANDS = {
     "demo": "Train on a language model's hidden states and show what was learned.",
+    "harvest": "Keep hidden states of several modules in shards on disk, more than memory holds.",
     "compare": "Train sparse autoencoders beside the binary one; write a table and a plot.",
     "train": "Train autoencoders on hidden states, on one process or many.",
     "evaluate": "Evaluate the autoencoders of a training run.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bae_fast.lm.cache import ActivationCache, Split, TokenContext, cache_key
+from bae_fast.lm.capture import Engine
+from bae_fast.lm.documents import DatasetText, TextFiles, TextWindows, TokenWindows
 from bae_fast.lm.harvest import harvest
 from bae_fast.lm.hooks import find_module, match_hooks, resolve_hook, running
 from bae_fast.lm.identity import model_digest
@@ -22,6 +24,7 @@ from bae_fast.lm.loading import (
     load_tokenizer,
     resolve_dtype,
 )
+from bae_fast.lm.shards import ShardedCache, harvest_shards
 from bae_fast.lm.states import states_at
 from bae_fast.lm.text import (
     read_text,
@@ -33,15 +36,22 @@ from bae_fast.lm.text import (
 __all__ = [
     "DEFAULT_MODEL",
     "ActivationCache",
+    "DatasetText",
+    "Engine",
     "LanguageModel",
     "ModelSource",
+    "ShardedCache",
     "Split",
+    "TextFiles",
+    "TextWindows",
     "TokenContext",
+    "TokenWindows",
     "asks_for_bos",
     "cache_key",
     "find_language_model",
     "find_module",
     "harvest",
+    "harvest_shards",
     "load_language_model",
     "load_tokenizer",
     "match_hooks",

@@ -5,6 +5,7 @@ from bae_fast.training.config import PRESETS, LoopConfig, SparseConfig, Training
 from bae_fast.training.feature_shards import gather_features, shard_features
 from bae_fast.training.jobs import Job, JobTrainer, RunConfig, StoppedError
 from bae_fast.training.learner import Learner
+from bae_fast.training.live import LiveSupply
 from bae_fast.training.objective import (
     BinaryObjective,
     Loss,
@@ -14,6 +15,7 @@ from bae_fast.training.objective import (
     Trainable,
 )
 from bae_fast.training.recipe import init_from_rows_, refit_decoder_, revive_
+from bae_fast.training.shards import ShardSupply
 from bae_fast.training.supply import MemorySupply, Rows, Supply, merge_states
 from bae_fast.training.trainer import Trainer
 
@@ -24,12 +26,14 @@ __all__ = [
     "Job",
     "JobTrainer",
     "Learner",
+    "LiveSupply",
     "LoopConfig",
     "Loss",
     "MemorySupply",
     "Objective",
     "Rows",
     "RunConfig",
+    "ShardSupply",
     "SparseConfig",
     "SparseObjective",
     "Step",

@@ -30,7 +30,7 @@ from bae_fast.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = [
-    "demo", "compare", "interpret", "match", "steer", "compress", "decompress",
+    "demo", "harvest", "compare", "interpret", "match", "steer", "compress", "decompress",
     "train", "evaluate", "entropy.synthetic", "entropy.layers", "entropy.icl", "entropy.rows",
 ]  # fmt: skip
 

@@ -38,3 +38,52 @@ def save_tiny_model(folder: Path, words: list[str]) -> Path:
         tokenizer_object=tokenizer, unk_token="[UNK]"
     ).save_pretrained(folder)
     return folder
+
+
+class LetterTokenizer:
+    """One token a character, 2 to 41; 0 ends documents."""
+
+    eos_token_id = 0
+    all_special_ids = (0,)
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": [2 + ord(letter) % 40 for letter in text]}
+
+
+class PlacesModel(torch.nn.Module):
+    """A model without transformers, whose states tell which token they are of.
+
+    Module ``first`` gives the token's embedding, ``second`` the running sum of them in a window.
+    """
+
+    def __init__(self, vocabulary: int = 42, width: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = torch.nn.Embedding(vocabulary, width)
+        self.second = Summed()
+        self._calls = 0
+
+    @property
+    def calls(self):
+        return self._calls
+
+    def get_input_embeddings(self):
+        return self.first
+
+    def forward(self, input_ids, use_cache=False):
+        self._calls += 1
+        return self.second(self.first(input_ids))
+
+
+class Summed(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x.cumsum(1)], dim=2)
+
+
+def places_lm(seed: int = 0, **options):
+    """A language model whose states are known: `PlacesModel` with letters as tokens."""
+    from bae_fast.lm import LanguageModel
+
+    model = PlacesModel(seed=seed, **options).eval().requires_grad_(False)
+    width = model.first.weight.shape[1]
+    return LanguageModel(model, LetterTokenizer(), "places", "Places", torch.float32, width)

@@ -1,0 +1,420 @@
+"""Windows of tokens, read one after the other: of a tensor, of files, of streamed datasets.
+
+Documents are tokenized one by one and packed without gaps: behind each stands the tokenizer's
+end-of-text token, where it has one, and a window may hold the end of one document and the
+beginning of the next. Windows begin as the tokenizer begins a text, see
+:func:`bae_fast.lm.windows`. Where the reading stands is a state of plain values.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bae_fast.lm.cache import tokens_digest
+from bae_fast.lm.inputs import bos_to_prepend
+
+# a file is read and tokenized in pieces of so many bytes, cut at white space
+_PIECE_BYTES = 1 << 20
+_LINES = (".jsonl", ".ndjson")
+_TEXTS = (".txt", ".md", ".rst", *_LINES)
+
+
+class Windows(Protocol):
+    """Windows of equally many tokens, in one order.
+
+    Attributes:
+        context_size: tokens a window.
+        n_windows: how many there are; None where the end is not known before.
+    """
+
+    context_size: int
+    n_windows: int | None
+
+    def read(self, n: int) -> Tensor:
+        """The next n windows, int64 ``[n, context_size]``; fewer at the end, then none."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the text is, JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reading stands, JSON values; ``window`` is the number of the next one."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Read on from a state."""
+
+
+class TokenWindows:
+    """Windows that are there as a tensor."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        """Take token windows, integers ``[n, context_size]``.
+
+        Raises:
+            TypeError: no tensor of integers.
+            ValueError: another shape.
+        """
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            kind = getattr(tokens, "dtype", type(tokens).__name__)
+            raise TypeError(f"text must be an integer tensor or a reader of windows; got {kind}")
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(
+                f"text must have shape [n_windows, context_size], neither zero; got "
+                f"{list(tokens.shape)}"
+            )
+        self.tokens = tokens.cpu()
+        self.n_windows: int | None = len(tokens)
+        self.context_size = tokens.shape[1]
+        self._next = 0
+
+    def read(self, n: int) -> Tensor:
+        part = self.tokens[self._next : self._next + n].long()
+        self._next += len(part)
+        return part
+
+    def identity(self) -> dict[str, Any]:
+        return {"tokens_sha256": tokens_digest(self.tokens), "n_windows": self.n_windows}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": self._next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next = int(state["window"])
+
+
+# -- documents ---------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Text of a document.
+
+    Attributes:
+        text: characters.
+        ends: whether the document ends behind it.
+    """
+
+    text: str
+    ends: bool
+
+
+class Documents(Protocol):
+    """Documents in one order."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Read on from where the reading stands."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents are, JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reading stands, behind the last piece given out: JSON values; a copy."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Read on from a state; iterators of before are not to be used any more."""
+
+
+class TextFiles:
+    """Files and folders of text: a file is a document; of .jsonl files every line is one."""
+
+    def __init__(self, paths: str | Path | Sequence[str | Path], *, field: str = "text") -> None:
+        """Find the files; of folders all .txt, .md, .rst, .jsonl and .ndjson in them, sorted.
+
+        Args:
+            paths: files and folders, in the order they are read.
+            field: of a line of a .jsonl file.
+
+        Raises:
+            ValueError: a path that is missing, or a folder without such a file.
+        """
+        self.field = field
+        self.files: list[Path] = []
+        for path in [paths] if isinstance(paths, (str, Path)) else list(paths):
+            path = Path(path)
+            found = [path]
+            if path.is_dir():
+                inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _TEXTS)
+                found = [p for p in inside if p.is_file()]
+            if not found or not found[0].is_file():
+                state = (
+                    f"is a folder without {', '.join(_TEXTS)}" if path.is_dir() else "is missing"
+                )
+                raise ValueError(f"paths must name text files or folders of them; {path} {state}")
+            self.files += found
+        if not self.files:
+            raise ValueError("paths must name at least one file; got none")
+        self._file = self._at = 0
+        self._identity: dict[str, Any] | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        while self._file < len(self.files):
+            path = self.files[self._file]
+            by_line = path.suffix.lower() in _LINES
+            with path.open("rb") as file:
+                file.seek(self._at)
+                while data := (file.readline() if by_line else _cut(file)):
+                    first, self._at = self._at == 0, self._at + len(data)
+                    text = _decoded(data, path, self._at - len(data), first)
+                    if by_line:
+                        if text.strip():
+                            yield Piece(self._of_line(text, path), True)
+                        continue
+                    ends = not file.read(1)
+                    file.seek(self._at)
+                    yield Piece(text, ends)
+            self._file, self._at = self._file + 1, 0
+
+    def _of_line(self, line: str, path: Path) -> str:
+        try:
+            text = json.loads(line)[self.field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} must hold an object with the field {self.field!r} in every line; the one "
+                f"before byte {self._at:,} has none ({type(error).__name__})"
+            ) from error
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path} must hold text in the field {self.field!r}; got {type(text).__name__} "
+                f"before byte {self._at:,}"
+            )
+        return text
+
+    def identity(self) -> dict[str, Any]:
+        if self._identity is None:
+            digest = hashlib.sha256()
+            for path in self.files:
+                digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
+                with path.open("rb") as file:
+                    while data := file.read(1 << 22):
+                        digest.update(data)
+            self._identity = {
+                "files": len(self.files), "sha256": digest.hexdigest(), "field": self.field
+            }  # fmt: skip
+        return dict(self._identity)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"file": self._file, "at": self._at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._file, self._at = int(state["file"]), int(state["at"])
+
+
+def _cut(file: Any) -> bytes:
+    """The next piece of a file, up to a white space where there is one."""
+    start = file.tell()
+    data: bytes = file.read(_PIECE_BYTES)
+    if len(data) == _PIECE_BYTES and file.read(1):
+        cut = max(data.rfind(b"\n"), data.rfind(b" "))
+        if cut <= 0:  # no white space: between two characters
+            cut = len(data)
+            while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
+                cut -= 1
+            cut -= data[cut - 1] >= 0xC0
+        data = data[:cut]
+        file.seek(start + cut)
+    return data
+
+
+def _decoded(data: bytes, path: Path, at: int, first: bool) -> str:
+    try:
+        return data.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text; byte {at + error.start:,} is not") from error
+
+
+class DatasetText:
+    """A dataset of Hugging Face, streamed or not, or anything with rows and a state.
+
+    Example::
+
+        data = datasets.load_dataset("HuggingFaceFW/fineweb", split="train", streaming=True)
+        text = TextWindows(tokenizer, DatasetText(data, name="HuggingFaceFW/fineweb"))
+
+    A streamed dataset should not be shuffled by itself: its buffer of rows is lost when it is
+    resumed. Batches are shuffled later, by the supply of rows.
+    """
+
+    def __init__(self, dataset: Any, *, field: str = "text", name: str | None = None) -> None:
+        """Take a dataset.
+
+        Args:
+            dataset: has ``state_dict`` and ``load_state_dict`` (streamed), or a length and numbers.
+            field: of a row, the text.
+            name: what it is called in manifests; None: as it calls itself.
+
+        Raises:
+            TypeError: rows that cannot be gone back to.
+        """
+        self._streamed = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+        if not self._streamed and not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
+            raise TypeError(
+                "dataset must have state_dict and load_state_dict, or a length and numbered rows; "
+                f"got {type(dataset).__name__}"
+            )
+        self.dataset, self.field = dataset, field
+        self.name = name or str(
+            getattr(getattr(dataset, "info", None), "dataset_name", None) or type(dataset).__name__
+        )
+        self._row = 0
+        self._first = copy.deepcopy(dataset.state_dict()) if self._streamed else None
+
+    def pieces(self) -> Iterator[Piece]:
+        if self._streamed:
+            for row in self.dataset:
+                self._row += 1
+                yield Piece(self._text(row), True)
+            return
+        while self._row < len(self.dataset):
+            row = self.dataset[self._row]
+            self._row += 1
+            yield Piece(self._text(row), True)
+
+    def _text(self, row: Any) -> str:
+        text = row.get(self.field) if isinstance(row, Mapping) else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"dataset {self.name} must have text in the field {self.field!r}; row "
+                f"{self._row - 1:,} has {type(text).__name__}"
+            )
+        return text
+
+    def identity(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"dataset": self.name, "field": self.field}
+        split = getattr(self.dataset, "split", None)
+        if split is not None:
+            found["split"] = str(split)
+        fingerprint = getattr(self.dataset, "_fingerprint", None)
+        if isinstance(fingerprint, str):
+            found["fingerprint"] = fingerprint
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        state = copy.deepcopy(self.dataset.state_dict()) if self._streamed else None
+        return {"row": self._row, "dataset": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._row = int(state["row"])
+        if self._streamed:
+            self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))
+
+
+# -- windows of documents ----------------------------------------------------------------------
+
+
+class TextWindows:
+    """Windows of documents, tokenized as they are read.
+
+    Example::
+
+        text = TextWindows(lm.tokenizer, TextFiles("corpus/"), context_size=256)
+        harvest_shards(lm, text, ["model.layers.11"], "cache/l11")
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        documents: Documents,
+        context_size: int = 256,
+        *,
+        n_windows: int | None = None,
+        prepend_bos: bool | None = None,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            tokenizer: see :func:`bae_fast.lm.windows`.
+            documents: :class:`TextFiles` or :class:`DatasetText`.
+            context_size: tokens a window, a beginning-of-text token included; at least 2.
+            n_windows: stop behind so many; None: at the end of the text.
+            prepend_bos: see :func:`bae_fast.lm.windows`.
+
+        Raises:
+            ValueError: a number out of range, or no beginning-of-text token where one is asked
+                for.
+        """
+        if not isinstance(context_size, int) or context_size < 2:
+            raise ValueError(f"context_size must be an int >= 2; got {context_size!r}")
+        if n_windows is not None and (not isinstance(n_windows, int) or n_windows < 1):
+            raise ValueError(f"n_windows must be an int >= 1 or None; got {n_windows!r}")
+        self.tokenizer, self.documents = tokenizer, documents
+        self.context_size, self.n_windows = context_size, n_windows
+        self._bos = bos_to_prepend(tokenizer, prepend_bos)
+        end = getattr(tokenizer, "eos_token_id", None)
+        self._end = end if isinstance(end, int) else None
+        self._window = 0
+        # pieces that are tokenized and not used up: (state before it, tokens)
+        self._pieces: deque[tuple[dict[str, Any], list[int]]] = deque()
+        self._used = 0  # tokens of the first of them that are gone
+        self._ready = 0  # tokens left in all of them
+        self._reader: Iterator[Piece] | None = None
+
+    def read(self, n: int) -> Tensor:
+        if self.n_windows is not None:
+            n = min(n, self.n_windows - self._window)
+        body = self.context_size - (self._bos is not None)
+        while self._ready < n * body and self._more():
+            pass
+        n = max(min(n, self._ready // body), 0)
+        ids: list[int] = []
+        while len(ids) < n * body:
+            tokens = self._pieces[0][1]
+            part = tokens[self._used : self._used + n * body - len(ids)]
+            ids += part
+            self._used += len(part)
+            if self._used == len(tokens):
+                self._pieces.popleft()
+                self._used = 0
+        self._ready -= len(ids)
+        self._window += n
+        out = torch.tensor(ids, dtype=torch.int64).view(n, body)
+        if self._bos is not None:
+            out = torch.cat([torch.full((n, 1), self._bos, dtype=torch.int64), out], dim=1)
+        return out
+
+    def _more(self) -> bool:
+        """Tokenize one more piece; False at the end of the text."""
+        if self._reader is None:
+            self._reader = self.documents.pieces()
+        state = self.documents.state_dict()
+        piece = next(self._reader, None)
+        if piece is None:
+            return False
+        ids = list(self.tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"])
+        if piece.ends and self._end is not None:
+            ids.append(self._end)
+        if ids:
+            self._pieces.append((state, ids))
+            self._ready += len(ids)
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            **self.documents.identity(),
+            "n_windows": self.n_windows,
+            "bos_token": self._bos,
+            "token_behind_documents": self._end,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._pieces[0][0] if self._pieces else self.documents.state_dict()
+        return {"window": self._window, "used": self._used, "documents": copy.deepcopy(state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.documents.load_state_dict(state["documents"])
+        self._pieces.clear()
+        self._reader = None
+        self._window, self._used, self._ready = int(state["window"]), 0, 0
+        used = int(state["used"])
+        if used:
+            self._more()
+            self._used = used
+            self._ready -= used

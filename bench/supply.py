@@ -1,0 +1,307 @@
+"""Rows for training: what a harvest, a supply from disk and a live one cost beside the work itself.
+
+``harvest``: a sharded harvest of two hooks against the model's own passes up to the second of them,
+in the same batches and threads. ``live``: training steps on a live supply against the passes alone
+and the steps alone, of the same rows. ``reads``: rows a second of :class:`ShardSupply`, checked,
+from a cache that the system holds in memory, against picking rows of a memory-mapped file.
+``asleep``: a model and a step that each sleep 50 ms, so that only the overlap is measured.
+``memory``: how far reading a large cache drives resident memory. SmolLM2-135M in windows of 256 for
+the first two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bae_fast import BinaryAutoencoder
+from bae_fast.lm import (
+    Engine,
+    LanguageModel,
+    harvest_shards,
+    load_language_model,
+    standard_library_text,
+    windows,
+)
+from bae_fast.lm.hooks import in_order
+from bae_fast.training import LiveSupply, MemorySupply, ShardSupply
+from bench import tables
+from bench.exact import WrongResultError
+from bench.timing import peak_bytes
+
+HOOKS = ["model.layers.5", "model.layers.11"]
+BATCH_WINDOWS = 8
+ROUNDS = 3
+SLEEP = 0.05
+N_STEPS = 8  # of the live case
+N = 512
+EXPANSION = 4
+
+# (case, size): windows, steps, rows a batch, milliseconds, and gigabytes on disk
+CASES = [
+    ("harvest", 48),
+    ("live", N_STEPS),
+    ("reads", 4096),
+    ("asleep", 40),
+    ("memory", 1),
+    ("memory", 5),
+]
+
+
+class Table(nn.Module):
+    """A model whose passes cost next to nothing: rows of a table."""
+
+    def __init__(self, width: int, dtype: torch.dtype, pause: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(1024, width, dtype=dtype)
+        self._pause = pause
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        time.sleep(self._pause)
+        out: Tensor = self.embedding(input_ids)
+        return out
+
+
+def table_lm(width: int, dtype: torch.dtype = torch.float32, pause: float = 0.0) -> LanguageModel:
+    """:class:`Table` as a language model without a tokenizer's special tokens."""
+    model = Table(width, dtype, pause).eval().requires_grad_(False)
+    return LanguageModel(model, object(), "table", "Table", dtype, width)
+
+
+def random_tokens(n: int, length: int) -> Tensor:
+    """``[n, length]``."""
+    return torch.randint(0, 1024, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+def in_turns(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each side, which take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def smollm2(n_windows: int) -> tuple[LanguageModel, Tensor]:
+    """The model and the first windows of its text."""
+    lm = load_language_model()
+    return lm, windows(lm.tokenizer, standard_library_text(), n_tokens=n_windows * 256)
+
+
+def passes(lm: LanguageModel, tokens: Tensor, hooks: list[str]) -> None:
+    """The model's own passes up to the last hook; nothing is kept."""
+    with Engine(lm, hooks) as engine:
+        batches = tokens.split(BATCH_WINDOWS)
+        for _ in in_order(lambda batch: len(engine.forward(batch)), batches, lm.device.type):
+            pass
+
+
+def harvest_case(n_windows: int) -> dict[str, Any]:
+    lm, tokens = smollm2(n_windows)
+
+    def harvested() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            cache = harvest_shards(
+                lm, tokens, HOOKS, folder, batch_size=BATCH_WINDOWS, shard_windows=n_windows,
+                progress=False,
+            )  # fmt: skip
+            if cache.n_windows != n_windows:
+                raise WrongResultError(f"{cache.n_windows} of {n_windows} windows")
+
+    passes(lm, tokens[:BATCH_WINDOWS], HOOKS)
+    seconds = in_turns({"passes": lambda: passes(lm, tokens, HOOKS), "harvest": harvested})
+    return {**seconds, "ratio": seconds["passes"] / seconds["harvest"], "tokens": tokens.numel()}
+
+
+def live_case(steps: int) -> dict[str, Any]:
+    """Steps of 512 rows; two passes of 8 windows give rows for eight steps."""
+    hook = HOOKS[-1]
+    n_windows = steps * N // 255 + 1
+    lm, tokens = smollm2(n_windows + 64)
+    with contextlib.closing(LiveSupply(lm, tokens, [hook], buffer_rows=4096)) as first:
+        rows = first.sample(4096, 0).x[hook].float()
+        bae = BinaryAutoencoder(rows.shape[1], EXPANSION * rows.shape[1])
+        bae.fit_normalization_(rows).init_density_(rows, 0.05)
+        optimizer = torch.optim.Adam(bae.parameters(), lr=1e-3, fused=True)
+        first.next(N)  # the buffer is full: from here on a step asks for its own rows
+
+        def step_on(x: Tensor) -> None:
+            out = bae(x)
+            optimizer.zero_grad(set_to_none=True)
+            (bae.mse(out, x) + 1.5e-4 * out.entropy).backward()
+            optimizer.step()
+
+        def live() -> None:
+            for _ in range(steps):
+                step_on(first.next(N).x[hook].float())
+
+        memory = MemorySupply(rows)
+
+        def alone() -> None:
+            for _ in range(steps):
+                step_on(memory.next(N).x["rows"])
+
+        def model_alone() -> None:
+            with first.pause():
+                passes(lm, tokens[:n_windows], [hook])
+
+        # the thread works ahead: what it did while others ran is taken out before live begins
+        def emptied() -> None:
+            for _ in range(2 * steps):
+                first.next(N)
+
+        found: dict[str, list[float]] = {"passes": [], "steps": [], "live": []}
+        for _ in range(ROUNDS):
+            with first.pause():
+                for name, run in (("passes", model_alone), ("steps", alone)):
+                    start = time.perf_counter()
+                    run()
+                    found[name].append(time.perf_counter() - start)
+            emptied()
+            start = time.perf_counter()
+            live()
+            found["live"].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(times) for name, times in found.items()}
+    total = seconds["passes"] + seconds["steps"]
+    return {**seconds, "ratio": seconds["live"] / total, "rows": steps * N}
+
+
+def reads_case(n: int, width: int = 1024) -> dict[str, Any]:
+    batches = 20
+    with tempfile.TemporaryDirectory() as folder:
+        lm = table_lm(width, torch.bfloat16)
+        cache = harvest_shards(
+            lm, random_tokens(600, 256), ["embedding"], folder, batch_size=64, progress=False
+        )
+        with contextlib.closing(ShardSupply(cache, buffer_rows=1 << 16, n_heldout=0)) as supply:
+            supply.next(n)
+
+            def shards() -> None:
+                for _ in range(batches):
+                    supply.next(n)
+
+            path = Path(folder) / "rows.bin"
+            blocks = [cache.read_block(i)["embedding"] for i in range(cache.n_blocks)]
+            path.write_bytes(torch.cat(blocks).view(torch.uint8).numpy().data)
+            rows = torch.from_file(str(path), size=cache.n_rows * width, dtype=torch.bfloat16).view(
+                -1, width
+            )
+            memory = MemorySupply(rows)
+
+            def mapped() -> None:
+                for _ in range(batches):
+                    memory.next(n)
+
+            seconds = in_turns({"mapped": mapped, "shards": shards}, 5)
+    rates = {name: batches * n / value for name, value in seconds.items()}
+    return {**rates, "width": width}
+
+
+def asleep_case(steps: int) -> dict[str, Any]:
+    """A pass that gives one batch sleeps 50 ms, and so does a step."""
+    tokens = random_tokens(4096, 65)
+    lm = table_lm(8, pause=SLEEP)
+    supply = LiveSupply(
+        lm, tokens, ["embedding"], buffer_rows=512, batch_size=4, streams=1,
+        max_norm_ratio=float("inf"),
+    )  # fmt: skip
+    with contextlib.closing(supply):
+        for _ in range(3):
+            supply.next(256)
+        start = time.perf_counter()
+        for _ in range(steps):
+            supply.next(256)
+            time.sleep(SLEEP)
+        seconds = time.perf_counter() - start
+    return {"milliseconds": 1e3 * seconds / steps, "alone": 2e3 * SLEEP}
+
+
+def memory_case(gigabytes: int, width: int = 2048) -> dict[str, Any]:
+    """An epoch of a cache of so many gigabytes, through a buffer of 2^16 rows (256 MiB)."""
+    n_windows = gigabytes * 10**9 // (2 * width * 255)
+    with tempfile.TemporaryDirectory() as folder:
+        lm = table_lm(width, torch.bfloat16)
+        tokens = random_tokens(n_windows, 256)
+        found: dict[str, Any] = {}
+        found["harvest_peak_bytes"] = peak_bytes(
+            lambda: harvest_shards(lm, tokens, ["embedding"], folder, batch_size=32, progress=False)
+        )
+
+        def epoch() -> None:
+            with contextlib.closing(ShardSupply(folder, buffer_rows=1 << 16)) as supply:
+                for _ in range(supply.n_train // 4096):
+                    supply.next(4096)
+
+        found["peak_bytes"] = peak_bytes(epoch)
+        found["disk_bytes"] = sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors"))
+    return found
+
+
+RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "harvest": harvest_case,
+    "live": live_case,
+    "reads": reads_case,
+    "asleep": asleep_case,
+    "memory": memory_case,
+}
+
+
+def run(only: str = "", seconds: float = 0.0) -> dict[str, Any]:
+    """Every case; a call takes seconds, so the number of calls is fixed."""
+    rows = []
+    for case, size in CASES:
+        if only in tables.name((case, size)):
+            rows.append({"case": case, "size": size, **RUNS[case](size)})
+            print(said(rows[-1]), flush=True)
+    return {"rows": rows}
+
+
+def said(row: dict[str, Any]) -> str:
+    """A case's result in words."""
+    case = row["case"]
+    if case == "harvest":
+        return (
+            f"harvest of {row['tokens']:,} tokens, two hooks: {row['harvest']:.2f} s, the passes "
+            f"alone {row['passes']:.2f} s: {row['ratio']:.0%} of their speed"
+        )
+    if case == "live":
+        return (
+            f"{row['size']} steps of {N} rows live: {row['live']:.2f} s, passes alone "
+            f"{row['passes']:.2f} s, steps alone {row['steps']:.2f} s: "
+            f"{row['ratio']:.2f} of the sum"
+        )
+    if case == "reads":
+        return (
+            f"batches of {row['size']:,} rows of {row['width']} bfloat16: {row['shards']:,.0f} "
+            f"rows/s from shards, {row['mapped']:,.0f} rows/s of a memory-mapped file"
+        )
+    if case == "asleep":
+        return (
+            f"pass and step asleep {1e3 * SLEEP:.0f} ms each: {row['milliseconds']:.1f} ms a step, "
+            f"{row['alone']:.0f} ms one after the other"
+        )
+    own, other = (tables.mebibytes(row[name]) for name in ("peak_bytes", "harvest_peak_bytes"))
+    return (
+        f"an epoch of {row['disk_bytes'] / 1e9:.1f} GB on disk: {own} above the start; "
+        f"its harvest {other}"
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a line a case."""
+    lines = [f"- {said(row)}" for row in result["rows"]]
+    return "\n".join(lines) + f"\n\n{tables.machine(result)}"
