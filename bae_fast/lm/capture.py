@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.lm.cache import MAX_NORM_RATIO
+from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
 from bae_fast.lm.hooks import first_part, resolve_hook, running
 from bae_fast.lm.inputs import masked, padding_mask, text_mask
 from bae_fast.lm.loading import LanguageModel
@@ -165,7 +165,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         x: hook -> ``[n, d]`` on the CPU: the rows at tokens that are text.
-        norms: hook -> float32 ``[n]``.
+        norms: hook -> ``[n]``, see :func:`bae_fast.lm.cache.row_norms`.
         places: int64 ``[n]``: window of the batch times its length, plus the position.
         dropped: rows that are gone already, by reason: "position", "not_text".
     """
@@ -247,10 +247,7 @@ class Capture:
             if len(places) < len(wanted):
                 rows = rows[wanted.to(rows.device)]
             x[hook] = rows.cpu()
-        norms = {
-            hook: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            for hook, rows in x.items()
-        }
+        norms = {hook: row_norms(rows) for hook, rows in x.items()}
         dropped = {"position": len(tokens) * drop, "not_text": int((~wanted).sum())}
         return Candidates(x, norms, places, dropped)
 

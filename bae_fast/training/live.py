@@ -6,6 +6,7 @@ import contextlib
 import math
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -57,6 +58,11 @@ class _Stream:
         self.next = number  # the pass whose rows come next
         self.used = 0  # rows of it that are in the buffer already
         self.states: dict[int, dict[str, Any]] = {}  # of passes with rows in the buffer
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join()
 
 
 class _Turn:
@@ -224,6 +230,8 @@ class LiveSupply:
             self._queue: queue.Queue[_Item | BaseException] = queue.Queue()
             self._thread = threading.Thread(target=self._work, name="live-supply", daemon=True)
             self._thread.start()
+            # a program that ends without close() must not end under the thread's feet
+            self._at_exit = weakref.finalize(self, _end, self._stop, self._thread)
         while self._granted < n_ahead:
             self._granted += 1
             self._credits.release()
@@ -270,7 +278,7 @@ class LiveSupply:
     def _enough(self, tokens: int) -> bool:
         """Whether so many tokens of the text's beginning are those whose norms set the limits."""
         whole = self.text.n_windows
-        most = LIMIT_TOKENS if math.isfinite(self.capture.max_norm_ratio) else 0
+        most = LIMIT_TOKENS if math.isfinite(self.capture.max_norm_ratio) else 1
         if whole is not None:
             most = min(most, (whole - self.n_heldout) * self.text.context_size)
         return tokens >= most
@@ -516,8 +524,7 @@ class LiveSupply:
 
     def _end_thread(self) -> None:
         if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
+            self._at_exit()
             self._thread = None
 
     def close(self) -> None:

@@ -129,7 +129,7 @@ def test_a_changed_text_is_noticed_when_a_state_is_loaded(supplies):
 def test_the_model_runs_while_the_caller_works(supplies):
     """The thread finishes a pass while no one asks for rows."""
     lm = places_lm()
-    supply = supplies(lm=lm)
+    supply = supplies(lm=lm, max_norm_ratio=float("inf"))  # no passes are kept for the limits
     supply.next(64)
     ran = threading.Event()
     handle = lm.model.second.register_forward_pre_hook(lambda *_: ran.set())
