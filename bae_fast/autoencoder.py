@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -125,7 +125,8 @@ class Autoencoder(nn.Module):
     :meth:`from_config`.
 
     Buffers ``x_mean [d_in]`` and ``x_scale []`` (``y_mean``, ``y_scale`` for another target)
-    normalise; they are 0 and 1 until :meth:`fit_normalization_`.
+    normalise; they are 0 and 1 until :meth:`fit_normalization_`. Where a metric was given there is
+    ``x_metric [d_in]`` too (``y_metric``), the relative unit of each dimension, else None.
 
     Attributes:
         is_binary: whether features are bits, whose values cost nothing to write down.
@@ -142,6 +143,7 @@ class Autoencoder(nn.Module):
     config: Any
     x_mean: Tensor
     x_scale: Tensor
+    x_metric: Tensor | None
 
     @property
     def d_in(self) -> int:
@@ -255,6 +257,8 @@ class Autoencoder(nn.Module):
             if width is not None:
                 self.register_buffer(f"{name}_mean", torch.zeros(width, device=device, dtype=dtype))
                 self.register_buffer(f"{name}_scale", torch.ones((), device=device, dtype=dtype))
+                # in files only where a metric was given
+                self.register_buffer(f"{name}_metric", None)
 
     @property
     def target_mean(self) -> Tensor:
@@ -263,12 +267,17 @@ class Autoencoder(nn.Module):
 
     @property
     def target_scale(self) -> Tensor:
-        """``[]``, the unit of the target."""
-        return self.y_scale if self.is_transcoder else self.x_scale  # type: ignore[return-value]
+        """The unit of the target: ``[]``, or ``[d_out]`` where a metric was given."""
+        return self._unit("y" if self.is_transcoder else "x")
+
+    def _unit(self, side: str) -> Tensor:
+        scale: Tensor = getattr(self, f"{side}_scale")
+        metric: Tensor | None = getattr(self, f"{side}_metric")
+        return scale if metric is None else scale * metric
 
     def normalize(self, x: Tensor) -> Tensor:
-        """(x - x_mean) / x_scale, ``[..., d_in]``, in x's dtype, or in the buffers' where that is
-        wider: rows of a bfloat16 cache go into a float32 layer."""
+        """(x - x_mean) / (x_scale x_metric), ``[..., d_in]``, in x's dtype, or in the buffers'
+        where that is wider: rows of a bfloat16 cache go into a float32 layer."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
         if x.shape[-1:] != self.x_mean.shape:
@@ -281,36 +290,52 @@ class Autoencoder(nn.Module):
             )
         own = self.x_mean.dtype
         dtype = own if torch.promote_types(x.dtype, own) == own else x.dtype
-        return ((x - self.x_mean) / self.x_scale).to(dtype)
+        return ((x - self.x_mean) / self._unit("x")).to(dtype)
 
     def denormalize(self, recon: Tensor) -> Tensor:
         """Inverse of the target's normalisation, ``[..., d_out]``, in recon's dtype."""
         return (recon * self.target_scale + self.target_mean).to(recon.dtype)
 
     @torch.no_grad()
-    def fit_normalization_(self, x: Tensor, target: Tensor | None = None) -> Self:
+    def fit_normalization_(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        metric: Tensor | None = None,
+        target_metric: Tensor | None = None,
+    ) -> Self:
         """Set the buffers so that the rows of x are centred and of unit mean square.
+
+        With a metric each dimension is divided by its own scale before, so its squared error in
+        training weighs as the inverse square of that; see :mod:`bae_fast.analysis.error_metric`.
 
         Args:
             x: ``[..., d_in]``. Rows with outlying norms should be dropped before.
             target: ``[..., d_out]``, for a transcoder only.
+            metric: ``[d_in]``, the scales of x's dimensions, positive; only their ratios count.
+            target_metric: ``[d_out]``, those of the target, for a transcoder only.
 
         Returns:
             self.
 
         Raises:
             TypeError: x or target is not a floating point tensor.
-            ValueError: no rows, non-finite or constant x, or a target missing or not wanted.
+            ValueError: no rows, non-finite or constant x, a target missing or not wanted, or a
+                metric that is not wanted, of another width, or not positive.
         """
         if self.is_transcoder != (target is not None):
             raise ValueError(
                 f"target must {'be given' if self.is_transcoder else 'be None'}: d_out decides"
             )
-        pairs = [("x", x, self.x_mean, self.x_scale)]
+        if target is None and target_metric is not None:
+            raise ValueError("target_metric must be None where there is no target")
+        parts = [("x", x, metric)]
         if target is not None:
-            pairs.append(("target", target, self.target_mean, self.target_scale))
+            parts.append(("target", target, target_metric))
         fitted = []
-        for name, rows, mean, _ in pairs:
+        for name, rows, units in parts:
+            mean = self.x_mean if name == "x" else self.target_mean
             if not isinstance(rows, Tensor):
                 check_rows(name, rows, len(mean))
             if not rows.dtype.is_floating_point:
@@ -327,21 +352,63 @@ class Autoencoder(nn.Module):
                 sum((block.double() - centre).square().sum() for block in blocks) / rows.numel()
             )
             scale = float(torch.as_tensor(square).sqrt())
+            relative = None
+            if units is not None:
+                relative = _relative_units(name, units, blocks, centre, scale)
             if not (math.isfinite(scale) and scale > 0):
                 raise ValueError(
                     f"{name} must be finite and not constant; got root mean square {scale}"
                 )
-            fitted.append((centre, scale))
-        for (_, _, mean, scale_buffer), (centre, scale) in zip(pairs, fitted, strict=True):
+            fitted.append((centre, scale, relative))
+        for side, (centre, scale, relative) in zip("xy", fitted, strict=False):
+            mean = getattr(self, f"{side}_mean")
             mean.copy_(centre)
-            scale_buffer.fill_(scale)
+            getattr(self, f"{side}_scale").fill_(scale)
+            setattr(self, f"{side}_metric", None if relative is None else relative.to(mean))
+        return self
+
+    @torch.no_grad()
+    def fold_metric_(self, rows: Tensor) -> Self:
+        """Take x_metric into W_enc, W_dec and b_dec, if no bit of these raw rows changes.
+
+        In real arithmetic nothing changes; in floating point a pre-activation beside its threshold
+        may. Then the module is left as it was.
+
+        Args:
+            rows: ``[n, d_in]``, held-out rows.
+
+        Raises:
+            ValueError: a transcoder, a module without these weights, or rows of which a bit
+                changes.
+        """
+        metric = self.x_metric
+        if metric is None:
+            return self
+        weights = [getattr(self, name, None) for name in ("W_enc", "W_dec", "b_dec")]
+        if self.is_transcoder or not all(isinstance(weight, Tensor) for weight in weights):
+            raise ValueError(
+                f"{type(self).__name__} must have W_enc, W_dec and b_dec and reconstruct its input "
+                "for its metric to be folded"
+            )
+        before = self.active(rows)
+        kept = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        w_enc, w_dec, b_dec = weights
+        w_enc.div_(metric[:, None])  # type: ignore[union-attr]
+        w_dec.mul_(metric)  # type: ignore[union-attr]
+        b_dec.mul_(metric)  # type: ignore[union-attr]
+        self.x_metric = None
+        if not self.active(rows).equal(before):
+            self.x_metric = metric
+            self.load_state_dict(kept)
+            raise ValueError("rows must keep every bit for the metric to be folded; some changed")
         return self
 
     def usual_norms(self) -> tuple[float, float]:
         """Root mean square norms of the inputs and of the targets that the normalisation was
         fitted to; infinite where it was not fitted (mean 0 and scale 1)."""
         norms = []
-        for mean, scale in ((self.x_mean, self.x_scale), (self.target_mean, self.target_scale)):
+        for side in "xy" if self.is_transcoder else "xx":
+            mean, scale = getattr(self, f"{side}_mean"), getattr(self, f"{side}_scale")
             fitted = bool(mean.any()) or float(scale) != 1
             square = float(mean.double().square().sum()) + len(mean) * float(scale) ** 2
             norms.append(square**0.5 if fitted else math.inf)
@@ -497,6 +564,23 @@ class Reconstruction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.reconstruct(x)
+
+
+def _relative_units(
+    name: str, units: Tensor, blocks: Sequence[Tensor], centre: Any, scale: float
+) -> Tensor:
+    """Units of dimensions over the scale, such that rows divided by both have unit mean square."""
+    what = "metric" if name == "x" else "target_metric"
+    width = blocks[0].shape[1]
+    if not isinstance(units, Tensor) or units.shape != (width,):
+        got = list(units.shape) if isinstance(units, Tensor) else type(units).__name__
+        raise ValueError(f"{what} must be a tensor [{width}]; got {got}")
+    units = units.to(blocks[0].device, torch.float64)
+    if not bool((units.isfinite() & (units > 0)).all()):
+        raise ValueError(f"{what} must be finite and positive; the least is {float(units.min())}")
+    n = sum(block.numel() for block in blocks)
+    square = sum(((block.double() - centre) / units).square().sum() for block in blocks) / n
+    return units * torch.as_tensor(square).sqrt() / scale
 
 
 def as_code(features: BinaryCode | Tensor) -> BinaryCode:
@@ -716,6 +800,11 @@ def load_tensors_(
         ValueError: other names, shapes or kinds than the module's, or parameters of two dtypes.
     """
     source = Path(folder) / WEIGHTS_NAME
+    for side in "xy":
+        # a buffer that only files of a module with a metric hold
+        mean = getattr(module, f"{side}_mean", None)
+        if f"{side}_metric" in tensors and isinstance(mean, Tensor):
+            setattr(module, f"{side}_metric", torch.empty_like(mean))
     expected = module.state_dict()
     if tensors.keys() != expected.keys():
         raise ValueError(f"{source} must hold {sorted(expected)}; got {sorted(tensors)}")

@@ -1,4 +1,4 @@
-"""Codes on disk near the entropy of their columns; exact in the bits.
+"""Codes on disk near the entropy of their columns, or of their tree; exact in the bits.
 
 Prototype and differences (arXiv 2509.20997, Compression): a column whose share of ones p is above
 1/2 is kept inverted, so a row is the list of columns where it differs from the rounded mean code.
@@ -11,18 +11,27 @@ A gap g is two symbols, g >> s and g mod 2^s, which are independent where g is g
 symbol of the first alphabet means "that many more, and go on". Nothing of the rate is lost to
 either. Classes are as fine as pays: their number is chosen by the length of the file.
 
+Along the tree (``coder="tree"``): the columns of most mutual information are joined in a tree
+(Chow and Liu 1968), and a column has two probabilities, one for the rows in which its parent is
+off and one for those in which it is on. Each of the two is a half of the column that has its own
+class; the bits of a class are again one sequence, so all its gaps are decoded in one call, and
+only then are the columns put together, parents before children. An edge that saves less than it
+takes to describe is left out: without any the file is that of independent columns.
+
 Both sides build their tables in integers from the integers in the file: no rounding of one
 machine's mathematics library decides what another reads.
 
 File, little-endian::
 
-    magic, version, header's length
+    magic, version (1: independent columns, 2: tree), header's length
     header      shape, bits a feature, rows a block, classes: p (32 bits) and columns,
                 class of each column (range coded), metadata (JSON)
+                tree: the number of edges; range coded are whether each column has a parent, the
+                parents, and the class of each half, that of an off parent first
     index       for each block of rows: bytes, digest of the bytes, checksum of the bits
     digest      of all the above
-    blocks      number of symbols of each class, less what p lets expect; then the range coder's
-                words
+    blocks      number of symbols of each class, less what p lets expect (tree: as it is); then
+                the range coder's words
 
 A row mask is one column more. Blocks are read one by one: see :class:`CompressedCode`.
 """
@@ -37,6 +46,7 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,10 +58,21 @@ from torch import Tensor
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
 from bae_fast.files import replacing
+from bae_fast.pairs import (
+    SAMPLE_PIECE,
+    counts_with_parents,
+    edges_that_pay,
+    sample_starts,
+    tree_parents,
+)
 from bae_fast.statistics import entropy_bits
 
 MAGIC = b"\x89BAEbits"
+# of independent columns, and along a tree
 FORMAT_VERSION = 1
+TREE_VERSION = 2
+
+CODERS = ("tree", "columns")
 
 # rows that are coded, and read, together
 BLOCK_ROWS = 4096
@@ -95,8 +116,10 @@ class CompressedSize:
         file_bytes: the whole file.
         header_bytes: of it, header, index and digests.
         entropy_bits: N sum_j H2(p_j), the bound for independent columns; rows kept by the mask.
+            A file along the tree may lie below it.
         differences: bits that differ from the prototype.
         packed_bytes: one bit a feature.
+        edges: columns that are coded given another; 0 where all are independent.
         listed_bytes: for each row the number of differences and their columns, in fields of a
             fixed width (the form of arXiv 2509.20997), and the prototype.
     """
@@ -109,6 +132,7 @@ class CompressedSize:
     differences: int
     packed_bytes: int
     listed_bytes: int
+    edges: int = 0
 
     @property
     def bits_a_row(self) -> float:
@@ -117,7 +141,8 @@ class CompressedSize:
 
     @property
     def overhead(self) -> float:
-        """Share by which the file exceeds the bound; infinite where the bound is zero."""
+        """Share by which the file exceeds the bound of independent columns, negative below it;
+        infinite where the bound is zero."""
         return 8 * self.file_bytes / self.entropy_bits - 1 if self.entropy_bits else math.inf
 
     def summary(self) -> dict[str, Any]:
@@ -196,8 +221,15 @@ def _h2(p: np.ndarray) -> np.ndarray:
     return np.where((p > 0) & (p < 1), found, 0.0)
 
 
-def _choose_classes(counts: np.ndarray, n_rows: int, n_blocks: int) -> tuple[np.ndarray, ...]:
-    """The grouping of columns with the shortest file: (p of classes x 2^32, class of columns)."""
+def _choose_classes(
+    counts: np.ndarray, n_rows: np.ndarray, n_blocks: int, number_bits: int
+) -> tuple[np.ndarray, ...]:
+    """The grouping of columns with the shortest file: (p of classes x 2^32, class of columns).
+
+    Args:
+        counts, n_rows: int64 ``[k]``, ones and bits of each column, or of each half of one.
+        number_bits: what the number of a class's symbols in a block takes.
+    """
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     logit = np.log((counts + 0.5) / (n_rows - counts + 0.5))
     constant = np.where(counts == 0, -1, np.where(counts == n_rows, 1, 0))
@@ -209,11 +241,13 @@ def _choose_classes(counts: np.ndarray, n_rows: int, n_blocks: int) -> tuple[np.
             _, ids = np.unique(key, return_inverse=True)
             columns = np.bincount(ids)
             ones = np.bincount(ids, weights=counts)
-            p = ones / (columns * max(n_rows, 1))
+            length = np.bincount(ids, weights=n_rows)
+            p = ones / np.maximum(length, 1)
             live = int(((p > 0) & (p < 1)).sum())
-            bits = n_rows * float((columns * _h2(p)).sum())
+            bits = float((length * _h2(p)).sum())
             bits += float((columns * np.log2(len(ids) / columns)).sum())
-            bits += 64 * len(columns) + 12 * live * n_blocks  # the tables, the numbers of symbols
+            # the tables, the numbers of symbols
+            bits += 64 * len(columns) + number_bits * live * n_blocks
             if best is None or bits < best[0]:
                 share = np.rint(p * _ONE).clip(1, _ALWAYS - 1)
                 share = np.where(ones == 0, 0, np.where(p == 1, _ALWAYS, share))
@@ -291,6 +325,171 @@ class _Model:
         columns = torch.zeros(self.n_columns, packing.n_words(n_rows), dtype=torch.int32)
         _set_ones(columns, self.order, np.concatenate(places), n_rows)
         return packing.columns_to_rows(columns.t().contiguous(), n_rows) ^ self.prototype
+
+
+class _Halves:
+    """Columns in the order of a tree, and their halves: rows in which the parent is off, and on.
+
+    A column without a parent has one half, all rows.
+    """
+
+    def __init__(self, parents: np.ndarray) -> None:
+        self.parents = parents
+        has_parent = parents >= 0
+        self.n_halves = len(parents) + int(has_parent.sum())
+        # of the first half of each column
+        self.first = np.concatenate([[0], np.cumsum(1 + has_parent)])[:-1]
+        children: list[list[int]] = [[] for _ in parents]
+        for column in np.flatnonzero(has_parent).tolist():
+            children[parents[column]].append(column)
+        # parents before their children, children of one parent together
+        self.roots = np.flatnonzero(~has_parent).tolist()
+        self.families: list[tuple[int, list[int]]] = []
+        waiting = list(self.roots)
+        for parent in waiting:
+            if children[parent]:
+                self.families.append((parent, children[parent]))
+                waiting += children[parent]
+        if len(waiting) != len(parents):
+            raise ValueError("the tree has a circle")
+
+    def counts(self, ones: Tensor, both: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ones and rows of each half, from those of columns and of columns with their parents."""
+        found, length = np.empty(self.n_halves, np.int64), np.empty(self.n_halves, np.int64)
+        own, joint = ones.numpy(), both.numpy()
+        found[self.first], length[self.first] = own, n_rows
+        given = self.parents >= 0
+        off, parent_ones = self.first[given], own[self.parents[given]]
+        found[off], length[off] = own[given] - joint[given], n_rows - parent_ones
+        found[off + 1], length[off + 1] = joint[given], parent_ones
+        return found, length
+
+    def encode(self, encoder: Any) -> None:
+        """Feed the tree."""
+        given = self.parents >= 0
+        encoder.encode(given.astype(np.int32), self._flags(int(given.sum())))
+        encoder.encode(self.parents[given].astype(np.int32), self._numbers())
+
+    @classmethod
+    def decode(cls, decoder: Any, n_columns: int, n_edges: int) -> _Halves:
+        """Inverse of :meth:`encode`; ValueError for numbers that it did not write."""
+        if not 0 < n_edges < n_columns:
+            raise ValueError("the number of edges is out of range")
+        made = cls(np.full(n_columns, -1, dtype=np.int64))
+        given = decoder.decode(made._flags(n_edges), n_columns) == 1
+        if int(given.sum()) != n_edges:
+            raise ValueError("the number of edges does not agree")
+        parents = np.full(n_columns, -1, dtype=np.int64)
+        parents[given] = decoder.decode(made._numbers(), n_edges)
+        return cls(parents)
+
+    def _flags(self, n_edges: int) -> Any:
+        return _categorical(np.array([len(self.parents) - n_edges, n_edges], dtype=np.float64))
+
+    def _numbers(self) -> Any:
+        return _constriction().model.Uniform(len(self.parents))
+
+
+class _TreeModel:
+    """Classes, the class of each half of a column, and what follows from them."""
+
+    def __init__(self, shares: np.ndarray, ids: np.ndarray, halves: _Halves) -> None:
+        self.halves = halves
+        self.ids = ids.tolist()
+        wide = shares.astype(np.int64)
+        # whether a class is kept inverted, and whether it has any bit to code
+        self._inverted = wide > _ONE // 2
+        self._coded = [c for c in range(len(shares)) if 0 < wide[c] < _ALWAYS]
+        self._flips = np.where(self._inverted, _ONE - wide, wide).tolist()
+
+    @property
+    def n_columns(self) -> int:
+        return len(self.halves.parents)
+
+    @cached_property
+    def gaps(self) -> dict[int, _Gaps]:
+        return {c: _Gaps(self._flips[c]) for c in self._coded}
+
+    def encode_rows(self, words: Tensor) -> bytes:
+        """A block's bytes."""
+        n_rows = len(words)
+        packed = packing.rows_to_columns(words, self.n_columns).t().contiguous().numpy()
+        length = dict.fromkeys(self._coded, 0)
+        places: dict[int, list[np.ndarray]] = {c: [] for c in self._coded}
+        every = np.arange(n_rows)
+
+        def add(half: int, bits: np.ndarray) -> None:
+            c = self.ids[half]
+            if c in length:
+                places[c].append(np.flatnonzero(bits != self._inverted[c]) + length[c])
+                length[c] += len(bits)
+
+        for column, first, rows in self._walk(every, lambda i: _column_bits(packed[i], n_rows)):
+            bits = _column_bits(packed[column], n_rows)
+            for half, own in enumerate(rows):
+                add(first + half, bits if own is every else bits[own])
+        encoder = _constriction().queue.RangeEncoder()
+        numbers = bytearray()
+        for c in self._coded:
+            found = np.concatenate([np.empty(0, np.int64), *places[c]])
+            _append_number(numbers, self.gaps[c].encode(encoder, np.diff(found, prepend=-1) - 1))
+        return bytes(numbers) + encoder.get_compressed().astype("<u4").tobytes()
+
+    def decode_rows(self, data: bytes, n_rows: int) -> Tensor:
+        """Inverse of :meth:`encode_rows`; ValueError for data that it did not make."""
+        numbers, at = [], 0
+        for _ in self._coded:
+            number, at = _read_number(data, at)
+            numbers.append(number)
+        most = n_rows * self.n_columns
+        if (len(data) - at) % 4 or any(not 0 <= number <= most for number in numbers):
+            raise ValueError("numbers of symbols out of range")
+        stream = np.frombuffer(data, dtype="<u4", offset=at).astype(np.uint32)
+        decoder = _constriction().queue.RangeDecoder(stream)
+        places = {
+            c: np.cumsum(self.gaps[c].decode(decoder, number) + 1) - 1
+            for c, number in zip(self._coded, numbers, strict=True)
+        }
+        # of each class: bits and differences that columns before have taken
+        length, taken = dict.fromkeys(self._coded, 0), dict.fromkeys(self._coded, 0)
+        packed = np.zeros((self.n_columns, packing.n_words(n_rows)), dtype=np.int32)
+
+        def take(half: int, n_bits: int) -> np.ndarray:
+            c = self.ids[half]
+            bits = np.full(n_bits, self._inverted[c])
+            if c in length:
+                stop = int(np.searchsorted(places[c], length[c] + n_bits))
+                bits[places[c][taken[c] : stop] - length[c]] ^= True
+                taken[c], length[c] = stop, length[c] + n_bits
+            return bits
+
+        every = np.arange(n_rows)
+        for column, first, rows in self._walk(every, lambda i: _column_bits(packed[i], n_rows)):
+            bits = np.zeros(packed.shape[1] * packing.WORD_BITS, dtype=np.bool_)
+            for half, own in enumerate(rows):
+                bits[own] = take(first + half, len(own))
+            packed[column] = np.packbits(bits, bitorder="little").view(np.int32)
+        if any(taken[c] != len(places[c]) for c in self._coded):
+            raise ValueError("a difference beyond the last row")
+        return packing.columns_to_rows(torch.from_numpy(packed).t().contiguous(), n_rows)
+
+    def _walk(
+        self, every: np.ndarray, bits_of: Callable[[int], np.ndarray]
+    ) -> Iterator[tuple[int, int, tuple[np.ndarray, ...]]]:
+        """Columns, parents before children: (column, its first half, the rows of its halves)."""
+        first = self.halves.first.tolist()
+        for column in self.halves.roots:
+            yield column, first[column], (every,)
+        for parent, family in self.halves.families:
+            on = bits_of(parent)
+            rows = (np.flatnonzero(~on), np.flatnonzero(on))
+            for column in family:
+                yield column, first[column], rows
+
+
+def _column_bits(words: np.ndarray, n_rows: int) -> np.ndarray:
+    """The bits of a packed column: bool ``[n_rows]``."""
+    return np.unpackbits(words.view(np.uint8), count=n_rows, bitorder="little").view(np.bool_)
 
 
 def _ones(columns: Tensor, order: Tensor, n_rows: int) -> np.ndarray:
@@ -377,26 +576,33 @@ def compress(
     path: str | os.PathLike[str],
     *,
     block_rows: int = BLOCK_ROWS,
+    coder: str = "tree",
     metadata: dict[str, Any] | None = None,
 ) -> CompressedSize:
     """Write a code; :func:`decompress` gives back every bit, shape, mask and bits a feature.
 
     The file appears whole or not at all. Needs ``constriction``. Scratch memory: about
-    40 bytes for each difference of a block and 64 MiB.
+    40 bytes for each difference of a block and 64 MiB; to find the tree 4 K'^2 bytes for K'
+    columns that vary, at most 1 GiB.
 
     Args:
         code: ``[..., K]`` on any device, fewer than 2^31 rows; read block by block.
         block_rows: rows coded together: fewer are read faster on their own, and cost a byte or
             two more for each class of columns.
+        coder: "tree" codes a column given the one it shares most with, where that pays; "columns"
+            codes each on its own.
         metadata: JSON values, kept in the header; see :class:`CompressedCode`.
 
     Raises:
         ImportError: no ``constriction``.
-        ValueError: block_rows below 1, bits past the last column, or a block of 4 GiB.
+        ValueError: block_rows below 1, another coder, bits past the last column, or a block of
+            4 GiB.
     """
     queue = _constriction().queue
     if not isinstance(block_rows, int) or not 1 <= block_rows < 2**31:
         raise ValueError(f"block_rows must be an int of 1 to 2^31 - 1; got {block_rows!r}")
+    if coder not in CODERS:
+        raise ValueError(f"coder must be one of {', '.join(CODERS)}; got {coder!r}")
     note = json.dumps(metadata or {}, allow_nan=False).encode()
     flat = code.flatten()
     n_rows, masked = len(flat), flat.row_mask is not None
@@ -410,8 +616,19 @@ def compress(
         if not packing.tail_is_zero(block, n_columns):
             raise ValueError(f"code has bits past column {n_columns}")
         counts += packing.column_counts(block, n_columns)
-    shares, ids = _choose_classes(counts.numpy(), n_rows, len(tops))
     encoder = queue.RangeEncoder()
+    parents = _choose_parents(flat, n_columns, counts, coder)
+    is_tree = bool((parents >= 0).any())
+    if is_tree:
+        halves = _Halves(parents.numpy())
+        ones, length = halves.counts(counts, _joint_counts(flat, parents), n_rows)
+        shares, ids = _choose_classes(ones, length, len(tops), number_bits=20)
+        halves.encode(encoder)
+        model: _Model | _TreeModel = _TreeModel(shares, ids, halves)
+    else:
+        length = np.full(n_columns, n_rows)
+        shares, ids = _choose_classes(counts.numpy(), length, len(tops), number_bits=12)
+        model = _Model(shares, ids)
     members = np.bincount(ids, minlength=len(shares))
     if len(shares) > 1:
         encoder.encode(ids, _categorical(members.astype(np.float64)))
@@ -426,12 +643,13 @@ def compress(
             np.array(lead, dtype="<u8").tobytes(),
             shares.astype("<u4").tobytes(),
             members.astype("<u4").tobytes(),
+            struct.pack("<I", int((parents >= 0).sum())) if is_tree else b"",
             id_words.tobytes(),
             note,
         ]
     )  # fmt: skip
-    prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(header))
-    model = _Model(shares, ids)
+    version = TREE_VERSION if is_tree else FORMAT_VERSION
+    prefix = _PREFIX.pack(MAGIC, version, len(header))
     index = []
     with replacing(path) as temporary, open(temporary, "wb") as file:
         start = len(prefix) + len(header) + len(tops) * _ENTRY.size + _DIGEST
@@ -464,7 +682,30 @@ def compress(
         differences=differences,
         packed_bytes=n_rows * -(-code.n_columns // 8),
         listed_bytes=-(-listed // 8),
+        edges=int((parents >= 0).sum()),
     )
+
+
+def _choose_parents(flat: BinaryCode, n_columns: int, counts: Tensor, coder: str) -> Tensor:
+    """The parent of each column, the mask's included: int64 ``[K]``, -1 where there is none."""
+    n_rows = len(flat)
+    none = torch.full((n_columns,), -1, dtype=torch.int64)
+    if coder == "columns" or n_rows < 2:
+        return none
+    live = int(((counts > 0) & (counts < n_rows)).sum())
+    starts = sample_starts(n_rows, live)
+    words = torch.cat([_block(flat, start, SAMPLE_PIECE) for start in starts])
+    parents = tree_parents(BinaryCode(words, n_columns))
+    return edges_that_pay(parents, counts, _joint_counts(flat, parents), n_rows)
+
+
+def _joint_counts(flat: BinaryCode, parents: Tensor) -> Tensor:
+    """Rows in which a column and its parent are on: int64 ``[K]``; of a root, its own ones."""
+    both = torch.zeros(len(parents), dtype=torch.int64)
+    for top in range(0, len(flat), BLOCK_ROWS):
+        block = BinaryCode(_block(flat, top, BLOCK_ROWS), len(parents))
+        both += counts_with_parents(block, parents)
+    return both
 
 
 def decompress(path: str | os.PathLike[str]) -> BinaryCode:
@@ -495,6 +736,7 @@ class CompressedCode:
     def __init__(self, path: str | os.PathLike[str], head: bytes, size: int) -> None:
         """Use :meth:`open`."""
         self.path = Path(path)
+        _, version, _ = _PREFIX.unpack_from(head)
         at = _PREFIX.size
         (
             self._columns, self.n_bits, n_lead, masked, self.block_rows, n_classes, n_id_words,
@@ -513,11 +755,13 @@ class CompressedCode:
         self._masked = bool(masked)
         shares = numbers("<u4", n_classes).astype(np.uint32)
         members = numbers("<u4", n_classes).astype(np.int64)
+        n_edges = int(numbers("<u4", 1)[0]) if version == TREE_VERSION else 0
         id_words = numbers("<u4", n_id_words).astype(np.uint32)
         self.metadata: dict[str, Any] = json.loads(head[at : at + n_note])
         at += n_note
         n_coded = self._columns + masked
-        if self._columns < 1 or self.block_rows < 1 or int(members.sum()) != n_coded:
+        n_parts = n_coded + n_edges
+        if self._columns < 1 or self.block_rows < 1 or int(members.sum()) != n_parts:
             raise ValueError("sizes do not agree")
         n_blocks = -(-math.prod(lead) // self.block_rows)
         entries = [_ENTRY.unpack_from(head, at + i * _ENTRY.size) for i in range(n_blocks)]
@@ -528,13 +772,14 @@ class CompressedCode:
         if self._starts[-1] != size:
             raise ValueError(f"it must be {self._starts[-1]} bytes long; it is {size}")
         self._entries = entries
-        ids = np.zeros(n_coded, dtype=np.int64)
+        decoder = _constriction().queue.RangeDecoder(id_words)
+        halves = _Halves.decode(decoder, n_coded, n_edges) if version == TREE_VERSION else None
+        ids = np.zeros(n_parts, dtype=np.int64)
         if n_classes > 1:
-            decoder = _constriction().queue.RangeDecoder(id_words)
-            ids = decoder.decode(_categorical(members.astype(np.float64)), n_coded).astype(np.int64)
+            ids = decoder.decode(_categorical(members.astype(np.float64)), n_parts).astype(np.int64)
         if not np.array_equal(np.bincount(ids, minlength=n_classes), members):
             raise ValueError("classes of columns do not agree with their numbers")
-        self._model = _Model(shares, ids)
+        self._model = _Model(shares, ids) if halves is None else _TreeModel(shares, ids, halves)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> CompressedCode:
@@ -558,8 +803,10 @@ class CompressedCode:
         if len(prefix) < _PREFIX.size:
             raise ValueError(f"{path} is truncated: {size} bytes")
         _, version, length = _PREFIX.unpack(prefix)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has version {version}; can read {FORMAT_VERSION}")
+        if version not in (FORMAT_VERSION, TREE_VERSION):
+            raise ValueError(
+                f"{path} has version {version}; can read {FORMAT_VERSION} and {TREE_VERSION}"
+            )
         header = file.read(length)
         try:
             fields = _FIXED.unpack_from(header)
@@ -576,6 +823,12 @@ class CompressedCode:
 
     def __repr__(self) -> str:
         return f"CompressedCode({str(self.path)!r}, shape={tuple(self.shape)})"
+
+    @property
+    def edges(self) -> int:
+        """Columns that are coded given another; 0 in a file of independent columns."""
+        halves = getattr(self._model, "halves", None)
+        return 0 if halves is None else halves.n_halves - len(halves.parents)
 
     @property
     def n_blocks(self) -> int:

@@ -145,7 +145,8 @@ class BinaryAutoencoder(Autoencoder):
     A drop-in layer: raw hidden states in, raw reconstruction out. ``W_enc [d_in, n_bits d_sae]``,
     ``b_enc``, ``W_dec [d_sae, d_out]``, ``b_dec`` are named and shaped as in SAELens. Buffers
     ``x_mean [d_in]`` and ``x_scale []`` (and ``y_mean``, ``y_scale`` for a transcoder) normalise;
-    they are 0 and 1 until :meth:`fit_normalization_`.
+    they are 0 and 1 until :meth:`fit_normalization_`, which can give each dimension a unit of its
+    own (``x_metric [d_in]``).
 
     Example::
 

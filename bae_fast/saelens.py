@@ -156,6 +156,7 @@ class _Binary(SAE[Any]):
     b_enc: nn.Parameter
     x_mean: Tensor
     x_scale: Tensor
+    x_metric: Tensor | None
     feature_scale: Tensor
 
     def initialize_weights(self) -> None:
@@ -172,6 +173,8 @@ class _Binary(SAE[Any]):
             setattr(self, name, getattr(bae, name))
         for name in _NORMALIZATION:
             self.register_buffer(name, getattr(bae, name))
+        # the relative unit of each dimension, in files of a module that has one
+        self.register_buffer("x_metric", None)
         # of fold_W_dec_norm; not in files
         scale = torch.ones_like(self.W_dec[:, 0])
         self.register_buffer("feature_scale", scale.detach(), persistent=False)
@@ -190,7 +193,10 @@ class _Binary(SAE[Any]):
 
     def _normalized(self, x: Tensor) -> Tensor:
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        return (x - self.x_mean) / self.x_scale
+        return (x - self.x_mean) / self._unit()
+
+    def _unit(self) -> Tensor:
+        return self.x_scale if self.x_metric is None else self.x_scale * self.x_metric
 
     def encode(self, x: Tensor) -> Tensor:
         """Values of the features, ``[..., d_sae]``: 0 and 1, times the scale of a folded decoder.
@@ -205,7 +211,7 @@ class _Binary(SAE[Any]):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Raw reconstruction of values, which may be any floats."""
-        recon = (feature_acts @ self.W_dec + self.b_dec) * self.x_scale + self.x_mean
+        recon = (feature_acts @ self.W_dec + self.b_dec) * self._unit() + self.x_mean
         recon = self.hook_sae_recons(recon)
         return self.reshape_fn_out(recon, self.d_head)
 
@@ -228,6 +234,8 @@ class _Binary(SAE[Any]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """A module is made on the meta device: give it the one tensor that no file holds."""
         self.feature_scale = torch.ones_like(state_dict["W_dec"][:, 0])
+        if "x_metric" in state_dict:
+            self.x_metric = torch.empty_like(state_dict["x_metric"])
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         """Files hold W_dec unfolded."""
@@ -349,7 +357,7 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
             losses["covariance_loss"] = weights["covariance"] * out.covariance
         return TrainStepOutput(
             sae_in=step_input.sae_in,
-            sae_out=(out.recon * self.x_scale + self.x_mean).to(x.dtype),
+            sae_out=(out.recon * self._unit() + self.x_mean).to(x.dtype),
             feature_acts=out.code.values(self.dtype),
             hidden_pre=x.new_empty(0),
             loss=sum(losses.values(), x.new_zeros(())),

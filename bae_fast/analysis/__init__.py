@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bae_fast.analysis.description import DescriptionLength, description_length
 from bae_fast.analysis.evaluation import Evaluation, evaluate
 from bae_fast.analysis.features import (
     ContextExample,
@@ -24,6 +25,7 @@ from bae_fast.analysis.metrics import (
 __all__ = [
     "ContextExample",
     "DensityHistogram",
+    "DescriptionLength",
     "Evaluation",
     "FVUAccumulator",
     "FeatureSummary",
@@ -32,6 +34,7 @@ __all__ = [
     "covariance_eigenvalues",
     "density_histogram",
     "describe_features",
+    "description_length",
     "evaluate",
     "format_feature",
     "fvu",

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.analysis.pairs import COLUMN_BLOCK, joint_counts
 from bae_fast.codes import BinaryCode
+from bae_fast.pairs import COLUMN_BLOCK, joint_counts
 
 CLASSES = ("same", "subset", "superset", "unmatched", "rare", "dead")
 SCORES = ("jaccard", "phi")

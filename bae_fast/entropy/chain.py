@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
+from bae_fast.pairs import xlog2x
 
 # earlier columns tried for pairs: all of them up to this width, else those of the most mutual
 # information
@@ -26,11 +27,6 @@ _MOST_INFORMATIVE = 16
 
 # float32 values of scratch at a time
 _SCRATCH = 1 << 24
-
-
-def xlog2x(p: Tensor) -> Tensor:
-    """p log2 p, 0 at 0."""
-    return torch.special.xlogy(p, p) / math.log(2)
 
 
 def candidates(information: Tensor, order: Tensor) -> Tensor:

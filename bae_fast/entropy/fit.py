@@ -88,12 +88,17 @@ def fit_bae(
     return bae
 
 
-@torch.no_grad()
-def measure(bae: BinaryAutoencoder, rows: Tensor) -> dict[str, Any]:
-    """FVU and the entropy estimates of the code of rows ``[n, d]``, for JSON."""
+def measure(bae: BinaryAutoencoder, rows: Tensor, *, bound: bool = False) -> dict[str, Any]:
+    """FVU and the entropy estimates of the code of rows ``[n, d]``, for JSON.
+
+    Args:
+        bound: with that of the autoregressive model.
+    """
     rows = rows.to(bae.W_enc.dtype)
-    code = bae.encode(rows)
-    return {"fvu": fvu(rows, bae.decode(code)), **estimate_entropy(code).summary()}
+    with torch.no_grad():
+        code = bae.encode(rows)
+        error = fvu(rows, bae.decode(code))
+    return {"fvu": error, **estimate_entropy(code, bound=bound).summary()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +194,7 @@ def run_synthetic(
     n_heldout: int,
     start: str = "components",
     steps: int | None = None,
+    bound: bool = False,
 ) -> dict[str, Any]:
     """One set of known entropy: the truth, the estimate on held-out rows, and what bounds it.
 
@@ -208,6 +214,8 @@ def run_synthetic(
         "joint_bits": spec.joint_bits,
         "marginal_bits": spec.marginal_bits,
         "d_sae": bae.config.d_sae,
-        "estimate": measure(bae, x[n_train:]),
-        "of_true_bits": estimate_entropy(BinaryCode.from_dense(bits[n_train:])).summary(),
+        "estimate": measure(bae, x[n_train:], bound=bound),
+        "of_true_bits": estimate_entropy(
+            BinaryCode.from_dense(bits[n_train:]), bound=bound
+        ).summary(),
     }

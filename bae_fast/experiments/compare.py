@@ -24,6 +24,7 @@ from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import methods, runs
 from bae_fast.experiments.data import N_HELDOUT, Data, harvest_rows, pick_device
 from bae_fast.experiments.judges import JudgeOptions
+from bae_fast.experiments.metric import check_metric, error_metric
 from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.progress import Stages, say
@@ -51,6 +52,10 @@ class Config(JudgeOptions, Data):
         expansion: The number of features over the width of a row, F / d.
         steps: The number of optimizer steps.
         batch_size: The number of rows in a step.
+        metric: The unit in which each dimension's error is measured, for every method alike: none
+            is the same for all, std the standard deviation, robust a scale that outliers do not
+            move, sensitivity how little the language model's next token depends on the dimension.
+            A power may follow, as in std^0.5. The table's FVU is in raw units for any metric.
         lr: The learning rate of the sparse autoencoders; null keeps their papers'.
         value_bits: The number of bits that a feature's value counts for.
         precision: The precision of the products; auto is bfloat16 where it is native.
@@ -58,6 +63,13 @@ class Config(JudgeOptions, Data):
             the norm before the MLP of the hook's block, and the MLP.
         substitution_tokens: The number of held-out tokens on which the language model runs with
             each reconstruction in its state's place; 0 leaves this out.
+        description: Bits under one and the same coder for every method stand in the table, those
+            of independent columns and those along a tree, fitted to the training rows and charged
+            on the held-out ones, with values at the precision that is best for the method.
+        probe: How well the best 1, 2 and 5 features tell properties of tokens, such as capitals,
+            digits or code, stands in the table.
+        encoder: The folder of a sentence encoder. With it the table has the share of draws in
+            which the odd context out among those of a feature is found.
         judge: The judges that name features and judge the names: rule, local or openai.
         judge_features: The number of features of a method that a judge names, one number or one
             for each judge.
@@ -72,11 +84,15 @@ class Config(JudgeOptions, Data):
     expansion: int = 4
     steps: int = 2000
     batch_size: int = 512
+    metric: str = "none"
     lr: float | None = None
     value_bits: int = 5
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     transcoder_hooks: tuple[str, str] | None = None
     substitution_tokens: int = 2048
+    description: bool = True
+    probe: bool = False
+    encoder: Path | None = None
     judge: tuple[str, ...] = ()
     judge_features: tuple[int, ...] = (30,)
     out: Path = Path("results/compare")
@@ -108,6 +124,7 @@ def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size")
+    check_metric(config)
     stages = Stages()
     cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
     split = cache.split(N_HELDOUT)
@@ -124,13 +141,14 @@ def train_all(config: Config) -> dict[str, Any]:
     if "transcoder" in config.methods:
         caches = [hook_rows(hook) for hook in transcoder_hooks(config)]
         pair = transcoder_rows(caches, cache, split.train.stop, split.heldout.start)
+    metrics = _Metrics(config, stages, cache, split.train.stop)
     done = []
     with stages.stage("train and evaluate"):
         for seed in config.seeds:
             for method in config.methods:
                 for k in config.k if methods.method(method).takes_k else [None]:
                     done.append(
-                        one(config, facts, method, k, seed, train, heldout, pair)
+                        one(config, facts, method, k, seed, train, heldout, pair, metrics)
                         | {"method": method, "k": k, "seed": seed}
                     )
     context = Context(config, stages, cache, tokenizer, transcoder_hooks(config), pair, hook_rows)
@@ -148,6 +166,40 @@ def train_all(config: Config) -> dict[str, Any]:
         "columns": [[scorer.name, *column] for scorer in scorers for column in scorer.columns],
         "runs": done,
     }
+
+
+class _Metrics:
+    """The unit of each dimension, made when a run first needs it."""
+
+    def __init__(
+        self,
+        config: Config,
+        stages: Stages,
+        cache: ActivationCache,
+        train_stop: int,
+    ) -> None:
+        self._config, self._stages = config, stages
+        self._cache, self._train_stop = cache, train_stop
+        self._made: dict[str, Tensor | None] = {}
+
+    def of(self, method: str, pair: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """That of a method's inputs, and of its targets if it has others."""
+        if method != "transcoder":
+            rows = self._cache.rows[: self._train_stop]
+            return self._once(self._config.hook, rows), None
+        source, target = transcoder_hooks(self._config)
+        return (
+            self._once(source, pair["x_train"]),
+            self._once(target, pair["y_train"]),
+        )
+
+    def _once(self, hook: str, rows: Tensor) -> Tensor | None:
+        if hook not in self._made:
+            config = dataclasses.replace(self._config, hook=hook)
+            self._made[hook] = error_metric(
+                config, rows, self._stages, self._cache, self._train_stop - 1
+            )
+        return self._made[hook]
 
 
 def settings_of(
@@ -171,6 +223,8 @@ def settings_of(
         "value_bits": config.value_bits,
         "training": constants.settings(),
         "data": data,
+        # runs that were made without it keep their name
+        **({} if config.metric == "none" else {"metric": config.metric}),
     }
 
 
@@ -198,6 +252,7 @@ def one(
     train: Tensor,
     heldout: Tensor,
     pair: dict[str, Tensor],
+    metrics: _Metrics,
 ) -> dict[str, Any]:
     """Train and evaluate one method."""
     d = train.shape[1]
@@ -207,6 +262,7 @@ def one(
     def make() -> dict[str, Any]:
         from bae_fast.analysis.evaluation import evaluate
 
+        units = metrics.of(method, pair)
         torch.manual_seed(seed)
         options: dict[str, Any] = {"metadata": settings["data"], "device": pick_device(config)}
         x, y, x_held, y_held = train, None, heldout, None
@@ -221,7 +277,7 @@ def one(
             d_out=None if y is None else y.shape[1],
             **options,
         )
-        model.fit_normalization_(x, y)
+        model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
         trainer = Trainer(model, x, training_config(config, method, seed), targets=y)
         say(f"   {name}")
         unfinished = config.out / "runs" / f"{name}-{runs.digest(settings)}"

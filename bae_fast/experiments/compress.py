@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bae_fast.analysis.row_quantisers import quantisers
 from bae_fast.codes import BinaryCode
-from bae_fast.compression import compress, decompress
+from bae_fast.compression import CODERS, compress, decompress
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import Data, OwnRows, Rows, pick_device, rows_of
 from bae_fast.experiments.training import Training, check, new_autoencoder
@@ -45,12 +45,15 @@ class Config(Training, OwnRows, Data):
         load: The folder of a saved model. Without it one is trained.
         rows: Which rows go into the file: all, or the held-out ones.
         block_rows: The number of rows of the file that are read together.
+        coder: How the columns are coded: tree is each given the one it shares most with, columns
+            is each on its own.
         out: The folder of the results.
     """
 
     load: Path | None = None
     rows: Literal["all", "heldout"] = "all"
     block_rows: int = 4096
+    coder: Literal["tree", "columns"] = "tree"
     out: Path = Path("results/compress")
 
 
@@ -70,6 +73,7 @@ def run(config: Config) -> runs.Result:
     if importlib.util.find_spec("constriction") is None:
         raise ImportError("compress needs constriction: pip install 'bae-fast[compress]'")
     runs.check_one_of("rows", config.rows, ("all", "heldout"))
+    runs.check_one_of("coder", config.coder, CODERS)
     constants = check(config)
     stages = Stages()
     with runs.results(config) as folder:
@@ -92,7 +96,9 @@ def run(config: Config) -> runs.Result:
             note = {"save_id": save_id(model_folder), "rows": config.rows, **facts}
             size = timed(
                 "compress",
-                lambda: compress(code, path, block_rows=config.block_rows, metadata=note),
+                lambda: compress(
+                    code, path, block_rows=config.block_rows, coder=config.coder, metadata=note
+                ),
             )
             again = timed("decompress", lambda: decompress(path))
             if not again.equal(code) or path.stat().st_size != size.file_bytes:
@@ -121,6 +127,7 @@ def run(config: Config) -> runs.Result:
             "d_sae": bae.config.d_sae,
             "raw_bits_a_row": {"float32": 32 * d, "bfloat16": 16 * d},
             "size": size.summary(),
+            "coder": config.coder,
             "bound_bits_a_row": size.entropy_bits / n,
             "tree_bits_a_row": entropy.tree,
             "plain_bits_a_row": {name: 8 * value / n for name, value in plain.items()},
@@ -168,7 +175,7 @@ def _model(
             f"must be at most the {len(source.train):,} training rows; got {constants.batch_size}",
         )
     with stages.stage("train"):
-        bae = new_autoencoder(config, source.train_rows, facts)
+        bae = new_autoencoder(config, source.train_rows, facts, stages, source.cache)
         trainer = Trainer(bae, source.train_rows, constants)
         runs.fit(trainer, folder, progress=config.progress)
         saved = bae.save_pretrained(folder / "model")

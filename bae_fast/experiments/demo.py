@@ -68,7 +68,7 @@ def run(config: Config) -> runs.Result:
         heldout = cache.rows[split.heldout.start : split.heldout.stop]
 
         with stages.stage("train"):
-            bae = new_autoencoder(config, rows, facts)
+            bae = new_autoencoder(config, rows, facts, stages, cache)
             trainer = Trainer(bae, rows, constants)
             precision = "bfloat16 products" if trainer.bfloat16 else "float32"
             say(

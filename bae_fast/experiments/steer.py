@@ -137,7 +137,7 @@ def train_autoencoder(config: Config, folder: Path, stages: Stages) -> BinaryAut
     cache, _, facts = harvest_rows(config, stages, constants.batch_size)
     rows = cache.rows[: cache.split(N_HELDOUT).train.stop]
     with stages.stage("train"):
-        bae = new_autoencoder(config, rows, facts)
+        bae = new_autoencoder(config, rows, facts, stages, cache)
         runs.fit(Trainer(bae, rows, constants), folder, progress=config.progress)
         bae.save_pretrained(folder / "model")
     return bae.eval()

@@ -19,10 +19,11 @@ import torch
 from bae_fast.distributed import TIMEOUT_SECONDS, Mesh
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import own_rows, pick_device
+from bae_fast.experiments.metric import error_metric
 from bae_fast.experiments.training import Training, check, training_config
 from bae_fast.files import check_writable, write_text
 from bae_fast.model import BinaryAutoencoder
-from bae_fast.progress import say
+from bae_fast.progress import Stages, say
 from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, Supply
 
 # rows that the normalisation is fitted to
@@ -258,7 +259,8 @@ def _job(name: str, one: Config, config: Config, supply: Supply) -> Job:
         metadata={"rows": config.states.name if config.states else ""},
         device=device_of(config),
     )
-    bae.fit_normalization_(supply.sample(_NORMALIZATION_ROWS, one.seed).x[FILE_HOOK])
+    rows = supply.sample(_NORMALIZATION_ROWS, one.seed).x[FILE_HOOK]
+    bae.fit_normalization_(rows, metric=error_metric(one, rows, Stages(), None, len(rows) - 1))
     return Job(name, bae, constants, FILE_HOOK)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from bae_fast.experiments.data import pick_device
+from bae_fast.experiments.metric import check_metric, error_metric
 from bae_fast.experiments.runs import ConfigError, check_at_least, check_one_of
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.ops.registry import Request, check_impl, reasons_against
+from bae_fast.progress import Stages
 from bae_fast.training import PRESETS, Trainer, TrainingConfig
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,10 @@ class Training:
         preset: The constants that hold where no option sets another: sparse is this package's
             recipe, paper the released program's.
         expansion: The number of features over the width of a row, F / d.
+        metric: The unit in which each dimension's error is measured: none is the same for all,
+            std the standard deviation, robust a scale that outliers do not move, sensitivity how
+            little the language model's next token depends on the dimension. A power may follow,
+            as in std^0.5.
         impl: The implementation of the layer; auto takes the fastest that runs here.
         steps: The number of optimizer steps.
         batch_size: The number of rows in a step.
@@ -55,6 +64,7 @@ class Training:
 
     preset: Literal["sparse", "paper"] = "sparse"
     expansion: int = 4
+    metric: str = "none"
     impl: str = "auto"
     steps: int = 2000
     batch_size: int | None = None
@@ -109,6 +119,7 @@ def check(config: Any) -> TrainingConfig:
     """
     constants = training_config(config)
     check_at_least(config, 1, "expansion")
+    check_metric(config)
     device = torch.device(pick_device(config))
     impl = check_impl(config.impl)
     if impl not in ("auto", "reference"):
@@ -118,8 +129,20 @@ def check(config: Any) -> TrainingConfig:
     return constants
 
 
-def new_autoencoder(config: Any, rows: Tensor, metadata: dict[str, Any]) -> BinaryAutoencoder:
-    """A module with a :class:`Training`'s random weights, normalised for the rows."""
+def new_autoencoder(
+    config: Any,
+    rows: Tensor,
+    metadata: dict[str, Any],
+    stages: Stages,
+    cache: ActivationCache | None = None,
+) -> BinaryAutoencoder:
+    """A module with a :class:`Training`'s random weights, normalised for the rows.
+
+    Args:
+        rows: those that are trained on, the first of the cache's.
+        cache: the harvest that they are of; None for rows of a file.
+    """
+    metric = error_metric(config, rows, stages, cache, len(rows) - 1)
     torch.manual_seed(config.seed)
     d_in = rows.shape[1]
     return BinaryAutoencoder(
@@ -129,7 +152,7 @@ def new_autoencoder(config: Any, rows: Tensor, metadata: dict[str, Any]) -> Bina
         impl=config.impl,
         metadata=metadata,
         device=pick_device(config),
-    ).fit_normalization_(rows)
+    ).fit_normalization_(rows, metric=metric)
 
 
 def estimate_seconds(trainer: Trainer) -> float:

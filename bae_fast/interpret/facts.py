@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from bae_fast import packing
 from bae_fast.analysis.features import TokenLift, token_lifts
-from bae_fast.analysis.pairs import joint_counts
 from bae_fast.analysis.text import token_text
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
+from bae_fast.pairs import joint_counts
 
 # elements of a dense block at a time
 _BLOCK_ELEMENTS = 2**24

@@ -77,6 +77,9 @@ def table(result: dict[str, Any]) -> str:
         "of a code that is not of bits; the rounded FVU is that of such values. p: share of the "
         "rows in which a feature is on.",
     ]
+    metric = first.get("metric")
+    if metric is not None:
+        lines[-1] += f" Trained with dimensions in the unit {metric}; every FVU is in raw units."
     tokens = {
         one_run["scores"]["substitution"]["n_tokens"]
         for one_run in result["runs"]

@@ -38,20 +38,25 @@ def table(result: dict[str, Any]) -> str:
     for row in result["quantised"]:
         line(f"raw states, {row['name']}", row["bits"], row["fvu"])
     data, seconds = result["data"], result["seconds"]
-    overhead = f"{size['overhead']:.2%}" if size["overhead"] is not None else "all"
+    overhead = "all above"
+    if size["overhead"] is not None:
+        overhead = f"{abs(size['overhead']):.2%} {'below' if size['overhead'] < 0 else 'above'}"
+    edges = size.get("edges", 0)
+    how = f"coded along a tree of {edges:,} edges, " if edges else ""
     lines = tables.table(["form", "bits a row", "of bf16", "FVU"], rows)
     lines += [
         "",
         f"{data['model_label']}, `{data['hook_name']}`, {result['rows']:,} rows of "
         f"{result['d_in']}, {result['d_sae']} features. The file: {size['file_bytes']:,} bytes, "
-        f"{overhead} above the bound, header and index {size['header_bytes']:,} bytes; every bit "
+        f"{how}{overhead} the bound of independent columns, header and index "
+        f"{size['header_bytes']:,} bytes; every bit "
         f"compared after reading. FVU of the held-out rows {result['fvu_heldout']:.4f}. Not "
         f"counted: the decoder, {result['decoder_bytes'] / 1e6:.1f} MB in float32, once for any "
         f"number of rows. Seconds: encode {seconds['encode']:.1f}, compress "
         f"{seconds['compress']:.1f}, decompress {seconds['decompress']:.1f}, decode "
         f"{seconds['decode']:.1f}. Entropy coded: empirical entropy of the levels of each "
-        "dimension, no file; its axes and tables are not counted. The bound is that of independent "
-        "columns: xz goes below it where rows, or groups of features, repeat.",
+        "dimension, no file; its axes and tables are not counted. The tree and xz go below the "
+        "bound where groups of features, and xz where rows, repeat.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -348,9 +348,9 @@ def default_dtype(request):
 
 def numbers():
     """What must not depend on the default dtype: counts, statistics, a short training."""
-    from bae_fast.analysis.pairs import joint_counts
     from bae_fast.entropy import estimate_entropy
     from bae_fast.interpret import facts
+    from bae_fast.pairs import joint_counts
     from bae_fast.training import TrainingConfig
 
     g = torch.Generator().manual_seed(0)

@@ -15,7 +15,6 @@ import torch
 from tiny_lm import save_tiny_model
 
 from bae_fast import BinaryAutoencoder, BinaryCode
-from bae_fast.analysis.pairs import pair_counts
 from bae_fast.cli import main
 from bae_fast.entropy import chain, estimate
 from bae_fast.entropy.components import independent_components, init_from_components_, rank
@@ -25,6 +24,7 @@ from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.entropy.layers import run_layer, usual_rows
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
 from bae_fast.lm.tasks import TASKS, Task, load_task, task_from_dataset
+from bae_fast.pairs import pair_counts
 from bae_fast.report.series import Panel, plot_panels
 
 # -- sets of known entropy ---------------------------------------------------------------------
@@ -100,8 +100,8 @@ def test_counts_of_pairs_are_the_integers_whatever_the_blocks(monkeypatch):
     bits = correlated(n=301, k=33)
     code, columns = BinaryCode.from_dense(bits), torch.tensor([0, 3, 4, 31, 32, 8, 9])
     whole = estimate_entropy(code)
-    monkeypatch.setattr("bae_fast.analysis.pairs.ROW_BLOCK", 37)
-    monkeypatch.setattr("bae_fast.analysis.pairs.COLUMN_BLOCK", 5)
+    monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 37)
+    monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 5)
     chosen = bits[:, columns].long()
     assert torch.equal(pair_counts(code, columns).long(), chosen.T @ chosen)
     assert estimate_entropy(code) == whole
@@ -290,7 +290,7 @@ def test_what_cannot_be_estimated_is_refused(monkeypatch):
     masked = BinaryCode(code.words, 9, row_mask=torch.ones(4000, dtype=torch.bool))
     with pytest.raises(ValueError, match="no row_mask"):
         estimate_entropy(masked)
-    monkeypatch.setattr(estimate, "MAX_FEATURES", 8)
+    monkeypatch.setattr(estimate, "MAX_COLUMNS", 8)
     with pytest.raises(ValueError, match=r"at most 8 columns that vary.* got 9"):
         estimate_entropy(code)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bae_fast.analysis.pairs import joint_counts
 from bae_fast.causal import match_codes, shuffled_rows
 from bae_fast.causal.matching import CLASSES
 from bae_fast.codes import BinaryCode
+from bae_fast.pairs import joint_counts
 from bae_fast.report.match import table
 
 

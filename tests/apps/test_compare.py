@@ -9,12 +9,13 @@ from tiny_lm import Same, save_tiny_model
 from toy_autoencoder import Toy
 
 import bae_fast as bf
-from bae_fast.analysis import fvu
+from bae_fast.analysis import description_length, fvu
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.causal import SubstitutionTest
 from bae_fast.cli import main
 from bae_fast.experiments import compare, methods, runs, scorers
+from bae_fast.experiments.scorers import description, intruder, probing
 from bae_fast.files import write_json
 from bae_fast.lm import ActivationCache, load_language_model
 from bae_fast.report import compare as report
@@ -122,6 +123,90 @@ def test_what_the_language_model_loses_stands_in_every_run(arguments):
     assert all(line.count("|") == head.count("|") for line in lines if line.startswith("|"))
 
 
+def test_bits_under_one_coder_stand_in_every_run(arguments):
+    out, result = finished(arguments)
+    cache = ActivationCache.open(next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*")))
+    split = cache.split(4096)
+    rows = cache.rows.float()
+    train, held = rows[: split.train.stop], rows[split.heldout.start :]
+    for run in result["runs"]:
+        found = run["scores"]["description"]
+        for coder in ("columns", "tree"):
+            support = found[f"{coder}_support"]
+            assert found[coder] == pytest.approx(support + found["value_bits"] * found["l0"])
+            assert found[f"{coder}_model_bits"] > 0
+        assert found["fvu"] == found["fvu_by_value_bits"][str(found["value_bits"])]
+        if run["method"] == "bae":
+            model = bf.BinaryAutoencoder.from_pretrained(out / run["model"])
+            assert found["value_bits"] == 0
+            assert found["fvu"] == pytest.approx(run["heldout"]["fvu"], rel=1e-5)
+            length = description_length(model.active(held), "tree", fitted_to=model.active(train))
+            assert found["tree"] == pytest.approx(length.bits)
+        if run["method"] == "topk":
+            assert found["value_bits"] in description.VALUE_BITS
+            five = found["fvu_by_value_bits"]["5"]
+            assert five == pytest.approx(run["heldout"]["fvu_quantized"], rel=1e-5)
+    assert "| bits, tree |" in (out / "compare.md").read_text()
+
+
+@pytest.mark.parametrize("metric", ["std^0.5", "sensitivity"])
+def test_a_metric_is_given_to_every_method_and_names_the_run(arguments, metric, tmp_path):
+    methods = ["bae", "topk", "transcoder"]
+    change = ["--methods", *methods, "--metric", metric, "--no-description", "--out", str(tmp_path)]
+    assert main([*arguments, *change, "--substitution-tokens", "0"]) == 0
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert [run["settings"]["metric"] for run in result["runs"]] == [metric] * 3
+    models = [load_autoencoder(tmp_path / run["model"]) for run in result["runs"]]
+    assert torch.equal(models[0].x_metric, models[1].x_metric)
+    assert models[2].y_metric.shape == (16,)
+    cache = ActivationCache.open(next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*")))
+    rows = cache.rows[: cache.split(4096).train.stop].float()
+    if metric == "std^0.5":
+        ratio = models[0].x_metric / rows.std(0).sqrt()
+        assert float(ratio.std() / ratio.mean()) < 1e-2
+    assert f"unit {metric}" in (tmp_path / "compare.md").read_text()
+
+
+def test_probes_stand_in_the_table_and_in_files_of_their_own(arguments, monkeypatch, tmp_path):
+    def by_word(_tokenizer, tokens):
+        return {"low": tokens < 30, "never": tokens < 0}
+
+    monkeypatch.setattr(probing, "token_labels", by_word)
+    change = ["--methods", "bae", "transcoder", "random", "--probe", "--no-description"]
+    assert main([*arguments, *change, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "compare.json").read_text())
+    for run in result["runs"]:
+        found = run["scores"]["probing"]
+        (probe,) = found["labels_5"]
+        assert probe["label"] == "low"
+        assert probe["accuracy"] == found["probe_5"]
+        assert probe["low"] <= probe["accuracy"] <= probe["high"]
+        assert len(probe["features"]) == 5
+    # a state after one block still tells the word it is of
+    assert result["runs"][0]["scores"]["probing"]["probe_5"] > 0.55
+    assert "| probe, 5 features |" in (tmp_path / "compare.md").read_text()
+
+
+def test_the_odd_one_out_stands_in_the_table(arguments, monkeypatch, tmp_path):
+    class Encoder:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __call__(self, texts):
+            counts = torch.tensor([[float(text.count(word)) for word in WORDS] for text in texts])
+            return torch.nn.functional.normalize(counts + 1e-3, dim=1)
+
+    monkeypatch.setattr(intruder, "SentenceEncoder", Encoder)
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text("{}")
+    change = ["--methods", "bae", "--encoder", str(tmp_path / "encoder"), "--no-description"]
+    assert main([*arguments, *change, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"][0]["scores"]
+    assert found["intruder"]["chance"] == 0.2
+    assert 0 <= found["intruder"]["low"] <= found["intruder"]["mean"] <= 1
+    assert "| intruder found |" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeypatch, capsys):
     out, before = finished(arguments)
     for path in (out / "runs").glob("substitution-*"):
@@ -210,7 +295,8 @@ def test_results_of_before_the_scores_can_be_reported(arguments, tmp_path):
     text = report.table(result)
     assert "JS" not in text
     assert report.plot(result).startswith(b"\x89PNG")
-    off = [*arguments, "--methods", "topk", "--substitution-tokens", "0", "--out", str(tmp_path)]
+    off = [*arguments, "--methods", "topk", "--substitution-tokens", "0", "--no-description"]
+    off += ["--out", str(tmp_path)]
     assert main(off) == 0
     assert "scores" not in json.loads((tmp_path / "compare.json").read_text())["runs"][0]
 
@@ -236,6 +322,8 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--encoder", "nowhere"], "--encoder must be the folder of a sentence encoder"),
+        (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity"),
         (["--k", "0"], "k must be an int >= 1; got 0"),
         (["--expansion", "0"], "--expansion must be at least 1; got 0"),
         (["--methods", "topk", "--k", "33"], "k must be at most d_sae=32; got 33"),

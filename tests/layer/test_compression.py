@@ -36,6 +36,23 @@ def independent(n_rows, p, seed=0):
     return bf.BinaryCode.from_dense(torch.rand(n_rows, len(p), generator=generator) < p)
 
 
+def dependent(n_rows=400, n_columns=60, seed=0):
+    """A chain of noisy copies, complements, a column that implies another, and constants."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.rand(n_rows, n_columns, generator=generator) < 0.3
+    noise = torch.rand(n_rows, n_columns, generator=generator) < 0.05
+    for j in range(1, n_columns):
+        if j % 5 == 4:
+            bits[:, j] = ~bits[:, j - 1]
+        elif j % 5 == 3:
+            bits[:, j] &= bits[:, j - 1]
+        elif j % 5 in (1, 2):
+            bits[:, j] = bits[:, j - 1] ^ noise[:, j]
+    if n_columns > 20:
+        bits[:, 7], bits[:, 11] = False, True
+    return bf.BinaryCode.from_dense(bits)
+
+
 def mixed(n_rows=300, n_columns=75, seed=0):
     """Constant, rare, fair, frequent and almost constant columns."""
     p = torch.tensor([0.0, 1.0, 0.001, 0.02, 0.2, 0.5, 0.7, 0.97, 0.999])
@@ -154,6 +171,86 @@ ihtxKU6PpyEG3zjUiunTOvbfhUyfUsvp9YS1hm4WEtiQccwibFVjGvkzRhPCC0kfyG7J0MEvgC/VI3Ux
 AgICOkppUf0yzYg/rlrnK8RlsqDMSHliB7bHd9MQxi0rCmphWCwKY1rRwgN+5COgaYRr9gMRVLZcym/7q8C5zicOCZqdZpy6
 g5bv3e8zHIANhwlgLYmZSURawA==
 """
+
+
+# -- along a tree ------------------------------------------------------------------------------
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    n_rows=st.integers(1, 300),
+    n_columns=st.integers(1, 70),
+    block_rows=st.sampled_from([1, 31, 64, 4096]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_every_bit_of_dependent_columns_comes_back(
+    tmp_path, n_rows, n_columns, block_rows, masked, seed
+):
+    bits = dependent(n_rows, n_columns, seed).to_dense()
+    keep = None
+    if masked:
+        keep = torch.rand(n_rows, generator=torch.Generator().manual_seed(seed)) < 0.6
+        bits &= keep[:, None]
+    code = bf.BinaryCode(bf.BinaryCode.from_dense(bits).words, n_columns, row_mask=keep)
+    size = compress(code, tmp_path / "code", block_rows=block_rows)
+    compressed = CompressedCode.open(tmp_path / "code")
+    assert compressed.edges == size.edges
+    assert compressed.code().equal(code)
+
+
+def test_copies_cost_what_their_flips_cost(tmp_path):
+    """Groups of a fair bit and seven copies, a twentieth of each flipped: exact along a tree."""
+    groups, copies, n = 8, 7, 16384
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(n, groups, 1, generator=generator) < 0.5
+    flips = torch.rand(n, groups, copies, generator=generator) < 0.05
+    code = bf.BinaryCode.from_dense(torch.cat([first, first ^ flips], 2).flatten(1))
+    truth = groups * (1 + copies * -(0.05 * math.log2(0.05) + 0.95 * math.log2(0.95)))
+    size = compress(code, tmp_path / "tree")
+    assert size.edges == groups * copies
+    assert size.bits_a_row == pytest.approx(truth, rel=0.01)
+    assert decompress(tmp_path / "tree").equal(code)
+    apart = compress(code, tmp_path / "columns", coder="columns")
+    assert apart.edges == 0
+    assert apart.bits_a_row == pytest.approx(groups * (1 + copies), rel=0.01)
+    assert size.entropy_bits == apart.entropy_bits
+    assert size.overhead < -0.4 < 0 < apart.overhead
+
+
+def test_a_column_that_another_decides_costs_nothing_a_row(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    own = torch.rand(20000, 10, generator=generator) < 0.2
+    alone = compress(bf.BinaryCode.from_dense(own), tmp_path / "alone")
+    both = torch.cat([own, ~own, own], 1)
+    size = compress(bf.BinaryCode.from_dense(both), tmp_path / "both")
+    assert size.edges == 20
+    assert size.file_bytes < alone.file_bytes + 200
+
+
+def test_independent_columns_make_the_same_file_as_without_a_tree(tmp_path):
+    code = mixed(3000)
+    size = compress(code, tmp_path / "tree")
+    assert size.edges == 0
+    compress(code, tmp_path / "columns", coder="columns")
+    assert (tmp_path / "tree").read_bytes() == (tmp_path / "columns").read_bytes()
+
+
+def test_rows_of_a_tree_are_selected_and_blocks_read_alone(tmp_path):
+    code = dependent(300)
+    compress(code, tmp_path / "code", block_rows=64)
+    compressed = CompressedCode.open(tmp_path / "code")
+    assert compressed.edges > 20
+    assert compressed[[3, 250, 64]].equal(code[[3, 250, 64]])
+    assert compressed.block(4).equal(code[256:])
+
+
+@pytest.mark.parametrize("parents", [[1, 0, -1], [0, -1, -1], [-1, 2, 3, 1]])
+def test_a_tree_with_a_circle_is_refused(parents):
+    with pytest.raises(ValueError, match="circle"):
+        compression._Halves(np.array(parents))
 
 
 # -- the size ----------------------------------------------------------------------------------
@@ -281,6 +378,8 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
         compressed.block(1)
     with pytest.raises(ValueError, match="block_rows must be an int of 1 to"):
         compress(code, tmp_path / "other", block_rows=0)
+    with pytest.raises(ValueError, match="coder must be one of tree, columns; got 'forest'"):
+        compress(code, tmp_path / "other", coder="forest")
     with pytest.raises(ValueError, match="bits past column 40"):
         compress(bf.BinaryCode(torch.full((2, 2), -1, dtype=torch.int32), 40), tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code"]
@@ -289,11 +388,12 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
 # -- damage ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+@pytest.fixture(scope="module", params=["columns", "tree"])
+def sound(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("sound") / "code"
-    code = mixed(150, 70)
-    compress(code, path, block_rows=64, metadata={"hook": "layers.1"})
+    code = mixed(150, 70) if request.param == "columns" else dependent(150, 40)
+    size = compress(code, path, block_rows=64, metadata={"hook": "layers.1"})
+    assert (size.edges > 0) == (request.param == "tree")
     return code, path.read_bytes()
 
 
@@ -347,6 +447,19 @@ def test_a_block_that_was_never_encoded_is_an_error_or_bits(data, n_rows):
     assert words.shape == (n_rows, 2)
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=60), n_rows=st.integers(1, 70))
+def test_a_block_that_was_never_encoded_along_a_tree_is_an_error_or_bits(data, n_rows):
+    shares = np.array([0, 2**31, 2**20, 2**32 - 2**24, 2**32 - 1], dtype=np.uint32)
+    halves = compression._Halves(np.arange(40) // 3 - 1)
+    model = compression._TreeModel(shares, np.arange(halves.n_halves) % 5, halves)
+    try:
+        words = model.decode_rows(data, n_rows)
+    except (ValueError, AssertionError):
+        return
+    assert words.shape == (n_rows, 2)
+
+
 def test_other_files_are_named(tmp_path):
     code = mixed()
     code.save(tmp_path / "code.safetensors")
@@ -365,7 +478,7 @@ def test_another_version_and_another_coder_are_named(tmp_path, sound, monkeypatc
     code, data = sound
     path = tmp_path / "code"
     path.write_bytes(data[:8] + (9).to_bytes(4, "little") + data[12:])
-    with pytest.raises(ValueError, match="has version 9; can read 1"):
+    with pytest.raises(ValueError, match="has version 9; can read 1 and 2"):
         decompress(path)
     path.write_bytes(data)
     assert decompress(path).equal(code)

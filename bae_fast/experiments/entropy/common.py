@@ -101,7 +101,8 @@ def finish(
         values = {"environment": runs.environment(), "runs": made}
     rows = [row for one in values["runs"] for row in flat(one)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    # runs of before may lack what later ones have
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
     writer.writeheader()
     writer.writerows(rows)
     with runs.results(config) as folder:

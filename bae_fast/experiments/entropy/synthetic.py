@@ -29,6 +29,8 @@ class Config:
         group: The number of bits that depend on each other.
         flip: The share of copies that are flipped.
         noise: The variance of the noise over the signal's.
+        bound: The held-out cross-entropy of an autoregressive model of the code stands beside the
+            other estimates.
         seeds: The seeds; every set is drawn and fitted with each.
         out: The folder of the results.
         report_only: The table and the plot are made from the results in the folder, and nothing
@@ -47,6 +49,7 @@ class Config:
     group: int = 4
     flip: float = 0.05
     noise: float = 0.01
+    bound: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = Path("results/entropy/synthetic")
     report_only: bool = False
@@ -84,6 +87,8 @@ def _options(config: Config, seed: int) -> dict[str, Any]:
         "n_heldout": config.heldout,
         "start": config.start,
         "steps": config.steps,
+        # runs that were made without it keep their name
+        **({"bound": True} if config.bound else {}),
     }
 
 

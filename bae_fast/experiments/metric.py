@@ -1,0 +1,61 @@
+"""The metric of the error that a configuration asks for, made from training rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.analysis.error_metric import metric_scales, parse_metric
+from bae_fast.experiments.data import load_model
+from bae_fast.experiments.runs import ConfigError
+from bae_fast.progress import Stages
+
+if TYPE_CHECKING:
+    from bae_fast.lm import ActivationCache
+
+# windows of held-in text that gradients are taken on, evenly over it, in tokens
+_TOKENS = 8192
+
+
+def check_metric(config: Any) -> str:
+    """The kind of a configuration's metric.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    try:
+        return parse_metric(config.metric)[0]
+    except ValueError as error:
+        raise ConfigError("metric", str(error).removeprefix("metric ")) from error
+
+
+def error_metric(
+    config: Any, rows: Tensor, stages: Stages, cache: ActivationCache | None, last_row: int
+) -> Tensor | None:
+    """The scale of each dimension, ``[d]``; None for a configuration without a metric.
+
+    Args:
+        config: with ``metric``, and for sensitivities the fields of a language model.
+        rows: those that are trained on.
+        cache: the harvest that they are of, for sensitivities.
+        last_row: number in the cache of the last row that is trained on.
+
+    Raises:
+        ConfigError: another metric, or sensitivities without a language model.
+    """
+    kind = check_metric(config)
+    if kind != "sensitivity":
+        return metric_scales(config.metric, rows)
+    if cache is None:
+        raise ConfigError("metric", "sensitivity must have rows of a language model; got a file's")
+    from bae_fast.lm.gradients import sensitivity
+
+    tokens = cache.tokens[: int(cache.row_window[last_row]) + 1].long()
+    n = min(max(_TOKENS // tokens.shape[1], 1), len(tokens))
+    windows = tokens[torch.arange(n) * len(tokens) // n]
+    lm = load_model(config, stages)
+    with stages.stage("gradients of the language model at the hook"):
+        found = sensitivity(lm, windows, config.hook, progress=config.progress)
+    return metric_scales(config.metric, rows, sensitivity=found)

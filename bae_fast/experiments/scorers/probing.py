@@ -1,0 +1,65 @@
+"""How well the best 1, 2 and 5 features tell properties of tokens, held out; no judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.analysis.labels import LABELS, token_labels
+from bae_fast.analysis.probing import sparse_probes
+from bae_fast.experiments.data import N_HELDOUT
+from bae_fast.experiments.scorers import Column, Context, Scorer
+
+ORDER = 2
+
+NUMBERS = (1, 2, 5)
+
+# training rows that features are chosen and weights are fitted on, evenly over all
+_TRAIN_ROWS = 16384
+
+
+def make(context: Context) -> list[Scorer]:
+    """One scorer, where the configuration asks for it."""
+    if not context.config.probe:
+        return []
+    made: dict[int, dict[str, Tensor]] = {}
+
+    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        cache = context.read_by(method)
+        # the same windows for each module that is read
+        split = context.cache.split(N_HELDOUT)
+        last = int(context.cache.row_window[split.train.stop - 1])
+        first = int(context.cache.row_window[split.heldout.start])
+        if id(cache) not in made:
+            made[id(cache)] = token_labels(context.tokenizer, cache.tokens)
+        window, position = cache.row_window.long(), cache.row_position.long()
+        train = (window <= last).nonzero().flatten()
+        train = train[:: max(len(train) // _TRAIN_ROWS, 1)]
+        held = (window >= first).nonzero().flatten()
+        labels = [
+            {name: label[window[rows], position[rows]] for name, label in made[id(cache)].items()}
+            for rows in (train, held)
+        ]
+        numbers = tuple(n for n in NUMBERS if n <= model.d_sae)
+        found = sparse_probes(
+            model,
+            cache.rows[train],
+            labels[0],
+            cache.rows[held],
+            labels[1],
+            k=numbers,
+            groups=window[held],
+        )
+        scores: dict[str, Any] = {}
+        for n, probes in found.items():
+            scores[f"probe_{n}"] = float(torch.tensor([p.accuracy for p in probes]).mean())
+            scores[f"labels_{n}"] = [probe.summary() for probe in probes]
+        return scores
+
+    columns = [
+        Column(f"probe_{n}", f"probe, {n} feature{'s' if n > 1 else ''}", "{:.3f}") for n in NUMBERS
+    ]
+    settings = {"labels": list(LABELS), "k": list(NUMBERS), "train_rows": _TRAIN_ROWS}
+    return [Scorer("probing", settings, score, columns)]

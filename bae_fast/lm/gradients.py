@@ -1,0 +1,112 @@
+"""How much the language model's next-token distribution depends on each dimension at a hook."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bae_fast.lm.hooks import find_module, first_part, running
+from bae_fast.progress import progress_bar
+
+if TYPE_CHECKING:
+    from bae_fast.lm.loading import LanguageModel
+
+
+def sensitivity(
+    lm: LanguageModel,
+    windows: Tensor,
+    hook: str,
+    *,
+    drop_positions: int = 1,
+    max_norm_ratio: float | None = 5.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Mean squared gradient of the log-likelihood at a module's output: float64 ``[d]``.
+
+    The diagonal of the Fisher information of the hidden states: next tokens are drawn from the
+    model's own distribution, so to second order the mean KL divergence that an error e at one
+    state causes, summed over all later tokens, is sum_i F_i e_i^2 / 2 nats, cross terms left out.
+
+    Args:
+        lm: the model; one window at a time runs forward and, from the hook on, backward.
+        windows: token ids ``[n, length]``, of the text that is trained on.
+        hook: the module's path.
+        drop_positions, max_norm_ratio: states that are left out, as in :func:`bae_fast.lm.harvest`.
+        seed: of the tokens that are drawn.
+
+    Raises:
+        ValueError: windows of another shape, no such module, or no state that is looked at.
+        RuntimeError: the model finished without calling the module.
+    """
+    if windows.dim() != 2 or not windows.numel() or windows.shape[1] <= drop_positions:
+        raise ValueError(
+            f"windows must be [n, length], length above drop_positions={drop_positions}; "
+            f"got {list(windows.shape)}"
+        )
+    module = find_module(lm.model, hook)
+    found: list[Tensor] = []
+
+    def leaf(_module: Any, _arguments: Any, output: Any) -> Any:
+        state = first_part(output).detach().requires_grad_()
+        found.append(state)
+        if isinstance(output, (tuple, list)):
+            return type(output)([state, *output[1:]])
+        return state
+
+    generator = torch.Generator().manual_seed(seed)
+    total: Tensor | None = None
+    n_states = 0
+    handle = module.register_forward_hook(leaf)
+    try:
+        with (
+            running(lm.model),
+            _frozen(lm.model),
+            torch.enable_grad(),
+            progress_bar(
+                windows.numel(), what="gradients at the hook", unit="tok", show=progress
+            ) as bar,
+        ):
+            for window in windows:
+                found.clear()
+                out = lm.model(input_ids=window[None].to(lm.device), use_cache=False)
+                if not found:
+                    raise RuntimeError(f"the model finished without calling {hook}")
+                logits = (out[0] if isinstance(out, tuple) else out.logits)[0].float()
+                log_p = logits.log_softmax(-1)
+                # on the CPU, so that every device draws the same
+                with torch.no_grad():
+                    drawn = torch.multinomial(log_p.exp().cpu(), 1, generator=generator)
+                chosen = log_p.gather(1, drawn.to(log_p.device)).sum()
+                (gradient,) = torch.autograd.grad(chosen, found[0])
+                state = found[0].detach().flatten(0, -2).float()
+                norms = torch.linalg.vector_norm(state, dim=-1)
+                keep = torch.arange(len(norms), device=norms.device) >= drop_positions
+                if max_norm_ratio is not None:
+                    keep &= norms <= max_norm_ratio * norms.median()
+                square = gradient.flatten(0, -2)[keep].double().square().sum(0).cpu()
+                total = square if total is None else total + square
+                n_states += int(keep.sum())
+                bar.update(len(window))
+    finally:
+        handle.remove()
+    if total is None or n_states == 0:
+        raise ValueError("windows must hold a state that is looked at; all were left out")
+    return total / n_states
+
+
+@contextlib.contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter has a gradient: nothing is kept of what lies before the hook."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)

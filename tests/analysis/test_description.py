@@ -1,0 +1,90 @@
+"""Description length under one coder, fitted to some rows and charged on others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import bae_fast as bf
+from bae_fast.analysis import description_length
+from bae_fast.pairs import edge_counts, tree_parents
+
+
+def copies(n: int, seed: int, flip: float = 0.05) -> bf.BinaryCode:
+    """Four fair bits and three noisy copies of each."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.rand(n, 4, 1, generator=generator) < 0.5
+    flips = torch.rand(n, 4, 3, generator=generator) < flip
+    return bf.BinaryCode.from_dense(torch.cat([first, first ^ flips], 2).flatten(1))
+
+
+def dense_length(held: torch.Tensor, train: torch.Tensor, parents: list[int]) -> float:
+    """The same by going through the bits one at a time."""
+    total = 0.0
+    for j, parent in enumerate(parents):
+        for state in (0, 1) if parent >= 0 else (None,):
+            own, fit = held[:, j], train[:, j]
+            if state is not None:
+                own, fit = own[held[:, parent] == state], fit[train[:, parent] == state]
+            p = (float(fit.sum()) + 0.5) / (len(fit) + 1)
+            total -= sum(math.log2(p if bit else 1 - p) for bit in own.tolist())
+    return total / len(held)
+
+
+@pytest.mark.parametrize("coder", ["columns", "tree"])
+def test_it_is_the_sum_over_bits_of_minus_log2_p(coder):
+    train, held = copies(500, 0), copies(60, 1)
+    found = description_length(held, coder, fitted_to=train)
+    parents = tree_parents(train).tolist() if coder == "tree" else [-1] * 16
+    if coder == "tree":
+        # independent groups share nothing that pays
+        parents = [p if p >= 0 and p // 4 == j // 4 else -1 for j, p in enumerate(parents)]
+    assert found.edges == sum(p >= 0 for p in parents) == (12 if coder == "tree" else 0)
+    expected = dense_length(held.to_dense(), train.to_dense(), parents)
+    assert found.bits == pytest.approx(expected, rel=1e-9)
+    assert (found.n_fitted, found.n_rows) == (500, 60)
+    per_edge = (0.5 * math.log2(500) + 4) * found.edges
+    assert found.model_bits == pytest.approx(16 * 0.5 * math.log2(500) + per_edge)
+
+
+def test_the_tree_takes_off_what_copies_share():
+    train, held = copies(20000, 0), copies(20000, 1)
+    h2 = -(0.05 * math.log2(0.05) + 0.95 * math.log2(0.95))
+    found = description_length(held, fitted_to=train)
+    assert found.bits == pytest.approx(4 * (1 + 3 * h2), rel=0.01)
+    assert description_length(held, "columns", fitted_to=train).bits == pytest.approx(16, rel=0.01)
+
+
+def test_what_training_rows_do_not_show_costs_much_and_not_without_end():
+    train = bf.BinaryCode.from_dense(torch.zeros(999, 3))
+    held = bf.BinaryCode.from_dense(torch.tensor([[1.0, 0.0, 0.0]]))
+    found = description_length(held, "columns", fitted_to=train)
+    assert found.bits == pytest.approx(math.log2(2000) + 2 * math.log2(2000 / 1999))
+
+
+def test_held_out_rows_of_little_data_cost_more_than_fitted_ones():
+    train, held = copies(40, 0), copies(5000, 1)
+    assert description_length(held, fitted_to=train).bits > description_length(train).bits
+
+
+def test_counts_of_edges_are_those_of_dense_bits():
+    code = copies(1500, 3)
+    dense = code.to_dense()
+    left, right = torch.tensor([0, 3, 15, 7]), torch.tensor([1, 3, 0, 8])
+    expected = (dense[:, left] & dense[:, right]).sum(0)
+    assert torch.equal(edge_counts(code, left, right), expected)
+
+
+def test_what_it_cannot_take_is_named():
+    code = copies(10, 0)
+    with pytest.raises(ValueError, match="coder must be one of columns, tree; got 'zip'"):
+        description_length(code, "zip")
+    with pytest.raises(ValueError, match="fitted_to must have 16 columns; got 3"):
+        description_length(code, fitted_to=bf.BinaryCode.from_dense(torch.zeros(5, 3)))
+    masked = bf.BinaryCode(code.words, 16, row_mask=torch.ones(10, dtype=torch.bool))
+    with pytest.raises(ValueError, match="code must have no row_mask"):
+        description_length(masked)
+    with pytest.raises(ValueError, match="code must hold at least one row"):
+        description_length(code[:0])

@@ -1,0 +1,178 @@
+"""The unit of each dimension: what training sees, files, folding, and every baseline."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bae_fast as bf
+from bae_fast.analysis.error_metric import metric_scales, parse_metric
+from bae_fast.autoencoder import load_autoencoder
+from bae_fast.baselines import METHODS, make_baseline
+
+D, F = 12, 40
+
+
+def rows(n: int = 300, seed: int = 0, width: int = D) -> torch.Tensor:
+    """Dimensions of very different deviation, none centred."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = 10.0 ** torch.linspace(-1, 2, width)
+    return torch.randn(n, width, generator=generator) * scales + 5
+
+
+def module(metric: torch.Tensor | None, **options) -> bf.BinaryAutoencoder:
+    torch.manual_seed(0)
+    x = rows()
+    bae = bf.BinaryAutoencoder(D, F, **options).fit_normalization_(x, metric=metric)
+    return bae.init_density_(x, 0.2).eval()
+
+
+def test_without_a_metric_nothing_changes():
+    bae, x = module(None), rows()
+    assert bae.x_metric is None
+    assert set(bae.state_dict()) == {"W_enc", "b_enc", "W_dec", "b_dec", "x_mean", "x_scale"}
+    assert torch.equal(bae.normalize(x), (x - bae.x_mean) / bae.x_scale)
+
+
+def test_rows_have_unit_mean_square_in_the_metric_and_errors_its_weights():
+    x = rows()
+    metric = x.std(0)
+    bae = module(metric)
+    z = bae.normalize(x)
+    assert float(z.square().mean()) == pytest.approx(1, rel=1e-5)
+    assert_close(z.square().mean(0), torch.ones(D), rtol=0.01, atol=0)
+    assert_close(bae.denormalize(z), x, rtol=1e-5, atol=1e-4)
+    # raw scale and usual norms are those of raw rows, whatever the metric
+    assert_close(bae.x_scale, module(None).x_scale)
+    assert bae.usual_norms() == module(None).usual_norms()
+    out = bae(x)
+    unit = bae.x_scale * bae.x_metric
+    assert_close(bae.mse(out, x), ((x - out.recon) / unit).square().mean())
+    # only ratios count
+    again = module(7 * metric)
+    assert_close(again.x_metric, bae.x_metric)
+
+
+def test_it_is_division_before_and_multiplication_after():
+    """A module with a metric is one without, on rows that were divided."""
+    x = rows()
+    metric = x.std(0).sqrt()
+    with_metric = module(metric)
+    torch.manual_seed(0)
+    plain = bf.BinaryAutoencoder(D, F).fit_normalization_(x / metric)
+    plain.init_density_(x / metric, 0.2).eval()
+    assert_close(with_metric.normalize(x), plain.normalize(x / metric), rtol=1e-4, atol=1e-4)
+    plain.load_state_dict(
+        {**plain.state_dict(), "W_enc": with_metric.W_enc, "b_enc": with_metric.b_enc}
+    )
+    code = with_metric.encode(x)
+    assert_close(with_metric.decode(code), plain.decode(code) * metric, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_bits", [1, 3])
+def test_files_keep_it(tmp_path, n_bits):
+    x = rows()
+    bae = module(x.std(0), n_bits=n_bits)
+    bae.save_pretrained(tmp_path)
+    for again in (bf.BinaryAutoencoder.from_pretrained(tmp_path), load_autoencoder(tmp_path)):
+        assert torch.equal(again.x_metric, bae.x_metric)
+        assert again.encode(x).equal(bae.encode(x))
+    assert "metric" not in json.loads((tmp_path / "cfg.json").read_text())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_baseline_takes_it_and_keeps_it(tmp_path, method):
+    torch.manual_seed(0)
+    x = rows()
+    options = {"d_out": 7} if method == "transcoder" else {}
+    y = rows(width=7) if options else None
+    target_metric = None if y is None else y.std(0)
+    model = make_baseline(method, D, F, k=4, **options)
+    model.fit_normalization_(x, y, metric=x.std(0), target_metric=target_metric).eval()
+    z = model.normalize(x)
+    assert_close(z.square().mean(0), torch.ones(D), rtol=0.01, atol=0)
+    with torch.no_grad():
+        found = model.training_loss(x, y, dead=None, done=0.5)
+    assert torch.isfinite(found[0])
+    model.save_pretrained(tmp_path)
+    again = load_autoencoder(tmp_path)
+    assert torch.equal(again.x_metric, model.x_metric)
+    assert_close(again.decode(again.encode(x)), model.decode(model.encode(x)))
+    if y is not None:
+        assert torch.equal(again.y_metric, model.y_metric)
+
+
+@pytest.mark.parametrize("n_bits", [1, 2])
+def test_folding_changes_no_bit_and_no_reconstruction(n_bits):
+    x = rows().double()
+    bae = module(rows().std(0), n_bits=n_bits).double()
+    before = bae.encode(x)
+    recon = bae.decode(before)
+    assert bae.fold_metric_(x) is bae
+    assert bae.x_metric is None
+    assert bae.encode(x).equal(before)
+    assert_close(bae.decode(before), recon)
+    assert bae.fold_metric_(x) is bae  # nothing to fold
+
+
+def test_a_fold_that_would_change_a_bit_is_not_made(monkeypatch):
+    x = rows()
+    bae = module(x.std(0))
+    kept = {name: tensor.clone() for name, tensor in bae.state_dict().items()}
+    found = iter([bae.active(x), bae.active(x + 1)])
+    monkeypatch.setattr(type(bae), "active", lambda self, rows: next(found))
+    with pytest.raises(ValueError, match="every bit"):
+        bae.fold_metric_(x)
+    for name, tensor in bae.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("none", ("none", 0.0)), ("std", ("std", 1.0)), ("robust^0.5", ("robust", 0.5))],
+)
+def test_a_metric_is_a_kind_and_a_power(metric, expected):
+    assert parse_metric(metric) == expected
+
+
+def test_scales_are_what_their_names_say():
+    x = rows(5001)
+    assert metric_scales("none", x) is None
+    std = x.double().std(0, correction=0)
+    assert_close(metric_scales("std", x), std)
+    assert_close(metric_scales("std^0.5", x), std.sqrt())
+    x[:40] *= 1000  # outliers
+    assert_close(metric_scales("robust", x), std, rtol=0.1, atol=0)
+    square = torch.linspace(0.5, 2, D, dtype=torch.float64)
+    assert_close(metric_scales("sensitivity", x, sensitivity=square), square.rsqrt())
+    # a dimension that is constant, or that nothing reads, is not all that counts, nor nothing
+    x[:, 0] = 3
+    square[0] = 0
+    assert float(metric_scales("std", x)[0]) > 0
+    assert torch.isfinite(metric_scales("sensitivity", x, sensitivity=square)).all()
+
+
+@pytest.mark.parametrize("metric", ["var", "std^", "std^0", "std^-1", "std^nan", "", "none^2"])
+def test_other_metrics_are_named(metric):
+    with pytest.raises(ValueError, match="metric must be none or one of std, robust, sensitivity"):
+        metric_scales(metric, rows())
+
+
+def test_what_it_cannot_take_is_named():
+    x = rows()
+    bae = bf.BinaryAutoencoder(D, F)
+    with pytest.raises(ValueError, match=r"metric must be a tensor \[12\]; got \[3\]"):
+        bae.fit_normalization_(x, metric=torch.ones(3))
+    with pytest.raises(ValueError, match="metric must be finite and positive; the least is 0"):
+        bae.fit_normalization_(x, metric=torch.zeros(D))
+    with pytest.raises(ValueError, match="target_metric must be None"):
+        bae.fit_normalization_(x, target_metric=torch.ones(D))
+    with pytest.raises(ValueError, match=r"sensitivity must have shape \[12\]; got None"):
+        metric_scales("sensitivity", x)
+    with pytest.raises(ValueError, match="sensitivity must be finite and somewhere positive"):
+        metric_scales("sensitivity", x, sensitivity=torch.zeros(D))
+    with pytest.raises(ValueError, match="rows must vary"):
+        metric_scales("std", torch.ones(9, D))
