@@ -183,7 +183,7 @@ def intruder_scores(
                 if other != feature and foreign:
                     sets.append((feature, draw.sample(own, config.n_own), draw.choice(foreign)))
                     break
-    needed = sorted({row for _, own, foreign in sets for row in (*own, foreign)})
+    needed = sorted({row for _, own, foreign in sets for row in [*own, foreign]})
     texts = []
     for row in needed:
         context = cache.token_context(rows.start + row, config.before, config.after)
@@ -192,7 +192,7 @@ def intruder_scores(
     place = {row: i for i, row in enumerate(needed)}
     right: dict[int, list[bool]] = {}
     for feature, own, foreign in sets:
-        among = vectors[[place[row] for row in (*own, foreign)]]
+        among = vectors[torch.tensor([place[row] for row in [*own, foreign]])]
         likeness = among @ among.T
         likeness.fill_diagonal_(0)
         right.setdefault(feature, []).append(int(likeness.sum(1).argmin()) == len(own))

@@ -66,6 +66,22 @@ def test_a_folded_decoder_changes_no_bit_and_no_reconstruction(tmp_path):
     torch.testing.assert_close(SAE.load_from_disk(tmp_path / "folded")(x), plain(x))
 
 
+def test_the_unit_of_each_dimension_goes_both_ways(tmp_path):
+    _, x = module()
+    torch.manual_seed(1)
+    x = x * torch.logspace(-1, 1, D)
+    bae = BinaryAutoencoder(D, F).fit_normalization_(x, metric=x.std(0))
+    bae.init_density_(x, 0.2).eval()
+    sae = SAE.load_from_disk(bae.save_pretrained(tmp_path / "ours"))
+    assert torch.equal(sae.x_metric, bae.x_metric)
+    assert torch.equal(sae.encode(x), bae.encode(x).values())
+    torch.testing.assert_close(sae(x), bae.decode(bae.encode(x)))
+    sae.save_model(tmp_path / "theirs")
+    again = BinaryAutoencoder.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(again.x_metric, bae.x_metric)
+    assert again.encode(x).equal(bae.encode(x))
+
+
 def trainer(sae: BinaryTrainingSAE, x: torch.Tensor, steps: int = 60, **options) -> SAETrainer:
     torch.manual_seed(0)
     batches = iter(lambda: x[torch.randperm(len(x))[:32]], None)
