@@ -175,13 +175,15 @@ def intruder_scores(
 
     sets: list[tuple[int, list[int], int]] = []
     for feature in chosen:
-        own = on(feature).nonzero().flatten().tolist()
+        rows_on = on(feature).nonzero().flatten().tolist()
         for _ in range(config.n_draws):
             for _attempt in range(20):
                 other = draw.choice(able)
-                foreign = (on(other) & ~on(feature)).nonzero().flatten().tolist()
-                if other != feature and foreign:
-                    sets.append((feature, draw.sample(own, config.n_own), draw.choice(foreign)))
+                elsewhere = (on(other) & ~on(feature)).nonzero().flatten().tolist()
+                if other != feature and elsewhere:
+                    sets.append(
+                        (feature, draw.sample(rows_on, config.n_own), draw.choice(elsewhere))
+                    )
                     break
     needed = sorted({row for _, own, foreign in sets for row in [*own, foreign]})
     texts = []
