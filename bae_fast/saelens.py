@@ -183,12 +183,15 @@ class _Binary(SAE[Any]):
         """A Binary Autoencoder that shares this module's tensors: what it changes, changes here."""
         cfg = self.cfg
         bae = BinaryAutoencoder(cfg.d_in, cfg.d_sae, n_bits=cfg.n_bits, device="meta")
+        if self.x_metric is not None:
+            bae.x_metric = torch.empty_like(self.x_metric)
         bae.load_state_dict(self.state_dict(), assign=True)
         return bae
 
     def fit_normalization_(self, x: Tensor) -> Any:
         """Set x_mean and x_scale from raw rows ``[..., d_in]``, see the Binary Autoencoder."""
-        self.autoencoder().fit_normalization_(x)
+        bae = self.autoencoder().fit_normalization_(x)
+        self.x_metric = bae.x_metric
         return self
 
     def _normalized(self, x: Tensor) -> Tensor:

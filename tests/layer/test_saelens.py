@@ -80,6 +80,9 @@ def test_the_unit_of_each_dimension_goes_both_ways(tmp_path):
     again = BinaryAutoencoder.from_pretrained(tmp_path / "theirs")
     assert torch.equal(again.x_metric, bae.x_metric)
     assert again.encode(x).equal(bae.encode(x))
+    shared = sae.autoencoder()
+    assert torch.equal(shared.x_metric, bae.x_metric)
+    assert shared.encode(x).equal(bae.encode(x))
 
 
 def trainer(sae: BinaryTrainingSAE, x: torch.Tensor, steps: int = 60, **options) -> SAETrainer:
