@@ -209,8 +209,9 @@ def test_the_odd_one_out_stands_in_the_table(arguments, monkeypatch, tmp_path):
 
 def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeypatch, capsys):
     out, before = finished(arguments)
-    for path in (out / "runs").glob("substitution-*"):
-        path.unlink()
+    for name in ("substitution-*", "description-*"):
+        for path in (out / "runs").glob(name):
+            path.unlink()
 
     def fail(*_arguments, **_options):
         raise AssertionError("trained again")

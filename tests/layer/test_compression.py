@@ -291,8 +291,9 @@ def test_columns_of_many_densities_cost_one_percent_at_4096_rows(tmp_path):
     code = independent(4096, p)
     size = compress(code, tmp_path / "code")
     assert 0 < size.overhead < 0.02
-    # at twelve times the rows the header counts for a twelfth
-    size = compress(bf.BinaryCode.cat([code] * 12), tmp_path / "more")
+    # at twelve times the rows the header counts for a twelfth; what chance made them share is
+    # then true, and a tree would use it
+    size = compress(bf.BinaryCode.cat([code] * 12), tmp_path / "more", coder="columns")
     assert 0 < size.overhead < 0.004
 
 
@@ -515,7 +516,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
             return encode(self, words)
         compression._Model.encode_rows = slow
         compression.compress(bf.BinaryCode.from_dense(torch.rand(90, 40) < 0.1), {str(path)!r},
-                             block_rows=30)
+                             block_rows=30, coder="columns")
         """
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bae_fast.analysis.labels import LABELS, token_labels
@@ -54,7 +53,7 @@ def make(context: Context) -> list[Scorer]:
         )
         scores: dict[str, Any] = {}
         for n, probes in found.items():
-            scores[f"probe_{n}"] = float(torch.tensor([p.accuracy for p in probes]).mean())
+            scores[f"probe_{n}"] = sum(p.accuracy for p in probes) / len(probes)
             scores[f"labels_{n}"] = [probe.summary() for probe in probes]
         return scores
 
