@@ -131,7 +131,7 @@ def test_the_commands_are_listed(capsys):
     assert all(name in printed for name in COMMANDS)
     assert main([]) == 2
     assert main(["nothing"]) == 2
-    assert "COMMAND must be one of demo, compare" in capsys.readouterr().err
+    assert "COMMAND must be one of demo, harvest" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1] == bf.__version__
 

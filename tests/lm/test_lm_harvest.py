@@ -309,7 +309,11 @@ def test_a_module_the_forward_never_calls_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"token_windows": torch.zeros(2, 3)}, TypeError, "token_windows is torch.float32"),
+        (
+            {"token_windows": torch.zeros(2, 3)},
+            TypeError,
+            "must be an integer tensor; got torch.float32",
+        ),
         ({"token_windows": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(3,\)"),
         ({"token_windows": torch.full((2, 4), VOCABULARY)}, ValueError, "0 to 49 are allowed"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
