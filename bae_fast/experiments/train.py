@@ -284,5 +284,7 @@ def resolved_config(folder: Path) -> Config:
         if values.get(name) is not None:
             values[name] = Path(values[name])
     fields = {field.name for field in dataclasses.fields(Config)}
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields}
+    lists: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields
+    }
     return Config(**lists)
