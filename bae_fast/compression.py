@@ -576,7 +576,7 @@ def compress(
     path: str | os.PathLike[str],
     *,
     block_rows: int = BLOCK_ROWS,
-    coder: str = "tree",
+    coder: str = "columns",
     metadata: dict[str, Any] | None = None,
 ) -> CompressedSize:
     """Write a code; :func:`decompress` gives back every bit, shape, mask and bits a feature.
@@ -589,8 +589,8 @@ def compress(
         code: ``[..., K]`` on any device, fewer than 2^31 rows; read block by block.
         block_rows: rows coded together: fewer are read faster on their own, and cost a byte or
             two more for each class of columns.
-        coder: "tree" codes a column given the one it shares most with, where that pays; "columns"
-            codes each on its own.
+        coder: "columns" codes each column on its own; "tree" codes it given the one it shares most
+            with, where that pays: a smaller file, many times slower to write and to read.
         metadata: JSON values, kept in the header; see :class:`CompressedCode`.
 
     Raises:

@@ -45,15 +45,15 @@ class Config(Training, OwnRows, Data):
         load: The folder of a saved model. Without it one is trained.
         rows: Which rows go into the file: all, or the held-out ones.
         block_rows: The number of rows of the file that are read together.
-        coder: How the columns are coded: tree is each given the one it shares most with, columns
-            is each on its own.
+        coder: How the columns are coded: columns is each on its own, tree is each given the one it
+            shares most with, which is smaller and many times slower.
         out: The folder of the results.
     """
 
     load: Path | None = None
     rows: Literal["all", "heldout"] = "all"
     block_rows: int = 4096
-    coder: Literal["tree", "columns"] = "tree"
+    coder: Literal["columns", "tree"] = "columns"
     out: Path = Path("results/compress")
 
 

@@ -11,7 +11,8 @@ import torch
 from bae_fast.analysis import evaluate
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.experiments import runs
-from bae_fast.experiments.train import FILE_HOOK, resolved_config, supply_of
+from bae_fast.experiments.supplies import rows_for
+from bae_fast.experiments.train import read_jobs, resolved_config
 from bae_fast.files import write_json
 
 _COLUMNS = ("fvu", "bits", "l0", "dead_share", "n_rows")
@@ -23,7 +24,8 @@ class Config:
 
     Attributes:
         folder: The folder of the run.
-        states: Another file of hidden states; its last rows are taken as those of the run's are.
+        states: Another file of hidden states; its last rows are taken as those of a run on a file
+            are.
         out: The file of the result. Without it that is evaluation.json in the folder of the run.
     """
 
@@ -40,14 +42,21 @@ def run(config: Config) -> runs.Result:
     """
     made_with = resolved_config(config.folder)
     if config.states is not None:
-        made_with = dataclasses.replace(made_with, states=config.states)
-    supply = supply_of(made_with)
-    rows = torch.cat([block.x[FILE_HOOK] for block in supply.heldout()])
-    found: dict[str, Any] = {}
-    for path in sorted(config.folder.glob("*/cfg.json")):
-        found[path.parent.name] = evaluate(load_autoencoder(path.parent), rows).summary()
-    if not found:
+        made_with = dataclasses.replace(made_with, states=config.states, cache=None, live=False)
+    jobs = {
+        name: None if config.states is not None else one.hook
+        for name, one in read_jobs(made_with).items()
+        if (config.folder / name / "cfg.json").is_file()
+    }
+    if not jobs:
         raise FileNotFoundError(f"{config.folder} holds no trained model: has the run ended?")
+    found: dict[str, Any] = {}
+    order = {"seed": made_with.seed, "streams": made_with.streams}
+    with rows_for(made_with, jobs.values(), order=order) as source:
+        blocks = list(source.supply.heldout())
+    for name, hook in sorted(jobs.items()):
+        rows = torch.cat([block.x[source.hooks[hook]] for block in blocks])
+        found[name] = evaluate(load_autoencoder(config.folder / name), rows).summary()
     out = config.out or config.folder / "evaluation.json"
     write_json(out, found)
     lines = ["| job | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]

@@ -1,4 +1,4 @@
-"""Autoencoders trained on hidden states from files, several at once, on one process or many.
+"""Autoencoders trained on hidden states, several at once, on one process or many.
 
 Under ``torchrun`` every process runs the same call; the first one writes the files.
 """
@@ -18,35 +18,32 @@ import torch
 
 from bae_fast.distributed import TIMEOUT_SECONDS, Mesh
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import own_rows, pick_device
 from bae_fast.experiments.metric import error_metric
+from bae_fast.experiments.reading import local_device
+from bae_fast.experiments.supplies import RowsFrom, Source, rows_for
 from bae_fast.experiments.training import Training, check, training_config
 from bae_fast.files import check_writable, write_text
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages, say
-from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, Supply
+from bae_fast.training import Job, JobTrainer, RunConfig, StoppedError
 
 # rows that the normalisation is fitted to
 _NORMALIZATION_ROWS = 65536
 
-# hook of the rows of a file
-FILE_HOOK = "rows"
+# options of a job beside those of training
+_JOB_OPTIONS = ("hook",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training):
+class Config(RowsFrom, Training):
     """Train autoencoders on hidden states, on one process or many, and go on where a run stopped.
 
     Attributes:
-        states: The file of hidden states, [n, d], .npy or .safetensors. The last 4,096 rows, or a
-            tenth if there are fewer than 40,960, are held out.
         jobs: A YAML file with a list of jobs, which are trained on the same batches. Each is a
-            mapping with a name of its own and any of the options of training, which overrule those
-            of the command. Without it there is one job, called bae.
+            mapping with a name of its own, a hook, and any of the options of training, which
+            overrule those of the command. Without it there is one job, called bae.
         load: The folder of a saved model that training starts from. Features start as they are in
             it, and its normalisation stays.
-        device: The device to run on, for instance cpu or cuda:0; auto takes a GPU where there is
-            one, and under torchrun each process takes its own.
         data: The number of processes that rows are divided among.
         feature: The number of processes that features are divided among.
         streams: The number of streams that the order of the rows is made of; a run goes on with any
@@ -69,10 +66,8 @@ class Config(Training):
         out: The folder of the run.
     """
 
-    states: Path | None = None
     jobs: Path | None = None
     load: Path | None = None
-    device: str = "auto"
     data: int = 1
     feature: int = 1
     streams: int = 8
@@ -115,10 +110,11 @@ def run(config: Config) -> runs.Result:
         peak_flops=config.peak_flops,
     )
     check_writable(config.out)
-    with processes(config) as mesh:
-        supply = supply_of(config, mesh)
-        jobs = [_job(name, one, config, supply) for name, one in settings.items()]
-        trainer = JobTrainer(jobs, supply, run_config, mesh=mesh)
+    order = {"seed": config.seed, "streams": config.streams}
+    hooks = [one.hook for one in settings.values()]
+    with processes(config) as mesh, rows_for(config, hooks, mesh, order=order) as source:
+        jobs = [_job(name, one, config, source) for name, one in settings.items()]
+        trainer = JobTrainer(jobs, source.supply, run_config, mesh=mesh)
         if trainer.is_first:
             write_text(config.out / runs.RESOLVED, runs.resolved(config))
         if config.resume == "auto" and trainer.resume() and trainer.is_first:
@@ -161,7 +157,7 @@ def read_jobs(config: Config) -> dict[str, Config]:
         raise runs.ConfigError("jobs", f"{config.jobs} cannot be read: {reason}") from error
     if not isinstance(listed, list) or not listed or not all(isinstance(j, dict) for j in listed):
         raise runs.ConfigError("jobs", f"{config.jobs} must hold a list of mappings")
-    allowed = {field.name for field in dataclasses.fields(Training)}
+    allowed = {field.name for field in dataclasses.fields(Training)}.union(_JOB_OPTIONS)
     found: dict[str, Config] = {}
     for job in listed:
         name = job.pop("name", None)
@@ -198,9 +194,9 @@ def processes(config: Config) -> Iterator[Mesh | None]:
     if world == 1:
         yield None
         return
-    kind = torch.device(device_of(config)).type
+    kind = torch.device(local_device(config)).type
     if kind == "cuda":
-        torch.cuda.set_device(device_of(config))
+        torch.cuda.set_device(local_device(config))
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group(
@@ -214,54 +210,30 @@ def processes(config: Config) -> Iterator[Mesh | None]:
             dist.destroy_process_group()
 
 
-def device_of(config: Config) -> str:
-    """The device of this process."""
-    name = pick_device(config)
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
-
-
-def supply_of(config: Config, mesh: Mesh | None = None) -> Supply:
-    """The rows of a configuration, this process's share of them.
-
-    Raises:
-        ConfigError: no rows, or rows that cannot be read.
-    """
-    if config.states is None:
-        raise runs.ConfigError("states", "must name a file of hidden states; got none")
-    rows = own_rows(config.states)
-    rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data)
-    return MemorySupply(
-        rows.train_rows,
-        heldout=rows.heldout_rows,
-        seed=config.seed,
-        streams=config.streams,
-        rank=rank,
-        world=world,
-    )
-
-
-def _job(name: str, one: Config, config: Config, supply: Supply) -> Job:
+def _job(name: str, one: Config, config: Config, source: Source) -> Job:
     """A job with its module, the same on every process."""
     constants = training_config(one)
-    width = supply.widths[FILE_HOOK]
+    hook = source.hooks[one.hook]
+    width = source.supply.widths[hook]
+    device = local_device(config)
     if config.load is not None:
-        bae = BinaryAutoencoder.from_pretrained(config.load, device=device_of(config))
+        bae = BinaryAutoencoder.from_pretrained(config.load, device=device)
         if bae.d_in != width:
             raise runs.ConfigError("load", f"{config.load} has rows of {bae.d_in}; got {width}")
         constants = dataclasses.replace(constants, init="none")
-        return Job(name, bae, constants, FILE_HOOK)
+        return Job(name, bae, constants, hook)
     torch.manual_seed(one.seed)
     bae = BinaryAutoencoder(
         width,
         one.expansion * width,
         preset=one.preset,
         impl=one.impl,
-        metadata={"rows": config.states.name if config.states else ""},
-        device=device_of(config),
+        metadata=source.metadata_of(one.hook),
+        device=device,
     )
-    rows = supply.sample(_NORMALIZATION_ROWS, one.seed).x[FILE_HOOK]
+    rows = source.supply.sample(_NORMALIZATION_ROWS, one.seed).x[hook]
     bae.fit_normalization_(rows, metric=error_metric(one, rows, Stages(), None, len(rows) - 1))
-    return Job(name, bae, constants, FILE_HOOK)
+    return Job(name, bae, constants, hook)
 
 
 def resolved_config(folder: Path) -> Config:
@@ -280,7 +252,7 @@ def resolved_config(folder: Path) -> Config:
             values[name] = json.loads(value)
         except ValueError as error:
             raise ValueError(f"{path} is not the configuration of a run: {line!r}") from error
-    for name in ("states", "jobs", "load", "out"):
+    for name in ("states", "cache", "jobs", "load", "out"):
         if values.get(name) is not None:
             values[name] = Path(values[name])
     fields = {field.name for field in dataclasses.fields(Config)}

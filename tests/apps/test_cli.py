@@ -93,40 +93,48 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(arguments, tmp_path, c
     assert json.loads((out / "metrics.json").read_text())["heldout"] == heldout
 
 
-def run_until_logged(arguments, log, n_lines):
-    """The command in a process of its own, once its log has so many lines."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bae_fast", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        # a shell's background jobs inherit an ignored interrupt
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    end = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= n_lines):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.05)
-    return process
+@pytest.fixture
+def started():
+    """Start the command in a process of its own and wait for lines of its log; none is left."""
+    processes = []
+
+    def start(arguments, log, n_lines):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bae_fast", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            # a shell's background jobs inherit an ignored interrupt
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        processes.append(process)
+        end = time.monotonic() + 300
+        while not (log.is_file() and log.read_text().count("\n") >= n_lines):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end, "too slow"
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
-    arguments, uninterrupted, tmp_path, number, capsys
+    arguments, uninterrupted, started, tmp_path, number, capsys
 ):
     out = tmp_path / "out"
     assert main(arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
     longer = [*arguments, *LONGER]
-    process = run_until_logged(longer, out / "log.jsonl", 5)
-    try:
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    process = started(longer, out / "log.jsonl", 5)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     (line,) = error.strip().splitlines()
     assert line.startswith("bae-fast demo: stopped at step ")
@@ -144,11 +152,11 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
     assert not (out / ".unfinished").exists()
 
 
-def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys):
+def test_a_checkpoint_of_other_settings_is_not_used(arguments, started, tmp_path, capsys):
     out = tmp_path / "out"
-    process = run_until_logged([*arguments, "--steps", "100000"], out / "log.jsonl", 1)
+    process = started([*arguments, "--steps", "100000"], out / "log.jsonl", 1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert main(arguments) == 0
     assert "is of another run" in capsys.readouterr().out
     steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sparse_rows import synthetic
+from tiny_lm import save_tiny_model
 
 import bae_fast as bf
 from bae_fast.cli import main
@@ -114,7 +115,12 @@ def test_a_bad_list_of_jobs_is_named(states, tmp_path, capsys, text, words):
 
 def test_what_a_run_lacks_is_named(states, tmp_path, capsys):
     for given, words in (
-        ([], "--states must name a file of hidden states"),
+        ([], "--states or cache or live must be given, one alone; got none"),
+        (["--states", states, "--live"], "one alone; got states and live"),
+        (
+            ["--states", states, "--hook", "h"],
+            "--hook must be left out for a file",
+        ),
         (["--states", states, "--data", "2"], "--data times feature must be the number of proc"),
         (["--states", states, "--streams", "0"], "--streams must be at least 1"),
         (["--states", states, "--patience", "2"], "evaluate_every must be at least 1"),
@@ -129,6 +135,49 @@ def test_what_a_run_lacks_is_named(states, tmp_path, capsys):
     (tmp_path / runs.RESOLVED).write_text(runs.resolved(train.Config(states=states)))
     with pytest.raises(FileNotFoundError, match="holds no trained model"):
         evaluate.run(evaluate.Config(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The options of a tiny language model and its text."""
+    folder = tmp_path_factory.mktemp("reader")
+    words = [f"w{i}" for i in range(60)]
+    save_tiny_model(folder / "lm", words)
+    order = torch.randint(60, (9000,), generator=torch.Generator().manual_seed(0))
+    (folder / "text.txt").write_text(" ".join(words[i] for i in order))
+    return [
+        "--model", str(folder / "lm"), "--text", str(folder / "text.txt"), "--context", "16",
+        "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_a_cache_in_shards_and_a_running_model_are_learned_from(reader, tmp_path, capsys):
+    hooks = ["model.layers.0", "model.layers.1"]
+    cache = tmp_path / "cache"
+    assert main(["harvest", "--hooks", *hooks, "--out", str(cache), *reader]) == 0
+    (tmp_path / "jobs.yaml").write_text(
+        f"- {{name: a, hook: {hooks[0]}}}\n- {{name: b, hook: {hooks[1]}}}\n"
+    )
+    small = [*SMALL, "--streams", "2", "--buffer-rows", "1024"]
+    jobs = ["--jobs", str(tmp_path / "jobs.yaml")]
+    for name, given in (("shards", ["--cache", str(cache)]), ("live", ["--live", *reader])):
+        out = tmp_path / name
+        assert main(["train", *given, *jobs, *small, "--out", str(out)]) == 0
+        assert main(["evaluate", str(out)]) == 0
+        found = json.loads((out / "evaluation.json").read_text())
+        for job, hook in zip("ab", hooks, strict=True):
+            assert found[job]["n_rows"] > 2000
+            assert 0 < found[job]["fvu"] < 1
+            metadata = bf.BinaryAutoencoder.from_pretrained(out / job).config.metadata
+            assert metadata["hook_name"] == hook
+            assert metadata["model_name"] == reader[1]
+            assert metadata["context_size"] == 16
+    capsys.readouterr()
+    for hook in ([], ["--hook", "model.layers.7"]):
+        given = ["--cache", str(cache), *hook, "--out", str(tmp_path / "x")]
+        assert main(["train", *given, *small]) == 1
+        got = repr(hook[1]) if hook else "none"
+        assert f"--hook must be one of {', '.join(hooks)}; got {got}" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -195,7 +195,7 @@ def test_every_bit_of_dependent_columns_comes_back(
         keep = torch.rand(n_rows, generator=torch.Generator().manual_seed(seed)) < 0.6
         bits &= keep[:, None]
     code = bf.BinaryCode(bf.BinaryCode.from_dense(bits).words, n_columns, row_mask=keep)
-    size = compress(code, tmp_path / "code", block_rows=block_rows)
+    size = compress(code, tmp_path / "code", block_rows=block_rows, coder="tree")
     compressed = CompressedCode.open(tmp_path / "code")
     assert compressed.edges == size.edges
     assert compressed.code().equal(code)
@@ -209,7 +209,7 @@ def test_copies_cost_what_their_flips_cost(tmp_path):
     flips = torch.rand(n, groups, copies, generator=generator) < 0.05
     code = bf.BinaryCode.from_dense(torch.cat([first, first ^ flips], 2).flatten(1))
     truth = groups * (1 + copies * -(0.05 * math.log2(0.05) + 0.95 * math.log2(0.95)))
-    size = compress(code, tmp_path / "tree")
+    size = compress(code, tmp_path / "tree", coder="tree")
     assert size.edges == groups * copies
     assert size.bits_a_row == pytest.approx(truth, rel=0.01)
     assert decompress(tmp_path / "tree").equal(code)
@@ -223,16 +223,16 @@ def test_copies_cost_what_their_flips_cost(tmp_path):
 def test_a_column_that_another_decides_costs_nothing_a_row(tmp_path):
     generator = torch.Generator().manual_seed(0)
     own = torch.rand(20000, 10, generator=generator) < 0.2
-    alone = compress(bf.BinaryCode.from_dense(own), tmp_path / "alone")
+    alone = compress(bf.BinaryCode.from_dense(own), tmp_path / "alone", coder="tree")
     both = torch.cat([own, ~own, own], 1)
-    size = compress(bf.BinaryCode.from_dense(both), tmp_path / "both")
+    size = compress(bf.BinaryCode.from_dense(both), tmp_path / "both", coder="tree")
     assert size.edges == 20
     assert size.file_bytes < alone.file_bytes + 200
 
 
 def test_independent_columns_make_the_same_file_as_without_a_tree(tmp_path):
     code = mixed(3000)
-    size = compress(code, tmp_path / "tree")
+    size = compress(code, tmp_path / "tree", coder="tree")
     assert size.edges == 0
     compress(code, tmp_path / "columns", coder="columns")
     assert (tmp_path / "tree").read_bytes() == (tmp_path / "columns").read_bytes()
@@ -240,7 +240,7 @@ def test_independent_columns_make_the_same_file_as_without_a_tree(tmp_path):
 
 def test_rows_of_a_tree_are_selected_and_blocks_read_alone(tmp_path):
     code = dependent(300)
-    compress(code, tmp_path / "code", block_rows=64)
+    compress(code, tmp_path / "code", block_rows=64, coder="tree")
     compressed = CompressedCode.open(tmp_path / "code")
     assert compressed.edges > 20
     assert compressed[[3, 250, 64]].equal(code[[3, 250, 64]])
