@@ -101,7 +101,7 @@ def rows_for(
         yield source
 
 
-def _buffer(config: RowsFrom) -> dict[str, int]:
+def _buffer(config: RowsFrom) -> dict[str, Any]:
     return {} if config.buffer_rows is None else {"buffer_rows": config.buffer_rows}
 
 
