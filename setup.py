@@ -126,6 +126,13 @@ def run_ninja(ninja, commands, folder):
 class BuildExtension(build_ext):
     """Flags by file; side by side where ninja is at hand, one after another elsewhere."""
 
+    def finalize_options(self):
+        # Objects stay between builds where ninja can tell which of them are old. pip would have
+        # them in a folder that it removes.
+        if self.build_temp is None and find_ninja() is not None:
+            self.build_temp = os.path.join("build", f"objects-{sys.implementation.cache_tag}")
+        super().finalize_options()
+
     def build_extension(self, ext):
         compiler, ninja, commands = self.compiler, find_ninja(), []
         compile_one, compile_all = compiler._compile, compiler.compile

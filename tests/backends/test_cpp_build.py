@@ -5,6 +5,7 @@ sanitizers; tests/backends/csrc/kernels_driver.cpp runs the kernels of both buil
 and those for ARM under an emulator, against plain loops.
 """
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -54,27 +55,37 @@ def run(*command, **environment):
     return done.stdout
 
 
-def build(folder, compiler):
-    """Everything that setup.py compiles: folder/csrc/*.o and folder/bae_fast/_C.abi3.so."""
+def build(folder, *options, **environment):
+    """Everything that setup.py compiles, folder/bae_fast/_C.abi3.so at the end."""
     if shutil.which(shlex.split(CXX)[0]) is None:
         pytest.skip(f"needs the C++ compiler {CXX}")
-    folders = ("--build-temp", folder, "--build-lib", folder)
-    command = (sys.executable, "setup.py", "build_ext", *folders)
-    written = run(*command, CXX=compiler, BAE_FAST_BUILD_EXT="1")
+    command = (sys.executable, "setup.py", "build_ext", "--build-lib", folder, *options)
+    written = run(*command, BAE_FAST_BUILD_EXT="1", **environment)
     assert (folder / "bae_fast" / "_C.abi3.so").exists(), written[-3000:]
     return folder
 
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("shipped"), CXX)
+    """The objects that are installed, in folder/csrc: ninja compiles those that are old."""
+    folder = tmp_path_factory.mktemp("shipped")
+    kept = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
+    if setup.find_ninja() is None:
+        return build(folder, "--build-temp", folder)
+    kept.mkdir(parents=True, exist_ok=True)
+    with (kept / "lock").open("w") as lock:  # the suite's processes share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(folder)
+        shutil.copytree(kept / "csrc", folder / "csrc")
+    return folder
 
 
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory):
     if not runtime("libasan.so"):
         pytest.skip(f"needs libasan.so of {CXX}")
-    return build(tmp_path_factory.mktemp("sanitized"), f"{CXX} {SANITIZE}")
+    folder = tmp_path_factory.mktemp("sanitized")
+    return build(folder, "--build-temp", folder, CXX=f"{CXX} {SANITIZE}")
 
 
 @pytest.fixture(scope="session")

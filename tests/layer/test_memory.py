@@ -198,7 +198,7 @@ def test_no_tensor_is_kept_on_the_context_outside_save_for_backward(surrogate, c
     leaves = tree_leaves(dict(vars(node)))
     assert surrogate in leaves  # it is the right object
     for leaf in leaves:
-        assert isinstance(leaf, (str, int, float, bool, type(None))), type(leaf)
+        assert isinstance(leaf, (str, int, float, bool, torch.dtype, type(None))), type(leaf)
 
 
 # -- what is made on the way -------------------------------------------------------------------
