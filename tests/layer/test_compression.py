@@ -393,7 +393,7 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
 def sound(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("sound") / "code"
     code = mixed(150, 70) if request.param == "columns" else dependent(150, 40)
-    size = compress(code, path, block_rows=64, metadata={"hook": "layers.1"})
+    size = compress(code, path, block_rows=64, coder=request.param, metadata={"hook": "layers.1"})
     assert (size.edges > 0) == (request.param == "tree")
     return code, path.read_bytes()
 
