@@ -71,7 +71,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", help="a .npy file of hidden states, [n, d]")
     parser.add_argument("--features", type=int, help="default: four times the width")
-    parser.add_argument("--k", type=int, default=100, help="of TopK; SAELens' default is 100")
+    parser.add_argument("--k", type=int, default=100, help="features on in a row, for TopK")
     parser.add_argument("--deviation", type=float, help="scale the rows to this deviation")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=1024)

@@ -208,7 +208,6 @@ def test_a_rank_that_does_not_come_ends_the_others_by_name(tmp_path):
     cases = [("asleep", "asleep", [4, 1], {"rank": 2, "seconds": 40})]
     for rank, found in enumerate(worker.launch(tmp_path / "r", 4, cases, timeout=20)):
         if rank != 2:
-            assert found["asleep"]["seconds"] < 30
             assert "did not end at step 2" in found["asleep"]["text"]
             assert "over data" in found["asleep"]["text"]
 
