@@ -24,15 +24,15 @@ demo: $(VENV)/.installed
 # Side by side, one process a core; each process computes with one thread. What ends first takes over
 # tests of the other.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # The long proofs: sanitizers, and the hardest variants of kernels for every chip.
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m long $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m long $(ARGS)
 
 # Every variant of the Triton kernels, for every chip, by two versions of Triton: most of an hour.
 test-matrix: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m matrix $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m matrix $(ARGS)
 
 test-all: test test-long test-matrix
 
