@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 # Side by side, one process a core; each process computes with one thread. What ends first takes over
 # tests of the other.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The long proofs: sanitizers, and the hardest variants of kernels for every chip.
 test-long: $(VENV)/.installed

@@ -272,7 +272,6 @@ def test_a_program_that_does_not_compile_is_said_and_refuses_nothing(monkeypatch
     def broken(graph, inputs):
         raise RuntimeError("no C++ compiler")
 
-    torch._dynamo.reset()  # what another test compiled would be taken again
     monkeypatch.setattr(eager, "COMPILER", broken)
     row = row_of(operators.build("decode", *TINY[0], 0.5), "compile", DEFAULT)
     assert "no C++ compiler" in row["sides"]["compile"]["unavailable"]

@@ -14,6 +14,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.supplies import rows_for
 from bae_fast.experiments.train import read_jobs, resolved_config
 from bae_fast.files import write_json
+from bae_fast.report import tables
 
 _COLUMNS = ("fvu", "bits", "l0", "dead_share", "n_rows")
 
@@ -59,8 +60,8 @@ def run(config: Config) -> runs.Result:
         found[name] = evaluate(load_autoencoder(config.folder / name), rows).summary()
     out = config.out or config.folder / "evaluation.json"
     write_json(out, found)
-    lines = ["| job | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
-    for name, numbers in found.items():
-        shown = " | ".join(f"{numbers[key]:.4g}" for key in _COLUMNS)
-        lines.append(f"| {name} | {shown} |")
+    lines = tables.table(
+        ["job", *_COLUMNS],
+        ([name, *(f"{numbers[key]:.4g}" for key in _COLUMNS)] for name, numbers in found.items()),
+    )
     return runs.Result(found, "\n".join(lines), (out,))

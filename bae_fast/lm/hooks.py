@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,25 +31,62 @@ def first_part(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+class _Shared:
+    """What holds as long as any block of any thread needs it: the last one to end undoes it.
+
+    Blocks of several threads do not end in the reverse order of their beginnings, so each cannot
+    put back what it found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: dict[Any, int] = {}
+        self._undo: dict[Any, contextlib.ExitStack] = {}
+
+    @contextlib.contextmanager
+    def block(self, key: Any, do: Callable[[contextlib.ExitStack], None]) -> Iterator[None]:
+        """Do something unless a block of the same key has done it, and undo it behind the last."""
+        with self._lock:
+            if key not in self._blocks:
+                with contextlib.ExitStack() as stack:
+                    do(stack)
+                    self._undo[key] = stack.pop_all()
+            self._blocks[key] = self._blocks.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks[key] -= 1
+                if not self._blocks[key]:
+                    del self._blocks[key]
+                    self._undo.pop(key).close()
+
+
+_SHARED = _Shared()
+
+
 @contextlib.contextmanager
 def running(model: torch.nn.Module) -> Iterator[None]:
     """A model as its hidden states are defined: in evaluation mode, and every module called.
 
     Dropout is off in every module until the block ends, and then each is in the mode it was in.
-    Code compiled by `torch.compile` runs as plain code meanwhile: what was compiled before a hook
-    was registered never calls it.
+    Code compiled by `torch.compile` runs as plain code meanwhile, in the whole process: what was
+    compiled before a hook was registered never calls it. Blocks of several threads may overlap.
     """
-    training = [module for module in model.modules() if module.training]
+
+    def evaluate(stack: contextlib.ExitStack) -> None:
+        for module in [module for module in model.modules() if module.training]:
+            module.training = False
+            stack.callback(setattr, module, "training", True)
+
+    def plain(stack: contextlib.ExitStack) -> None:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # without it nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+            stack.enter_context(_SHARED.block("compiled code", plain))
+        stack.enter_context(_SHARED.block(model, evaluate))
+        yield
 
 
 # -- names -------------------------------------------------------------------------------------

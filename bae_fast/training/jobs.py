@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -30,9 +29,9 @@ from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import FEATURE_DIM, gather_features, shard_features
 from bae_fast.training.learner import Learner, learning
 from bae_fast.training.objective import BinaryTrainable, Loss
-from bae_fast.training.supply import Rows, Supply, merge_states
+from bae_fast.training.supply import Rows, Supply, differences, merge_states
 from bae_fast.training.trackers import TRACKERS, Tracker
-from bae_fast.training.trainer import drop_later_lines
+from bae_fast.training.trainer import append_line, drop_later_lines
 
 # after so many steps, or saves, that failed one after the other the run ends
 FAILURES = 3
@@ -399,10 +398,8 @@ class JobTrainer:
         return self.run.out / part.name / "log.jsonl"
 
     def _write_line(self, part: _Part, line: dict[str, Any]) -> None:
-        if self.run.out is None or not self.is_first:
-            return
-        with self._log_file(part).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.run.out is not None and self.is_first:
+            append_line(self._log_file(part), line)
 
     def _log(self, results: dict[str, dict[str, float]], rate: float, seconds: float) -> None:
         active = [part for part in self._parts if part.name in results]
@@ -532,16 +529,11 @@ class JobTrainer:
         Raises:
             ValueError: the state of other jobs, constants or rows; nothing is changed then.
         """
-        theirs, ours = state["identity"], self._identity()
-        if theirs != ours:
-            differing = [
-                f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
-                for name in {**theirs, **ours}
-                if theirs.get(name) != ours.get(name)
-            ]
+        differing = differences(state["identity"], self._identity())
+        if differing:
             raise ValueError(
                 "the checkpoint must be of a run with the same jobs and constants; it is of one "
-                f"with {', '.join(differing)}"
+                f"with {differing}"
             )
         self.supply.load_state_dict(state["supply"])
         for part in self._parts:

@@ -174,6 +174,15 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**merged, "streams": dict(sorted(streams.items()))}
 
 
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs between what a state belongs to and what is here; "" where nothing does."""
+    return ", ".join(
+        f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    )
+
+
 def check_state(state: Mapping[str, Any], supply: Supply) -> dict[int, Any]:
     """The states of a supply's own streams.
 
@@ -185,14 +194,9 @@ def check_state(state: Mapping[str, Any], supply: Supply) -> dict[int, Any]:
         raise ValueError(
             f"state must be what state_dict of a supply gave; it lacks {', '.join(lacking)}"
         )
-    theirs, ours = state["identity"], supply.identity()
-    differing = [
-        f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
-        for name in {**theirs, **ours}
-        if theirs.get(name) != ours.get(name)
-    ]
+    differing = differences(state["identity"], supply.identity())
     if differing:
-        raise ValueError(f"state must be of the same rows; it is of {', '.join(differing)}")
+        raise ValueError(f"state must be of the same rows; it is of {differing}")
     if state["n_streams"] != supply.streams:
         raise ValueError(
             f"state must be of {supply.streams} streams; it is of {state['n_streams']}"

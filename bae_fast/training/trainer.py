@@ -27,7 +27,7 @@ from bae_fast.autoencoder import Autoencoder, check_rows
 from bae_fast.files import replacing, write_text
 from bae_fast.progress import progress_bar
 from bae_fast.training.learner import Config, Learner, check_finite, learning
-from bae_fast.training.supply import MemorySupply, Rows
+from bae_fast.training.supply import MemorySupply, Rows, differences
 
 # signals that wait for the end of a step
 _HELD = (signal.SIGINT, signal.SIGTERM)
@@ -236,28 +236,22 @@ class Trainer(Generic[Config]):
             ) as bar:
                 while self.step < self.config.steps:
                     lr = self.learning_rate(self.step)
+                    # The step and its line are one: a state saved between the two would leave a
+                    # gap in the log of the run that goes on from it.
                     with _whole():
                         result = self.train_step()
-                    bar.update(1)
-                    if self.step % log_every == 0 or self.step == self.config.steps:
-                        seconds = time.perf_counter() - start
-                        line: dict[str, float] = {"step": self.step, "lr": lr, "seconds": seconds}
-                        line.update({name: float(value) for name, value in result.items()})
-                        if not math.isfinite(line["mse"]):
-                            raise RuntimeError(
-                                f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, "
-                                "or lr is too high"
+                        bar.update(1)
+                        if self.step % log_every == 0 or self.step == self.config.steps:
+                            line = self._line(result, lr, time.perf_counter() - start)
+                            lines.append(line)
+                            bar.set_postfix(
+                                mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}"
                             )
-                        lines.append(line)
-                        bar.set_postfix(
-                            mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}"
-                        )
-                        if log is not None:
-                            log.parent.mkdir(parents=True, exist_ok=True)
-                            with log.open("a", encoding="utf-8") as file:
-                                file.write(json.dumps(line) + "\n")
-                        if on_log is not None:
-                            on_log(line)
+                            if log is not None:
+                                log.parent.mkdir(parents=True, exist_ok=True)
+                                append_line(log, line)
+                            if on_log is not None:
+                                on_log(line)
                     if checkpoint and checkpoint_every and self.step % checkpoint_every == 0:
                         with _whole():
                             self.save(checkpoint)
@@ -272,6 +266,20 @@ class Trainer(Generic[Config]):
         finally:
             self.learner.train(False)
         return lines
+
+    def _line(self, result: dict[str, Tensor], lr: float, seconds: float) -> dict[str, float]:
+        """What the log says of the step that was just done.
+
+        Raises:
+            RuntimeError: its loss is not finite.
+        """
+        line: dict[str, float] = {"step": self.step, "lr": lr, "seconds": seconds}
+        line.update({name: float(value) for name, value in result.items()})
+        if not math.isfinite(line["mse"]):
+            raise RuntimeError(
+                f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, or lr is too high"
+            )
+        return line
 
     # -- resume --------------------------------------------------------------------------------
 
@@ -301,16 +309,11 @@ class Trainer(Generic[Config]):
             raise ValueError(
                 f"state must be what state_dict of a Trainer gave; it lacks {', '.join(lacking)}"
             )
-        theirs, ours = state["belongs_to"], self._belongs_to()
-        differing = [
-            f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
-            for name in {**theirs, **ours}
-            if theirs.get(name) != ours.get(name)
-        ]
+        differing = differences(state["belongs_to"], self._belongs_to())
         if differing:
             raise ValueError(
                 "state must be of a run with the same module, constants and rows; it is of one "
-                f"with {', '.join(differing)}"
+                f"with {differing}"
             )
         self.learner.load_state(state)
         stream = {"order": state["order"], "generator": state["generator"]}
@@ -346,6 +349,12 @@ class Trainer(Generic[Config]):
     def _belongs_to(self) -> dict[str, Any]:
         """What a state fits: constants, module and rows."""
         return {**self.learner.identity(), **self.supply.identity()}
+
+
+def append_line(log: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a log; its folder must be there."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def drop_later_lines(log: Path, step: int) -> None:

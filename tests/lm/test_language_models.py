@@ -33,6 +33,7 @@ from bae_fast.lm import (
     windows,
 )
 from bae_fast.lm import gguf as gguf_copies
+from bae_fast.lm.hooks import running
 from bae_fast.lm.origin import check_origin
 
 transformers = pytest.importorskip("transformers")
@@ -694,7 +695,7 @@ def test_hidden_states_of_another_place_are_refused():
     facts = {**trained, "model_revision": "a" * 40}
     for metadata in (trained, {}, {**trained, "hook_name": "blocks.1.hook_resid_post"}):
         check_origin(metadata, facts)
-    check_origin({**trained, "model_name": "/home/me/llama"}, facts)  # a folder that was moved
+    check_origin({**trained, "model_name": "elsewhere/llama"}, facts)  # a folder that was moved
     with pytest.raises(ValueError, match=r"--model must be 'tiny/llama'.*got 'tiny/gemma'"):
         check_origin(trained, {**facts, "model_name": "tiny/gemma"})
     with pytest.raises(ValueError, match=r"--hook must be 'model.layers.1'.*'model.layers.2'"):
@@ -734,3 +735,28 @@ def test_a_dequantised_copy_is_whole_or_absent(tokenizer, tmp_path, monkeypatch)
 
 def _full_disk(*_arguments, **_options):
     raise OSError(28, "No space left on device")
+
+
+def test_blocks_of_a_running_model_overlap():
+    """As those of two threads do: the one that began first may end first."""
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2)).train()
+    model[1].eval()
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    first, second = running(model), running(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    function(torch.ones(2))
+    assert not compiled
+    second.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == [True, True, False]
+    function(torch.ones(2))
+    assert compiled

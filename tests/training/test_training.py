@@ -101,6 +101,28 @@ def interrupts():
 
 
 @pytest.mark.usefixtures("interrupts")
+def test_a_signal_behind_a_step_does_not_cost_its_line(tmp_path, monkeypatch):
+    x = synthetic()
+    trainer, log = Trainer(module(x), x, SMALL), tmp_path / "log.jsonl"
+    result_of = trainer.learner.result
+
+    def result(*arguments):  # called when the step is done
+        if trainer.step == 20:
+            signal.raise_signal(signal.SIGINT)
+        return result_of(*arguments)
+
+    monkeypatch.setattr(trainer.learner, "result", result)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(log=log, checkpoint=tmp_path / "checkpoint")
+    assert trainer.step == 20
+    goes_on = Trainer(module(x), x, SMALL)
+    goes_on.load(tmp_path / "checkpoint")
+    goes_on.fit(log=log)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(10, SMALL.steps + 1, 10))
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_waits_for_the_end_of_the_step():
     """The state after an interrupt is that of a whole step: going on is exact."""
     x = synthetic()
