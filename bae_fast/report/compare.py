@@ -120,5 +120,6 @@ def plot(result: dict[str, Any]) -> bytes:
         bits = sum(row["bits"] for row in found) / len(found)
         # a code without a bit, or worse than the mean, has no place in the plane
         if method != "transcoder" and bits > 0 and math.isfinite(fvu) and fvu < 1:
-            points.append(Point(_label(method, k), fvu, bits, k is None))
+            series = None if k is None else LABELS.get(method, method)
+            points.append(Point(_label(method, k), fvu, bits, k is None, series))
     return plot_fvu_bits(torch.tensor(result["spectrum"], dtype=torch.float64), points)

@@ -5,6 +5,7 @@ Drawn through matplotlib's object interface on the Agg canvas: no display, no gl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ _CURVES: tuple[tuple[tuple[str, ...], str, bool], ...] = (
     (("density", "mean_density"), "mean density", False),
 )
 
+# of series in one figure, with the colours of `Ink.series`
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+
 
 class Point(NamedTuple):
     """A code in the plane of FVU and bits.
@@ -44,12 +48,15 @@ class Point(NamedTuple):
         fvu: fraction of variance unexplained.
         bits: bits per row.
         highlight: drawn as the run that the figure is about.
+        series: what it has in common with others. They are joined, in one colour, and the series
+            stands in the legend in place of a label at each point.
     """
 
     name: str
     fvu: float
     bits: float
     highlight: bool = False
+    series: str | None = None
 
 
 def plot_training(log: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
@@ -197,7 +204,11 @@ def plot_fvu_bits(
     bits = np.geomspace(low, high, 300)
     bound = gaussian_rate_distortion_fvu(eigenvalues, torch.from_numpy(bits)).cpu().numpy()
 
-    figure = new_figure(ink, 6.6, 3.9)
+    series: dict[str, list[Point]] = {}
+    for point in points:
+        if point.series is not None and not point.highlight:
+            series.setdefault(point.series, []).append(point)
+    figure = new_figure(ink, 8.2 if series else 6.6, 3.9)
     ax = figure.add_subplot()
     style_axes(ax, ink, "")
     ax.set_xscale("log")
@@ -212,13 +223,28 @@ def plot_fvu_bits(
         0.015, 0.03, "below the line: out of reach\nfor Gaussian hidden states",
         transform=ax.transAxes, va="bottom", color=ink.muted, fontsize=8.5,
     )  # fmt: skip
-    for point in sorted(points, key=lambda p: p.highlight):
+    alone = [p for p in points if p.highlight or p.series is None]
+    for point in sorted(alone, key=lambda p: p.highlight):
         ax.scatter(
-            point.bits, point.fvu, s=70 if point.highlight else 34, zorder=3 + point.highlight,
+            point.bits, point.fvu, s=70 if point.highlight else 34, zorder=4 + point.highlight,
             color=ink.second if point.highlight else ink.main,
             edgecolor=ink.surface, linewidth=1.2,
         )  # fmt: skip
-    _label_points(ax, ink, points, bits, bound)
+    for (name, members), (colour, marker) in zip(
+        series.items(), itertools.cycle(zip(ink.series, _MARKERS, strict=True)), strict=False
+    ):
+        members = sorted(members, key=lambda p: p.bits)
+        ax.plot(
+            [p.bits for p in members], [p.fvu for p in members], label=name, zorder=3,
+            color=colour, marker=marker, markersize=6.5, linewidth=1.1,
+            markeredgecolor=ink.surface, markeredgewidth=0.8,
+        )  # fmt: skip
+    _label_points(ax, ink, alone, points, bits, bound)
+    if series:
+        ax.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8.5,
+            labelcolor=ink.text,
+        )  # fmt: skip
     ticks = [m * 10.0**e for e in range(6) for m in (1, 2, 5)]
     ax.set_xticks([t for t in ticks if low <= t <= high])
     ax.xaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
@@ -235,9 +261,14 @@ def save_png(path: str | Path, png: bytes) -> Path:
 
 
 def _label_points(
-    ax: Axes, ink: Ink, points: Sequence[Point], bits: np.ndarray, bound: np.ndarray
+    ax: Axes,
+    ink: Ink,
+    labelled: Sequence[Point],
+    points: Sequence[Point],
+    bits: np.ndarray,
+    bound: np.ndarray,
 ) -> None:
-    """Name each point beside it, moved up or down until it covers no point, name or curve."""
+    """Name points beside them, moved up or down until a name covers no point, name or curve."""
     low, high = ax.get_xlim()
     bottom, top = ax.get_ylim()
     taken: list[tuple[float, float, float, float]] = []
@@ -253,7 +284,7 @@ def _label_points(
     for at_bits, at_fvu in zip(bits.tolist(), bound.tolist(), strict=True):
         x, y = place(at_bits, at_fvu)
         taken.append((x - 0.004, x + 0.004, y - 0.008, y + 0.008))
-    for point in sorted(points, key=lambda p: (not p.highlight, p.fvu)):
+    for point in sorted(labelled, key=lambda p: (not p.highlight, p.fvu)):
         x, y = place(point.bits, point.fvu)
         width = 0.0148 * len(point.name) + 0.01
         best = None

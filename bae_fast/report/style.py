@@ -21,10 +21,16 @@ class Ink(NamedTuple):
     main: str
     second: str
     fill: str
+    series: tuple[str, ...]
 
 
-_LIGHT = Ink("#ffffff", "#1d2330", "#667085", "#e4e7ec", "#1f5fbf", "#c2570c", "#eef1f6")
-_DARK = Ink("#171b23", "#e6e9ef", "#98a2b3", "#2c3340", "#7db0ff", "#f5a35c", "#212733")
+# Colours of many series, after Okabe and Ito: apart for readers who cannot tell red from green.
+_SERIES = (
+    "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#8a6d00", "#5b5fc7", "#6b7280", "#a0522d",
+)  # fmt: skip
+
+_LIGHT = Ink("#ffffff", "#1d2330", "#667085", "#e4e7ec", "#1f5fbf", "#c2570c", "#eef1f6", _SERIES)
+_DARK = Ink("#171b23", "#e6e9ef", "#98a2b3", "#2c3340", "#7db0ff", "#f5a35c", "#212733", _SERIES)
 
 
 def ink_of(dark: bool) -> Ink:

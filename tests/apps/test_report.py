@@ -193,6 +193,14 @@ def test_a_highlighted_code_stands_out():
     assert _share(marked, "#c2570c") > 0
 
 
+def test_codes_of_a_series_have_their_own_colour_and_stand_in_a_legend():
+    points = [Point("k=16", 0.25, 200, series="a"), Point("k=32", 0.2, 390, series="a")]
+    image = plot_fvu_bits(SPECTRUM, [*points, Point("b", 0.2, 800)])
+    alone = plot_fvu_bits(SPECTRUM, [point._replace(series=None) for point in points])
+    assert _share(image, "#0072b2") > 0 == _share(alone, "#0072b2")
+    assert _pixels(image).shape[1] > _pixels(alone).shape[1]
+
+
 def test_many_codes_at_one_place_are_still_drawn():
     points = [Point(f"code number {i}", 0.2, 300) for i in range(20)]
     assert _pixels(plot_fvu_bits(SPECTRUM, points)).shape[1] > 900
