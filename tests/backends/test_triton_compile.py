@@ -8,19 +8,12 @@ oldest triton that is supported and by the newest, and of each kernel the larges
 assembler once spilled. All variants of all chips take most of an hour: ``make test-matrix``.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import machine_code
 import pytest
+from triton_process import OLDEST, printed
 
 from bae_fast.ops import registry
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).resolve().parent / "triton_compile_worker.py"
 TRITON = registry.BACKENDS["triton"]
 pytestmark = [
     pytest.mark.slow,
@@ -28,10 +21,6 @@ pytestmark = [
         TRITON.unavailable is not None, reason=f"impl='triton' cannot run: {TRITON.unavailable}"
     ),
 ]
-
-# where `make` puts the oldest triton that is supported, alone: torch's CUDA builds come with it
-OLDEST = "3.6"
-OLDEST_FOLDER = Path(sys.prefix) / f"triton-{OLDEST}"
 
 # kernels that hold a product, by the dtype of its operands
 HALF = {"encode_kernel", "bits_product_kernel", "gradient_kernel"}
@@ -62,25 +51,7 @@ def cache(tmp_path_factory):
 
 def worker(*arguments, folder, oldest=False):
     """What the worker prints, by the installed triton or by the oldest one."""
-    if oldest and not OLDEST_FOLDER.is_dir():
-        pytest.skip(f"needs triton {OLDEST} in {OLDEST_FOLDER}: make installs it")
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
-    }
-    path = [*[str(OLDEST_FOLDER)] * oldest, str(ROOT), str(ROOT / "tests" / "support")]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(folder)}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    if oldest:
-        assert found["triton"].startswith(OLDEST)
+    found = printed("triton_compile_worker.py", *arguments, folder=folder, oldest=oldest)
     return found if isinstance(found, list) else found["kernels"]
 
 

@@ -1,0 +1,41 @@
+"""Compilations with triton in a process of their own, by the installed triton or the oldest one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# where `make` puts the oldest triton that is supported, alone: torch's CUDA builds come with it
+OLDEST = "3.6"
+OLDEST_FOLDER = Path(sys.prefix) / f"triton-{OLDEST}"
+
+
+def printed(script, *arguments, folder, oldest=False):
+    """The JSON that a script of tests/backends prints; ``folder`` is triton's cache.
+
+    An object that names its triton must name the one that was asked for.
+    """
+    if oldest and not OLDEST_FOLDER.is_dir():
+        pytest.skip(f"needs triton {OLDEST} in {OLDEST_FOLDER}: make installs it")
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
+    }
+    path = [*[str(OLDEST_FOLDER)] * oldest, str(ROOT), str(ROOT / "tests" / "support")]
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "backends" / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    if oldest:
+        assert found["triton"].startswith(OLDEST)
+    return found
