@@ -1,8 +1,10 @@
-"""Builds the C++ backend where torch and a compiler are at hand; metadata is in pyproject.toml.
+"""Builds the C++ backend where a compiler is at hand; metadata is in pyproject.toml.
 
-torch is not a build requirement: an isolated build would fetch it. Without torch, without a
-compiler, or with ``BAE_FAST_BUILD_EXT=0`` the package installs without the backend and says so;
-its wheel is then one for any machine. Install with ``--no-build-isolation`` to build it.
+torch is neither fetched nor read: ``csrc/torch_abi.h`` declares what is used of its stable C
+interface, and the extension is linked to an empty library of the same name. The torch that is
+loaded when the backend is used resolves it. Without a compiler, or with ``BAE_FAST_BUILD_EXT=0``,
+the package installs without the backend and says so at its first use; its wheel is then one for any
+machine.
 
 Tests import this file for its flags.
 """
@@ -76,11 +78,10 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-missing-field-initializers",
-    "-Wno-unused-parameter",  # torch's headers
 ]
 
-# LibTorch 2.11: the oldest whose stable ABI the extension speaks
-TORCH_TARGET_VERSION = "0x020b000000000000"
+# the library of torch that holds its stable C interface, as the loader knows it
+TORCH_LIBRARY = "libtorch_cpu.so"
 PYTHON_TARGET_VERSION = "0x030A0000"
 
 
@@ -133,8 +134,24 @@ class BuildExtension(build_ext):
             self.build_temp = os.path.join("build", f"objects-{sys.implementation.cache_tag}")
         super().finalize_options()
 
+    def make_empty_torch(self):
+        """A folder with an empty library of the name of torch's, to be linked to."""
+        folder = Path(self.build_temp) / "torch"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = folder / "empty.cpp"
+        source.write_text("")
+        words = [*self.compiler.compiler_so_cxx, "-shared", "-fPIC", "-nostdlib"]
+        words += [f"-Wl,-soname,{TORCH_LIBRARY}", str(source), "-o", str(folder / TORCH_LIBRARY)]
+        try:
+            subprocess.run(words, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(str(error)) from error
+        return str(folder)
+
     def build_extension(self, ext):
         compiler, ninja, commands = self.compiler, find_ninja(), []
+        if sys.platform == "linux":
+            ext.library_dirs = [*ext.library_dirs, self.make_empty_torch()]
         compile_one, compile_all = compiler._compile, compiler.compile
 
         def compile_with_flags(obj, src, ext_, cc_args, extra, pp_opts):
@@ -178,30 +195,26 @@ def extensions():
     if sys.platform == "win32":
         warnings.warn("bae_fast's C++ backend is not built on Windows", stacklevel=1)
         return []
-    try:
-        import torch
-    except ImportError as error:
-        warnings.warn(f"bae_fast is installed without its C++ backend: {error}", stacklevel=1)
-        return []
-    folder = Path(torch.__file__).parent
+    # needed though the empty library defines nothing
+    linked = {"extra_link_args": ["-Wl,--no-as-needed", "-ltorch_cpu"]}
+    if sys.platform != "linux":  # linkers that ask the library what it defines
+        try:
+            import torch
+        except ImportError as error:
+            warnings.warn(f"bae_fast is installed without its C++ backend: {error}", stacklevel=1)
+            return []
+        folder = str(Path(torch.__file__).parent / "lib")
+        linked = {"library_dirs": [folder], "libraries": ["torch_cpu"]}
     return [
         Extension(
             "bae_fast._C",
             sources=[f"csrc/{name}.cpp" for name in SOURCES],
             depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")],
-            include_dirs=["csrc", str(folder / "include")],
-            library_dirs=[str(folder / "lib")],
-            libraries=["torch_cpu", "torch"],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-                ("Py_LIMITED_API", PYTHON_TARGET_VERSION),
-            ],
-            extra_compile_args=[
-                *FLAGS,
-                # messages of failed checks name files
-                f"-ffile-prefix-map={ROOT}=.",
-                f"-ffile-prefix-map={folder}=torch",
-            ],
+            include_dirs=["csrc"],
+            define_macros=[("Py_LIMITED_API", PYTHON_TARGET_VERSION)],
+            # messages of failed checks name files
+            extra_compile_args=[*FLAGS, f"-ffile-prefix-map={ROOT}=."],
+            **linked,
             optional=True,  # a failure is a warning
             py_limited_api=True,
         )

@@ -67,7 +67,7 @@ void for_each_strip(const Backward& b, int64_t n, int64_t columns, int64_t wides
                     void (*kernel_given)(const BackwardStrip<T>&), MakeBody make_body) {
   const int64_t width = strip_width(columns, widest);
   const int64_t strips = (columns + width - 1) / width;
-  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> memory;
     const bool listed = b.signs != nullptr && b.signs->lists != nullptr;
     const bool planes_needed = b.signs != nullptr && !listed;

@@ -49,9 +49,8 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
                                       bool keep_signs) {
   const int64_t k = counts.numel(), w = n_words(k);
   Tensor columns = rows_to_columns(words, k);
-  Tensor numerator = torch::stable::new_zeros(counts, {});
-  Tensor signs = keep_signs ? torch::stable::new_empty(words, {2, k, w})
-                            : torch::stable::new_empty(words, {0});
+  Tensor numerator = new_zeros(ScalarType::Long);
+  Tensor signs = keep_signs ? new_empty(ScalarType::Int, 2, k, w) : new_empty(ScalarType::Int, 0);
   if (keep_signs) prefer_large_pages(signs);
   const int64_t stride = row_stride(columns);
   const std::vector<int32_t> ones = padded_counts(counts, stride);
@@ -65,8 +64,8 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
     for (int64_t j = i; j < k; j += kTile) tiles.emplace_back(i, j);
   }
   std::atomic<int64_t> total{0}, next{0};
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = get_num_threads();
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> signs_of_tile(keep_signs ? 3 * kTile * kTileWords : 0);
     uint32_t* const parts[2] = {signs_of_tile.data(), signs_of_tile.data() + kTile * kTileWords};
     uint32_t* const mirror = signs_of_tile.data() + 2 * kTile * kTileWords;

@@ -26,7 +26,7 @@ class GradientPool {
       return found;
     }
     void* const made = std::aligned_alloc(64, round_up(bytes, 64));
-    STD_TORCH_CHECK(made != nullptr, "no memory for a gradient of ", bytes, " bytes");
+    check(made != nullptr, "no memory for a gradient of ", bytes, " bytes");
     prefer_large_pages(made, bytes);
     return static_cast<float*>(made);
   }
@@ -51,12 +51,9 @@ class GradientPool {
 Tensor new_gradient(int64_t rows, int64_t columns) {
   const int64_t bytes = rows * columns * 4;
   float* const memory = GradientPool::instance().take(bytes);
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  return torch::stable::from_blob(
-      memory, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-      ScalarType::Float, [bytes](void* back) {
-        GradientPool::instance().give_back(static_cast<float*>(back), bytes);
-      });
+  return over_memory(memory, rows, columns, ScalarType::Float, [bytes](void* back) {
+    GradientPool::instance().give_back(static_cast<float*>(back), bytes);
+  });
 }
 
 }  // namespace bae_fast

@@ -14,7 +14,7 @@ int64_t padded_stride(int64_t columns) {
 
 void transpose_rows(const uint32_t* words, int64_t stride, int64_t n, int64_t columns,
                     uint32_t* out, int64_t out_stride) {
-  torch::stable::parallel_for(0, n_words(n), 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n_words(n), 8, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const int64_t first = m * kWordBits;
       uint32_t* to = out + m * out_stride;
@@ -30,7 +30,7 @@ void transpose_rows(const uint32_t* words, int64_t stride, int64_t n, int64_t co
 // Row-packed [N, W] to column-packed [ceil(N/32), stride >= K], zero past column K.
 Tensor rows_to_columns(Tensor words, int64_t n_columns) {
   const int64_t n = words.size(0), stride = padded_stride(n_columns);
-  Tensor out = torch::stable::new_empty(words, {n_words(n), stride});
+  Tensor out = new_empty(ScalarType::Int, n_words(n), stride);
   transpose_rows(data<uint32_t>(words), row_stride(words), n, n_columns,
                  mutable_data<uint32_t>(out), stride);
   return out;
@@ -39,34 +39,31 @@ Tensor rows_to_columns(Tensor words, int64_t n_columns) {
 // Row-packed [N, W] to feature-packed without alignment, [K, ceil(N/32)].
 Tensor rows_to_features(Tensor words, int64_t n_columns) {
   const int64_t n = words.size(0), m = n_words(n), stride = row_stride(words);
-  Tensor out = torch::stable::new_empty(words, {n_columns, m});
+  Tensor out = new_empty(ScalarType::Int, n_columns, m);
   const uint32_t* in = data<uint32_t>(words);
   uint32_t* to = mutable_data<uint32_t>(out);
   constexpr int64_t kSpan = 512;
-  torch::stable::parallel_for(
-      0, (n_columns + kSpan - 1) / kSpan, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns);
-             first += kSpan) {
-          for (int64_t w = 0; w < m; ++w) {
-            kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
-                                std::min(n - w * kWordBits, kWordBits),
-                                std::min(n_columns - first, kSpan), to + first * m + w, m);
-          }
-        }
-      });
+  parallel_for(0, (n_columns + kSpan - 1) / kSpan, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns); first += kSpan) {
+      for (int64_t w = 0; w < m; ++w) {
+        kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
+                            std::min(n - w * kWordBits, kWordBits),
+                            std::min(n_columns - first, kSpan), to + first * m + w, m);
+      }
+    }
+  });
   return out;
 }
 
 // Ones in each column of row-packed words.
 Tensor column_counts(Tensor words, int64_t n_columns) {
   const int64_t n = words.size(0), stride = row_stride(words);
-  Tensor counts =
-      torch::stable::new_zeros(words, {n_columns}, std::make_optional(ScalarType::Long));
+  Tensor counts = new_zeros(ScalarType::Long, n_columns);
   const uint32_t* in = data<uint32_t>(words);
   int64_t* out = mutable_data<int64_t>(counts);
   constexpr int64_t kSpan = 512;
   const int64_t spans = (n_columns + kSpan - 1) / kSpan;
-  torch::stable::parallel_for(0, spans, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, spans, 1, [&](int64_t begin, int64_t end) {
     uint32_t columns[kSpan];
     for (int64_t span = begin; span < end; ++span) {
       const int64_t first = span * kSpan, used = std::min(n_columns - first, kSpan);
@@ -86,18 +83,16 @@ int64_t count_ones(Tensor words) {
   const uint32_t* in = data<uint32_t>(words);
   constexpr int64_t kSpan = 512;
   std::atomic<int64_t> total{0};
-  torch::stable::parallel_for(0, n, 1 + (1 << 14) / std::max<int64_t>(width, 1),
-                              [&](int64_t begin, int64_t end) {
-                                int64_t counts[kSpan] = {}, sum = 0;
-                                for (int64_t row = begin; row < end; ++row) {
-                                  for (int64_t w = 0; w < width; w += kSpan) {
-                                    kernels().column_counts(in + row * stride + w, 0, 1,
-                                                            std::min(width - w, kSpan), counts);
-                                  }
-                                }
-                                for (const int64_t count : counts) sum += count;
-                                total += sum;
-                              });
+  parallel_for(0, n, 1 + (1 << 14) / std::max<int64_t>(width, 1), [&](int64_t begin, int64_t end) {
+    int64_t counts[kSpan] = {}, sum = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t w = 0; w < width; w += kSpan) {
+        kernels().column_counts(in + row * stride + w, 0, 1, std::min(width - w, kSpan), counts);
+      }
+    }
+    for (const int64_t count : counts) sum += count;
+    total += sum;
+  });
   return total;
 }
 

@@ -18,30 +18,29 @@ int64_t simd(int64_t level) {
   return level;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bae_fast, CompositeExplicitAutograd, m) {
-  m.impl("cpp_simd", TORCH_BOX(&simd));
-  m.impl("cpp_has_units", TORCH_BOX(&has_units));
-  m.impl("cpp_new_gradient", TORCH_BOX(&new_gradient));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(bae_fast, CPU, m) {
-  m.impl("cpp_rows_to_columns", TORCH_BOX(&rows_to_columns));
-  m.impl("cpp_column_counts", TORCH_BOX(&column_counts));
-  m.impl("cpp_count_ones", TORCH_BOX(&count_ones));
-  m.impl("cpp_salient", TORCH_BOX(&salient));
-  m.impl("cpp_grouped", TORCH_BOX(&grouped));
-  m.impl("cpp_threshold", TORCH_BOX(&threshold));
-  m.impl("cpp_covariance", TORCH_BOX(&covariance));
-  m.impl("cpp_pair_lists", TORCH_BOX(&pair_lists));
-  m.impl("cpp_list_rows", TORCH_BOX(&list_rows));
-  m.impl("cpp_listed_covariance", TORCH_BOX(&listed_covariance));
-  m.impl("cpp_backward", TORCH_BOX(&backward));
-  m.impl("cpp_sparse_backward", TORCH_BOX(&sparse_backward));
-  m.impl("cpp_rows_to_features", TORCH_BOX(&rows_to_features));
-  m.impl("cpp_bits_product", TORCH_BOX(&bits_product));
-  m.impl("cpp_unit_encode", TORCH_BOX(&unit_encode));
-  m.impl("cpp_unit_product", TORCH_BOX(&unit_product));
-  m.impl("cpp_unit_backward", TORCH_BOX(&unit_backward));
+void register_operators() {
+  Library any("bae_fast", "CompositeExplicitAutograd");
+  any.impl<&simd>("cpp_simd");
+  any.impl<&has_units>("cpp_has_units");
+  any.impl<&new_gradient>("cpp_new_gradient");
+  Library cpu("bae_fast", "CPU");
+  cpu.impl<&rows_to_columns>("cpp_rows_to_columns");
+  cpu.impl<&column_counts>("cpp_column_counts");
+  cpu.impl<&count_ones>("cpp_count_ones");
+  cpu.impl<&salient>("cpp_salient");
+  cpu.impl<&grouped>("cpp_grouped");
+  cpu.impl<&threshold>("cpp_threshold");
+  cpu.impl<&covariance>("cpp_covariance");
+  cpu.impl<&pair_lists>("cpp_pair_lists");
+  cpu.impl<&list_rows>("cpp_list_rows");
+  cpu.impl<&listed_covariance>("cpp_listed_covariance");
+  cpu.impl<&backward>("cpp_backward");
+  cpu.impl<&sparse_backward>("cpp_sparse_backward");
+  cpu.impl<&rows_to_features>("cpp_rows_to_features");
+  cpu.impl<&bits_product>("cpp_bits_product");
+  cpu.impl<&unit_encode>("cpp_unit_encode");
+  cpu.impl<&unit_product>("cpp_unit_product");
+  cpu.impl<&unit_backward>("cpp_unit_backward");
 }
 
 PyModuleDef module = {
@@ -52,4 +51,12 @@ PyModuleDef module = {
 }  // namespace bae_fast
 
 // Importing the module registers the operators; it holds nothing else.
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&bae_fast::module); }
+PyMODINIT_FUNC PyInit__C() {
+  try {
+    bae_fast::register_operators();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
+  return PyModule_Create(&bae_fast::module);
+}

@@ -21,9 +21,7 @@ constexpr int64_t kRowsAtOnce = 64;
 constexpr int64_t kRanksAtOnce = 64;
 constexpr double kGain = 0.5;  // lists keep no signs for backward: they must take half of the time
 
-Tensor new_ints(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, std::make_optional(ScalarType::Int));
-}
+Tensor new_ints(int64_t size) { return new_empty(ScalarType::Int, size); }
 
 // A feature is dense where counting a pair of its like by lists takes longer than by bits.
 bool is_dense(int64_t ones, int64_t n_rows, double list_cost) {
@@ -48,7 +46,7 @@ Tensor rank_features(const Tensor& counts, int64_t n_rows, double list_cost) {
     next[count] = at;
     at += here;
   }
-  Tensor out = new_ints(counts, Ranks::kHead + k + 2 * active);
+  Tensor out = new_ints(Ranks::kHead + k + 2 * active);
   int32_t* const head = mutable_data<int32_t>(out);
   head[0] = static_cast<int32_t>(active);
   head[1] = static_cast<int32_t>(dense);
@@ -165,7 +163,7 @@ Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
   const int64_t blocks = (n + kRowsAtOnce - 1) / kRowsAtOnce;
   std::vector<std::vector<int32_t>> found(blocks);
   std::vector<int32_t> length(n);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
+  parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b) {
       for (int64_t r = b * kRowsAtOnce; r < std::min(n, (b + 1) * kRowsAtOnce); ++r) {
         const size_t before = found[b].size();
@@ -178,8 +176,8 @@ Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
   });
   int64_t total = 0;
   for (const auto& block : found) total += static_cast<int64_t>(block.size());
-  STD_TORCH_CHECK(total < INT32_MAX, "lists of ", total, " entries: at most 2^31 - 2");
-  Tensor out = new_ints(words, RowLists::kHead + 2 * n + 1 + ranks.active + 1 + 3 * total);
+  check(total < INT32_MAX, "lists of ", total, " entries: at most 2^31 - 2");
+  Tensor out = new_ints(RowLists::kHead + 2 * n + 1 + ranks.active + 1 + 3 * total);
   int32_t* const head = mutable_data<int32_t>(out);
   head[0] = static_cast<int32_t>(n);
   head[1] = static_cast<int32_t>(total);
@@ -224,8 +222,7 @@ Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
 std::tuple<Tensor, Tensor> pair_lists(Tensor words, Tensor counts, int64_t n_rows, double list_cost,
                                       bool all_rows) {
   const auto none = [&] {
-    return std::make_tuple(torch::stable::new_empty(words, {0}),
-                           torch::stable::new_empty(words, {0}));
+    return std::make_tuple(new_empty(ScalarType::Int, 0), new_empty(ScalarType::Int, 0));
   };
   Tensor ranks_tensor = rank_features(counts, n_rows, list_cost);
   const Ranks ranks(ranks_tensor, counts.numel());
@@ -236,9 +233,9 @@ std::tuple<Tensor, Tensor> pair_lists(Tensor words, Tensor counts, int64_t n_row
   return {ranks_tensor, lists};
 }
 
-Tensor dense_words(const RowLists& lists, const Ranks& ranks, const Tensor& like) {
+Tensor dense_words(const RowLists& lists, const Ranks& ranks) {
   const int64_t w = n_words(ranks.dense);
-  Tensor out = torch::stable::new_zeros(like, {lists.rows, w}, std::make_optional(ScalarType::Int));
+  Tensor out = new_zeros(ScalarType::Int, lists.rows, w);
   uint32_t* const words = mutable_data<uint32_t>(out);
   for (int64_t r = 0; r < lists.rows; ++r) {
     for (int32_t e = lists.begin[r]; e < lists.dense_end[r]; ++e) {
@@ -248,8 +245,8 @@ Tensor dense_words(const RowLists& lists, const Ranks& ranks, const Tensor& like
   return out;
 }
 
-Tensor dense_counts(const Ranks& ranks, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, {ranks.dense}, std::make_optional(ScalarType::Long));
+Tensor dense_counts(const Ranks& ranks) {
+  Tensor out = new_empty(ScalarType::Long, ranks.dense);
   std::copy_n(ranks.ones, ranks.dense, mutable_data<int64_t>(out));
   return out;
 }
@@ -270,15 +267,15 @@ Tensor listed_covariance(Tensor ranks_tensor, Tensor lists_tensor, int64_t n_fea
   };
   uint64_t total = without_pairs(ranks.active) - without_pairs(ranks.dense);
   if (ranks.dense > 0) {
-    const Tensor words = dense_words(lists, ranks, lists_tensor);
-    const auto [part, none] = covariance(words, dense_counts(ranks, lists_tensor), n_rows, false);
+    const Tensor words = dense_words(lists, ranks);
+    const auto [part, none] = covariance(words, dense_counts(ranks), n_rows, false);
     total += static_cast<uint64_t>(*data<int64_t>(part));
   }
   const int64_t groups = (ranks.active - ranks.dense + kRanksAtOnce - 1) / kRanksAtOnce;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = get_num_threads();
   std::atomic<uint64_t> counted{0};
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> pairs(ranks.active, 0), touched(ranks.active + 1);
     std::vector<Partner> partners(ranks.active);
     for (int64_t j = 0; j < ranks.active; ++j) partners[j] = {-1, ranks.ones[j]};
@@ -294,8 +291,7 @@ Tensor listed_covariance(Tensor ranks_tensor, Tensor lists_tensor, int64_t n_fea
     }
     counted += sum;
   });
-  Tensor numerator =
-      torch::stable::new_empty(lists_tensor, {}, std::make_optional(ScalarType::Long));
+  Tensor numerator = new_empty(ScalarType::Long);
   *mutable_data<int64_t>(numerator) = static_cast<int64_t>(total + 2 * counted);
   return numerator;
 }
@@ -311,9 +307,9 @@ ListedSigns::ListedSigns(const Tensor& ranks_tensor, const Tensor& counted_tenso
       ones_of_rare(0) {
   for (int64_t i = ranks.dense; i < ranks.active; ++i) ones_of_rare += ranks.ones[i];
   if (ranks.dense == 0) return;
-  bits = dense_words(at_hand, ranks, counted_tensor);
-  const Tensor words = dense_words(counted, ranks, counted_tensor);
-  planes = std::get<1>(covariance(words, dense_counts(ranks, counted_tensor), n_rows, true));
+  bits = dense_words(at_hand, ranks);
+  const Tensor words = dense_words(counted, ranks);
+  planes = std::get<1>(covariance(words, dense_counts(ranks), n_rows, true));
 }
 
 SignRow::SignRow(const ListedSigns& source)

@@ -56,10 +56,10 @@ struct RowLists {
 // pair_lists.cpp
 
 // Bits of the dense features, row-packed by rank.
-Tensor dense_words(const RowLists& lists, const Ranks& ranks, const Tensor& like);
+Tensor dense_words(const RowLists& lists, const Ranks& ranks);
 
 // Counts of the dense features, int64.
-Tensor dense_counts(const Ranks& ranks, const Tensor& like);
+Tensor dense_counts(const Ranks& ranks);
 
 // The covariance's rows of signs from lists, for backward bodies; shared by threads.
 class ListedSigns {

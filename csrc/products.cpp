@@ -39,7 +39,7 @@ void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> kee
   const int64_t inside_stride = windowed ? row_stride(window) : 0;
   const float narrow = static_cast<float>(width);
   const Kernels& k = kernels();
-  torch::stable::parallel_for(0, n, 1 + (1 << 15) / columns, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, 1 + (1 << 15) / columns, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       uint32_t* to = bits + row * bits_stride;
       uint32_t* in = windowed ? inside + row * inside_stride : nullptr;
@@ -81,26 +81,25 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
     const int64_t rows = std::min(n - top, kRowsAtOnce);
     const LeftPanel panel(from(left, top, 0), rows, depth, digits);
     if (!panel.exact()) return false;
-    torch::stable::parallel_for(
-        0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
-          Scratch scratch(units.scratch);
-          for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
-            const UnitStrip s{
-                panel.get(), from(right, 0, at), rows, depth, std::min(columns - at, strip),
-                digits,      scratch.get()};
-            EncodeStrip e{};
-            e.bias = data<float>(bias) + at;
-            e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
-            e.width = static_cast<float>(width);
-            e.words_stride = row_stride(words);
-            e.words = mutable_data<uint32_t>(words) + top * e.words_stride + at / kWordBits;
-            if (windowed) {
-              e.window_stride = row_stride(window);
-              e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
-            }
-            if (!units.encode(s, e)) exact = false;
-          }
-        });
+    parallel_for(0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(units.scratch);
+      for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
+        const UnitStrip s{
+            panel.get(), from(right, 0, at), rows, depth, std::min(columns - at, strip),
+            digits,      scratch.get()};
+        EncodeStrip e{};
+        e.bias = data<float>(bias) + at;
+        e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
+        e.width = static_cast<float>(width);
+        e.words_stride = row_stride(words);
+        e.words = mutable_data<uint32_t>(words) + top * e.words_stride + at / kWordBits;
+        if (windowed) {
+          e.window_stride = row_stride(window);
+          e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
+        }
+        if (!units.encode(s, e)) exact = false;
+      }
+    });
   }
   return exact;
 }
@@ -118,17 +117,16 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
                     deep = std::min(depth - k0, kDepthAtOnce);
       const LeftPanel panel(from(from_left, top, k0), rows, deep, digits);
       if (!panel.exact() || !exact) return false;
-      torch::stable::parallel_for(
-          0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
-            Scratch scratch(units.scratch);
-            for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
-              const UnitStrip s{panel.get(),  from(from_right, k0, at),      rows,
-                                deep,         std::min(columns - at, strip), digits,
-                                scratch.get()};
-              float* to = mutable_data<float>(out) + top * stride + at;
-              if (!units.product(s, to, stride, add || k0 > 0)) exact = false;
-            }
-          });
+      parallel_for(0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
+        Scratch scratch(units.scratch);
+        for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
+          const UnitStrip s{panel.get(),  from(from_right, k0, at),      rows,
+                            deep,         std::min(columns - at, strip), digits,
+                            scratch.get()};
+          float* to = mutable_data<float>(out) + top * stride + at;
+          if (!units.product(s, to, stride, add || k0 > 0)) exact = false;
+        }
+      });
     }
   }
   return exact;
@@ -140,14 +138,14 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
 // nothing of use, where that kernel met a number that is not finite.
 bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) {
   const int64_t rows = out.size(0), columns = out.size(1), depth = dense.size(0);
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = get_num_threads();
   const int64_t width = strip_width(columns, gather ? INT64_MAX : kernels().product_columns);
   const int64_t strips = (columns + width - 1) / width;
   // rows are shared out too where there are few strips; enough of them to pay for the panels
   const int64_t parts = std::max<int64_t>(1, std::min((threads + strips - 1) / strips, rows / 64));
   const int64_t share = (rows + parts - 1) / parts;
   std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, strips * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(gather ? kernels().gather_scratch : kernels().product_scratch);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % parts * share, at = index / parts * width;

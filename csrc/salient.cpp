@@ -75,7 +75,7 @@ void look_up(const uint32_t* row, const uint32_t* mask, int64_t w, const Table& 
 Tensor salient(Tensor words, Tensor order, int64_t n_columns, int64_t k) {
   const int64_t n = words.size(0), w = words.size(1), stride = row_stride(words);
   const int64_t m = order.numel();
-  Tensor out = torch::stable::new_empty(words, {n, k});
+  Tensor out = new_empty(ScalarType::Int, n, k);
   const uint32_t* in = data<uint32_t>(words);
   const int32_t* entries = data<int32_t>(order);
   int32_t* to = mutable_data<int32_t>(out);
@@ -100,7 +100,7 @@ Tensor salient(Tensor words, Tensor order, int64_t n_columns, int64_t k) {
     if (table.place_on[column] <= reach) mask[column / kWordBits] |= 1u << (column % kWordBits);
   }
 
-  torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const uint32_t* row = in + i * stride;
       int32_t* places = to + i * k;
@@ -122,8 +122,7 @@ Tensor salient(Tensor words, Tensor order, int64_t n_columns, int64_t k) {
 // group, rising, int64. Other numbers are left out.
 std::tuple<Tensor, Tensor> grouped(Tensor numbers, int64_t n_groups) {
   const int64_t n = numbers.numel();
-  const auto whole = std::make_optional(ScalarType::Long);
-  Tensor offsets = torch::stable::new_zeros(numbers, {n_groups + 1}, whole);
+  Tensor offsets = new_zeros(ScalarType::Long, n_groups + 1);
   const int32_t* in = data<int32_t>(numbers);
   int64_t* first = mutable_data<int64_t>(offsets);
   const auto counted = [&](int32_t number) { return 0 <= number && number < n_groups; };
@@ -131,18 +130,17 @@ std::tuple<Tensor, Tensor> grouped(Tensor numbers, int64_t n_groups) {
     if (counted(in[i])) ++first[in[i] + 1];
   }
   for (int64_t g = 0; g < n_groups; ++g) first[g + 1] += first[g];
-  Tensor indices = torch::stable::new_empty(numbers, {first[n_groups]}, whole);
+  Tensor indices = new_empty(ScalarType::Long, first[n_groups]);
   int64_t* out = mutable_data<int64_t>(indices);
   // a range of groups a thread: each reads all numbers, and none writes where another does
-  torch::stable::parallel_for(0, n_groups,
-                              (n_groups + torch::stable::get_num_threads() - 1) /
-                                  std::max<int64_t>(torch::stable::get_num_threads(), 1),
-                              [&](int64_t begin, int64_t end) {
-                                std::vector<int64_t> next(first + begin, first + end);
-                                for (int64_t i = 0; i < n; ++i) {
-                                  if (begin <= in[i] && in[i] < end) out[next[in[i] - begin]++] = i;
-                                }
-                              });
+  parallel_for(0, n_groups,
+               (n_groups + get_num_threads() - 1) / std::max<int64_t>(get_num_threads(), 1),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<int64_t> next(first + begin, first + end);
+                 for (int64_t i = 0; i < n; ++i) {
+                   if (begin <= in[i] && in[i] < end) out[next[in[i] - begin]++] = i;
+                 }
+               });
   return {offsets, indices};
 }
 

