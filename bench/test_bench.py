@@ -200,6 +200,7 @@ def test_a_wrong_form_gets_no_figure(name, monkeypatch):
 
 
 @needs_cpp
+@pytest.mark.usefixtures("one_process")
 def test_the_table_of_sparse_codes_has_a_line_a_size():
     result = sparse.run(
         seconds=0,
@@ -294,6 +295,17 @@ def quick(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """Sides that would have processes of their own, in this one: for what is not measured."""
+
+    def measured(side, result):
+        names = ("n", "d", "f", "impl", "objective", "threads")
+        return memory.measure(side, **{name: result[name] for name in names})
+
+    monkeypatch.setattr(memory, "in_fresh_process", measured)
+
+
 def test_a_suite_ends_with_a_status_and_its_table(quick, faulty, capsys):
     run = functools.partial(main, ["operators", "--seconds", "0"])
     assert run() == 0
@@ -355,8 +367,8 @@ def test_the_peak_is_what_a_call_makes_and_drops():
 
 @needs_linux
 def test_memory_of_both_sides_is_measured_in_processes_of_their_own():
-    found = memory.compare(64, 16, 2048, impl="torch", objective="paper")
-    assert found["dense"]["peak_bytes"] > memory.DENSE_SQUARES * 2048**2 * 3
+    found = memory.compare(64, 16, 1536, impl="torch", objective="paper")
+    assert found["dense"]["peak_bytes"] > memory.DENSE_SQUARES * 1536**2 * 3
     assert 0 < found["ratio"] < 1
     assert "1 /" in memory.table({"rows": [found]})
 
@@ -432,9 +444,8 @@ def test_tables_replace_what_stands_between_their_markers():
 
 
 def test_the_time_of_an_import_is_one_of_fresh_processes():
-    found = imports.seconds(2)
-    assert len(found) == 2
-    assert all(figure > 0 for figure in found)
+    (found,) = imports.seconds(1)
+    assert found > 0
 
 
 # -- language models ---------------------------------------------------------------------------

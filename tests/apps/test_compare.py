@@ -303,6 +303,7 @@ def test_results_of_before_the_scores_can_be_reported(arguments, tmp_path):
 
 
 def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
+    finished(arguments)
     cache_folder = folder_of(arguments, "--cache")
     lm = load_language_model(str(folder_of(arguments, "--model")))
     base = ActivationCache.open(next(cache_folder.glob("*layers.0-[0-9a-f]*")))

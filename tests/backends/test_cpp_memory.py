@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -30,20 +31,35 @@ def level(request):
     extension.use_simd(None)
 
 
-@pytest.mark.parametrize("name", levels())
-def test_operators_touch_nothing_beside_their_tensors(name):
+def check_operators(name, n_cases, *more):
     """In a process of its own: a fault ends it, and the last line names the case."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "guard_pages.py"), "back", "front"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAE_FAST_SIMD": name},
-        check=False,
-    )
-    lines = done.stdout.splitlines() or ["before the first case"]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAE_FAST_SIMD": name}
+    script = ROOT / "tests" / "support" / "guard_pages.py"
+    with tempfile.TemporaryFile("w+") as cases:  # a pipe would wake its reader at every line
+        done = subprocess.run(
+            [sys.executable, str(script), "back", "front", *more],
+            stdout=cases,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | variables,
+            check=False,
+        )
+        cases.seek(0)
+        lines = cases.read().splitlines() or ["before the first case"]
     assert done.returncode == 0, f"{done.returncode} in {lines[-1]}: {done.stderr[-1000:]}"
     assert lines[-1] == "done"
-    assert len(lines) > 3000
+    assert len(lines) > n_cases
+
+
+@pytest.mark.parametrize("name", levels())
+def test_operators_touch_nothing_beside_their_tensors(name):
+    check_operators(name, 2000)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", levels())
+def test_operators_touch_nothing_at_any_distance_of_rows(name):
+    check_operators(name, 3000, "all")
 
 
 def everything(n, k, d):

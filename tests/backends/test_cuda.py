@@ -432,8 +432,8 @@ def test_its_bodies_give_the_numbers_of_triton(library):
         "emulate(sys.argv[1], setattr)\n"
         "a, b = (nvidia.bodies('bae_fast.kernels.bodies', f'bae_fast.{m}.covariance')\n"
         "        for m in ('kernels', 'kernels_cuda'))\n"
-        "x, W, c = torch.randn(40, 9), torch.randn(9, 270), torch.randn(270)\n"
-        "W_dec, G = torch.randn(270, 5), torch.randn(40, 5)\n"
+        "x, W, c = torch.randn(34, 9), torch.randn(9, 260), torch.randn(260)\n"
+        "W_dec, G = torch.randn(260, 5), torch.randn(34, 5)\n"
         "words, window, counts, n = b['encode'](x, W, c, None, 0.5)\n"
         "total, signs = b['covariance'](words, counts, n, True)\n"
         "expected = a['covariance'](words, counts, n, True)\n"
@@ -450,23 +450,24 @@ def test_its_bodies_give_the_numbers_of_triton(library):
 
 
 @needs_kernels
-@pytest.mark.parametrize("place", ["front", "back"])
-def test_nothing_beside_a_tensor_is_touched(place, library):
+def test_nothing_beside_a_tensor_is_touched(library):
     """Every argument of every kernel against a page that faults."""
     program = (
-        "import sys, torch\n"
+        "import itertools, sys, torch\n"
         "from guard_pages import guarded\n"
         "from test_cuda import *\n"
         "emulate(sys.argv[1], setattr)\n"
         "plain = driver.start\n"
         "def start(kernel, blocks, *args):\n"
-        "    copies = [guarded(a, sys.argv[2]) if isinstance(a, torch.Tensor) and a.dim()\n"
+        "    copies = [guarded(a, place) if isinstance(a, torch.Tensor) and a.dim()\n"
         "              else a for a in args]\n"
         "    plain(kernel, blocks, *copies)\n"
         "    for a, copy in zip(args, copies):\n"
         "        if a is not copy: a.copy_(copy)\n"
         "driver.start = start\n"
-        "for n, k in ((70, 129), (300, 257), (64, 384), (2, 1)):\n"
+        "sizes = ((70, 129), (300, 257), (64, 384), (2, 1))\n"
+        "for place, (n, k) in itertools.product(('front', 'back'), sizes):\n"
+        "    print(place, n, k, flush=True)\n"
         "    dense = codes(n, k)\n"
         "    (counts, v), total = exact_covariance(dense), torch.tensor(n)\n"
         "    for keep in (False, True):\n"
@@ -481,7 +482,7 @@ def test_nothing_beside_a_tensor_is_touched(place, library):
         "    assert torch.equal(got.long(), n * (dense.long() @ s) - counts @ s)\n"
         "print('right')\n"
     )
-    assert process(program, library, place) == "right"
+    assert process(program, library).endswith("right")
 
 
 # -- the compiler --------------------------------------------------------------------------------

@@ -129,9 +129,9 @@ BY_CHIP = by_nvcc if shutil.which("nvcc") else by_nvrtc
     ("compiler", "chip"),
     [
         (BY_CHIP, "sm_80"),
-        (BY_CHIP, "sm_90"),
         (by_nvrtc, "sm_90"),
         *(pytest.param(BY_CHIP, chip, marks=pytest.mark.long) for chip in ("sm_86", "sm_89")),
+        *([pytest.param(by_nvcc, "sm_90", marks=pytest.mark.long)] * (BY_CHIP is by_nvcc)),
     ],
 )
 def test_every_kernel_compiles_to_bit_instructions_without_spills(compiler, chip, tmp_path):

@@ -291,7 +291,7 @@ def test_the_density_of_the_window_decides():
 @pytest.mark.parametrize("name", other_levels())
 def test_all_of_it_on_every_other_level(name):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", __file__],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -40,27 +40,38 @@ def process(*command, **variables):
     )
 
 
-@needs_triton
-@pytest.mark.slow
-def test_the_kernels_in_the_interpreter():
+def in_the_interpreter(*arguments):
+    """Tests in a process of their own with Triton's interpreter."""
     done = process(
-        "-m", "pytest", "tests/backends/triton_interpreted.py", "-x", "-o", "addopts=",
-        "-p", "no:cacheprovider", TRITON_INTERPRET="1",
+        "-m", "pytest", *arguments, "-x", "-o", "addopts=", "-p", "no:cacheprovider",
+        TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d{2,} passed", done.stdout)
     assert "skipped" not in done.stdout
 
 
+# about half of the time of them all, by words in their names
+HALF = "every or rows or signs or sizes or tile or tuning"
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [HALF, f"not ({HALF})"], ids=["one half", "the other"])
+def test_the_kernels_in_the_interpreter(names):
+    in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "not long", "-k", names)
+
+
+@needs_triton
+@pytest.mark.long
+def test_every_kind_of_step_in_the_interpreter():
+    in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "long")
+
+
 @needs_triton
 @pytest.mark.slow
 def test_its_operators_pass_opcheck_in_the_interpreter():
-    done = process(
-        "-m", "pytest", "tests/layer/test_compile.py", "-k", "triton", "-o", "addopts=",
-        "-p", "no:cacheprovider", TRITON_INTERPRET="1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\d{2,} passed", done.stdout)
+    in_the_interpreter("tests/layer/test_compile.py", "-k", "triton")
 
 
 def test_it_says_why_it_cannot_serve_a_cpu():

@@ -101,8 +101,9 @@ def test_every_kernel_compiles_to_matrix_instructions_without_spills(cache):
 
 @pytest.mark.parametrize(
     ("chip", "dtype"),
-    [pytest.param("sm_80", "bfloat16", marks=pytest.mark.long), ("sm_90", "float16")],
+    [("sm_80", "bfloat16"), ("sm_90", "float16")],
 )
+@pytest.mark.long
 def test_one_feature_one_column_and_two_rows_compile(chip, dtype, cache):
     """Sizes and strides that are 1 reach a kernel as constants."""
     rows = worker(chip, dtype, "ones", folder=cache)
