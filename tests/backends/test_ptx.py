@@ -141,6 +141,14 @@ def test_a_fault_is_found(text, what, late, apart):
     assert any(what in each for each in program(text, late=late, apart=apart)[0])
 
 
+@ORDERS
+def test_writes_of_one_value_need_no_order(apart):
+    text = MIRROR.replace("bar.sync 0;", "st.shared.b32 [%r1+1024], 7;\nbar.sync 0;")
+    assert program(text, apart=apart)[0] == []
+    lane = text.replace("[%r1+1024], 7", "[%r1+1024], %r0")
+    assert program(lane, apart=apart)[0] != []
+
+
 def test_what_is_not_known_is_refused_by_name():
     line = HEAD.count("\n") + 1
     with pytest.raises(
@@ -239,10 +247,8 @@ KERNELS = {
         ("sm_80", False, "step", ["late"]),
         ("sm_80", False, "encode", ["early", "apart"]),
         ("sm_80", False, "packed", ["late", "apart"]),
-        ("sm_80", True, "covariance", ["late", "apart"]),
         ("sm_90", False, "encode", ["late"]),
         ("sm_90", False, "covariance", ["early", "apart"]),
-        ("sm_90", True, "encode", ["late", "apart"]),
         ("sm_90", True, "step", ["late"]),
     ],
 )

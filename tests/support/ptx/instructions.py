@@ -503,7 +503,8 @@ def store_shared(machine, addresses, values, threads, writers, instruction):
     size = values.shape[1]
     offsets = machine.shared.offsets(addresses, size, instruction)
     places, agents = machine.shared.places(offsets, size), machine.warp_of[threads]
-    machine.shared.check_write(places, agents, writers, instruction)
+    unchanged = machine.shared.unchanged(offsets, values)
+    machine.shared.check_write(places, agents, writers, instruction, unchanged)
     machine.shared.store(offsets, values, instruction)
     machine.shared.note_write(places, agents, writers, unfenced=True)
 

@@ -167,7 +167,8 @@ def _store(machine, instruction):
         parts = parts.transpose(1, 0, 3, 2) if transposed else parts.transpose(1, 0, 2, 3)
         values = np.ascontiguousarray(parts).view(np.uint8).reshape(-1, 16)
         places = machine.shared.places(offsets, 16)
-        machine.shared.check_write(places, agents, nobody, instruction)
+        unchanged = machine.shared.unchanged(offsets, values)
+        machine.shared.check_write(places, agents, nobody, instruction, unchanged)
         machine.shared.store(offsets, values, instruction)
         machine.shared.note_write(places, agents, nobody, unfenced=True)
 
