@@ -1,6 +1,5 @@
 // Backward of the encoder. A strip is 64 to 256 columns and all rows; where no sign planes were
 // stored, those of the strip are computed again. Scratch is per thread and at most a few strips.
-#include <memory>
 
 #include "operators.h"
 #include "signs.h"
@@ -187,18 +186,17 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
   for_each_strip<float>(
       b, n, k, std::min(units.columns, kernels().strip), kernels().backward_strip_f32,
       kernels().backward_given_f32, [&] {
-        auto scratch = std::make_shared<Scratch>(units.scratch);
-        auto memory = std::make_shared<Scratch>(n * units.columns * 4);
-        return [&, scratch, memory](BackwardStrip<float>& s, int64_t at, auto run) {
-          s.g = reinterpret_cast<float*>(memory->get());
+        return [&, scratch = Scratch(units.scratch), memory = Scratch(n * units.columns * 4)](
+                   BackwardStrip<float>& s, int64_t at, auto run) {
+          s.g = reinterpret_cast<float*>(memory.get());
           s.g_stride = units.columns;
           const UnitStrip decode{gradients.get(),   from(decoder, 0, at), n, d_out, s.columns,
-                                 digits_of_numbers, scratch->get()};
+                                 digits_of_numbers, scratch.get()};
           if (!units.product(decode, s.g, s.g_stride, false)) exact = false;
           run();
           if (!weights) return;
           const Matrix g{s.g, s.g_stride, 1, Matrix::kFloat};
-          const UnitStrip encode{rows.get(), g, d, n, s.columns, digits_of_numbers, scratch->get()};
+          const UnitStrip encode{rows.get(), g, d, n, s.columns, digits_of_numbers, scratch.get()};
           if (!units.product(encode, mutable_data<float>(grad_W) + at, row_stride(grad_W), false)) {
             exact = false;
           }
