@@ -6,7 +6,7 @@ an error that names it. An instruction becomes a function of a mask of threads, 
 
 import numpy as np
 
-from . import matrix
+from . import matrix, mbarrier
 from .memory import as_words
 from .parse import Immediate, Register, Vector
 
@@ -55,8 +55,6 @@ def compiled(machine, instruction):
         return kind, run
     results = [] if instruction.opcode in _NO_RESULT else instruction.operands[:1]
     writes = set().union(*map(registers_of, results))
-    if instruction.opcode == "mbarrier":
-        writes = set()
     others = instruction.operands[1:] if results else instruction.operands
     reads = set().union(*map(registers_of, others))
     if results and isinstance(results[0], Vector) is False and hasattr(results[0], "base"):
@@ -579,6 +577,8 @@ def _barrier(machine, instruction):
 def _fence(machine, instruction):
     if instruction.modifiers in (("proxy", "async"), ("proxy", "async", "shared::cta")):
         return lambda mask: machine.shared.fence(machine.whole_warps(mask, instruction))
+    if instruction.modifiers == ("mbarrier_init", "release", "cluster"):
+        return lambda mask: None
     raise unknown(instruction)
 
 
@@ -604,6 +604,8 @@ def _copy(machine, instruction):
             machine.wait_copies(mask, 0)
 
         return everything
+    if modifiers[:2] == ("async", "bulk"):
+        return mbarrier.bulk_copy(machine, instruction)
     allow(instruction, {"async"}, {"ca", "cg"}, {"shared"}, {"global"})
     to, source, size, *given = instruction.operands
     targets = machine.addresses(to, instruction)
@@ -636,5 +638,5 @@ def _copy(machine, instruction):
     return run
 
 
-for _name, _make in matrix.INSTRUCTIONS.items():
+for _name, _make in (matrix.INSTRUCTIONS | mbarrier.INSTRUCTIONS).items():
     known(_name)(_make)

@@ -244,14 +244,14 @@ class Machine:
                 if not ran and not self.deliver():
                     waiting = sorted({why for _, _, why in self._waiting()})
                     raise PtxError(f"threads wait for ever: {', '.join(waiting)}")
-        if self.copies_left() or any(group for group in self.products):
+        if self.copies_left() or any(self.products) or self.bulk:
             self.fault("an asynchronous operation is never waited for", self.kernel.body[-1])
 
     def _waiting(self):
         for name, (_, waits) in self.barriers.items():
             yield from ((mask, pc, f"barrier {name}") for mask, pc in waits)
         for address, barrier in self.mbarriers.items():
-            yield from ((mask, pc, f"mbarrier {address}") for mask, pc, _ in barrier.waits)
+            yield from ((mask, pc, f"mbarrier {address}") for mask, pc, *_ in barrier.waits)
 
     def resume(self, mask, pc):
         """Threads go on at an instruction."""
@@ -413,8 +413,8 @@ class Machine:
     # -- bulk copies -----------------------------------------------------------------------------
 
     def deliver(self):
-        """Let the oldest bulk copy arrive; whether there was one."""
+        """Let the newest bulk copy arrive (mbarrier.py); whether there was one."""
         if not self.bulk:
             return False
-        self.bulk.pop(0)()
+        self.bulk.pop()()
         return True
