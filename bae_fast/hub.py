@@ -39,9 +39,14 @@ def _library() -> Any:
     return huggingface_hub
 
 
+def is_name(name: str) -> bool:
+    """Whether a text is written as a repository's name, ``user/name``."""
+    return bool(_REPO_ID.fullmatch(name))
+
+
 def is_repo_id(name: str | os.PathLike[str]) -> bool:
     """Whether a name could be that of a repository, ``user/name``, and is no path on disk."""
-    return isinstance(name, str) and bool(_REPO_ID.fullmatch(name)) and not Path(name).exists()
+    return isinstance(name, str) and is_name(name) and not Path(name).exists()
 
 
 def download(
@@ -98,7 +103,7 @@ def upload(
         ValueError: repo_id is not ``user/name``.
         OSError: the Hub refused or cannot be reached.
     """
-    if not _REPO_ID.fullmatch(repo_id):
+    if not is_name(repo_id):
         raise ValueError(f"repo_id must be user/name; got {repo_id!r}")
     api = _library().HfApi(token=token)
     try:
@@ -126,7 +131,7 @@ def write_card(
     *,
     subfolder: str | None = None,
     figures: dict[str, Any] | None = None,
-    license: str = "mit",  # the card's own word for it
+    license: str | None = "mit",  # the card's own word for it
 ) -> Path:
     """Write a model card: what the module is, where its rows came from, figures, how to load it.
 
@@ -135,60 +140,112 @@ def write_card(
         repo_id, subfolder: where the module will lie.
         values: the content of ``cfg.json``, ``metadata`` among them.
         figures: an evaluation (``bae_fast.analysis.evaluate(...).summary()``), or any numbers.
-        license: the Hub's short name of a licence.
+        license: the Hub's short name of a licence; with None the card names none.
     """
     hub = _library()
-    metadata = values.get("metadata") or {}
     name = repo_id.partition("/")[2]
-    shown = {
-        _FIGURES[key][0]: (key, _FIGURES[key][1].format(value))
-        for key, value in (figures or {}).items()
-        if key in _FIGURES and isinstance(value, (int, float))
-    }
-    base, dataset = metadata.get("model_name"), metadata.get("dataset_path")
+    shown = _shown(figures)
+    dataset = _metadata(values).get("dataset_path")
     results = [
         hub.EvalResult(
             task_type="feature-extraction",
             dataset_type=str(dataset or "held-out-rows"),
             dataset_name=str(dataset or "held-out rows"),
             metric_type=key,
-            metric_name=title,
+            metric_name=_FIGURES[key][0],
             metric_value=figures[key] if figures else 0,
         )
-        for title, (key, _) in shown.items()
+        for key in shown
         if key != "n_rows"
     ]
-    data = hub.ModelCardData(
-        license=license,
-        library_name="bae-fast",
-        tags=["interpretability", "sparse-autoencoder", str(values.get("architecture"))],
-        # the Hub refuses names that are none of its own
-        base_model=base if isinstance(base, str) and _REPO_ID.fullmatch(base) else None,
-        datasets=[dataset] if isinstance(dataset, str) and _REPO_ID.fullmatch(dataset) else None,
-        **({"model_name": name, "eval_results": results} if results else {}),
-    )
     sizes = {key: values[key] for key in ("d_in", "d_sae", "d_out", "n_bits", "k") if key in values}
     lines = [
-        f"# {name}",
-        "",
         f"An autoencoder of hidden states, architecture `{values.get('architecture')}`: "
         + ", ".join(f"{key} = {value}" for key, value in sizes.items())
         + ".",
         "",
-        "## Where the rows came from",
-        "",
-        *(_table("of the rows", metadata) if metadata else ["The module does not say."]),
-        "",
+        *_origin([values]),
     ]
     if shown:
         lines += ["## Figures", ""]
-        lines += _table("measured", {title: text for title, (_, text) in shown.items()})
+        lines += _table("measured", {_FIGURES[key][0]: text for key, text in shown.items()})
         lines += [""]
-    lines += [
+    more = {"model_name": name, "eval_results": results} if results else {}
+    return _write_card(path, repo_id, [values], lines, subfolder, license, more)
+
+
+def write_run_card(
+    path: str | os.PathLike[str],
+    repo_id: str,
+    models: dict[str, tuple[dict[str, Any], dict[str, Any] | None]],
+    *,
+    license: str | None = None,
+) -> Path:
+    """Write the card of a repository with several modules, each in a subfolder: a table of them.
+
+    Args:
+        path: the card's.
+        repo_id: where the modules will lie.
+        models: by subfolder, the content of ``cfg.json`` and the figures, as in :func:`write_card`.
+        license: the Hub's short name of a licence; with None the card names none.
+
+    Raises:
+        ValueError: no module.
+    """
+    if not models:
+        raise ValueError("models must hold a module; got none")
+    keys = [key for key in _FIGURES if any(key in _shown(found) for _, found in models.values())]
+    heads = ["subfolder", "hook", "architecture", "d_in", "d_sae"]
+    lines = [
+        f"Autoencoders of hidden states: {len(models)}, each in a subfolder.",
+        "",
+        _row([*heads, *(_FIGURES[key][0] for key in keys)]),
+        "|" + "---|" * (len(heads) + len(keys)),
+    ]
+    for subfolder, (values, figures) in models.items():
+        shown = _shown(figures)
+        facts = [values.get(key, "") for key in heads[2:]]
+        hook = _metadata(values).get("hook_name", "")
+        lines.append(_row([subfolder, hook, *facts, *(shown.get(key, "") for key in keys)]))
+    every = [values for values, _ in models.values()]
+    lines += ["", *_origin(every)]
+    return _write_card(path, repo_id, every, lines, next(iter(models)), license, {})
+
+
+def _write_card(
+    path: str | os.PathLike[str],
+    repo_id: str,
+    every: list[dict[str, Any]],
+    lines: list[str],
+    subfolder: str | None,
+    license: str | None,
+    more: dict[str, Any],
+) -> Path:
+    """A card of what ``lines`` say, with how to load the module in ``subfolder``."""
+    hub = _library()
+    common = _common(every)
+    base, dataset = common.get("model_name"), common.get("dataset_path")
+    data = hub.ModelCardData(
+        license=license,
+        library_name="bae-fast",
+        tags=[
+            "interpretability",
+            "sparse-autoencoder",
+            *sorted({str(values.get("architecture")) for values in every}),
+        ],
+        # the Hub refuses names that are none of its own
+        base_model=base if isinstance(base, str) and _REPO_ID.fullmatch(base) else None,
+        datasets=[dataset] if isinstance(dataset, str) and _REPO_ID.fullmatch(dataset) else None,
+        **more,
+    )
+    text = [
+        f"# {repo_id.partition('/')[2]}",
+        "",
+        *lines,
         "## Use",
         "",
         "```python",
-        "from bae_fast.autoencoder import load_autoencoder",
+        "from bae_fast.baselines import load_autoencoder",
         "",
         f"model = load_autoencoder({repo_id!r}"
         + (f", subfolder={subfolder!r})" if subfolder else ")"),
@@ -199,8 +256,33 @@ def write_card(
         f"Written by bae_fast {__version__}.",
         "",
     ]
-    card = hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
-    return write_text(path, str(card))
+    return write_text(path, str(hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))))
+
+
+def _metadata(values: dict[str, Any]) -> dict[str, Any]:
+    return values.get("metadata") or {}
+
+
+def _common(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the metadata of all modules agree on."""
+    first, *rest = map(_metadata, every)
+    return {k: v for k, v in first.items() if all(k in one and one[k] == v for one in rest)}
+
+
+def _origin(every: list[dict[str, Any]]) -> list[str]:
+    """The card's part on the rows."""
+    common = _common(every)
+    said = _table("of the rows", common) if common else ["The metadata do not say."]
+    return ["## Where the rows came from", "", *said, ""]
+
+
+def _shown(figures: dict[str, Any] | None) -> dict[str, str]:
+    """The figures that a card has, by key, as they are written."""
+    return {
+        key: form.format(figures[key])
+        for key, (_, form) in _FIGURES.items()
+        if figures and isinstance(figures.get(key), (int, float))
+    }
 
 
 def write_registry(
@@ -223,7 +305,7 @@ def write_registry(
     Raises:
         ValueError: repo_id is not ``user/name``, or an entry lacks its id or its path.
     """
-    if not _REPO_ID.fullmatch(repo_id):
+    if not is_name(repo_id):
         raise ValueError(f"repo_id must be user/name; got {repo_id!r}")
     entries = [dict(entry) for entry in saes]
     for entry in entries:
@@ -235,7 +317,9 @@ def write_registry(
 
 
 def _table(head: str, values: dict[str, Any]) -> list[str]:
-    def cell(value: Any) -> str:
-        return str(value).replace("|", "\\|").replace("\n", " ")
+    return [_row([head, ""]), "|---|---|", *(_row([k, v]) for k, v in values.items())]
 
-    return [f"| {head} | |", "|---|---|", *(f"| {k} | {cell(v)} |" for k, v in values.items())]
+
+def _row(cells: list[Any]) -> str:
+    shown = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "| " + " | ".join(shown) + " |"

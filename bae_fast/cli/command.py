@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from bae_fast.cli.options import make_parser, read
+from bae_fast.cli.options import JSON, make_parser, read
 from bae_fast.experiments.runs import Result
 from bae_fast.progress import say
 
@@ -19,6 +23,9 @@ def run_experiment(
 ) -> int:
     """Read the options, run the experiment, print its report and its files.
 
+    With ``--json`` standard output gets the result as one line of JSON and nothing else: what the
+    experiment says meanwhile goes to standard error.
+
     Args:
         name: the command's name.
         arguments: the command line after the name.
@@ -26,10 +33,28 @@ def run_experiment(
         run: the experiment.
         positional: fields that are given by their place.
     """
-    result = run(read(make_parser(name, config, positional), config, arguments))
-    if result.text:  # of several processes one reports
+    as_json = JSON in arguments
+    settings = read(
+        make_parser(name, config, positional), config, [one for one in arguments if one != JSON]
+    )
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = run(settings)
+    if as_json:
+        if result.text:  # of several processes one reports
+            say(json.dumps({"values": plain(result.values), "files": list(map(str, result.files))}))
+        return 0
+    if result.text:
         say("\n" + result.text)
     if result.files:
         first, *rest = result.files
         say(", ".join([str(first), *(path.name for path in rest)]))
     return 0
+
+
+def plain(value: Any) -> Any:
+    """JSON values, with null where a number is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

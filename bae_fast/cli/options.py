@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+# the result as JSON, for machines; no part of a configuration
+JSON = "--json"
+
 NEEDS = "the commands need jsonargparse and docstring-parser: pip install 'bae-fast[cli]'"
 
 
@@ -40,7 +43,7 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         ImportError: jsonargparse or docstring-parser is missing.
     """
     try:
-        from jsonargparse import ActionYesNo, ArgumentParser
+        from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
     except ImportError as error:
         raise ImportError(NEEDS) from error
     about, helps = documentation(config)
@@ -48,6 +51,8 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         prog=f"bae-fast {name}", description=about, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="A YAML file that sets any option.")
+    about_json = "Print the result as one line of JSON, and all else on standard error."
+    parser.add_argument(JSON, action="store_true", default=SUPPRESS, help=about_json)
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         kind, count, optional = read_type(hints[field.name])
@@ -60,7 +65,7 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         if field.name in positional:
             option = field.name
             count = 2 if isinstance(field.default, tuple) else None
-            options["metavar"] = "FILE" if count is None else "FOLDER"
+            options["metavar"] = field.name.upper() if count is None else "FOLDER"
             options.pop("default", None)
         if kind is bool:
             parser.add_argument(option, action=ActionYesNo(no_prefix="no-"), **options)

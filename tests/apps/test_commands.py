@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import bae_fast as bf
 from bae_fast import progress
 from bae_fast.cli import COMMANDS, errors, main, net
+from bae_fast.cli.command import plain
 from bae_fast.cli.options import documentation, make_parser, read, read_type
 from bae_fast.experiments import runs
 from bae_fast.experiments.judges import JUDGES
@@ -31,8 +32,17 @@ from bae_fast.training import TrainingConfig
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = [
     "demo", "harvest", "compare", "interpret", "match", "steer", "compress", "decompress",
-    "train", "evaluate", "entropy.synthetic", "entropy.layers", "entropy.icl", "entropy.rows",
+    "train", "evaluate", "push", "entropy.synthetic", "entropy.layers", "entropy.icl",
+    "entropy.rows",
 ]  # fmt: skip
+
+# what is given by its place, and an example of it
+POSITIONAL = {
+    "match": {"folders": (Path("a"), Path("b"))},
+    "decompress": {"file": Path("codes.bae")},
+    "evaluate": {"folder": Path("run")},
+    "push": {"folder": Path("run"), "repo": "user/name"},
+}
 
 
 def config_of(name):
@@ -40,10 +50,7 @@ def config_of(name):
 
 
 def parser_of(name):
-    positional = {"match": ("folders",), "decompress": ("file",), "evaluate": ("folder",)}.get(
-        name, ()
-    )
-    return make_parser(name, config_of(name), positional)
+    return make_parser(name, config_of(name), POSITIONAL.get(name, ()))
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -58,19 +65,15 @@ def test_every_field_is_an_option_with_a_sentence_of_help(name):
         assert text[0].isupper(), (field.name, text)
         assert text.endswith("."), (field.name, text)
         option = field.name.replace("_", "-")
-        assert f"--{option}" in shown or field.name in ("folders", "folder", "file")
+        assert f"--{option}" in shown or field.name in POSITIONAL.get(name, ())
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_defaults_read_from_a_command_line_are_the_configuration(name):
-    given = {"match": ["a", "b"], "decompress": ["codes.bae"], "evaluate": ["run"]}.get(name, [])
-    places = {
-        "match": {"folders": (Path("a"), Path("b"))},
-        "decompress": {"file": Path("codes.bae")},
-        "evaluate": {"folder": Path("run")},
-    }
+    places = POSITIONAL.get(name, {})
+    given = [str(v) for p in places.values() for v in (p if isinstance(p, tuple) else (p,))]
     config = config_of(name)
-    assert read(parser_of(name), config, given) == config(**places.get(name, {}))
+    assert read(parser_of(name), config, given) == config(**places)
 
 
 @pytest.mark.parametrize("name", ["demo", "compare", "interpret", "steer", "entropy.layers"])
@@ -142,6 +145,34 @@ def test_info_needs_no_parser_package(monkeypatch, capsys):
     assert main(["info"]) == 0
     assert main(["demo"]) == 1
     assert "pip install 'bae-fast[cli]'" in capsys.readouterr().err
+
+
+# -- the result for a program ------------------------------------------------------------------
+
+
+def test_json_is_all_that_standard_output_gets(own, tmp_path, capsys):
+    bae = str(own / "bae")
+    options = ["--states", str(own / "rows.npy"), "--out", str(tmp_path)]
+    assert main(["match", bae, bae, *options, "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["files"] == [str(tmp_path / "match.json"), str(tmp_path / "match.md")]
+    assert found["values"] == json.loads((tmp_path / "match.json").read_text())
+    assert "== match" in printed.err
+    assert main(["match", bae, bae, *options]) == 0
+    assert "== match" in capsys.readouterr().out
+
+
+def test_json_has_null_for_what_is_not_finite():
+    values = {"a": float("nan"), "b": [1.5, float("inf"), (True, "c")]}
+    assert plain(values) == {"a": None, "b": [1.5, None, [True, "c"]]}
+
+
+def test_every_command_has_json():
+    """An option of the parser that all share; info has no configuration."""
+    for name in EXPERIMENTS:
+        assert "--json" in parser_of(name).format_help()
+    assert "json" not in config_of("demo")().__dict__
 
 
 # -- errors ------------------------------------------------------------------------------------

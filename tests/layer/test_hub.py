@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from hub_server import hub_server
 from bae_fast import BinaryAutoencoder, hub
 from bae_fast.autoencoder import find_pretrained, load_autoencoder
 from bae_fast.baselines import make_baseline
+from bae_fast.cli import main
+from bae_fast.files import write_json
 
 pytest.importorskip("huggingface_hub")
 
@@ -41,9 +44,8 @@ def server():
         yield running
 
 
-def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
-    """What the program printed, and the model that came back."""
-    source, out = model.save_pretrained(tmp_path / "source"), tmp_path / "out"
+def printed(server, tmp_path, *arguments):
+    """What Python printed, in a process that knows the stand-in alone."""
     environment = os.environ | {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "hf"),
@@ -54,7 +56,7 @@ def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
         "HF_TOKEN": "hf_none",
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(source), repo, subfolder, revision, str(out)],
+        [sys.executable, *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -62,7 +64,14 @@ def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines(), load_autoencoder(out)
+    return done.stdout
+
+
+def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
+    """What the program printed, and the model that came back."""
+    source, out = model.save_pretrained(tmp_path / "source"), tmp_path / "out"
+    said = printed(server, tmp_path, "-c", PROGRAM, source, repo, subfolder, revision, out)
+    return said.splitlines(), load_autoencoder(out)
 
 
 @pytest.mark.parametrize(("kind", "subfolder"), [("bae", ""), ("topk", "model.layers.11")])
@@ -131,3 +140,79 @@ def test_a_folder_on_disk_comes_before_a_repository(tmp_path, monkeypatch):
 def test_a_name_that_is_no_repository_is_refused_before_anything_is_sent(tmp_path):
     with pytest.raises(ValueError, match="repo_id must be user/name; got 'name'"):
         BinaryAutoencoder(6, 40).push_to_hub("name")
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Two models as a run leaves them, and what evaluate says of one."""
+    folder = tmp_path / "run"
+    facts = {"model_name": "user/language-model", "hook_name": "model.layers.1"}
+    BinaryAutoencoder(6, 40, metadata=facts).save_pretrained(folder / "a")
+    other = BinaryAutoencoder(6, 20, metadata=facts | {"hook_name": "model.layers.2"})
+    other.save_pretrained(folder / "b")
+    write_json(folder / "evaluation.json", {"a": {"fvu": 0.125, "l0": 3.0, "n_rows": 9}})
+    return folder
+
+
+def test_a_run_goes_to_the_hub_in_one_commit(server, tmp_path, run_folder):
+    pytest.importorskip("jsonargparse")
+    command = ["-m", "bae_fast", "push", run_folder, "user/run", "--subfolder", "v1", "--json"]
+    said = json.loads(printed(server, tmp_path, *command))["values"]
+    assert said["commit"].startswith(f"{server.url}/user/run/commit/")
+    assert said["models"] == {"v1/a": {"fvu": 0.125, "l0": 3.0, "n_rows": 9}, "v1/b": None}
+    files = server.files["user/run"]
+    for name in ("a", "b"):
+        for part in ("cfg.json", "sae_weights.safetensors"):
+            assert files[f"v1/{name}/{part}"] == (run_folder / name / part).read_bytes()
+    assert len(set(files) - {".gitattributes"}) == 5
+    card = files["README.md"].decode()
+    head = "| subfolder | hook | architecture | d_in | d_sae | FVU | features on in a row |"
+    assert head in card
+    assert "| v1/a | model.layers.1 | binary_autoencoder | 6 | 40 | 0.1250 | 3.0 | 9 |" in card
+    assert "| v1/b | model.layers.2 | binary_autoencoder | 6 | 20 |  |  |  |" in card
+    assert "base_model: user/language-model" in card
+    assert "hook_name" not in card  # in which the two differ
+    assert "license" not in card
+
+
+def test_what_would_be_sent_can_be_looked_at(tmp_path, run_folder, capsys):
+    pytest.importorskip("jsonargparse")
+    options = ["--out", str(tmp_path / "out"), "--license", "apache-2.0"]
+    assert main(["push", str(run_folder / "a"), "user/one", *options]) == 0
+    assert "written for user/one, not sent" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["README.md", "cfg.json", "sae_weights.safetensors"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| FVU | 0.1250 |" in card
+    assert "license: apache-2.0" in card
+    # figures of one's own
+    write_json(tmp_path / "own.json", {"fvu": 0.5})
+    options += ["--figures", str(tmp_path / "own.json")]
+    assert main(["push", str(run_folder / "a"), "user/one", *options]) == 0
+    assert "| FVU | 0.5000 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["name"], "REPO must be user/name; got 'name'"),
+        (["a/b", "--subfolder", "../c"], "--subfolder must be a path within the repository"),
+        (["a/b", "--figures", "none.json"], "none.json"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line(run_folder, capsys, change, words):
+    pytest.importorskip("jsonargparse")
+    assert main(["push", str(run_folder), *change]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("bae-fast push: ")
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, capsys):
+    pytest.importorskip("jsonargparse")
+    assert main(["push", str(tmp_path), "a/b"]) == 1
+    assert f"{tmp_path} holds no saved autoencoder" in capsys.readouterr().err
