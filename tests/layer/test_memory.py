@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import bae_fast as bf
 from bae_fast.backends import torch as torch_backend
 from bae_fast.backends.cpp import covariance as cpp_covariance
+from bae_fast.codes import keep_signs, sign_planes_megabytes
 from bae_fast.ops import registry
 from bae_fast.ops.products import column_chunks
 from bench import memory
@@ -121,6 +123,17 @@ def test_the_sign_planes_are_the_part_that_grows_with_the_square_of_the_features
     found, _ = saved_bytes(inputs(33, 9, k), covariance=True)
     assert 2 * k * words(k) * 4 == k * k // 4
     assert k * k // 4 in found.values()
+
+
+@pytest.mark.parametrize(("gib", "megabytes"), [(4, 256), (80, 2560), (141, 4512)])
+def test_the_sign_planes_of_a_gpu_may_take_a_share_of_its_memory(gib, megabytes, monkeypatch):
+    """1 GiB of them at 65,536 features: made again in backward they cost more than the rest."""
+    memory_of = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory_of)
+    gpu = torch.device("cuda")
+    assert sign_planes_megabytes(gpu) == megabytes
+    assert keep_signs(65536, gpu) == (gib >= 80)
+    assert sign_planes_megabytes(torch.device("cpu")) == 256
 
 
 @pytest.mark.parametrize("n_bits", [1, 3])
