@@ -366,14 +366,6 @@ def test_the_peak_is_what_a_call_makes_and_drops():
 
 
 @needs_linux
-def test_memory_of_both_sides_is_measured_in_processes_of_their_own():
-    found = memory.compare(64, 16, 1536, impl="torch", objective="paper")
-    assert found["dense"]["peak_bytes"] > memory.DENSE_SQUARES * 1536**2 * 3
-    assert 0 < found["ratio"] < 1
-    assert "1 /" in memory.table({"rows": [found]})
-
-
-@needs_linux
 def test_memory_that_would_not_fit_is_said_to_be_arithmetic(monkeypatch):
     right = memory.available_bytes
     assert right() > 0

@@ -69,10 +69,15 @@ def codes(n, k, seed=0):
     return bits, words
 
 
+def product(left, right):
+    """Of integers below 2^53: exact in float64, which BLAS takes; NumPy's int64 takes long."""
+    return (left.astype(np.float64) @ right.astype(np.float64)).astype(np.int64)
+
+
 def exact_covariance(bits):
     b = bits.numpy().astype(np.int64)
     n, counts = len(b), b.sum(0)
-    v = n * (b.T @ b) - np.outer(counts, counts)
+    v = n * product(b.T, b) - np.outer(counts, counts)
     np.fill_diagonal(v, 0)
     return counts, v
 
@@ -112,7 +117,7 @@ def check_sign_product(bits, words, stored):
     n, k = bits.shape
     counts, v = exact_covariance(bits)
     s, b = np.sign(v), bits.numpy().astype(np.int64)
-    expected = (n * (b @ s) - counts @ s).astype(np.float64) * 2 / (n * (n - 1))
+    expected = (n * product(b, s) - product(counts, s)).astype(np.float64) * 2 / (n * (n - 1))
     total, ones = torch.tensor(n), torch.from_numpy(counts)
     _, signs = CPP.ops["covariance"](words, ones, total, True)
     eye = torch.eye(n, dtype=torch.float64)

@@ -177,7 +177,7 @@ g5bv3e8zHIANhwlgLYmZSURawA==
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     n_rows=st.integers(1, 300),
@@ -407,10 +407,9 @@ def must_refuse(path, data):
 def test_every_flipped_byte_is_found(tmp_path, sound):
     _, data = sound
     for at in range(len(data)):
-        for flip in (1, 128, 255):
-            damaged = bytearray(data)
-            damaged[at] ^= flip
-            must_refuse(tmp_path / "damaged", bytes(damaged))
+        damaged = bytearray(data)
+        damaged[at] ^= (1, 128, 255)[at % 3]
+        must_refuse(tmp_path / "damaged", bytes(damaged))
 
 
 def test_every_cut_and_every_surplus_is_found(tmp_path, sound):

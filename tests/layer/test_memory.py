@@ -308,3 +308,4 @@ def test_a_step_with_covariance_needs_at_most_an_eighth_of_the_dense_program():
     # the packed side has at least the sign planes: the figure is not just zero
     assert found["packed"]["peak_bytes"] > f**2 // 4
     assert found["ratio"] <= 1 / 8, found
+    assert "1 /" in memory.table({"rows": [found]})

@@ -192,7 +192,7 @@ def test_auxk_wakes_dead_features():
         with torch.no_grad():
             model.b_enc[: F // 2] = -2.5  # asleep
         model.auxk = weight
-        Trainer(model, x, dataclasses.replace(SMALL, steps=900)).fit()
+        Trainer(model, x, dataclasses.replace(SMALL, steps=500)).fit()
         share[weight] = float((model.encode(x) > 0).any(0).logical_not().double().mean())
     assert share[1 / 32] < share[0.0]
 
@@ -281,7 +281,7 @@ def test_a_transcoder_learns_a_map_to_another_width():
     y = ((x - x.mean(0)) @ torch.randn(D, 10, generator=g)).relu() + 1
     torch.manual_seed(0)
     model = make_baseline("transcoder", D, F, k=8, d_out=10).fit_normalization_(x, y)
-    Trainer(model, x, dataclasses.replace(SMALL, steps=800), targets=y).fit()
+    Trainer(model, x, dataclasses.replace(SMALL, steps=500), targets=y).fit()
     with torch.no_grad():
         assert fvu(y, model.decode(model.encode(x))) < 0.4
     with pytest.raises(ValueError, match="targets must be given"):
