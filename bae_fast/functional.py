@@ -29,7 +29,7 @@ class BAEOutput(NamedTuple):
     Attributes:
         recon: ``[..., d_out]`` in the compute dtype (autocast's where that is active).
         entropy: ``[]``, H in bits, summed over columns; float32 (float64 for float64 input).
-        covariance: ``[]``, D, of the same dtype as entropy; None where it was not asked for.
+        covariance: ``[]``, D, of the same dtype as entropy; None unless ``covariance=True``.
         code: the bits, packed; no gradient.
         variance: ``[]``, sum over rows and columns of |dv/db W_dec|^2 b (1 - b): zero in value,
             see ``multilinear`` in :func:`binary_autoencoder`; None where it was not asked for.

@@ -55,12 +55,22 @@ _BLOCK = 64
 # beside its norm; a model in half precision rounds the logits themselves
 BOUNDS = {"float32": 2e-3, "bfloat16": 0.25, "float16": 0.05}
 
+# the part of transformers that every model needs, a load, and one more with all modules imported
 _LOAD = """
 import json, sys, time
+import torch
+seconds = {}
+def timed(name, call):
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    seconds[name] = [time.perf_counter() - wall, time.process_time() - cpu]
+def imports():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+timed("import", imports)
 from bae_fast.lm import load_language_model
-wall, cpu = time.perf_counter(), time.process_time()
-load_language_model(sys.argv[1], dtype=sys.argv[2])
-print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
+for name in ("load", "again"):
+    timed(name, lambda: load_language_model(sys.argv[1], dtype=sys.argv[2]))
+print(json.dumps(seconds))
 """
 
 
@@ -122,7 +132,9 @@ def measure(name: str, dtype: str, n_timed: int, later_loads: bool) -> dict[str,
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if not later_loads:
             stack.enter_context(_cache_in(folder))
-        loads = [None if later_loads else _load_seconds(name, dtype), _load_seconds(name, dtype)]
+        first = None if later_loads else _load_seconds(name, dtype)
+        later = [_load_seconds(name, dtype) for _ in range(ROUNDS)]
+        loads = [first, {key: statistics.median(load[key] for load in later) for key in later[0]}]
         lm = load_language_model(name, dtype=dtype)
         path = block_path(lm.model, lm.model.config.get_text_config().num_hidden_layers // 2)
         text = standard_library_text()
@@ -159,12 +171,20 @@ def _cache_in(folder: str) -> Iterator[None]:
 
 
 def _load_seconds(name: str, dtype: str) -> dict[str, float]:
-    """Seconds and processor seconds of a load in a fresh process, transformers' import included."""
+    """Seconds and processor seconds of a load in a fresh process, transformers' import included.
+
+    ``import_`` is that import alone, and ``again_`` one more load in the same process.
+    """
     done = subprocess.run(
         [sys.executable, "-c", _LOAD, name, dtype], check=True, stdout=subprocess.PIPE, text=True
     )
-    wall, cpu = json.loads(done.stdout.splitlines()[-1])
-    return {"seconds": wall, "cpu_seconds": cpu}
+    found = json.loads(done.stdout.splitlines()[-1])
+    found[""] = [sum(pair) for pair in zip(found["import"], found.pop("load"), strict=True)]
+    return {
+        f"{step}_{unit}".lstrip("_"): values[i]
+        for step, values in found.items()
+        for i, unit in enumerate(("seconds", "cpu_seconds"))
+    }
 
 
 # -- the model's own ---------------------------------------------------------------------------
@@ -318,6 +338,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['model']}, {row['dtype']}",
             f"{row['vocabulary']:,}",
             *(_load_cell(row, i) for i in (0, 1)),
+            *(_load_cell(row, 1, step) for step in ("import_", "again_")),
             f"{row['n_judged']:,}",
             f"{row['own_seconds']:.1f} s",
             f"{row['judged_seconds']:.1f} s ({row['ratio']:.1f})",
@@ -325,15 +346,18 @@ def table(result: dict[str, Any]) -> str:
         for row in good
     ]
     head = ["model", "rows", "head", "identity", "its JS, bits", "JS of halves", "KL of halves"]
-    times = ["model", "logits", "first load", "later loads", "tokens", "own pass", "JS and KL"]
+    times = [
+        "model", "logits", "first load", "later loads", "its import", "load again", "tokens",
+        "own pass", "JS and KL",
+    ]  # fmt: skip
     machines = dict.fromkeys(tables.machine(row) for row in good)
     return "\n\n".join(
         [tables.markdown(head, gaps), tables.markdown(times, seconds), " ".join(machines)]
     )
 
 
-def _load_cell(row: dict[str, Any], i: int) -> str:
+def _load_cell(row: dict[str, Any], i: int, step: str = "") -> str:
     load = row["loads"][i]
-    if load is None:
+    if load is None or f"{step}seconds" not in load:  # not measured
         return ""
-    return f"{load['seconds']:.0f} s ({load['cpu_seconds']:.0f})"
+    return f"{load[f'{step}seconds']:.0f} s ({load[f'{step}cpu_seconds']:.0f})"

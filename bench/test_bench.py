@@ -465,12 +465,18 @@ def test_a_language_model_is_held_against_itself(tiny_model, tmp_path, monkeypat
     assert found["identity_js_bits"] < 1e-9
     timed = models.times(tiny_model, "model.layers.0", tokens)
     assert timed["n_judged"] == 30
+    loads = {
+        f"{step}{unit}": value
+        for step, values in {"": (5.0, 4.0), "import_": (3.0, 2.0), "again_": (0.7, 0.6)}.items()
+        for unit, value in zip(("seconds", "cpu_seconds"), values, strict=True)
+    }
     row = {
         "model": "tiny", "dtype": "float32", "n_parameters": 1, "vocabulary": 5,
-        "loads": [None, {"seconds": 2.0, "cpu_seconds": 1.0}],
+        "loads": [None, loads],
         "environment": environment(), **found, **timed,
     }  # fmt: skip
-    assert "| tiny, float32 | 5 |  | 2 s (1) | 30 |" in models.table({"rows": [row]})
+    line = "| tiny, float32 | 5 |  | 5 s (4) | 3 s (2) | 1 s (1) | 30 |"
+    assert line in models.table({"rows": [row]})
     write_json(tmp_path / "models.json", {"rows": [row, row | {"model": "other"}]})
     new = {"environment": environment(), "rows": [row | {"n_judged": 7}]}
     merged = models.merged(tmp_path / "models.json", new)["rows"]

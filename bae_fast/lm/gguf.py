@@ -3,13 +3,13 @@
     $XDG_CACHE_HOME/bae_fast/models/<name>-<digest>-<dtype>/   as `save_pretrained` writes it
 
 The digest is the SHA-256 of the file's bytes, so another file of the same name has a copy of its
-own. A copy is written under a temporary name and renamed when it is whole. It holds what the
-dequantised model held, bit for bit; removing it costs one slow load.
+own. It is kept as long as the file is not written, see `bae_fast.lm.known`. A copy is written under
+a temporary name and renamed when it is whole. It holds what the dequantised model held, bit for
+bit; removing it costs one slow load.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bae_fast.files import cache_folder
+from bae_fast.lm.known import Known
 
 # beside the weights: configuration and tokenizer
 _OTHER_BYTES = 64 * 2**20
@@ -100,12 +101,15 @@ def _folder(path: Path, dtype: torch.dtype) -> Path:
 
 
 def _stem(path: Path) -> str:
-    stat = path.stat()
     name = re.sub(r"[^A-Za-z0-9.]+", "-", path.stem).strip("-.")[:64]
-    return f"{name}-{_digest(path, stat.st_size, stat.st_mtime_ns)[:16]}"
+    return f"{name}-{_digest(path)[:16]}"
 
 
-@functools.lru_cache(maxsize=16)
-def _digest(path: Path, _size: int, _time: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path) -> str:
+    known = Known("SHA-256", [path])
+    digest = known.value()
+    if digest is None:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        known.keep(digest)
+    return digest

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from bae_fast.devices import has_bfloat16
-from bae_fast.lm import gguf
+from bae_fast.lm import gguf, identity
 from bae_fast.lm.identity import model_digest
+from bae_fast.lm.known import Known
 from bae_fast.lm.logits import Head, body, causal_model
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -49,8 +50,8 @@ class LanguageModel:
         d_model: width of the residual stream.
         revision: which weights these are: a commit, a package version, or a digest. Left empty,
             it is `bae_fast.lm.identity.model_digest` of the model.
-        loaded: that digest as the files of `revision` were loaded; empty for a model that came
-            some other way.
+        loaded: that digest as the files of `revision` were loaded, kept from an earlier load where
+            the files have not changed; empty for a model that came some other way.
     """
 
     model: Any
@@ -188,10 +189,12 @@ def load_language_model(
     source = find_language_model(name, revision)
     torch_dtype = resolve_dtype(dtype, device)
     tokenizer = _tokenizer(source)
-    if source.gguf_file is None:
-        model = _from_pretrained(source, dtype=torch_dtype)
+    read = _copy(source, torch_dtype)
+    known = _known_digest(read, torch_dtype)
+    if read.gguf_file is None:
+        model = _from_pretrained(read, dtype=torch_dtype)
     else:
-        model = _from_gguf(source, tokenizer, torch_dtype)
+        model = _from_gguf(read, tokenizer, torch_dtype)
     # The overloads that transformers declares for `to` leave out the plain one.
     torch.nn.Module.to(model, torch.device(device))
     model.eval().requires_grad_(False)
@@ -205,8 +208,44 @@ def load_language_model(
         dtype=torch_dtype,
         d_model=int(text_config.hidden_size),
         revision=source.revision or _commit(source, config),
-        loaded=model_digest(model),
+        loaded=_loaded_digest(model, known),
     )
+
+
+def _copy(source: ModelSource, dtype: torch.dtype) -> ModelSource:
+    """The dequantised copy of a GGUF file where there is one; else the source itself."""
+    if source.gguf_file is None:
+        return source
+    copy = gguf.copy_of(Path(source.location) / source.gguf_file, dtype)
+    if copy is None:
+        return source
+    return dataclasses.replace(source, location=str(copy), gguf_file=None)
+
+
+def _known_digest(source: ModelSource, dtype: torch.dtype) -> Known | None:
+    """Where the digest of a folder's model is kept, so that a load need not read every weight.
+
+    The weights of a folder are mapped into memory, and are read as they are used. A digest that was
+    kept is only ever compared with that of the model as it is (`LanguageModel.current_revision`);
+    should the two differ, hidden states go under a key of their own.
+    """
+    import transformers
+
+    folder = Path(source.location)
+    if source.gguf_file is not None or not folder.is_dir():
+        return None
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    versions = transformers.__version__, str(torch.__version__)
+    return Known("model", [*files, identity.__file__], str(dtype), *versions)
+
+
+def _loaded_digest(model: Any, known: Known | None) -> str:
+    digest = known.value() if known is not None else None
+    if digest is None:
+        digest = model_digest(model)
+        if known is not None:
+            known.keep(digest)
+    return digest
 
 
 def _commit(source: ModelSource, config: Any) -> str:
@@ -233,15 +272,11 @@ def _from_pretrained(source: ModelSource, **options: Any) -> Any:
 
 
 def _from_gguf(source: ModelSource, tokenizer: Any, dtype: torch.dtype) -> Any:
-    """The model of a GGUF file, from its dequantised copy if there is one, which is made if not."""
+    """The model of a GGUF file, of which a dequantised copy is made."""
     import transformers
 
     assert source.gguf_file is not None
     path = Path(source.location) / source.gguf_file
-    copy = gguf.copy_of(path, dtype)
-    if copy is not None:
-        kept = dataclasses.replace(source, location=str(copy), gguf_file=None)
-        return _from_pretrained(kept, dtype=dtype)
     _require("gguf", "accelerate")
     # about four bits a weight in the file
     keep = gguf.can_keep_copy(path, 2 * path.stat().st_size * dtype.itemsize)

@@ -6,6 +6,7 @@ model's own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from bae_fast.lm import (
     windows,
 )
 from bae_fast.lm import gguf as gguf_copies
+from bae_fast.lm import known as known_files
+from bae_fast.lm import loading as model_loading
 from bae_fast.lm.hooks import running
 from bae_fast.lm.origin import check_origin
 
@@ -731,6 +734,102 @@ def test_a_dequantised_copy_is_whole_or_absent(tokenizer, tmp_path, monkeypatch)
     assert gguf_copies.copy_of(path, torch.float32) is None
     with pytest.warns(RuntimeWarning, match="bytes free and"):
         assert not gguf_copies.can_keep_copy(path, 10**18)
+
+
+def _rewrite(path, content):
+    """Write a file in place, with its old time of modification, once the clock has ticked."""
+    before = path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def at_rest(monkeypatch, tmp_path):
+    """Whatever is kept is kept here, of files that were written just now too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_files, "AT_REST", -(10.0**6))
+
+
+def test_a_value_of_files_is_kept_until_one_of_them_changes(at_rest, tmp_path, monkeypatch):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for path in (first, second):
+        path.write_bytes(b"123")
+    looked = known_files.Known("sum", [first, second], "float32")
+    assert looked.value() is None
+    looked.keep("12")
+    assert known_files.Known("sum", [first, second], "float32").value() == "12"
+    for other in (("sum", [first], "float32"), ("sum", [first, second]), ("mean", [first, second])):
+        assert known_files.Known(*other).value() is None
+    # same size, same name, same time of modification
+    _rewrite(second, b"124")
+    changed = known_files.Known("sum", [first, second], "float32")
+    assert changed.value() is None
+    # a file that changes while it is read
+    _rewrite(second, b"125")
+    changed.keep("13")
+    now = known_files.Known("sum", [first, second], "float32")
+    assert now.value() is None
+    # a file that may change once more within a tick of the clock
+    monkeypatch.setattr(known_files, "AT_REST", 10.0**6)
+    known_files.Known("sum", [first, second], "float32").keep("14")
+    assert now.value() is None
+    now.keep("14")
+    assert known_files.Known("sum", [first, second], "float32").value() == "14"
+    (kept,) = (tmp_path / "cache" / "bae_fast" / "digests").iterdir()
+    kept.write_text('{"files":')
+    assert now.value() is None
+    # another file put in one's place
+    now.keep("14")
+    third = tmp_path / "c"
+    third.write_bytes(b"123")
+    os.utime(third, ns=(0, first.stat().st_mtime_ns))
+    third.rename(first)
+    assert known_files.Known("sum", [first, second], "float32").value() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(third.parent / "b" / "no folder"))
+    nowhere = known_files.Known("sum", [first])
+    nowhere.keep("6")
+    assert nowhere.value() is None
+
+
+def test_a_dequantised_copy_is_read_through_once(at_rest, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(b"stands for the weights")
+    model = model_of("llama", tokenizer)
+    assert gguf_copies.can_keep_copy(path, 1000)
+    gguf_copies.keep_copy(path, model, tokenizer, torch.float32)
+    hashed, summed = [], []
+    file_digest, model_digest_ = hashlib.file_digest, model_loading.model_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda *given: hashed.append(given) or file_digest(*given)
+    )
+    monkeypatch.setattr(
+        model_loading, "model_digest", lambda given: summed.append(given) or model_digest_(given)
+    )
+    lms = [load_language_model(str(path), dtype="float32") for _ in range(3)]
+    assert (len(hashed), len(summed)) == (0, 1)  # the file was hashed for the copy
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for lm in lms:
+        held = {**dict(lm.model.named_parameters()), **dict(lm.model.named_buffers())}
+        assert held.keys() == own.keys()
+        assert all(torch.equal(held[name], own[name]) for name in own)
+        assert lm.loaded == model_digest(lm.model)
+        assert lm.current_revision() == lm.revision
+    # weights are mapped: what is changed in memory is seen, and does not reach the file
+    with torch.no_grad():
+        lms[2].model.lm_head.weight[3, 4] += 1
+    assert lms[2].current_revision() == f"{lms[2].revision}+{model_digest(lms[2].model)}"
+    assert lms[1].current_revision() == lms[1].revision
+    # the copy's own weights are written anew, then the file is
+    folder = gguf_copies.copy_of(path, torch.float32)
+    lms[2].model.save_pretrained(folder)
+    summed.clear()
+    edited = load_language_model(str(path), dtype="float32")
+    assert len(summed) == 1
+    assert edited.loaded == model_digest(edited.model) != lms[0].loaded
+    _rewrite(path, b"Stands for the weights")
+    assert gguf_copies.copy_of(path, torch.float32) is None
+    assert len(hashed) == 1
 
 
 def _full_disk(*_arguments, **_options):
