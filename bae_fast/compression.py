@@ -15,7 +15,7 @@ Along the tree (``coder="tree"``): the columns of most mutual information are jo
 (Chow and Liu 1968), and a column has two probabilities, one for the rows in which its parent is
 off and one for those in which it is on. Each of the two is a half of the column that has its own
 class; the bits of a class are again one sequence, so all its gaps are decoded in one call, and
-only then are the columns put together, parents before children. An edge that saves less than it
+only then are the columns put together, a level of the tree at a time. An edge that saves less than it
 takes to describe is left out: without any the file is that of independent columns.
 
 Both sides build their tables in integers from the integers in the file: no rounding of one
@@ -46,7 +46,6 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -294,34 +293,18 @@ class _Model:
         columns = packing.rows_to_columns(words ^ self.prototype, self.n_columns)
         places = _ones(columns.t(), self.order, n_rows)
         ends = np.cumsum(self.sizes, dtype=np.int64) * n_rows
-        cuts = np.concatenate([[0], np.searchsorted(places, ends)])
-        gaps = np.diff(places, prepend=-1) - 1
-        encoder = _constriction().queue.RangeEncoder()
-        numbers = bytearray()
-        for c, expected in enumerate(self.expected(n_rows)):
-            part = gaps[cuts[c] : cuts[c + 1]]
-            if c and len(part):  # its first gap begins with the class
-                part[0] = places[cuts[c]] - ends[c - 1]
-            _append_number(numbers, self.gaps[c].encode(encoder, part) - expected)
-        return bytes(numbers) + encoder.get_compressed().astype("<u4").tobytes()
+        return _encode_places(self.gaps, places, ends, self.expected(n_rows))
 
     def decode_rows(self, data: bytes, n_rows: int) -> Tensor:
         """Inverse of :meth:`encode_rows`; ValueError for data that it did not make."""
-        numbers, at = [], 0
-        for expected in self.expected(n_rows):
-            number, at = _read_number(data, at)
-            numbers.append(number + expected)
-        if (len(data) - at) % 4 or any(not 0 <= n <= n_rows * self.n_columns for n in numbers):
-            raise ValueError("numbers of symbols out of range")
-        stream = np.frombuffer(data, dtype="<u4", offset=at).astype(np.uint32)
-        decoder = _constriction().queue.RangeDecoder(stream)
+        most = n_rows * self.n_columns
+        parts = _decode_places(self.gaps, data, self.expected(n_rows), most)
         places, start = [np.empty(0, np.int64)], 0
-        for size, gaps, number in zip(self.sizes, self.gaps, numbers, strict=True):
-            part = np.cumsum(gaps.decode(decoder, number) + 1) + (start - 1)
-            start += size * n_rows
-            if len(part) and part[-1] >= start:
+        for size, part in zip(self.sizes, parts, strict=True):
+            if len(part) and part[-1] >= size * n_rows:
                 raise ValueError("a difference beyond the last row")
-            places.append(part)
+            places.append(part + start)
+            start += size * n_rows
         columns = torch.zeros(self.n_columns, packing.n_words(n_rows), dtype=torch.int32)
         _set_ones(columns, self.order, np.concatenate(places), n_rows)
         return packing.columns_to_rows(columns.t().contiguous(), n_rows) ^ self.prototype
@@ -339,18 +322,17 @@ class _Halves:
         self.n_halves = len(parents) + int(has_parent.sum())
         # of the first half of each column
         self.first = np.concatenate([[0], np.cumsum(1 + has_parent)])[:-1]
-        children: list[list[int]] = [[] for _ in parents]
-        for column in np.flatnonzero(has_parent).tolist():
-            children[parents[column]].append(column)
-        # parents before their children, children of one parent together
-        self.roots = np.flatnonzero(~has_parent).tolist()
-        self.families: list[tuple[int, list[int]]] = []
-        waiting = list(self.roots)
-        for parent in waiting:
-            if children[parent]:
-                self.families.append((parent, children[parent]))
-                waiting += children[parent]
-        if len(waiting) != len(parents):
+        # the order of the file, parents before their children and children of one parent together:
+        # first the columns without a parent, then their children, then the children of those
+        children = np.argsort(parents, kind="stable")
+        begins = np.searchsorted(parents[children], np.arange(len(parents)))
+        n_children = np.bincount(parents[has_parent], minlength=len(parents))
+        self.levels: list[np.ndarray] = []
+        level = np.flatnonzero(~has_parent)
+        while len(level):
+            self.levels.append(level)
+            level = children[_ranges(begins[level], n_children[level])]
+        if sum(map(len, self.levels)) != len(parents):
             raise ValueError("the tree has a circle")
 
     def counts(self, ones: Tensor, both: Tensor, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -390,106 +372,260 @@ class _Halves:
         return _constriction().model.Uniform(len(self.parents))
 
 
+class _Part:
+    """Halves of columns that stand together in the file, those of a class after one another.
+
+    The half of a column without a parent is that of an off parent, a column that is never on.
+
+    Attributes:
+        columns: int64 ``[k]``, the columns.
+        halves: int64 ``[h]``, which of the tree's halves.
+        own, parents: int64 ``[h]``, where in ``columns`` the column of a half is, and its parent.
+        on: bool ``[h]``, whether it is the half of the rows in which the parent is on.
+        classes: int64 ``[h]``, ascending: which of the coded classes.
+        starts: int64 ``[c]``, where the halves of each class begin.
+    """
+
+    def __init__(
+        self, tree: _Halves, columns: np.ndarray, class_of: np.ndarray, n_classes: int
+    ) -> None:
+        given = tree.parents[columns] >= 0
+        own = np.repeat(np.arange(len(columns)), 1 + given)
+        on = np.zeros(len(own), dtype=np.bool_)
+        on[1:] = own[1:] == own[:-1]
+        halves = tree.first[columns][own] + on
+        classes = class_of[halves]
+        # those that are always alike are not in the file
+        order = np.argsort(classes, kind="stable")[int((classes < 0).sum()) :]
+        self.columns = columns
+        self.halves, self.own, self.on = halves[order], own[order], on[order]
+        self.classes = classes[order]
+        parents = tree.parents[columns]
+        self.parents = np.where(given, parents, len(tree.parents))[self.own]
+        self.starts = np.searchsorted(self.classes, np.arange(n_classes))
+
+    def places(self, length: np.ndarray) -> np.ndarray:
+        """Where each half begins in the sequence of its class, from the bits of each half."""
+        before = np.cumsum(length) - length
+        first = np.append(before, 0)[np.minimum(self.starts, len(before))]
+        return before - first[self.classes]
+
+
 class _TreeModel:
-    """Classes, the class of each half of a column, and what follows from them."""
+    """Classes, the class of each half of a column, and what follows from them.
+
+    A half is a sequence of the bits of one column in the rows in which its parent is off, or on.
+    Columns are coded and decoded a level of the tree at a time: the parents of a level are all
+    known when it is read, so the number of calls grows with the depth and not with the columns.
+    """
 
     def __init__(self, shares: np.ndarray, ids: np.ndarray, halves: _Halves) -> None:
         self.halves = halves
-        self.ids = ids.tolist()
         wide = shares.astype(np.int64)
-        # whether a class is kept inverted, and whether it has any bit to code
-        self._inverted = wide > _ONE // 2
-        self._coded = [c for c in range(len(shares)) if 0 < wide[c] < _ALWAYS]
-        self._flips = np.where(self._inverted, _ONE - wide, wide).tolist()
+        inverted = wide > _ONE // 2
+        # classes that have any bit to code
+        coded = np.flatnonzero((wide > 0) & (wide < _ALWAYS))
+        self._flips = np.where(inverted, _ONE - wide, wide)[coded].tolist()
+        number = np.full(len(shares), -1)
+        number[coded] = np.arange(len(coded))
+        self._class_of = number[ids]
+        # whether the halves of an off parent and of an on one are kept inverted
+        first = halves.first
+        self._off = inverted[ids[first]]
+        self._on = np.where(
+            halves.parents >= 0, inverted[ids[np.minimum(first + 1, len(ids) - 1)]], False
+        )
 
     @property
     def n_columns(self) -> int:
         return len(self.halves.parents)
 
     @cached_property
-    def gaps(self) -> dict[int, _Gaps]:
-        return {c: _Gaps(self._flips[c]) for c in self._coded}
+    def gaps(self) -> list[_Gaps]:
+        return [_Gaps(flips) for flips in self._flips]
+
+    def _part(self, columns: np.ndarray) -> _Part:
+        return _Part(self.halves, columns, self._class_of, len(self._flips))
+
+    @cached_property
+    def _whole(self) -> _Part:
+        return self._part(np.concatenate(self.halves.levels))
+
+    @cached_property
+    def _levels(self) -> list[_Part]:
+        return [self._part(level) for level in self.halves.levels]
+
+    def _prototype(self, columns: np.ndarray, parents: Tensor) -> Tensor:
+        """What columns would be without differences, from the packed bits of their parents."""
+        off, on = (torch.from_numpy(side[columns])[:, None] for side in (self._off, self._on))
+        return torch.where(off, ~parents, 0) | torch.where(on, parents, 0)
 
     def encode_rows(self, words: Tensor) -> bytes:
         """A block's bytes."""
-        n_rows = len(words)
-        packed = packing.rows_to_columns(words, self.n_columns).t().contiguous().numpy()
-        length = dict.fromkeys(self._coded, 0)
-        places: dict[int, list[np.ndarray]] = {c: [] for c in self._coded}
-        every = np.arange(n_rows)
-
-        def add(half: int, bits: np.ndarray) -> None:
-            c = self.ids[half]
-            if c in length:
-                places[c].append(np.flatnonzero(bits != self._inverted[c]) + length[c])
-                length[c] += len(bits)
-
-        for column, first, rows in self._walk(every, lambda i: _column_bits(packed[i], n_rows)):
-            bits = _column_bits(packed[column], n_rows)
-            for half, own in enumerate(rows):
-                add(first + half, bits if own is every else bits[own])
-        encoder = _constriction().queue.RangeEncoder()
-        numbers = bytearray()
-        for c in self._coded:
-            found = np.concatenate([np.empty(0, np.int64), *places[c]])
-            _append_number(numbers, self.gaps[c].encode(encoder, np.diff(found, prepend=-1) - 1))
-        return bytes(numbers) + encoder.get_compressed().astype("<u4").tobytes()
+        n_rows, part = len(words), self._whole
+        columns = _with_none(packing.rows_to_columns(words, self.n_columns).t(), self.n_columns)
+        parents = columns[np.where(self.halves.parents < 0, self.n_columns, self.halves.parents)]
+        differing = columns[:-1] ^ self._prototype(np.arange(self.n_columns), parents)
+        given = columns[part.parents]
+        on = torch.from_numpy(part.on)[:, None]
+        differing = differing[part.columns[part.own]] & torch.where(on, given, ~given)
+        found = _ones(differing & _row_bits(n_rows), torch.arange(len(on)), n_rows)
+        half, row = np.divmod(found, n_rows)
+        # of the rows before: those in which the parent is on, and those in which it is off
+        counts = packing.popcount(columns)
+        before = _ones_before(columns, counts, part.parents[half], row)
+        place = np.where(part.on[half], before, row - before)
+        n_on = counts.sum(1).numpy()[part.parents]
+        length = np.where(part.on, n_on, n_rows - n_on)
+        ends = np.cumsum(length)
+        by_class = np.append(ends, 0)[np.append(part.starts, len(ends))[1:] - 1]
+        return _encode_places(
+            self.gaps, place + (ends - length)[half], by_class, [0] * len(self.gaps)
+        )
 
     def decode_rows(self, data: bytes, n_rows: int) -> Tensor:
         """Inverse of :meth:`encode_rows`; ValueError for data that it did not make."""
-        numbers, at = [], 0
-        for _ in self._coded:
-            number, at = _read_number(data, at)
-            numbers.append(number)
         most = n_rows * self.n_columns
-        if (len(data) - at) % 4 or any(not 0 <= number <= most for number in numbers):
-            raise ValueError("numbers of symbols out of range")
-        stream = np.frombuffer(data, dtype="<u4", offset=at).astype(np.uint32)
-        decoder = _constriction().queue.RangeDecoder(stream)
-        places = {
-            c: np.cumsum(self.gaps[c].decode(decoder, number) + 1) - 1
-            for c, number in zip(self._coded, numbers, strict=True)
-        }
-        # of each class: bits and differences that columns before have taken
-        length, taken = dict.fromkeys(self._coded, 0), dict.fromkeys(self._coded, 0)
-        packed = np.zeros((self.n_columns, packing.n_words(n_rows)), dtype=np.int32)
-
-        def take(half: int, n_bits: int) -> np.ndarray:
-            c = self.ids[half]
-            bits = np.full(n_bits, self._inverted[c])
-            if c in length:
-                stop = int(np.searchsorted(places[c], length[c] + n_bits))
-                bits[places[c][taken[c] : stop] - length[c]] ^= True
-                taken[c], length[c] = stop, length[c] + n_bits
-            return bits
-
-        every = np.arange(n_rows)
-        for column, first, rows in self._walk(every, lambda i: _column_bits(packed[i], n_rows)):
-            bits = np.zeros(packed.shape[1] * packing.WORD_BITS, dtype=np.bool_)
-            for half, own in enumerate(rows):
-                bits[own] = take(first + half, len(own))
-            packed[column] = np.packbits(bits, bitorder="little").view(np.int32)
-        if any(taken[c] != len(places[c]) for c in self._coded):
+        found = _decode_places(self.gaps, data, [0] * len(self.gaps), most)
+        if any(len(part) and part[-1] >= most for part in found):
             raise ValueError("a difference beyond the last row")
-        return packing.columns_to_rows(torch.from_numpy(packed).t().contiguous(), n_rows)
+        # ascending over all classes
+        places = [np.empty(0, np.int64), *(part + c * most for c, part in enumerate(found))]
+        differences = np.concatenate(places)
+        used = np.arange(len(self.gaps)) * most
+        n_taken = 0
+        columns = torch.zeros(self.n_columns + 1, packing.n_words(n_rows), dtype=torch.int32)
+        every = _row_bits(n_rows)
+        for part in self._levels:
+            parents, which = np.unique(part.parents, return_inverse=True)
+            ones = _Ones(columns[parents], n_rows)
+            length = np.where(part.on, ones.n[which], n_rows - ones.n[which])
+            begin = part.places(length) + used[part.classes]
+            used += np.bincount(part.classes, length, minlength=len(used)).astype(np.int64)
+            low, high = np.searchsorted(differences, [begin, begin + length])
+            half = np.repeat(np.arange(len(low)), high - low)
+            own = _ranges(low, high - low)
+            n_taken += len(own)
+            place = differences[own] - begin[half]
+            row = ones.rows(which[half], place, part.on[half])
+            tops = self.halves.parents[part.columns]
+            made = self._prototype(part.columns, columns[np.where(tops < 0, self.n_columns, tops)])
+            flips = torch.zeros_like(made)
+            _set_ones(
+                flips, torch.arange(len(flips)), np.sort(part.own[half] * n_rows + row), n_rows
+            )
+            columns[part.columns] = (made ^ flips) & every
+        if n_taken != len(differences):
+            raise ValueError("a difference beyond the last row")
+        return packing.columns_to_rows(columns[:-1].t().contiguous(), n_rows)
 
-    def _walk(
-        self, every: np.ndarray, bits_of: Callable[[int], np.ndarray]
-    ) -> Iterator[tuple[int, int, tuple[np.ndarray, ...]]]:
-        """Columns, parents before children: (column, its first half, the rows of its halves)."""
-        first = self.halves.first.tolist()
-        for column in self.halves.roots:
-            yield column, first[column], (every,)
-        for parent, family in self.halves.families:
-            on = bits_of(parent)
-            rows = (np.flatnonzero(~on), np.flatnonzero(on))
-            for column in family:
-                yield column, first[column], rows
+
+def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from each begin on, as many as its length says, one range after another."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(begins - before, lengths)
 
 
-def _column_bits(words: np.ndarray, n_rows: int) -> np.ndarray:
-    """The bits of a packed column: bool ``[n_rows]``."""
-    return np.unpackbits(words.view(np.uint8), count=n_rows, bitorder="little").view(np.bool_)
+def _with_none(columns: Tensor, n_columns: int) -> Tensor:
+    """Packed columns, and after them one that is never on."""
+    wide = torch.zeros(n_columns + 1, columns.shape[1], dtype=torch.int32)
+    wide[:-1] = columns
+    return wide
+
+
+def _row_bits(n_rows: int) -> Tensor:
+    """A packed column that is on in every row: int32 ``[M]``, its tail bits zero."""
+    bits = torch.full((packing.n_words(n_rows),), -1, dtype=torch.int32)
+    if n_rows % packing.WORD_BITS:
+        bits[-1] = (1 << n_rows % packing.WORD_BITS) - 1
+    return bits
+
+
+def _ones_before(
+    columns: Tensor, counts: Tensor, numbers: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """How often packed columns are on in the rows before given ones: int64, one for each pair.
+
+    Args:
+        columns, counts: ``[k, M]``, the bits and the ones of each word.
+        numbers, rows: which column, and the row.
+    """
+    word = torch.from_numpy(rows // packing.WORD_BITS)
+    bit = torch.from_numpy(rows % packing.WORD_BITS)
+    number = torch.from_numpy(numbers)
+    before = (counts.cumsum(1) - counts)[number, word]
+    low = columns[number, word] & ((1 << bit) - 1).to(torch.int32)
+    return (before + packing.popcount(low)).numpy()
+
+
+class _Ones:
+    """The rows in which packed columns are on, to find a row by its place among them, or among the
+    others."""
+
+    def __init__(self, columns: Tensor, n_rows: int) -> None:
+        self._n_rows = n_rows
+        self._places = _ones(columns, torch.arange(len(columns)), n_rows)
+        self.n = packing.popcount(columns).sum(1).numpy()
+        self._starts = np.cumsum(self.n) - self.n
+        # the number of rows before each in which the column is off, ascending over all columns
+        number, row = np.divmod(self._places, n_rows)
+        rank = np.arange(len(row)) - self._starts[number]
+        self._off_before = row - rank + number * (n_rows + 1)
+
+    def rows(self, numbers: np.ndarray, places: np.ndarray, on: np.ndarray) -> np.ndarray:
+        """The row of each place among the rows in which a column is on, or off."""
+        start = self._starts[numbers]
+        found = np.empty_like(places)
+        number = numbers[on]
+        found[on] = self._places[start[on] + places[on]] - number * self._n_rows
+        number, place = numbers[~on], places[~on]
+        keys = number * (self._n_rows + 1) + place
+        found[~on] = place + np.searchsorted(self._off_before, keys, side="right") - start[~on]
+        return found
+
+
+def _encode_places(
+    gaps: list[_Gaps], places: np.ndarray, ends: np.ndarray, expected: list[int]
+) -> bytes:
+    """Numbers of symbols and the coder's words of ascending places, classes after one another.
+
+    Args:
+        places: int64, the places of differences.
+        ends: where each class ends.
+        expected: what is taken off each class's number of symbols.
+    """
+    cuts = np.concatenate([[0], np.searchsorted(places, ends)])
+    between = np.diff(places, prepend=-1) - 1
+    encoder = _constriction().queue.RangeEncoder()
+    numbers = bytearray()
+    for c, less in enumerate(expected):
+        part = between[cuts[c] : cuts[c + 1]]
+        if c and len(part):  # its first gap begins with the class
+            part[0] = places[cuts[c]] - ends[c - 1]
+        _append_number(numbers, gaps[c].encode(encoder, part) - less)
+    return bytes(numbers) + encoder.get_compressed().astype("<u4").tobytes()
+
+
+def _decode_places(
+    gaps: list[_Gaps], data: bytes, expected: list[int], most: int
+) -> list[np.ndarray]:
+    """Inverse of :func:`_encode_places`: the places of each class, counted from its begin.
+
+    Raises:
+        ValueError: data that it did not make; a class has at most ``most`` symbols.
+    """
+    numbers, at = [], 0
+    for less in expected:
+        number, at = _read_number(data, at)
+        numbers.append(number + less)
+    if (len(data) - at) % 4 or any(not 0 <= number <= most for number in numbers):
+        raise ValueError("numbers of symbols out of range")
+    stream = np.frombuffer(data, dtype="<u4", offset=at).astype(np.uint32)
+    decoder = _constriction().queue.RangeDecoder(stream)
+    return [
+        np.cumsum(one.decode(decoder, number) + 1) - 1
+        for one, number in zip(gaps, numbers, strict=True)
+    ]
 
 
 def _ones(columns: Tensor, order: Tensor, n_rows: int) -> np.ndarray:
@@ -498,9 +634,11 @@ def _ones(columns: Tensor, order: Tensor, n_rows: int) -> np.ndarray:
     step = max(_CHUNK_BITS // max(stride, 1), 1)
     found = [np.empty(0, np.int64)]
     for top in range(0, len(order), step):
-        words = columns[order[top : top + step]].contiguous().numpy()
-        bits = np.unpackbits(words.view(np.uint8).reshape(-1), bitorder="little")
-        places = np.flatnonzero(bits.view(np.bool_)) + top * stride
+        words = columns[order[top : top + step]].contiguous().numpy().reshape(-1)
+        filled = np.flatnonzero(words)
+        bits = np.unpackbits(words[filled].view(np.uint8), bitorder="little")
+        word, bit = np.divmod(np.flatnonzero(bits.view(np.bool_)), packing.WORD_BITS)
+        places = filled[word] * packing.WORD_BITS + bit + top * stride
         if n_rows != stride:  # tail bits are not part of the sequence
             places -= places // stride * (stride - n_rows)
         found.append(places)
@@ -590,7 +728,7 @@ def compress(
         block_rows: rows coded together: fewer are read faster on their own, and cost a byte or
             two more for each class of columns.
         coder: "columns" codes each column on its own; "tree" codes it given the one it shares most
-            with, where that pays: a smaller file, many times slower to write and to read.
+            with, where that pays: a smaller file, some times slower to write and to read.
         metadata: JSON values, kept in the header; see :class:`CompressedCode`.
 
     Raises:
@@ -617,11 +755,11 @@ def compress(
             raise ValueError(f"code has bits past column {n_columns}")
         counts += packing.column_counts(block, n_columns)
     encoder = queue.RangeEncoder()
-    parents = _choose_parents(flat, n_columns, counts, coder)
+    parents, both = _choose_parents(flat, n_columns, counts, coder)
     is_tree = bool((parents >= 0).any())
     if is_tree:
         halves = _Halves(parents.numpy())
-        ones, length = halves.counts(counts, _joint_counts(flat, parents), n_rows)
+        ones, length = halves.counts(counts, both, n_rows)
         shares, ids = _choose_classes(ones, length, len(tops), number_bits=20)
         halves.encode(encoder)
         model: _Model | _TreeModel = _TreeModel(shares, ids, halves)
@@ -686,17 +824,24 @@ def compress(
     )
 
 
-def _choose_parents(flat: BinaryCode, n_columns: int, counts: Tensor, coder: str) -> Tensor:
-    """The parent of each column, the mask's included: int64 ``[K]``, -1 where there is none."""
+def _choose_parents(
+    flat: BinaryCode, n_columns: int, counts: Tensor, coder: str
+) -> tuple[Tensor, Tensor]:
+    """The parent of each column, the mask's included, and the rows in which both are on.
+
+    Int64 ``[K]`` each; without a parent -1, and the column's own ones.
+    """
     n_rows = len(flat)
     none = torch.full((n_columns,), -1, dtype=torch.int64)
     if coder == "columns" or n_rows < 2:
-        return none
+        return none, counts
     live = int(((counts > 0) & (counts < n_rows)).sum())
     starts = sample_starts(n_rows, live)
     words = torch.cat([_block(flat, start, SAMPLE_PIECE) for start in starts])
     parents = tree_parents(BinaryCode(words, n_columns))
-    return edges_that_pay(parents, counts, _joint_counts(flat, parents), n_rows)
+    both = _joint_counts(flat, parents)
+    parents = edges_that_pay(parents, counts, both, n_rows)
+    return parents, torch.where(parents >= 0, both, counts)
 
 
 def _joint_counts(flat: BinaryCode, parents: Tensor) -> Tensor:

@@ -17,11 +17,15 @@ MAX_COLUMNS = 16384
 ROW_BLOCK = 1024
 COLUMN_BLOCK = 256
 
+# share of ones below which adding up the rows of each column is faster than the dense product
+_SPARSE = 1 / 12
+
 # rows that stand together in the sample that a tree is found by: neighbours are alike
 SAMPLE_PIECE = 256
 
-# products of two bits that finding a tree may take, some seconds of a CPU core
-_SAMPLE_PRODUCTS = 2**38
+# products of two bits that finding a tree may take, some seconds of a CPU core for dense bits and
+# less than one for sparse ones
+_SAMPLE_PRODUCTS = 2**36
 _SAMPLE_LEAST, _SAMPLE_MOST = 2**14, 2**17
 
 
@@ -59,8 +63,35 @@ def joint_counts(
 
 
 def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
-    """The same for pairs of columns of one code, float32 ``[k, k]``."""
-    return joint_counts(code, columns, code, columns)
+    """The same for pairs of columns of one code, float32 ``[k, k]``.
+
+    Where few bits are on, on a CPU, only products with a one are taken; the counts are the same.
+    """
+    rows = code.flatten()
+    ones = int(rows.counts().sum())
+    if rows.device.type != "cpu" or ones > _SPARSE * len(rows) * rows.n_columns:
+        return joint_counts(code, columns, code, columns)
+    return sparse_pair_counts(rows, columns)
+
+
+def sparse_pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
+    """What :func:`joint_counts` says of pairs of columns of one code, fast where ones are few.
+
+    Row i of the result is the sum of the rows of bits in which column i is on.
+
+    Args:
+        code: ``[N, K]`` on the CPU without a row mask, N < 2^24.
+        columns: int64 ``[k]``.
+    """
+    k = len(columns)
+    found = torch.zeros(k, k)
+    for words in code.words.split(ROW_BLOCK):
+        bits = packing.unpack_rows(words, code.n_columns, torch.uint8)[:, columns]
+        column, row = bits.T.nonzero().unbind(1)
+        n_ones = torch.bincount(column, minlength=k)
+        begins = n_ones.cumsum(0) - n_ones
+        found += torch.nn.functional.embedding_bag(row, bits.float(), begins, mode="sum")
+    return found
 
 
 def edge_counts(code: BinaryCode, left: Tensor, right: Tensor) -> Tensor:
@@ -72,8 +103,8 @@ def edge_counts(code: BinaryCode, left: Tensor, right: Tensor) -> Tensor:
     """
     both = torch.zeros(len(left), dtype=torch.int64, device=code.device)
     for block in code.flatten().words.split(ROW_BLOCK):
-        columns = packing.rows_to_columns(block, code.n_columns)
-        both += packing.popcount(columns[:, left] & columns[:, right]).sum(0)
+        columns = packing.rows_to_columns(block, code.n_columns).t().contiguous()
+        both += packing.popcount(columns[left] & columns[right]).sum(1)
     return both
 
 

@@ -46,7 +46,7 @@ class Config(Training, OwnRows, Data):
         rows: Which rows go into the file: all, or the held-out ones.
         block_rows: The number of rows of the file that are read together.
         coder: How the columns are coded: columns is each on its own, tree is each given the one it
-            shares most with, which is smaller and many times slower.
+            shares most with, which is smaller and some times slower.
         out: The folder of the results.
     """
 

@@ -253,6 +253,45 @@ def test_a_tree_with_a_circle_is_refused(parents):
         compression._Halves(np.array(parents))
 
 
+def frozen_tree_code():
+    row = torch.arange(1200)[:, None]
+    noise = (row * row * 7919 + torch.arange(9) * 104729) % 1009
+    bits = noise < torch.tensor([300, 5, 90, 200, 960, 8, 2, 0, 500])
+    bits[:, 1] ^= bits[:, 0]
+    bits[:, 2] ^= ~bits[:, 1]
+    bits[:, 3] &= bits[:, 0]
+    bits[:, 5] |= bits[:, 2]
+    bits[:, 6] = bits[:, 4]
+    return bf.BinaryCode.from_dense(bits)
+
+
+def test_files_along_a_tree_written_before_are_read_and_written_alike(tmp_path):
+    """Made by a coder that went column by column: the order of the bits belongs to the format."""
+    path = tmp_path / "code"
+    path.write_bytes(base64.b64decode(FROZEN_TREE))
+    compressed = CompressedCode.open(path)
+    assert compressed.metadata == {"hook": "layers.11"}
+    model = compressed._model
+    assert len(model.gaps) > 2  # several classes
+    assert len(model.halves.levels) > 5
+    code = frozen_tree_code()
+    assert compressed.code().equal(code)
+    blocks = b"".join(model.encode_rows(words) for words in code.words.split(1024))
+    assert path.read_bytes().endswith(blocks)
+
+
+FROZEN_TREE = """
+iUJBRWJpdHMCAAAAfQAAAAkAAAABAAEAAAQAAAcAAAADAAAAFQAAALAEAAAAAAAAAAAAAAAAAACrwXMELvnGSyC0ObkxsCPv////
+/wQAAAABAAAAAQAAAAIAAAACAAAAAgAAAAMAAAAGAAAAA1K9OPXpfNyboBFYeyJob29rIjogImxheWVycy4xMSJ9XgEAADn5dbjD
+iFVq/LLKSUIAAAC/g/4u+ClOvAfglBY0NDVXl3hk7gzIBuoFbifaeKuoAx+g3yBLVFllpIj30ZQtqdhMfL1GPPgbmSCzHvqrZjEf
+dfY0nmWVUvRbXxp+IRCV+NCNYKUEaXW1sdfAGY90XDZZvREFvqTXL7XjzpsmUQ4AOqekoKXYDy9PGtBNHGeiBtwzgOPJkD3PSPwb
+PNmr5p04rchYNxG+WYrg7n7X3LFIRic6txedtad3CdrbueKn/5KQnwCns1sViAIttNsRncwftO0fdUPi5PwLhVKUIUiaIRZBBdJ9
+Tn9kSEpfYT1m25MwhHw5r8m1HT4d6JDtWIyzJjPq+Zh/r0s1ke6o1wewt5TAkWIy1447Y/rApgUU3PSYWGTIZQQs7zpf4y8la5ty
+GSUYnRhVP1yg+IQYizwtsjcvN36g5D1hOx3HOU39IlO4T+ohRJS48OPLx6OnxHQiTPec23814NYp845Gqr3Jk6xWG7VVcLyGjTRv
+TPgfgJCFBIoBjgEKeDdTpbb08AldqZNnrhBEVYsTDnSBBKsnI/Q3Poya90CScWLtmUlxIWhHKNtX0OFJBTCkSEPq3EetcmM4
+"""
+
+
 # -- the size ----------------------------------------------------------------------------------
 
 
