@@ -15,8 +15,8 @@ Along the tree (``coder="tree"``): the columns of most mutual information are jo
 (Chow and Liu 1968), and a column has two probabilities, one for the rows in which its parent is
 off and one for those in which it is on. Each of the two is a half of the column that has its own
 class; the bits of a class are again one sequence, so all its gaps are decoded in one call, and
-only then are the columns put together, a level of the tree at a time. An edge that saves less than it
-takes to describe is left out: without any the file is that of independent columns.
+only then are the columns put together, a level of the tree at a time. An edge that saves less
+than it takes to describe is left out: without any the file is that of independent columns.
 
 Both sides build their tables in integers from the integers in the file: no rounding of one
 machine's mathematics library decides what another reads.

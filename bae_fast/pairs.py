@@ -68,8 +68,8 @@ def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
     Where few bits are on, on a CPU, only products with a one are taken; the counts are the same.
     """
     rows = code.flatten()
-    ones = int(rows.counts().sum())
-    if rows.device.type != "cpu" or ones > _SPARSE * len(rows) * rows.n_columns:
+    is_sparse = int(rows.counts().sum()) < _SPARSE * len(rows) * rows.n_columns
+    if not is_sparse or rows.device.type != "cpu" or len(columns) == 0:
         return joint_counts(code, columns, code, columns)
     return sparse_pair_counts(rows, columns)
 
@@ -89,8 +89,12 @@ def sparse_pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
         bits = packing.unpack_rows(words, code.n_columns, torch.uint8)[:, columns]
         column, row = bits.T.nonzero().unbind(1)
         n_ones = torch.bincount(column, minlength=k)
-        begins = n_ones.cumsum(0) - n_ones
-        found += torch.nn.functional.embedding_bag(row, bits.float(), begins, mode="sum")
+        dense, at = bits.float(), 0
+        # by blocks, so that there is no second matrix of all pairs
+        for part, n in zip(found.split(COLUMN_BLOCK), n_ones.split(COLUMN_BLOCK), strict=True):
+            own = row[at : at + int(n.sum())]
+            part += torch.nn.functional.embedding_bag(own, dense, n.cumsum(0) - n, mode="sum")
+            at += len(own)
     return found
 
 

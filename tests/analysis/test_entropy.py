@@ -110,6 +110,7 @@ def test_counts_of_pairs_are_the_integers_whatever_the_blocks(monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.07, 0.3])
 def test_counts_of_pairs_of_rare_ones_are_the_integers(p, monkeypatch):
     monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 64)
+    monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 2)
     bits = torch.rand(301, 70, generator=torch.Generator().manual_seed(0)) < p
     bits[:, 5] = True
     code, columns = BinaryCode.from_dense(bits), torch.tensor([69, 5, 0, 33, 12])
