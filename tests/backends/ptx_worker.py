@@ -118,7 +118,7 @@ def beyond(name, got, eager, exact):
     return [] if error <= allowed else [f"{name}: {error:.3g} over {allowed:.3g}"]
 
 
-def encode_case(n=48, d=256, k=96):
+def encode_case(n=48, d=256, k=48):
     x, W, b = integers(2, n, d), integers(2, d, k), integers(3, k)
     keep = torch.arange(n) % 3 != 1
     words, window, counts, _ = encode.encode(x, W, b, keep, 2.5)

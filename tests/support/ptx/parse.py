@@ -108,11 +108,12 @@ def _bare(text):
 
 
 def _matching(text, start):
+    """Where the brace at ``start`` is closed."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
+    for brace in re.compile("[{}]").finditer(text, start):
+        depth += 1 if brace.group(0) == "{" else -1
         if depth == 0:
-            return at
+            return brace.start()
     raise PtxError("a brace is not closed")
 
 
