@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="windows of 256 tokens that the suite models times (8)",
     )
     parser.add_argument(
+        "--machine",
+        default="",
+        metavar="NAME",
+        help="keep the results in this folder of bench/results, apart from those of another "
+        "machine",
+    )
+    parser.add_argument(
         "--later-loads",
         action="store_true",
         help="the suite models leaves out the first load of a GGUF file whose copy is kept already",
@@ -147,6 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in options.suites if name not in SUITES]
     if unknown:
         parser.error(f"suites must be of {', '.join(SUITES)}; got {unknown[0]!r}")
+    if not re.fullmatch(r"[\w.-]*", options.machine):
+        parser.error(f"--machine must be the name of a folder; got {options.machine!r}")
+    folder = RESULTS / options.machine
     refused = []
     for name in () if options.tables else options.suites or MEASURED:
         print(f"== {name}", flush=True)
@@ -163,11 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
         result = {"environment": environment(), **SUITES[name].run(**more)}
         refused += refusals(result)
         if name in MODELS:
-            result = models.merged(RESULTS / f"{name}.json", result)
+            result = models.merged(folder / f"{name}.json", result)
         if options.only is None:
-            write_json(RESULTS / f"{name}.json", result)
+            write_json(folder / f"{name}.json", result)
             if name == "sparse":
-                (RESULTS / "sparse.png").write_bytes(sparse.plot(result))
+                (folder / "sparse.png").write_bytes(sparse.plot(result))
             print(SUITES[name].table(result), flush=True)
     if options.only is None:
         for path in documents.write(ROOT, RESULTS, SUITES | {"device": device}):

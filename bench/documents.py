@@ -202,12 +202,16 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
 
 
 def blocks(results: Path, suites: dict[str, Any]) -> dict[str, str]:
-    """Tables by the names of their markers, for every result that is there."""
-    found = {
-        name: suite.table(read_json(results / f"{name}.json"))
-        for name, suite in suites.items()
-        if (results / f"{name}.json").is_file()
-    }
+    """Tables by the names of their markers, for every result that is there.
+
+    A folder MACHINE of results has the markers ``step-MACHINE`` and so on.
+    """
+    found = {}
+    for name, suite in suites.items():
+        for path in (results / f"{name}.json", *sorted(results.glob(f"*/{name}.json"))):
+            if path.is_file():
+                machine = "" if path.parent == results else f"-{path.parent.name}"
+                found[name + machine] = suite.table(read_json(path))
     for name, make in EXPERIMENTS.items():
         try:
             found[name] = make(results)

@@ -327,6 +327,6 @@ def table(result: dict[str, Any]) -> str:
         {"operator": lambda row: row["operator"].replace("_", " "), "density": tables.density},
     ) + (
         f"\n\nAs above, N = {n}, d = {d}, F = {f}; the other shapes, rates and peak memory are in "
-        f"`bench/results/operators.json`. encoder backward: identity at density {DENSITIES[0]}, "
+        f"`operators.json`. encoder backward: identity at density {DENSITIES[0]}, "
         f"rectangle at {DENSITIES[1]}. " + tables.ceilings(result)
     )
