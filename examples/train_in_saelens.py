@@ -1,7 +1,7 @@
 """A Binary Autoencoder beside TopK in SAELens' own trainer: train_in_saelens.py rows.npy
 
-Both have SAELens' defaults and see the same rows in the same order. SAELens lives in an environment
-of its own; `make test-saelens` makes one.
+Both have SAELens' defaults but for the learning rate of the Binary Autoencoder, and see the same
+rows in the same order. SAELens lives in an environment of its own; `make test-saelens` makes one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def batches(rows, size, seed):
         yield from (rows[part] for part in order.split(size) if len(part) == size)
 
 
-def train(sae, rows, options):
+def train(sae, rows, options, lr):
     """Train a module in SAELens' loop."""
     config = SAETrainerConfig(
         n_checkpoints=0,
@@ -34,8 +34,8 @@ def train(sae, rows, options):
         train_batch_size_samples=options.batch_size,
         device="cpu",
         autocast=False,
-        lr=options.lr,
-        lr_end=options.lr / 10,
+        lr=lr,
+        lr_end=lr / 10,
         lr_scheduler_name="constant",
         lr_warm_up_steps=0,
         lr_decay_steps=options.steps // 5,
@@ -75,7 +75,9 @@ def main(arguments=None):
     parser.add_argument("--deviation", type=float, help="scale the rows to this deviation")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the Binary Autoencoder")
+    parser.add_argument("--topk-lr", type=float, default=3e-4, help="SAELens' default")
+    parser.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
@@ -85,12 +87,17 @@ def main(arguments=None):
     train_rows, heldout = rows[: -len(rows) // 10], rows[-len(rows) // 10 :]
     sizes = {"d_in": rows.shape[1], "d_sae": options.features or 4 * rows.shape[1]}
     found = {}
-    for name, make in (
-        ("binary", lambda: BinaryTrainingSAE(BinaryTrainingSAEConfig(**sizes))),
-        ("topk", lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=options.k))),
+    binary = BinaryTrainingSAEConfig(**sizes, entropy_coefficient=options.entropy)
+    for name, make, lr in (
+        ("binary", lambda: BinaryTrainingSAE(binary), options.lr),
+        (
+            "topk",
+            lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=options.k)),
+            options.topk_lr,
+        ),
     ):
         torch.manual_seed(options.seed)
-        found[name] = measure(train(make(), train_rows, options), heldout)
+        found[name] = measure(train(make(), train_rows, options, lr), heldout)
         print(json.dumps({"method": name, **found[name]}), flush=True)
     return found
 
