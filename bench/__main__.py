@@ -140,6 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="windows of 256 tokens that the suite models times (8)",
     )
     parser.add_argument(
+        "--leave-out",
+        nargs="+",
+        default=[],
+        metavar="SIDE",
+        help="sides that the suites step and operators leave out, such as compile",
+    )
+    parser.add_argument(
         "--machine",
         default="",
         metavar="NAME",
@@ -164,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         more = (
             {"only": options.only or "", "seconds": options.seconds} if name not in TRAINED else {}
         )
+        if name in ("step", "operators"):
+            more["left_out"] = options.leave_out
         if name in MODELS:
             more |= {
                 "models": options.model,

@@ -21,8 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.devices import has_bfloat16
+
 EPS = 1e-10
 PROGRAMS = ("eager", "autocast", "compile")
+
+
+def programs() -> list[str]:
+    """Those that are run on this CPU: without native bfloat16, autocast takes minutes a call."""
+    return [name for name in PROGRAMS if name != "autocast" or has_bfloat16("cpu")]
+
+
 # and on a GPU, where nobody runs it in float32
 DENSE = (*PROGRAMS, "compile bf16")
 # bench/test_*.py put "eager" here: the same path, no C++ compiler

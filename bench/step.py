@@ -11,7 +11,7 @@ so small that the density stays while the step is repeated; nothing depends on i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ def sides_of(f: int) -> list[str]:
     """Names for F features."""
     if f > MOST_DENSE:
         return [implementations()[0], *half_side()]
-    return [*eager.PROGRAMS, *implementations(), *half_side()]
+    return [*eager.programs(), *implementations(), *half_side()]
 
 
 def parameters_of(tensors: list[Tensor]) -> list[Tensor]:
@@ -203,9 +203,9 @@ def build(name: str, n: int, d: int, f: int, names: list[str] | None = None) -> 
     return Comparison(case, sides, check, work)
 
 
-def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
-    """Every case; ``only`` those whose name holds that text."""
-    return run_cases(CASES, build, only, seconds)
+def run(only: str = "", seconds: float = SECONDS, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Every case; ``only`` those whose name holds that text; without some sides."""
+    return run_cases(CASES, build, only, seconds, left_out)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -72,7 +72,8 @@ def comparison(
     rows: list[dict[str, Any]], first: dict[str, Callable[[dict[str, Any]], str]]
 ) -> str:
     """Rows by sides, every side with its ratio to eager, and the default's share of the floor."""
-    names = [*PROGRAMS, *ours(rows)]
+    programs = [name for name in PROGRAMS if any(name in row["sides"] for row in rows)]
+    names = [*programs, *ours(rows)]
     header = [*first, *(n if n in PROGRAMS else f"`{n}`" for n in names), "of the floor"]
     body = []
     for row in rows:
@@ -114,7 +115,9 @@ def ceilings(result: dict[str, Any]) -> str:
     c = result["ceilings"]
     bits = c["bit_macs"].get(result["environment"].get("simd"))
     counted = f", {bits / 1e12:.2f} T bit-MAC/s" if bits else ""
+    half = c.get("gemm_bfloat16")  # only where it is native
+    halves = f", in bfloat16 {half / 1e9:,.0f}" if half else ""
     return (
-        f"Measured there: torch's GEMM {c['gemm_float32'] / 1e9:,.0f} GFLOP/s, in bfloat16 "
-        f"{c['gemm_bfloat16'] / 1e9:,.0f}; copy {c['copy'] / 1e9:,.0f} GB/s{counted}."
+        f"Measured there: torch's GEMM {c['gemm_float32'] / 1e9:,.0f} GFLOP/s{halves}; "
+        f"copy {c['copy'] / 1e9:,.0f} GB/s{counted}."
     )

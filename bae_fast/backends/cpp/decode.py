@@ -30,8 +30,7 @@ from bae_fast.packing import WORD_BITS, n_words
 # Density below which adding rows is faster, measured at N = 512, F = 8192 (NEON: as scalar)
 GATHER_BELOW = {"scalar": 0.17, "avx2": 0.2, "avx512": 0.16, "neon": 0.17, "amx": 0.08}
 # The same against bf16 products of matrix units: adding rows took 0.69 to 1.21 of their time at
-# density 0.03 (four shapes, bench/results/amx/operators.json); less, as it does not shrink to
-# nothing.
+# density 0.03 (four shapes, bench/results/operators.json); less, as it does not shrink to nothing.
 GATHER_BELOW_UNITS = 0.02
 
 

@@ -25,8 +25,8 @@ from bae_fast.ops.products import product_dtype
 # measured on neon.
 SPARSE_BELOW = {"scalar": 0.12, "avx2": 0.2, "avx512": 0.3, "neon": 0.1, "amx": 0.2}
 # The same against native bfloat16 products. At density 0.035 listing took 0.55 to 0.71 of the time
-# of the matrix units (five shapes, bench/results/amx/operators.json). Where torch makes the
-# products, they are up to five times as fast as in fp32.
+# of the matrix units (five shapes, bench/results/operators.json). Where torch makes the products,
+# they are up to five times as fast as in fp32.
 SPARSE_BELOW_NATIVE = {"scalar": 0.02, "avx2": 0.04, "avx512": 0.06, "neon": 0.02, "amx": 0.045}
 
 
