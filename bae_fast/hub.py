@@ -234,8 +234,8 @@ def _write_card(
             *sorted({str(values.get("architecture")) for values in every}),
         ],
         # the Hub refuses names that are none of its own
-        base_model=base if isinstance(base, str) and _REPO_ID.fullmatch(base) else None,
-        datasets=[dataset] if isinstance(dataset, str) and _REPO_ID.fullmatch(dataset) else None,
+        base_model=base if isinstance(base, str) and is_name(base) else None,
+        datasets=[dataset] if isinstance(dataset, str) and is_name(dataset) else None,
         **more,
     )
     text = [

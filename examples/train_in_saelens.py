@@ -75,9 +75,11 @@ def main(arguments=None):
     parser.add_argument("--deviation", type=float, help="scale the rows to this deviation")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the Binary Autoencoder")
-    parser.add_argument("--topk-lr", type=float, default=3e-4, help="SAELens' default")
-    parser.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="The Binary Autoencoder's learning rate."
+    )
+    parser.add_argument("--topk-lr", type=float, default=3e-4, help="The learning rate of TopK.")
+    parser.add_argument("--entropy", type=float, default=0.0, help="The weight of the entropy.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
