@@ -1,6 +1,7 @@
 """Shared fixtures: a fixed seed, one thread, no environment that changes the choice of backend."""
 
 import atexit
+import io
 import os
 import sys
 
@@ -35,6 +36,15 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: what the processes share out at the end is short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are built and not drawn: that takes seconds a run, and test_report.py does it."""
+    figure = pytest.importorskip("matplotlib.figure")
+    dot = io.BytesIO()
+    figure.Figure(figsize=(0.01, 0.01)).savefig(dot, format="png")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda _, file, **__: file.write(dot.getvalue()))
 
 
 def pytest_runtest_setup(item):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import logging
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tiny_lm import save_tiny_model
@@ -169,26 +169,23 @@ assert all(found)
 """
 
 
+NUMBERS = itertools.count()
+
+
 def child(*arguments):
+    """A process, and the file of its errors."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *map(str, arguments)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    errors = Path(f"{arguments[1]}.{next(NUMBERS)}")
+    return processes.start("-c", CHILD, *arguments, errors=errors, env=environment), errors
 
 
 def test_killed_in_the_middle_and_run_again_nothing_is_paid_twice(tmp_path):
     path, log, n = tmp_path / "a.sqlite", tmp_path / "log", 40
-    process = child(path, log, n, 0.05)
+    process, _ = child(path, log, n, 0.05)
     try:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            assert process.poll() is None, process.stderr.read()
-            if log.is_file() and len(log.read_text().splitlines()) >= 12:
-                break
-            time.sleep(0.01)
+        processes.wait_until(
+            lambda: log.is_file() and len(log.read_text().splitlines()) >= 12, process
+        )
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     finally:
@@ -199,8 +196,8 @@ def test_killed_in_the_middle_and_run_again_nothing_is_paid_twice(tmp_path):
     # the one under way when it was killed is the only one that can be lost
     assert 11 <= kept < n
     assert len(asked) - kept in (0, 1)
-    again = child(path, log, n, 0)
-    assert again.wait(60) == 0, again.stderr.read()
+    again, errors = child(path, log, n, 0)
+    assert again.wait(60) == 0, errors.read_text()
     later = log.read_text().splitlines()[len(asked) :]
     assert len(later) == n - kept
     assert len(set(later) & set(asked)) == len(asked) - kept
@@ -211,9 +208,8 @@ def test_killed_in_the_middle_and_run_again_nothing_is_paid_twice(tmp_path):
 def test_two_processes_share_a_file_and_lose_nothing(tmp_path):
     path, log, n = tmp_path / "a.sqlite", tmp_path / "log", 150
     both = [child(path, log, n, 0.001), child(path, log, n, 0.001)]
-    for process in both:
-        _, error = process.communicate(timeout=90)
-        assert process.returncode == 0, error
+    for process, errors in both:
+        assert process.wait(90) == 0, errors.read_text()
     with Answers(path) as answers:
         assert len(answers) == n
     with sqlite3.connect(path) as db:

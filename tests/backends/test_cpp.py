@@ -3,11 +3,10 @@
 import importlib
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -245,13 +244,7 @@ def test_layout_constants_are_those_of_packing():
 
 
 def fresh(program, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        check=False,
-    )
+    return processes.run("-c", program, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
 
 
 @pytest.mark.parametrize("name", levels())

@@ -1,12 +1,10 @@
 """impl="cpp" beside its tensors and on several threads: no fault, and the same bits."""
 
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_cpp import CPP, levels
@@ -35,17 +33,8 @@ def check_operators(name, n_cases, *more):
     """In a process of its own: a fault ends it, and the last line names the case."""
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BAE_FAST_SIMD": name}
     script = ROOT / "tests" / "support" / "guard_pages.py"
-    with tempfile.TemporaryFile("w+") as cases:  # a pipe would wake its reader at every line
-        done = subprocess.run(
-            [sys.executable, str(script), "back", "front", *more],
-            stdout=cases,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | variables,
-            check=False,
-        )
-        cases.seek(0)
-        lines = cases.read().splitlines() or ["before the first case"]
+    done = processes.run(script, "back", "front", *more, env=os.environ | variables)
+    lines = done.stdout.splitlines() or ["before the first case"]
     assert done.returncode == 0, f"{done.returncode} in {lines[-1]}: {done.stderr[-1000:]}"
     assert lines[-1] == "done"
     assert len(lines) > n_cases

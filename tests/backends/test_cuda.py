@@ -18,6 +18,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -410,14 +411,7 @@ def process(program, *args, **variables):
         "OMP_NUM_THREADS": "1",
         **variables,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", program, *args],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
+    done = processes.run("-c", program, *args, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

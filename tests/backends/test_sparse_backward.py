@@ -5,10 +5,9 @@ others, in a process of its own.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -291,13 +290,9 @@ def test_the_density_of_the_window_decides():
 @pytest.mark.skipif(CHILD in os.environ, reason="this is the process of one level")
 @pytest.mark.parametrize("name", other_levels())
 def test_all_of_it_on_every_other_level(name):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
+    done = processes.run(
+        "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__,
         env=os.environ | {"BAE_FAST_SIMD": name, CHILD: "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

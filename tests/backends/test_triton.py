@@ -7,10 +7,9 @@ TRITON_INTERPRET=1. ``test_triton_compile.py`` compiles every kernel for real ch
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -30,14 +29,7 @@ def process(*command, **variables):
         k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
     }
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
+    return processes.run(*command, env=environment)
 
 
 def in_the_interpreter(*arguments):

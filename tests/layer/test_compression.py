@@ -5,12 +5,12 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -548,7 +548,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
         encode = compression._Model.encode_rows
         def slow(self, words):
             if getattr(self, "once", False):
-                print("in the middle", flush=True)
+                print("in the middle")
                 import time; time.sleep(60)
             self.once = True
             return encode(self, words)
@@ -558,16 +558,16 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
         """
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    said = tmp_path / "said"
+    child = processes.start("-c", program, output=said, env=environment)
     try:
-        assert child.stdout.readline() == "in the middle\n"
+        processes.wait_until(
+            lambda: said.is_file() and said.read_text() == "in the middle\n", child
+        )
         child.send_signal(signal.SIGKILL)
-        child.wait(30)
+        assert child.wait(30) == -signal.SIGKILL
     finally:
         child.kill()
-        child.stdout.close()
     assert decompress(path).equal(old)
 
 

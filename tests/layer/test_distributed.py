@@ -7,12 +7,11 @@ compares one case with the same computation in this single process.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
+import processes
 import pytest
 import torch
 from distributed_worker import FROZEN, N_ROWS, SUBSETS, TERMS, WORLD
@@ -40,23 +39,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     )
-    processes, logs = [], []
-    for rank in range(WORLD):
-        command = [
-            sys.executable,
-            str(ROOT / "tests" / "support" / "distributed_worker.py"),
-            str(rank),
-        ]
-        command += [str(folder / "store"), str(folder / f"result{rank}")]
-        logs.append(folder / f"log{rank}")
-        with logs[-1].open("w") as log:
-            processes.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            )
+    script = ROOT / "tests" / "support" / "distributed_worker.py"
+    logs = [folder / f"log{rank}" for rank in range(WORLD)]
+    started = [
+        processes.start(
+            script, rank, folder / "store", folder / f"result{rank}", output=log, env=environment
+        )
+        for rank, log in enumerate(logs)
+    ]
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(240) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
     assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
     return [torch.load(folder / f"result{r}", weights_only=False) for r in range(WORLD)]

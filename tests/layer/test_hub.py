@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from hub_server import hub_server
@@ -55,14 +54,7 @@ def printed(server, tmp_path, *arguments):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_TOKEN": "hf_none",
     }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = processes.run(*arguments, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

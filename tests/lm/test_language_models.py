@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -684,10 +683,8 @@ def test_a_revision_of_the_hub_is_the_one_that_is_loaded(tokenizer, tmp_path):
         model.save_pretrained(repository / "snapshots" / commit)
         tokenizer.save_pretrained(repository / "snapshots" / commit)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB, commits["old"]], env=environment, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
+    done = processes.run("-c", HUB, commits["old"], env=environment)
+    assert done.returncode == 0, done.stderr
     *found, gone = done.stdout.splitlines()
     assert found == [f"{'a' * 40} 1.0", f"{'b' * 40} 2.0", f"{'b' * 40} 2.0"]
     assert gone.startswith("refused: name='tiny/llama' could not be loaded")

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tiny_lm import places_lm
@@ -144,7 +143,7 @@ WORKER = """
 
 def worker(folder, rank=0, stop=0):
     code = textwrap.dedent(WORKER).format(support=str(Path(__file__).parents[1] / "support"))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(rank), str(stop)])
+    return processes.start("-c", code, folder, rank, stop)
 
 
 def test_processes_side_by_side_and_killed_ones_give_the_bytes_of_one(tmp_path):

@@ -12,13 +12,13 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
 from sparse_rows import synthetic
@@ -265,31 +265,26 @@ def launch(
         [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
     )
     results = [folder / f"{rank}.pt" for rank in range(world)]
-    logs = [open(folder / f"{rank}.log", "wb") for rank in range(world)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder / "store"),
-             str(results[rank]), json.dumps(cases), str(options.get("timeout", 120))],
-            env=environment, stdout=logs[rank], stderr=subprocess.STDOUT,
+    ranks = [
+        processes.start(
+            __file__, rank, world, folder / "store", results[rank], json.dumps(cases),
+            options.get("timeout", 120), output=folder / f"{rank}.log", env=environment,
         )
         for rank in range(world)
     ]  # fmt: skip
     try:
         if options.get("killed"):
-            while all(process.poll() is None for process in processes):
+            while all(process.poll() is None for process in ranks):
                 time.sleep(0.05)
             return []
-        for process in processes:
-            process.wait(timeout=280)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
+        for process in ranks:
             process.wait()
-        for log in logs:
-            log.close()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    for rank, process in enumerate(ranks):
+        assert process.poll() == 0, (folder / f"{rank}.log").read_text()[-3000:]
     found = [torch.load(path, weights_only=False) for path in results]
     for rank in found:
         for name, value in rank.items():
