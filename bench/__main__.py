@@ -21,6 +21,7 @@ from bench import (
     crossover,
     device,
     documents,
+    launches,
     levels,
     memory,
     models,
@@ -53,11 +54,13 @@ LARGE: dict[str, Any] = {"rival": rival}
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
 # of the covariance of sparse codes; only by name
 LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
+# of what a step starts on a GPU: nothing is timed; only by name
+COUNTED: dict[str, Any] = {"launches": launches}
 # of real language models, which have to be named; only by name
 MODELS: dict[str, Any] = {"models": models}
 # of where rows come from; a case writes 5 GB: only by name
 ROWS: dict[str, Any] = {"supply": supply}
-SUITES = MEASURED | LARGE | TRAINED | LISTS | MODELS | ROWS
+SUITES = MEASURED | LARGE | TRAINED | LISTS | COUNTED | MODELS | ROWS
 
 
 def cpu_name() -> str:

@@ -3,6 +3,7 @@
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.config import PRESETS, LoopConfig, SparseConfig, TrainingConfig
 from bae_fast.training.feature_shards import gather_features, shard_features
+from bae_fast.training.graph import CapturedStep, CudaGraphs, Graphs
 from bae_fast.training.jobs import Job, JobTrainer, RunConfig, StoppedError
 from bae_fast.training.learner import Learner
 from bae_fast.training.live import LiveSupply
@@ -22,7 +23,10 @@ from bae_fast.training.trainer import Trainer
 __all__ = [
     "PRESETS",
     "BinaryObjective",
+    "CapturedStep",
     "CodeBank",
+    "CudaGraphs",
+    "Graphs",
     "Job",
     "JobTrainer",
     "Learner",

@@ -11,6 +11,7 @@ import bae_fast as bf
 from bae_fast.ops import registry
 from bae_fast.packing import unpack_rows
 from bae_fast.surrogates import SURROGATES
+from bae_fast.training import CapturedStep
 
 pytestmark = pytest.mark.gpu
 
@@ -142,6 +143,27 @@ def test_a_warm_step_is_captured_and_replays_on_new_inputs(impl, dtype, planes_m
     step()
     for gradient, leaf in zip(replayed, leaves, strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
+
+
+def test_a_captured_step_gives_what_the_same_calls_give(impl):
+    def parameters_after(captured):
+        x, parameters, _ = problem(512, 256, 1024, 256, torch.bfloat16)
+        leaves = [t.float().requires_grad_() for t in parameters]
+        optimizer = torch.optim.Adam(leaves, lr=2.0**-10, fused=True, capturable=True)
+
+        def loss_of(rows):
+            with torch.autocast("cuda", torch.bfloat16):
+                out = bf.binary_autoencoder(rows, *leaves, impl=impl, covariance=True)
+            error = (rows - out.recon).square().mean(dtype=torch.float32)
+            return error + 1e-5 * out.entropy + 1e-5 * out.covariance
+
+        step = CapturedStep(loss_of, optimizer, warm_calls=2 if captured else 9)
+        losses = [step(x.roll(at, 0)) for at in range(6)]
+        assert step.captured == captured
+        return [*losses, *leaves]
+
+    for a, b in zip(parameters_after(True), parameters_after(False), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_cold_kernel_under_capture_says_to_warm_up(impl, monkeypatch):

@@ -1,0 +1,68 @@
+"""Launches of a step counted on fake tensors, and that nothing of it waits for the device."""
+
+import pytest
+import torch
+
+from bae_fast.ops import registry
+from bench import launches
+from bench.step import packed_step
+
+pytestmark = pytest.mark.skipif(
+    registry.BACKENDS["triton"].unavailable is not None, reason="triton is not installed"
+)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("objective", ["paper", "rectangle"])
+def test_no_operator_of_a_step_waits_for_the_device(impl, objective):
+    for f in (16384, 65536):  # products alone, and lists beside them
+        counts = launches.count(impl, 512, 2048, f, objective)
+        assert counts["kernels"]["encode_kernel"] == counts["kernels"]["gradient_kernel"] == 1
+        assert counts["kernels"]["pairs_kernel"] == (f > 16384)
+        assert counts["operators"]["_fused_adam_"] == 1
+
+
+def test_a_step_that_waits_is_refused():
+    def waiting(*args):
+        step = packed_step(*args)
+        return lambda: float(step())
+
+    with pytest.raises(launches.WaitsForDeviceError, match="_local_scalar_dense"):
+        launches.count("triton", 64, 32, 128, "paper", waiting)
+
+
+def test_the_table_has_both_implementations():
+    result = launches.run(only="512-2048-16384")
+    rows = result["rows"]
+    assert [row["impl"] for row in rows] == ["triton", "cuda"]
+    assert rows[1]["kernels"]["sign_product"] == 1
+    assert len(launches.table(result).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.tensor([1.0, 2.0]).to(x.device),
+        lambda x: x.copy_(torch.zeros(3)),
+        lambda x: bool((x > 0).all()),
+    ],
+)
+def test_what_waits_for_the_device_is_refused(wait):
+    with launches.SaysCuda():
+        x = torch.zeros(3, device="cuda")
+        with pytest.raises(launches.WaitsForDeviceError), launches.Watch():
+            wait(x)
+
+
+def test_views_and_memory_start_nothing():
+    with launches.SaysCuda():
+        x = torch.zeros(4, 3, device="cuda")
+        with launches.Watch() as watch:
+            y = torch.empty_like(x).t()[1:].view(2, 4)
+            y.add_(1)
+            torch.zeros(3, device="cpu") + 1
+    assert dict(watch.counts) == {"add_": 1}
