@@ -30,7 +30,7 @@ test: $(VENV)/.installed
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile -m long $(ARGS)
 
-# Every variant of the Triton kernels, for every chip, by two versions of Triton: most of an hour.
+# What is longer still: every variant of the Triton kernels, for every chip, by two versions of Triton.
 test-matrix: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile -m matrix $(ARGS)
 

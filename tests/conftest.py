@@ -1,6 +1,9 @@
 """Shared fixtures: a fixed seed, one thread, no environment that changes the choice of backend."""
 
 import atexit
+import functools
+import gc
+import importlib.util
 import io
 import os
 import sys
@@ -38,13 +41,30 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@functools.cache
+def _a_dot():
+    """The smallest picture, as the contents of a PNG file."""
+    from matplotlib.figure import Figure
+
+    file = io.BytesIO()
+    Figure(figsize=(0.01, 0.01)).savefig(file, format="png")
+    return file.getvalue()
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are built and not drawn: that takes seconds a run, and test_report.py does it."""
-    figure = pytest.importorskip("matplotlib.figure")
-    dot = io.BytesIO()
-    figure.Figure(figsize=(0.01, 0.01)).savefig(dot, format="png")
-    monkeypatch.setattr(figure.Figure, "savefig", lambda _, file, **__: file.write(dot.getvalue()))
+    if importlib.util.find_spec("matplotlib") is not None:
+        dot = _a_dot()
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(dot)
+        )
+
+
+def pytest_collection_finish():
+    """What is there by now stays: the garbage collector need not visit it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

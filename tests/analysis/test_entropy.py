@@ -309,7 +309,7 @@ def test_what_cannot_be_estimated_is_refused(monkeypatch):
 
 def test_memory_is_the_matrix_and_sixteen_kibibytes_a_column():
     pytest.importorskip("resource")  # not on Windows
-    k = 3000
+    k = 2000
     program = (
         "import resource, torch\n"
         "torch.set_num_threads(1)\n"
@@ -603,6 +603,7 @@ def outputs(folder, name):
     return result, rows
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_synthetic_command_goes_on_where_it_was(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     command = [
@@ -649,6 +650,7 @@ def test_the_layers_command(language_model, tmp_path):
     assert all(0 <= float(row["tree"]) <= float(row["marginal"]) + 1e-9 for row in rows)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_icl_command(language_model, tmp_path):
     pytest.importorskip("matplotlib")
     command = [

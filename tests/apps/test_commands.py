@@ -462,6 +462,7 @@ def test_ones_own_rows_are_matched_without_a_language_model(own, tmp_path, monke
     assert found["n_rows"] == 2000
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
     pytest.importorskip("constriction")
     pytest.importorskip("matplotlib")
@@ -498,6 +499,7 @@ def test_rows_that_cannot_be_read_are_one_line(make, message, tmp_path, capsys):
     assert "\n" not in error
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_experiment_is_three_lines_of_python(tmp_path):
     pytest.importorskip("matplotlib")
     from bae_fast.experiments.entropy import synthetic

@@ -22,6 +22,7 @@ from bae_fast.report import compare as report
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 WORDS = [f"word{i}" for i in range(60)]
 HOOK = "model.layers.0"

@@ -27,6 +27,7 @@ from bae_fast.interpret.answers import Answers
 from bae_fast.lm import harvest, load_language_model, windows
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["Yes", "No", *(f"word{i}" for i in range(40))]

@@ -30,6 +30,7 @@ from bae_fast.lm import load_language_model, states_at
 from bae_fast.lm.tasks import load_task
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 # the words of the tasks' prompts that are tokens of their own
 WORDS = [*(f"word{i}" for i in range(56)), "positive", "negative", ":", "Sentiment"]

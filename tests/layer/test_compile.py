@@ -108,12 +108,22 @@ def test_every_surrogate_compiles_with_a_mask_and_a_gradient_at_x(surrogate):
     assert torch.equal(x.grad, twin.grad)
 
 
+FROZEN = [
+    ("W_enc",), ("b_enc",), ("W_dec", "b_dec"), ("W_enc", "b_enc"), ("W_enc", "W_dec", "b_dec"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "frozen",
-    [("W_enc",), ("b_enc",), ("W_dec", "b_dec"), ("W_enc", "b_enc"), ("W_enc", "W_dec", "b_dec")],
-    ids="+".join,
-)
-@pytest.mark.parametrize("subset", [TERMS, ("recon",)], ids="+".join)
+    ("frozen", "subset"),
+    [
+        pytest.param(
+            frozen, subset, id=f"{'+'.join(frozen)}-{'+'.join(subset)}",
+            marks=[] if (i + j) % 2 == 0 else pytest.mark.long,
+        )
+        for i, frozen in enumerate(FROZEN)
+        for j, subset in enumerate([TERMS, ("recon",)])
+    ],
+)  # fmt: skip
 def test_frozen_parameters_get_no_gradient_compiled_or_not(frozen, subset):
     bae, x = module(), torch.randn(N, D)
     for name in frozen:
@@ -477,7 +487,9 @@ def test_gradcheck_of_the_declared_surrogate():
         assert torch.isclose((grad * direction).sum(), slope, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("surrogate", ["sigmoid", "rectangle"])
+@pytest.mark.parametrize(
+    "surrogate", ["rectangle", pytest.param("sigmoid", marks=pytest.mark.long)]
+)
 def test_dynamic_shapes_and_several_widths_compile_in_one_process(surrogate):
     """Widths become symbolic once a second one is seen: their check must still be traced."""
     for width in (0.2, 0.3, 0.45):

@@ -1,5 +1,6 @@
 """impl="torch" and impl="cpp" against the reference in float64, and the integers against NumPy."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -177,13 +178,22 @@ def test_the_covariance_is_exact_at_any_precision_of_products(
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_numerator_is_exact_beyond_what_float64_counts(impl):
     """A million rows of almost the same coin: sum |V| passes 2^53 within one tile."""
+    words, k, counts, v = almost_the_same_coin()
+    code = bf.BinaryCode(torch.from_numpy(words.view(np.int32)), k)
+    stats = code.statistics(covariance=True, impl=impl)
+    assert int(stats.counts.sum()) == counts.sum()
+    assert int(np.abs(v).sum()) > 2**53
+    assert int(stats.numerator) == int(np.abs(v).sum())
+
+
+@functools.cache
+def almost_the_same_coin():
+    """Packed words of a million rows, their columns, counts and V."""
     n, k = 1_000_003, 256
     rng = np.random.default_rng(0)
     rare = rng.integers(0, 2**32, (4, n, k // 32), dtype=np.uint32)  # and of four: one in 16
     coin = np.where(rng.random((n, 1)) < 0.5, np.uint32(2**32 - 1), np.uint32(0))
     words = coin ^ rare[0] & rare[1] & rare[2] & rare[3]
-    code = bf.BinaryCode(torch.from_numpy(words.view(np.int32)), k)
-    stats = code.statistics(covariance=True, impl=impl)
     joint = np.zeros((k, k), dtype=np.int64)
     for part in np.array_split(words, 64):
         bits = np.unpackbits(part.view(np.uint8), axis=1, bitorder="little").astype(np.float32)
@@ -191,8 +201,7 @@ def test_the_numerator_is_exact_beyond_what_float64_counts(impl):
     counts = np.diagonal(joint)
     v = n * joint - np.outer(counts, counts)
     np.fill_diagonal(v, 0)
-    assert int(np.abs(v).sum()) > 2**53
-    assert int(stats.numerator) == int(np.abs(v).sum())
+    return words, k, counts, v
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -431,15 +440,16 @@ def test_strided_and_offset_inputs_equal_contiguous_ones(impl):
     assert (leaves[1].grad - expected["W_enc"]).abs().max() <= 1e-12 * expected["W_enc"].abs().max()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "impl", [pytest.param("torch", marks=pytest.mark.long), *(i for i in IMPLS if i != "torch")]
+    "impl",
+    [
+        # the plain operators of `torch` count offsets themselves
+        pytest.param("torch", marks=pytest.mark.matrix),
+        pytest.param("cpp", marks=[*IMPLS[1].marks, pytest.mark.long]),
+    ],
 )
 def test_more_than_2_to_the_31_bits(impl):
-    """Offsets into N x F pass 2^31: the last rows and columns must still be theirs.
-
-    The plain operators of `torch` count offsets themselves: theirs is a long proof.
-    """
+    """Offsets into N x F pass 2^31: the last rows and columns must still be theirs."""
     n, f = 70_000, 32_768
     x = torch.zeros(n, 2)
     x[-1], x[40_000, 0] = 1, 1

@@ -57,6 +57,7 @@ def test_train_on_rows(rows, tmp_path, capsys):
     assert f"FVU {found.fvu:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_train_on_processes(rows, tmp_path):
     options = [rows, "--steps", "50", "--out"]
     alone = example("train_on_processes")([*options, str(tmp_path / "alone")])

@@ -1,6 +1,8 @@
 """The baselines: one interface, one trainer, one set of metrics."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
 
@@ -18,6 +20,7 @@ from bae_fast.training import PRESETS, Trainer
 D, F, K = 16, 48, 4
 SMALL = dataclasses.replace(TRAINING, steps=300, batch_size=64, lr=3e-3, precision="float32")
 PLAIN = [name for name in METHODS if name != "transcoder"]
+STEERED = 1500  # steps after which L0 is at its target
 
 
 def rows(n=1500, d=D, r=24, seed=0):
@@ -32,11 +35,17 @@ def make(method, x, **options):
     return make_baseline(method, x.shape[1], F, k=K, **options).fit_normalization_(x)
 
 
-def trained(method, x, config=SMALL, **options):
+@functools.cache
+def _trained(method, steps):
+    x = rows()
     torch.manual_seed(0)
-    model = make(method, x, **options)
-    lines = Trainer(model, x, config).fit()
-    return model, lines
+    model = make(method, x)
+    return model, Trainer(model, x, dataclasses.replace(SMALL, steps=steps)).fit()
+
+
+def trained(method, steps=SMALL.steps):
+    """A model trained on `rows()`, trained once and copied for each test, and its log."""
+    return copy.deepcopy(_trained(method, steps))
 
 
 def unexplained(model, x):
@@ -50,8 +59,8 @@ def test_training_explains_most_of_the_variance(method):
     torch.manual_seed(0)
     before = unexplained(make(method, x).eval(), x)
     # values that a penalty shrinks come late
-    steps = 900 if "relu" in method and method != "jumprelu" else 300
-    model, lines = trained(method, x, dataclasses.replace(SMALL, steps=steps))
+    steps = {"relu": STEERED, "rescaled_relu": 900}.get(method, 300)
+    model, lines = trained(method, steps)
     limit = {"random": 0.75, "binary_topk": 0.6}.get(method, 0.35)
     assert unexplained(model, x) < min(limit, 0.9 * before)
     assert lines[-1]["step"] == steps
@@ -61,15 +70,14 @@ def test_training_explains_most_of_the_variance(method):
 
 def test_learned_directions_beat_random_ones():
     x = rows()
-    found = {name: unexplained(trained(name, x)[0], x) for name in ("topk", "random")}
+    found = {name: unexplained(trained(name)[0], x) for name in ("topk", "random")}
     assert found["topk"] < 0.75 * found["random"]
 
 
 @pytest.mark.parametrize("method", ["relu", "gated", "jumprelu"])
 def test_lambda_steers_l0_to_its_target(method):
     x = rows()
-    config = dataclasses.replace(SMALL, steps=1500)
-    model, _ = trained(method, x, config)
+    model, _ = trained(method, STEERED)
     l0 = float((model.encode(x) > 0).sum(1).double().mean())
     assert K / 1.5 < l0 < 1.5 * K
     assert unexplained(model, x) < (0.3 if method == "relu" else 0.15)
@@ -125,7 +133,7 @@ def test_batchtopk_keeps_k_a_row_on_average_and_about_as_many_through_its_thresh
     on = model.encode(x) > 0
     assert int(on.sum()) == K * len(x)
     assert len(set(on.sum(1).tolist())) > 1  # not k in every row
-    model, _ = trained("batchtopk", x)
+    model, _ = trained("batchtopk")
     l0 = float((model.encode(x) > 0).sum(1).double().mean())
     assert K / 1.4 < l0 < 1.4 * K
     # one row's features do not depend on the others
@@ -134,7 +142,7 @@ def test_batchtopk_keeps_k_a_row_on_average_and_about_as_many_through_its_thresh
 
 @pytest.mark.parametrize("method", [m for m in PLAIN if m not in ("binary_topk",)])
 def test_rows_of_the_decoder_keep_unit_norm(method):
-    model, _ = trained(method, rows(), dataclasses.replace(SMALL, steps=5))
+    model, _ = trained(method, steps=5)
     assert (model.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
 
 
@@ -151,7 +159,7 @@ def test_random_directions_stay_and_its_decoder_learns():
     x = rows()
     torch.manual_seed(0)
     start = {name: t.clone() for name, t in make("random", x).state_dict().items()}
-    model, _ = trained("random", x)
+    model, _ = trained("random")
     assert torch.equal(model.W_enc, start["W_enc"])
     assert torch.equal(model.b_enc, start["b_enc"])
     assert not torch.equal(model.W_dec, start["W_dec"])
@@ -256,7 +264,7 @@ def test_jumprelu_has_the_straight_through_gradients_of_its_paper():
 
 def test_jumprelu_learns_its_thresholds_and_they_are_the_least_features():
     x = rows()
-    model, _ = trained("jumprelu", x)
+    model, _ = trained("jumprelu")
     assert model.threshold.std() > 0
     features = model.encode(x)
     on = features > 0
@@ -265,8 +273,8 @@ def test_jumprelu_learns_its_thresholds_and_they_are_the_least_features():
 
 def test_rescaled_relu_has_standard_scores_and_the_features_of_relu():
     x = rows()
-    plain, _ = trained("relu", x)
-    model, _ = trained("rescaled_relu", x)
+    plain, _ = trained("relu")
+    model, _ = trained("rescaled_relu")
     assert torch.equal(model.encode(x), plain.encode(x))
     scores = model.scores(x)
     live = (model.encode(x) > 0).any(0)
@@ -341,7 +349,7 @@ def test_the_configuration_of_another_objective_is_refused():
 
 
 def test_a_log_line_names_the_parts_of_the_loss():
-    _, lines = trained("gated", rows(), dataclasses.replace(SMALL, steps=10))
+    _, lines = trained("gated", steps=10)
     assert {"mse", "l1", "auxiliary", "entropy_bits", "l0", "dead_share"} <= lines[-1].keys()
 
 
@@ -350,7 +358,7 @@ def test_a_log_line_names_the_parts_of_the_loss():
 
 def test_description_length_is_the_entropy_of_the_active_set_plus_the_values():
     x = rows()
-    model, _ = trained("topk", x)
+    model, _ = trained("topk")
     found = evaluate(model, x, training_rows=x, value_bits=6)
     on = model.encode(x) > 0
     support = float(entropy_bits(on.sum(0), torch.tensor(len(x))))
@@ -365,7 +373,7 @@ def test_description_length_is_the_entropy_of_the_active_set_plus_the_values():
 
 def test_values_are_really_rounded_and_more_bits_cost_less_error():
     x = rows()
-    model, _ = trained("topk", x)
+    model, _ = trained("topk")
     found = [evaluate(model, x, training_rows=x, value_bits=b).fvu_quantized for b in (1, 3, 5, 12)]
     plain = evaluate(model, x, training_rows=x).fvu
     assert found == sorted(found, reverse=True)
@@ -386,7 +394,7 @@ def test_a_quantised_value_is_the_middle_of_its_step():
 
 def test_codes_of_bits_pay_nothing_for_values():
     x = rows()
-    model, _ = trained("binary_topk", x)
+    model, _ = trained("binary_topk")
     found = evaluate(model, x, training_rows=x)
     assert found.bits == found.support_bits
     assert found.fvu == found.fvu_quantized
