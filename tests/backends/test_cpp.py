@@ -81,23 +81,27 @@ def exact_covariance(bits):
     return counts, v
 
 
+def alternating(first, second):
+    """Every pair, one by one on one thread and on two."""
+    return [(a, b, 1 + (i + j) % 2) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
 SHAPES = [(n, 97) for n in EDGES[1:]] + [(70, k) for k in EDGES] + [(513, 513), (2050, 321)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_covariance_and_its_signs_equal_numpy_on_every_level(level, threads, shape):
+@pytest.mark.parametrize(("shape", "keep_signs", "threads"), alternating(SHAPES, (True, False)))
+def test_the_covariance_and_its_signs_equal_numpy_on_every_level(level, shape, keep_signs, threads):
+    torch.set_num_threads(threads)
     bits, words = codes(*shape)
     counts, v = exact_covariance(bits)
-    n_rows = torch.tensor(shape[0])
-    for keep_signs in (True, False):
-        numerator, signs = CPP.ops["covariance"](
-            words, torch.from_numpy(counts), n_rows, keep_signs
-        )
-        assert int(numerator) == int(np.abs(v).sum())
-        if keep_signs:
-            above, below = unpack_rows(signs, shape[1], torch.int8)
-            np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
-            assert all(packing.tail_is_zero(plane, shape[1]) for plane in signs)
+    numerator, signs = CPP.ops["covariance"](
+        words, torch.from_numpy(counts), torch.tensor(shape[0]), keep_signs
+    )
+    assert int(numerator) == int(np.abs(v).sum())
+    if keep_signs:
+        above, below = unpack_rows(signs, shape[1], torch.int8)
+        np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
+        assert all(packing.tail_is_zero(plane, shape[1]) for plane in signs)
 
 
 def test_the_covariance_of_more_rows_than_16_bits_hold(level):
@@ -137,9 +141,11 @@ def check_sign_product(bits, words, stored):
 BLOCKS = [(577, 97), (3, 1600)]
 
 
-@pytest.mark.parametrize("shape", SHAPES + BLOCKS, ids=str)
-@pytest.mark.parametrize("stored", [True, False])
-def test_the_product_with_the_signs_is_exact_on_every_level(level, threads, shape, stored):
+@pytest.mark.parametrize(
+    ("shape", "stored", "threads"), alternating(SHAPES + BLOCKS, (True, False))
+)
+def test_the_product_with_the_signs_is_exact_on_every_level(level, shape, stored, threads):
+    torch.set_num_threads(threads)
     if shape[0] > 1:
         check_sign_product(*codes(*shape), stored)
 
@@ -164,10 +170,16 @@ def test_sums_of_signs_at_their_extremes_are_exact(level, kind):
     check_sign_product(bits, words, True)
 
 
-@pytest.mark.parametrize("shape", [(n, 97) for n in EDGES] + [(3, k) for k in EDGES], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_bits_window_and_counts_on_every_level(level, threads, shape, dtype):
+@pytest.mark.parametrize(
+    ("shape", "dtype", "threads"),
+    alternating(
+        [(n, 97) for n in EDGES] + [(3, k) for k in EDGES],
+        (torch.float32, torch.float64, torch.bfloat16),
+    ),
+)
+def test_bits_window_and_counts_on_every_level(level, shape, dtype, threads):
     """W_enc = I: x is the pre-activation itself, with zeros, signed zeros, NaN and the edge w."""
+    torch.set_num_threads(threads)
     n, k = shape
     x = torch.randn(n, k).to(dtype)
     x.view(-1)[::5] = 0
@@ -190,12 +202,11 @@ PRODUCT_BLOCKS = [(5, 2700, 200), (600, 700, 40), (3000, 512, 5), (8200, 40, 5)]
 
 
 @pytest.mark.parametrize(
-    ("shape", "density"),
-    [(shape, density) for shape in PRODUCTS for density in (0.02, 0.5)]
-    + [(shape, density) for shape in PRODUCT_BLOCKS for density in (0.0, 0.09, 0.5, 1.0)],
-    ids=str,
+    ("shape", "density", "threads"),
+    alternating(PRODUCTS, (0.02, 0.5)) + alternating(PRODUCT_BLOCKS, (0.0, 0.09, 0.5, 1.0)),
 )
-def test_products_of_bits_err_less_than_twice_a_dense_product(level, threads, shape, density):
+def test_products_of_bits_err_less_than_twice_a_dense_product(level, shape, density, threads):
+    torch.set_num_threads(threads)
     n, k, d_out = shape
     bits = torch.rand(n, k) < density
     words, dense = pack_rows(bits), bits.float()
