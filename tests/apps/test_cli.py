@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tiny_lm import save_tiny_model
@@ -89,49 +86,38 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(
 
 
 @pytest.fixture
-def started():
-    """Start the command in a process of its own and wait for lines of its log; none is left."""
-    processes = []
+def stopped(tmp_path):
+    """Start the command in a process of its own, and send a signal once its log has some lines.
 
-    def start(arguments, log, n_lines):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bae_fast", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            # a shell's background jobs inherit an ignored interrupt
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    Returns its status and the lines of its errors; none is left.
+    """
+    running = []
+
+    def stop(arguments, log, n_lines, number):
+        errors = tmp_path / "errors"
+        process = processes.start("-m", "bae_fast", *arguments, errors=errors)
+        running.append(process)
+        processes.wait_until(
+            lambda: log.is_file() and log.read_text().count("\n") >= n_lines, process, errors
         )
-        processes.append(process)
-        end = time.monotonic() + 300
-        while not (log.is_file() and log.read_text().count("\n") >= n_lines):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < end, "too slow"
-            time.sleep(0.05)
-        return process
+        process.send_signal(number)
+        return process.wait(), errors.read_text().strip().splitlines()
 
-    yield start
-    for process in processes:
+    yield stop
+    for process in running:
         process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
-    given, arguments, started, tmp_path, capsys
+    given, arguments, stopped, tmp_path, capsys
 ):
     out = tmp_path / "out"
     assert main(arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
     longer = [*arguments, *LONGER]
-    process = started(longer, out / "log.jsonl", 5)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGINT
-    (line,) = error.strip().splitlines()
+    status, (line,) = stopped(longer, out / "log.jsonl", 5, signal.SIGINT)
+    assert status == 128 + signal.SIGINT
     assert line.startswith("bae-fast demo: stopped at step ")
     assert "the same command goes on" in line
     assert {name: (out / name).read_bytes() for name in before} == before
@@ -153,13 +139,11 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_checkpoint_of_other_settings_is_not_used(arguments, started, tmp_path, capsys):
+def test_a_checkpoint_of_other_settings_is_not_used(arguments, stopped, tmp_path, capsys):
     out = tmp_path / "out"
-    process = started([*arguments, "--steps", "100000"], out / "log.jsonl", 1)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM
-    (line,) = error.strip().splitlines()
+    longer = [*arguments, "--steps", "100000"]
+    status, (line,) = stopped(longer, out / "log.jsonl", 1, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
     assert line.startswith("bae-fast demo: stopped at step ")
     assert main(arguments) == 0
     assert "is of another run" in capsys.readouterr().out

@@ -151,7 +151,10 @@ def test_bits_under_one_coder_stand_in_every_run(arguments):
 
 
 @pytest.mark.parametrize("metric", ["std^0.5", "sensitivity"])
-def test_a_metric_is_given_to_every_method_and_names_the_run(arguments, metric, tmp_path):
+def test_a_metric_is_given_to_every_method_and_names_the_run(
+    arguments, metric, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("bae_fast.experiments.metric._TOKENS", 1024)
     methods = ["bae", "topk", "transcoder"]
     change = ["--methods", *methods, "--metric", metric, "--no-description", "--out", str(tmp_path)]
     assert main([*arguments, *change, "--substitution-tokens", "0"]) == 0

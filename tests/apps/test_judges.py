@@ -181,10 +181,10 @@ def child(*arguments):
 
 def test_killed_in_the_middle_and_run_again_nothing_is_paid_twice(tmp_path):
     path, log, n = tmp_path / "a.sqlite", tmp_path / "log", 40
-    process, _ = child(path, log, n, 0.05)
+    process, errors = child(path, log, n, 0.05)
     try:
         processes.wait_until(
-            lambda: log.is_file() and len(log.read_text().splitlines()) >= 12, process
+            lambda: log.is_file() and len(log.read_text().splitlines()) >= 12, process, errors
         )
         process.send_signal(signal.SIGKILL)
         process.wait(10)

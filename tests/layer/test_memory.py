@@ -257,8 +257,8 @@ def watched_step(n: int, f: int, *, d: int = 4, **options) -> Watch:
 @pytest.mark.parametrize("signs", [True, False], ids=["signs kept", "signs recomputed"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_no_float_of_n_by_f_and_no_number_of_f_by_f_is_ever_made(surrogate, signs, monkeypatch):
-    # 1 MiB of scratch is 256 columns of 1024 rows: 12 chunks of features, 9 tiles of F x F
-    n, f = 1024, 3072
+    # 1 MiB of scratch is 256 columns of 1024 rows: 9 chunks of features, 9 tiles of F x F
+    n, f = 1024, 2304
     monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "1")
     monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", "256" if signs else "0")
     chunks = list(column_chunks(n, f, 1, torch.device("cpu")))
@@ -280,7 +280,7 @@ def test_no_float_of_n_by_f_and_no_number_of_f_by_f_is_ever_made(surrogate, sign
 
 
 def test_no_bool_of_n_by_f_is_made_either(monkeypatch):
-    n, f = 1024, 3072
+    n, f = 1024, 2304
     monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "1")
     watch = watched_step(n, f, surrogate="rectangle", covariance=True)
     assert watch.largest[torch.bool] < n * f

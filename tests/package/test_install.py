@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,14 +82,8 @@ def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, envi
         "try: bf.warmup('cpp')\n"
         "except bf.BackendUnavailableError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=source.parent,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = processes.run("-c", program, cwd=source.parent, env=environment)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert "not compiled: install again with a C++ compiler" in first

@@ -130,10 +130,12 @@ def _program(command, streams, environment, path, folder):
     os._exit(status & 0xFF)
 
 
-def wait_until(condition, process, seconds=120.0):
-    """Wait for a condition while a program runs."""
+def wait_until(condition, process, errors=None, seconds=280.0):
+    """Wait for a condition while a program runs; ``errors``: the file of its errors."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"the process ended with {process.poll()}"
+        if process.poll() is not None:
+            said = "" if errors is None else Path(errors).read_text()
+            raise AssertionError(f"the process ended with {process.poll()}: {said}")
         assert time.monotonic() < end, "too slow"
         time.sleep(0.02)
