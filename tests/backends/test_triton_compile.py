@@ -3,7 +3,7 @@
 What is compiled is what the backend starts, with every default tile size of the chip. A build that
 lost its matrix instructions or spilled would be many times slower and pass every other test; one
 that writes a register which an asynchronous instruction still reads would be wrong now and then.
-The default run compiles one variant a kernel for one chip. The long proofs take every chip, by the
+The default run compiles one small variant a kernel for one chip. The long proofs take every chip, by the
 oldest triton that is supported or by the newest, and of each kernel the largest tile, and for three
 chips what an assembler once spilled. All variants of all chips by both versions take most of an
 hour: ``make test-matrix``.
@@ -97,7 +97,7 @@ def check(chip, dtype, rows, oldest=False):
 
 
 def test_every_kernel_compiles_to_matrix_instructions_without_spills(cache):
-    check("sm_90", "bfloat16", worker("sm_90", "bfloat16", "few", folder=cache))
+    check("sm_90", "bfloat16", worker("sm_90", "bfloat16", "small", folder=cache))
 
 
 @pytest.mark.parametrize(

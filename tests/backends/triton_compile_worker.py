@@ -7,10 +7,10 @@ matrix instructions its PTX and SASS hold.
 
     python tests/backends/triton_compile_worker.py sm_90 bfloat16 all
 
-``few`` in place of ``all`` compiles one variant a kernel, its largest; ``hard`` those and the ones
-that an assembler once spilled; ``ones`` what one feature, one output and two rows need; ``packed``
-products of packed bits, which not every chip starts; ``uncovered`` in place of the dtype prints
-what steps start and the warm-up does not.
+``few`` in place of ``all`` compiles one variant a kernel, its largest; ``small`` its smallest;
+``hard`` the largest and the ones that an assembler once spilled; ``ones`` what one feature, one
+output and two rows need; ``packed`` products of packed bits, which not every chip starts;
+``uncovered`` in place of the dtype prints what steps start and the warm-up does not.
 """
 
 import itertools
@@ -186,9 +186,14 @@ SPILLED = {(0, "rectangle"), (1, "official"), (3, "sigmoid")}
 
 
 def chosen(variants, amount):
-    """The variants to compile: all, or of every kernel the last, which has the largest tile."""
+    """The variants to compile: all, or of every kernel the last, which has the largest tile.
+
+    ``small``: of every kernel the first.
+    """
     if amount == "all":
         return list(variants)
+    if amount == "small":
+        variants = list(variants)[::-1]
     spilled = {(terms, gradient.NUMBERS[surrogate]) for terms, surrogate in SPILLED}
     last, hard = {}, {}
     for at, variant in enumerate(variants):

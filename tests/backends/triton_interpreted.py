@@ -197,7 +197,9 @@ def test_multi_bit_codes_and_the_multilinear_term(dtype, n_bits):
     assert_as_good_as_eager(x, parameters, direction, NAMES[:3], mask=mask, **options)
 
 
-@pytest.mark.parametrize(("columns", "parts"), [(128, 4), (256, 16)])
+@pytest.mark.parametrize(
+    ("columns", "parts"), [(128, 4), pytest.param(256, 16, marks=pytest.mark.long)]
+)
 def test_wide_tiles_of_the_gradient_go_part_by_part(columns, parts, monkeypatch):
     tile = configs.Config(32, columns, 64, 4, 1)
     monkeypatch.setitem(configs.DEFAULTS["interpreter"], "gradient", (tile,))
@@ -642,8 +644,15 @@ def test_a_code_with_too_many_ones_is_counted_by_products(sparse, monkeypatch):
         np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
 
 
-@pytest.mark.parametrize("fits", [True, False], ids=["lists", "window too large"])
-@pytest.mark.parametrize("other_rows", [False, True], ids=["own", "more rows"])
+@pytest.mark.parametrize(
+    ("other_rows", "fits"),
+    [
+        pytest.param(False, True, id="own-lists"),
+        pytest.param(True, False, id="more rows-window too large"),
+        pytest.param(True, True, id="more rows-lists", marks=pytest.mark.long),
+        pytest.param(False, False, id="own-window too large", marks=pytest.mark.long),
+    ],
+)
 def test_the_gradient_by_lists_is_that_by_products(fits, other_rows, sparse, monkeypatch):
     """To the last bit, with planes that were marked, kept or not kept."""
     n, k, d = 11, 16, 4
