@@ -421,7 +421,17 @@ def process(program, *args, **variables):
         "OMP_NUM_THREADS": "1",
         **variables,
     }
-    done = processes.run("-c", program, *args, env=environment)
+    if "TRITON_INTERPRET" in variables:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *args],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+            check=False,
+        )
+    else:
+        done = processes.run("-c", program, *args, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

@@ -7,9 +7,10 @@ TRITON_INTERPRET=1. ``test_triton_compile.py`` compiles every kernel for real ch
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 
@@ -29,7 +30,14 @@ def process(*command, **variables):
         k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
     }
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return processes.run(*command, env=environment)
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
 
 
 def in_the_interpreter(*arguments, least=10):

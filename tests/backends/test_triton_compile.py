@@ -3,10 +3,10 @@
 What is compiled is what the backend starts, with every default tile size of the chip. A build that
 lost its matrix instructions or spilled would be many times slower and pass every other test; one
 that writes a register which an asynchronous instruction still reads would be wrong now and then.
-The default run compiles one small variant a kernel for one chip. The long proofs take every chip, by the
-oldest triton that is supported or by the newest, and of each kernel the largest tile, and for three
-chips what an assembler once spilled. All variants of all chips by both versions take most of an
-hour: ``make test-matrix``.
+The default run compiles one small variant a kernel for one chip. The long proofs take every chip,
+by the oldest triton that is supported or by the newest, and of each kernel the largest tile, and
+for three chips what an assembler once spilled. All variants of all chips by both versions take most
+of an hour: ``make test-matrix``.
 """
 
 import machine_code

@@ -1,9 +1,11 @@
 """Python programs in processes of their own, which share one import of torch.
 
-To import torch takes three seconds of processor time, and many tests need a process: for its
-environment, for a signal that kills it, or to stand beside another. Here a server imports torch
-once for all of them, and each program runs in a fork of it, with an environment, folder, arguments
-and streams of its own. A test of imports, of memory or of the start itself takes ``subprocess``.
+To import torch takes two seconds of processor time, and its compiler, which the first optimizer
+imports, two more. Many tests need a process: for its environment, for a signal that kills it, or to
+stand beside another. Here a server imports both once for all of them, and each program runs in a
+fork of it, with an environment, folder, arguments and streams of its own. A test of imports, of
+memory, of Triton's interpreter, which has to be asked for before the compiler is imported, or of
+the start itself takes ``subprocess``.
 """
 
 import atexit
@@ -65,7 +67,7 @@ def start(*command, output=None, errors=None, env=None, cwd=ROOT):
     there is none, and errors go with the output where only that is given.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     environment = dict(os.environ if env is None else env)
     output = os.devnull if output is None else output
     streams = [str(output), None if errors is None else str(errors)]
