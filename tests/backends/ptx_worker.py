@@ -29,7 +29,7 @@ import triton_compile_worker as compiling
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bae_fast.kernels import bits, covariance, launch, products
+from bae_fast.kernels import bits, covariance, launch, pair_lists, products
 from bae_fast.kernels.bodies import encode
 from bae_fast.ops import nvidia
 from bae_fast.packing import pack_rows
@@ -46,6 +46,10 @@ PLANTED = {
         "a wait of products one short": (r"wgmma\.wait_group\.sync\.aligned\s+(\d+);", 1),
         "a wait of copies one short": (r"cp\.async\.wait_group\s+(\d+);", 1),
     },
+    ("sm_90", "lists"): {
+        "counters keep what was counted": (r"@%p\d+ red\.global\.gpu\.relaxed\.and[^;]*;", ""),
+        "a count is read before all have counted": (r"bar\.sync\s+0;", ""),
+    },
 }
 
 
@@ -56,7 +60,6 @@ def planted(text, pattern, change):
         changed = re.sub(pattern, more, text)
     else:
         changed = re.sub(pattern, change, text)
-    assert changed != text, f"nothing matches {pattern}"
     return changed
 
 
@@ -67,6 +70,7 @@ class Interpreter(compiling.Recorder):
         super().__init__()
         self.chip, self.late, self.apart = chip, True, apart
         self.compiled, self.fault, self.started, self.faults = {}, None, [], []
+        self.changed = False
 
     def __call__(self, kernel, grid, *args, **constants):
         self.variants.clear()
@@ -79,7 +83,8 @@ class Interpreter(compiling.Recorder):
             self.compiled[key] = result.asm["ptx"], result.metadata.shared
         text, shared = self.compiled[key]
         if self.fault is not None:
-            text = planted(text, *self.fault)
+            before, text = text, planted(text, *self.fault)
+            self.changed |= text != before
         store, values = ptx.Global(), []
         names = [p.name for p in kernel.params if not p.is_constexpr]
         for name, value in zip(names, args, strict=True):
@@ -192,9 +197,38 @@ def step_case(n=40, d=32, k=96, d_out=48):
     return wrong
 
 
+def lists_case(n=12, k=10):
+    """The kernels of lists: lengths, entries, pairs, and the signs in a window."""
+    pair_lists._COUNTERS_BYTES = 2 * 4 * k  # two programs, each with several features
+    on = torch.rand(n, k) < 0.25
+    on[:, 5], on[:, 7] = on[:, 6], False
+    words, counts, n_rows = pack_rows(on), on.sum(0), torch.tensor(n)
+    b = on.double()
+    v = n * b.t() @ b - torch.outer(b.sum(0), b.sum(0))  # below 2^53: exact
+    v.fill_diagonal_(0)
+    pairs = pair_lists.PairLists(words, bits.feature_packed(words, k), counts, n_rows)
+    total = pairs.numerator()
+    window, scale = torch.rand(n, k) < 0.2, torch.tensor(0.5)
+    signs = pair_lists.WindowSigns(pairs, words, pack_rows(window), scale)
+    out = torch.full((n, k), 7.0)
+    signs.add_to(out, 0)
+    exact = (n * (b @ v.sign()) - b.sum(0) @ v.sign()).float() * 0.5
+    ones = [row.nonzero().flatten() for row in on]
+    return differing(
+        lists_serve=(pairs.serves & signs.serves, torch.ones(1, dtype=torch.int32)),
+        entries=(pairs.by_row.entries[: int(on.sum())].long(), torch.cat(ones)),
+        total=(total, v.abs().sum().long()),
+        window=(out, torch.where(window, exact, 7.0)),
+    )
+
+
 CASES = {
-    "encode": encode_case, "packed": packed_case, "covariance": covariance_case, "step": step_case
-}  # fmt: skip
+    "encode": encode_case,
+    "packed": packed_case,
+    "covariance": covariance_case,
+    "lists": lists_case,
+    "step": step_case,
+}
 
 
 def main(chip, case, *modes):
@@ -204,15 +238,17 @@ def main(chip, case, *modes):
     launch.family = launch._chip = lambda device: chip
     launch.multiprocessors = lambda device: compiling.MULTIPROCESSORS[chip]
     nvidia.interpreted = lambda: True
+    nvidia.DENSE_A_STEP, pair_lists.WINDOW_SHARE = 1, 1  # lists serve codes of any size
     runs, times = [], [mode for mode in modes if mode in ("late", "early")]
     plans = [(mode, "", None) for mode in times]
     plans += [(times[0], *each) for each in PLANTED.get((chip, case), {}).items()]
     for mode, name, fault in plans:
         torch.manual_seed(0)
         interpreter.late, interpreter.fault = mode == "late", fault
-        interpreter.started, interpreter.faults = [], []
+        interpreter.started, interpreter.faults, interpreter.changed = [], [], False
         with launch.table_entry(0):
             wrong = CASES[case]()
+        assert interpreter.changed == (fault is not None), f"nothing matches {fault}"
         runs.append({
             "mode": mode, "planted": name, "wrong": wrong, "faults": interpreter.faults,
             "started": interpreter.started,

@@ -341,6 +341,17 @@ def test_kernels_are_right_at_the_latest_moment(chip, oldest, case, modes, cache
     assert bool(planted) == (case == "encode")
 
 
+@needs_triton
+@pytest.mark.long
+def test_kernels_of_lists_are_right_warp_after_warp_and_planted_faults_are_found(cache):
+    """Counters lie in global memory, whose hazards show in the numbers alone."""
+    right, forgetful, unordered = worker("sm_90", "lists", "late", "apart", folder=cache)
+    check([right], "length_kernel", "list_kernel", "pairs_kernel", "signs_kernel")
+    assert forgetful["planted"] == "counters keep what was counted"
+    assert "total" in forgetful["wrong"]
+    assert unordered["faults"] or unordered["wrong"]
+
+
 # -- nvcc -----------------------------------------------------------------------------------------
 
 

@@ -414,9 +414,39 @@ def _shuffle(machine, instruction):
     return run
 
 
+_REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
+
+
+@known("redux")
+def _reduce(machine, instruction):
+    """One result for all lanes of a warp (9.7.13.9)."""
+    _, name, kind = allow(instruction, {"sync"}, set(_REDUCTIONS), {"s32", "u32"})
+    to, number, members = instruction.operands
+    write, read = machine.writer(to, kind, instruction), machine.reader(number, kind, instruction)
+    members = machine.reader(members, "u32", instruction)
+
+    def run(mask):
+        machine.whole_warps(mask, instruction)
+        if not machine.everywhere(np.asarray(members()) == 0xFFFFFFFF, mask):
+            raise instruction.error("lanes must be all of a warp's")
+        lanes = np.broadcast_to(read(), machine.threads).reshape(-1, 32)
+        found = _REDUCTIONS[name].reduce(lanes, axis=1, dtype=lanes.dtype)
+        write(np.repeat(found, 32), mask)
+
+    return run
+
+
 # -- loads and stores (9.7.9.8 to 9.7.9.12), atomics (9.7.13.4) -----------------------------------
 
-_CACHE = {"L1::evict_last", "L1::evict_first", "L1::evict_normal", "L1::no_allocate", "nc", ""}
+_CACHE = {
+    "cg",
+    "L1::evict_last",
+    "L1::evict_first",
+    "L1::evict_normal",
+    "L1::no_allocate",
+    "nc",
+    "",
+}
 _WIDTHS = {"b8", "u8", "s8", "b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64"}
 
 
@@ -431,7 +461,7 @@ def _unsigned(kind):
 @known("ld")
 def _load(machine, instruction):
     space, _, vector, kind = allow(
-        instruction, {"param", "global", "shared"}, _CACHE, {"v2", "v4", ""}, _WIDTHS
+        instruction, {"param", "global", "shared", "shared::cta"}, _CACHE, {"v2", "v4", ""}, _WIDTHS
     )
     to, source = instruction.operands
     if space == "param":
@@ -475,7 +505,7 @@ def _signed_or_not(kind):
 @known("st")
 def _store(machine, instruction):
     space, _, vector, kind = allow(
-        instruction, {"global", "shared"}, _CACHE, {"v2", "v4", ""}, _WIDTHS
+        instruction, {"global", "shared", "shared::cta"}, _CACHE, {"v2", "v4", ""}, _WIDTHS
     )
     to, source = instruction.operands
     raw = f"b{kind[1:]}"
@@ -507,11 +537,17 @@ def store_shared(machine, addresses, values, threads, writers, instruction):
     machine.shared.note_write(places, agents, writers, unfenced=True)
 
 
+_ATOMICS = {"add": (np.add, {"u32", "s32", "u64", "s64"}), "and": (np.bitwise_and, {"b32"})}
+
+
 @known("atom", "red")
 def _atomic(machine, instruction):
-    *_, kind = allow(
-        instruction, {"global"}, {"gpu"}, {"relaxed"}, {"add"}, {"u32", "s32", "u64", "s64"}
+    *_, name, kind = allow(
+        instruction, {"global"}, {"gpu"}, {"relaxed"}, set(_ATOMICS), {"b32", *INTEGERS}
     )
+    what, numbers = _ATOMICS[name]
+    if kind not in numbers:
+        raise unknown(instruction)
     operands = instruction.operands
     write = None
     if instruction.opcode == "atom":
@@ -522,7 +558,7 @@ def _atomic(machine, instruction):
     def run(mask):
         active = machine.active(mask)
         values = np.broadcast_to(read(), machine.threads)[active]
-        before = machine.store.add_to(addresses()[active], values, instruction)
+        before = machine.store.change(what, addresses()[active], values, instruction)
         if write is not None:
             all_before = np.zeros(machine.threads, before.dtype)
             all_before[active] = before

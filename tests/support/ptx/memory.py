@@ -63,15 +63,15 @@ class Global:
         for at, offsets, data in self.pieces(addresses, size, instruction):
             data[offsets[:, None] + np.arange(size)] = values[at]
 
-    def add_to(self, addresses, values, instruction):
-        """Atomic additions; what was there before each, in order of the threads."""
+    def change(self, what, addresses, values, instruction):
+        """An atomic operation of each thread; what was there before it, in order of the threads."""
         size = values.dtype.itemsize
         before = np.empty_like(values)
         for at, offsets, data in self.pieces(addresses, size, instruction):
             for one, offset in zip(at, offsets, strict=True):
                 place = data[offset : offset + size].view(values.dtype)
                 before[one] = place[0]
-                place += values[one]
+                place[:] = what(place, values[one])
         return before
 
 
