@@ -1,29 +1,23 @@
 """impl="cpp": the rectangle's backward on listed entries, against the reference and the dense way.
 
-The tests run on the instruction set in use; the last one runs them all again on each of the
-others, in a process of its own.
+Every test runs on each instruction set of this CPU.
 """
 
-import os
-from pathlib import Path
-
-import processes
 import pytest
 import torch
+from test_cpp import levels
 
 import bae_fast as bf
 from bae_fast.ops import registry
 from bae_fast.packing import pack_rows, unpack_rows
 
 CPP = registry.BACKENDS["cpp"]
-ROOT = Path(__file__).resolve().parents[2]
 if CPP.unavailable is not None:
     pytest.skip(f"impl='cpp' cannot run: {CPP.unavailable}", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("by_bits")
 
 from bae_fast.backends.cpp import extension, sparse_backward  # noqa: E402
 
-CHILD = "BAE_FAST_TEST_SPARSE"
 NAMES = ("x", "W_enc", "b_enc", "W_dec", "b_dec")
 
 # (N, d_in, F, d_out): edges of words, tiles of 64 columns, panels (512 rows; 128 floats or 64
@@ -41,11 +35,11 @@ SHAPES = [
 ]
 
 
-def other_levels():
-    in_use = extension.simd()
-    found = [n for n, k in extension.LEVELS.items() if extension.op("simd")(k) >= 0]
-    extension.use_simd(in_use)
-    return [name for name in found if name != in_use]
+@pytest.fixture(autouse=True, params=levels())
+def level(request):
+    extension.use_simd(request.param)
+    yield request.param
+    extension.use_simd(None)
 
 
 def lists_below(monkeypatch, density):
@@ -272,11 +266,11 @@ def test_what_is_not_finite_outside_of_the_window_stays_there(always):
     assert torch.equal(~grad_W.isfinite().all(0), columns)
 
 
-def test_the_density_of_the_window_decides():
+def test_the_density_of_the_window_decides(level):
     arguments = operands(torch.float32, density=0.5)
     x, W_enc = arguments[:2]
     n, k = x.shape[0], W_enc.shape[1]
-    limit = sparse_backward.SPARSE_BELOW[extension.simd()]
+    limit = sparse_backward.SPARSE_BELOW[level]
 
     def decided(density, n_bits=1):
         window = pack_rows(torch.arange(n * k).view(n, k) < density * n * k)
@@ -285,14 +279,3 @@ def test_the_density_of_the_window_decides():
     assert decided(limit * 0.99)
     assert not decided(limit * 1.01)
     assert not decided(0.0, n_bits=2)
-
-
-@pytest.mark.skipif(CHILD in os.environ, reason="this is the process of one level")
-@pytest.mark.parametrize("name", other_levels())
-def test_all_of_it_on_every_other_level(name):
-    done = processes.run(
-        "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__,
-        env=os.environ | {"BAE_FAST_SIMD": name, CHILD: "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout

@@ -173,7 +173,7 @@ def test_a_killed_run_of_four_goes_on_to_the_bit_and_logs_each_step_once(tmp_pat
     whole = {"folder": str(tmp_path / "whole")}
     expected = worker.launch(tmp_path / "w", 4, [("run", "trained", grid, whole)])[0]["run"]
     given = {"folder": str(tmp_path / "cut")}
-    for number, step in enumerate(sorted(draw.sample(range(1, worker.CONFIG.steps), 2))):
+    for number, step in enumerate(sorted(draw.sample(range(1, worker.CONFIG.steps), 3))):
         kill = {**given, "kill": {str(draw.randrange(4)): step}}
         worker.launch(tmp_path / f"k{number}", 4, [("run", "trained", grid, kill)], killed=True)
     found = worker.launch(tmp_path / "last", 4, [("run", "trained", grid, given)])[0]["run"]
