@@ -134,6 +134,7 @@ def test_images_in_the_page_are_the_files_beside_it(report):
     assert embedded == {files[k].read_bytes() for k in ("fvu_bits", "density", "training")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_without_a_log_has_no_training_figure(tmp_path):
     files = write_report(
         tmp_path, title="t", metrics=[], log=[], density=torch.rand(9), eigenvalues=SPECTRUM,
