@@ -22,6 +22,7 @@ from bench import (
     crossover,
     device,
     documents,
+    estimate,
     launches,
     levels,
     memory,
@@ -55,8 +56,8 @@ LARGE: dict[str, Any] = {"rival": rival}
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
 # of the covariance of sparse codes; only by name
 LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
-# of what a step starts on a GPU, and what its kernels become: nothing is timed; only by name
-COUNTED: dict[str, Any] = {"launches": launches, "compiled": compiled}
+# of a GPU, without one: what a step starts, what its kernels become, its time by arithmetic
+COUNTED: dict[str, Any] = {"launches": launches, "compiled": compiled, "estimate": estimate}
 # of real language models, which have to be named; only by name
 MODELS: dict[str, Any] = {"models": models}
 # of where rows come from; a case writes 5 GB: only by name

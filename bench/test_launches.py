@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bae_fast.ops import registry
-from bench import launches
+from bench import estimate, launches
 from bench.step import packed_step
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +37,18 @@ def test_the_table_has_both_implementations():
     assert [row["impl"] for row in rows] == ["triton", "cuda"]
     assert rows[1]["kernels"]["sign_product"] == 1
     assert len(launches.table(result).splitlines()) == 4
+
+
+def test_the_estimate_adds_up_and_says_what_it_assumes():
+    result = estimate.run(only="512-2048-16384")
+    for row in result["rows"]:
+        assert sum(row["parts"].values()) < row["graph"] <= row["started"]
+    triton, cuda = (row["parts"] for row in result["rows"])
+    assert triton["products"] == cuda["products"]
+    assert triton["pairs"] > cuda["pairs"]
+    (small,) = estimate.run(only="triton-512-1024-4096")["rows"]
+    assert small["graph"] < small["started"]
+    assert "by arithmetic, not run on a device" in estimate.table(result)
 
 
 @pytest.mark.parametrize(

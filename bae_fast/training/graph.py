@@ -1,7 +1,7 @@
 """A training step captured once as a CUDA graph, and started again by one call of the host.
 
-Below about a thousand rows a step's kernels end before the host has started the next ones. A graph
-starts them all at once. It replays the same work on the same memory: inputs are copied into
+Where rows and features are few, a kernel ends before the host has started the next one. A graph
+starts all of a step at once. It replays the same work on the same memory: inputs are copied into
 buffers, and what Python computed while it was captured stays as it was.
 """
 

@@ -75,8 +75,9 @@ def check(chip, dtype, rows, oldest=False):
         assert row["registers"] <= 255, row
         assert row["float_atomics"] == 0, row
         assert row["rewritten"] == [], row
-        # some of its variants by Triton 3.6's assembler: slower, and not wrong
-        crowded = row["kernel"] == "gradient_kernel"
+        # rectangle and official in the tile of 256 columns, by Triton 3.6's assembler: it waits for
+        # each product, with parts of 16 columns behind the product as with 32; slower, not wrong
+        crowded = oldest and row["kernel"] == "gradient_kernel"
         notes = [x for x in row["serialized"] if not (crowded and x.startswith("(C7515)"))]
         assert notes == [], row
         product = row["kernel"] in HALF | INTEGER and row["constants"].get("PRODUCT") != "False"

@@ -1,0 +1,98 @@
+"""The time of a training step on an H200 by arithmetic: what is computed and moved, over rates.
+
+Nothing here has run on a device and no rate was measured there: every one is an assumption, named
+in :class:`Rates` and printed with the table. Codes are dense, so the covariance is by products;
+sign planes are kept; products run one after another, and what is moved adds to what is computed. A
+step takes the longer of what the host starts and what the device does; in a graph the latter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from bench import launches, tables
+
+
+class Rates(NamedTuple):
+    """What is assumed of an H200, a second.
+
+    Attributes:
+        half: multiply-adds of bfloat16 products, 0.7 of the 989 TFLOP/s that the maker states.
+        int8: of int8 products by Triton with operands unpacked in registers, 0.4 of 1,979 Top/s.
+        bits: of 1-bit products by mma.sync, whose rate no one states: ``ops.nvidia`` assumes it.
+        bytes: of memory, 0.8 of 4.8 TB/s.
+        host: starts of a kernel or operator from Python.
+        device: the same by the device, which the host or a graph has told before.
+    """
+
+    half: float = 0.7 * 989e12 / 2
+    int8: float = 0.4 * 1979e12 / 2
+    bits: float = 2e15
+    bytes: float = 0.8 * 4.8e12
+    host: float = 1 / 6e-6
+    device: float = 1 / 1e-6
+
+
+SHAPES = [(512, 1024, 4096), *launches.SHAPES, (4096, 4096, 65536)]
+PARTS = ("products", "pairs", "B S", "moved", "optimizer")
+
+
+def parts(impl: str, n: int, d: int, f: int, rates: Rates) -> dict[str, float]:
+    """Seconds of a step's parts."""
+    one_bit = impl == "cuda"
+    pairs, signs = n * f * f / 2, float(n * f * f)
+    numbers = 2.0 * d * f  # of the two weights
+    moved = (
+        6 * 1.5 * numbers  # half-precision copies: W_enc once, W_dec twice; 4 bytes read, 2 written
+        + 2 * 2 * 2 * n * f  # bits unpacked for decode and its gradient, written and read
+        + 2 * 4 * n * f  # the covariance's part of the gradient in fp32
+        + 2 * 2 * n * f  # the gradient at pre in half precision
+        + 2 * f * f / 4  # sign planes, written and read
+    )
+    return {
+        "products": 5 * n * d * f / rates.half,
+        "pairs": pairs / (rates.bits if one_bit else rates.int8),
+        # two planes by 1-bit products; int8 holds -1, 0 and 1
+        "B S": 2 * signs / rates.bits if one_bit else signs / rates.int8,
+        "moved": moved / rates.bytes,
+        "optimizer": 28 * numbers / rates.bytes,
+    }
+
+
+def run(only: str = "", seconds: float = 0.0) -> dict[str, Any]:
+    """Every shape by both implementations; nothing is timed."""
+    rates, rows = Rates(), []
+    for (n, d, f), impl in ((shape, impl) for shape in SHAPES for impl in launches.KERNELS):
+        if only not in f"{impl}-{n}-{d}-{f}":
+            continue
+        counts = launches.count(impl, n, d, f)
+        starts = sum(sum(counter.values()) for counter in counts.values())
+        found = parts(impl, n, d, f, rates)
+        device = sum(found.values()) + starts / rates.device
+        rows.append(
+            {"impl": impl, "n": n, "d": d, "f": f, "parts": found}
+            | {"started": max(device, starts / rates.host)}
+            | {"graph": device}
+        )
+    return {"rates": rates._asdict(), "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown, milliseconds, with the rates that they follow from."""
+    header = ["N, d, F", "impl", *PARTS, "step", "in a graph"]
+    lines = [
+        [
+            ", ".join(f"{row[key]:,}" for key in "ndf"),
+            row["impl"],
+            *(f"{row['parts'][part] * 1e3:.2f}" for part in PARTS),
+            *(f"{row[key] * 1e3:.1f}" for key in ("started", "graph")),
+        ]
+        for row in result["rows"]
+    ]
+    rates = result["rates"]
+    return tables.markdown(header, lines) + (
+        "\n\nMilliseconds by arithmetic, not run on a device. Assumed of an H200, a second: "
+        f"{rates['half']:.2g} multiply-adds in bfloat16, {rates['int8']:.2g} in int8, "
+        f"{rates['bits']:.2g} of bits, {rates['bytes']:.2g} bytes; a start takes the host "
+        f"{1e6 / rates['host']:.0f} µs and the device {1e6 / rates['device']:.0f} µs."
+    )
