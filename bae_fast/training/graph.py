@@ -92,13 +92,15 @@ class CapturedStep:
             graphs: how a step is captured; None: by CUDA graphs.
 
         Raises:
-            ValueError: warm_calls below 1, an optimizer that cannot be captured, or parameters on
-                no CUDA device.
+            ValueError: warm_calls below 1, an optimizer that cannot be captured or has an empty
+                group, or parameters on no CUDA device.
         """
         if isinstance(warm_calls, bool) or not isinstance(warm_calls, int) or warm_calls < 1:
             raise ValueError(f"warm_calls must be an integer >= 1; got {warm_calls!r}")
         self._graphs = CudaGraphs() if graphs is None else graphs
-        for group in optimizer.param_groups:
+        for at, group in enumerate(optimizer.param_groups):
+            if not group["params"]:
+                raise ValueError(f"optimizer must hold parameters in every group; got none in {at}")
             for parameter in group["params"]:
                 self._graphs.check(parameter.device)
             if not group.get("capturable", True):

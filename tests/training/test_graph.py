@@ -106,6 +106,9 @@ def test_it_says_what_it_cannot_capture():
     plain = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     with pytest.raises(ValueError, match=r"Adam\(\.\.\., capturable=True\); got capturable=False"):
         CapturedStep(loss_of, plain, graphs=graphs)
+    plain.param_groups[0]["params"] = []
+    with pytest.raises(ValueError, match="must hold parameters in every group; got none in 0"):
+        CapturedStep(loss_of, plain, graphs=graphs)
     step = CapturedStep(loss_of, optimizer, warm_calls=1, graphs=graphs)
     with pytest.raises(TypeError, match="input 0 must be a tensor; got list"):
         step([1.0])
@@ -117,6 +120,28 @@ def test_it_says_what_it_cannot_capture():
     optimizer.param_groups[0]["eps"] = 1.0
     with pytest.raises(ValueError, match=r"must keep eps after the step was captured; got \[1\.0"):
         step(x)
+
+
+def test_a_capture_that_fails_is_tried_again():
+    """A kernel that is not compiled yet refuses; the parameters stay as they were."""
+    weight = torch.ones(1, requires_grad=True)
+    cold = [False, True, False]
+
+    def loss_of(x):
+        if cold.pop(0):
+            raise RuntimeError("call bf.warmup")
+        return (weight * x).sum()
+
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    step = CapturedStep(loss_of, optimizer, warm_calls=1, graphs=RecordedGraphs())
+    step(torch.ones(1))
+    with pytest.raises(RuntimeError, match="warmup"):
+        step(torch.ones(1))
+    assert not step.captured
+    assert weight.item() == 0
+    step(torch.ones(1))
+    assert step.captured
+    assert weight.item() == -1
 
 
 def test_cuda_graphs_are_captured_in_torchs_order(monkeypatch):
