@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 
 # The long proofs: sanitizers, and the hardest variants of kernels for every chip.
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m long $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "long and not matrix" $(ARGS)
 
 # What is longer still: every variant of the Triton kernels, for every chip, by two versions of Triton.
 test-matrix: $(VENV)/.installed

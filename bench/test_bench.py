@@ -380,7 +380,7 @@ def test_memory_that_would_not_fit_is_said_to_be_arithmetic(monkeypatch):
     assert "arithmetic" in memory.table({"rows": [found]})
 
 
-@pytest.mark.long
+@pytest.mark.matrix
 @pytest.mark.skipif(DEFAULT != "cpp", reason="the compiled kernels are not there")
 def test_a_level_is_measured_in_its_own_process_or_missing_with_the_reason():
     scalar = levels.run(only="scalar", seconds=0, shape=TINY[0])

@@ -265,6 +265,7 @@ print(registry.BACKENDS["triton"].unavailable, registry.BACKENDS["cuda"].unavail
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which kernels import"
 )
+@pytest.mark.long
 def test_kernels_are_found_in_a_plain_checkout(tmp_path):
     """Without the installed package: site's hooks off, the libraries' folder on the path."""
     for folder in ("bae_fast", "bench", *checkout.PACKAGES.values()):
@@ -449,10 +450,10 @@ print("right")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     registry.BACKENDS["triton"].unavailable is not None, reason="triton cannot run here"
 )
+@pytest.mark.long
 def test_the_checks_pass_for_triton_in_its_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"},

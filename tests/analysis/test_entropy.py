@@ -694,6 +694,7 @@ def test_tasks_are_plain_data():
         load_task("poetry")
 
 
+@pytest.mark.long
 def test_rows_entropy_chooses_its_fit_and_is_within_three_percent():
     """Ten bits on in 30 % of the rows have 8.81 bits; so do the rows that they give in 24 dims."""
     draw = np.random.default_rng(3)

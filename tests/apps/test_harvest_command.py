@@ -93,7 +93,7 @@ def test_errors_are_one_line(place, tmp_path, monkeypatch, capsys, more, text):
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.long
+@pytest.mark.matrix
 def test_processes_of_torchrun_share_the_work(place, tmp_path):
     call = arguments(place, tmp_path / "many", "--text", str(place / "text"))
     assert main(arguments(place, tmp_path / "one", "--text", str(place / "text"))) == 0

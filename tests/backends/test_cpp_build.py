@@ -138,8 +138,13 @@ def test_kernels_run_clean_under_sanitizers(sanitized, driver):
     assert set(re.findall(r"(\w+): \d{4,} cases", done)) >= {"scalar", *levels()}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("level", sorted({"scalar", *levels()[-1:]}))  # the simplest, the best
+@pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param("scalar", marks=pytest.mark.matrix),
+        *(pytest.param(name, marks=pytest.mark.long) for name in levels()[-1:] if name != "scalar"),
+    ],
+)
 def test_operators_run_clean_under_sanitizers(sanitized, tmp_path, level):
     """The operators' own allocations, results and scratch, which guard pages do not reach."""
     shutil.copytree(ROOT / "bae_fast", tmp_path / "bae_fast", ignore=shutil.ignore_patterns("*.so"))

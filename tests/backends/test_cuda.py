@@ -437,6 +437,7 @@ def process(program, *args, **variables):
 
 
 @needs_kernels
+@pytest.mark.long
 def test_its_bodies_give_the_numbers_of_triton(library):
     """Whole operators, Triton's kernels in the interpreter and these in the emulation."""
     program = (

@@ -333,7 +333,7 @@ KERNELS = {
         ("sm_80", False, "packed", ["late", "apart"]),
         ("sm_90", False, "encode", ["late"]),
         ("sm_90", False, "covariance", ["early", "apart"]),
-        ("sm_90", True, "step", ["late"]),
+        pytest.param("sm_90", True, "step", ["late"], marks=pytest.mark.matrix),
     ],
 )
 def test_kernels_are_right_at_the_latest_moment(chip, oldest, case, modes, cache):

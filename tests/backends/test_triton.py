@@ -40,14 +40,14 @@ def process(*command, **variables):
     )
 
 
-def in_the_interpreter(*arguments, least=10):
-    """Tests in a process of their own with Triton's interpreter, and how many pass at least."""
+def in_the_interpreter(*arguments):
+    """Tests in a process of their own with Triton's interpreter."""
     done = process(
         "-m", "pytest", *arguments, "-x", "-o", "addopts=", "-p", "no:cacheprovider",
         TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least
+    assert re.search(r"\d{2,} passed", done.stdout)
     assert "skipped" not in done.stdout
 
 
@@ -69,16 +69,9 @@ def test_every_kind_of_step_in_the_interpreter():
 
 
 @needs_triton
-@pytest.mark.slow
-def test_its_operators_pass_opcheck_in_the_interpreter():
-    """With one bit a feature, as most codes have; three are a long proof."""
-    in_the_interpreter("tests/layer/test_compile.py", "-k", "triton and not 3-triton")
-
-
-@needs_triton
 @pytest.mark.long
-def test_its_operators_of_three_bits_pass_opcheck_in_the_interpreter():
-    in_the_interpreter("tests/layer/test_compile.py", "-k", "3-triton", least=3)
+def test_its_operators_pass_opcheck_in_the_interpreter():
+    in_the_interpreter("tests/layer/test_compile.py", "-k", "triton")
 
 
 def test_it_says_why_it_cannot_serve_a_cpu():

@@ -297,7 +297,7 @@ def test_the_watch_would_see_a_dense_program():
 # -- resident memory ---------------------------------------------------------------------------
 
 
-@pytest.mark.long
+@pytest.mark.matrix
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
 def test_a_step_with_covariance_needs_at_most_an_eighth_of_the_dense_program():
     """At N = 256, F = 6144; ``python -m bench.memory`` gives the figures of the full size."""

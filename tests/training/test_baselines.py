@@ -74,7 +74,9 @@ def test_learned_directions_beat_random_ones():
     assert found["topk"] < 0.75 * found["random"]
 
 
-@pytest.mark.parametrize("method", ["relu", "gated", "jumprelu"])
+@pytest.mark.parametrize(
+    "method", ["relu", "jumprelu", pytest.param("gated", marks=pytest.mark.long)]
+)
 def test_lambda_steers_l0_to_its_target(method):
     x = rows()
     model, _ = trained(method, STEERED)
