@@ -11,6 +11,7 @@ of its own: it can be added to runs that are done, from the models they saved.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ _FVU_ROWS = 4096
 # a saved model belongs to a run if it has the run's held-out FVU, up to another machine's rounding
 _SAME_FVU = 1e-3
 
+# what a Binary Autoencoder may be trained with several values of, as the others are with several k
+VARIED = {"entropy_weight": "a_e", "covariance_weight": "a_c", "bank_batches": "past"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(JudgeOptions, Data):
@@ -48,6 +52,11 @@ class Config(JudgeOptions, Data):
         methods: The methods that are trained: bae, bae_paper, relu, rescaled_relu, topk,
             batchtopk, gated, jumprelu, transcoder, binary_topk, random, and what is registered.
         k: The number of features in a row, for the sparse autoencoders.
+        entropy_weight: The weights of the entropy that the Binary Autoencoder is trained with, one
+            after the other: a larger one ends at fewer bits. Without any it is the preset's.
+        covariance_weight: The same for the weight of the covariance.
+        bank_batches: The same for the number of past batches that are counted together with each
+            batch by the entropy and the covariance.
         seeds: The seeds; every method is trained with each.
         expansion: The number of features over the width of a row, F / d.
         steps: The number of optimizer steps.
@@ -80,6 +89,9 @@ class Config(JudgeOptions, Data):
 
     methods: tuple[str, ...] = methods.names()
     k: tuple[int, ...] = (32,)
+    entropy_weight: tuple[float, ...] = ()
+    covariance_weight: tuple[float, ...] = ()
+    bank_batches: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
     expansion: int = 4
     steps: int = 2000
@@ -125,6 +137,7 @@ def train_all(config: Config) -> dict[str, Any]:
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size")
     check_metric(config)
+    _check_variants(config)
     stages = Stages()
     cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
     split = cache.split(N_HELDOUT)
@@ -146,10 +159,11 @@ def train_all(config: Config) -> dict[str, Any]:
     with stages.stage("train and evaluate"):
         for seed in config.seeds:
             for method in config.methods:
-                for k in config.k if methods.method(method).takes_k else [None]:
+                ks = config.k if methods.method(method).takes_k else [None]
+                for k, variant in itertools.product(ks, variants(config, method)):
                     done.append(
-                        one(config, facts, method, k, seed, train, heldout, pair, metrics)
-                        | {"method": method, "k": k, "seed": seed}
+                        one(config, facts, method, k, variant, seed, train, heldout, pair, metrics)
+                        | {"method": method, "k": k, "variant": variant, "seed": seed}
                     )
     context = Context(config, stages, cache, tokenizer, transcoder_hooks(config), pair, hook_rows)
     scorers = [scorer for make in scorer_makers() for scorer in make(context)]
@@ -166,6 +180,29 @@ def train_all(config: Config) -> dict[str, Any]:
         "columns": [[scorer.name, *column] for scorer in scorers for column in scorer.columns],
         "runs": done,
     }
+
+
+def variants(config: Config, method: str) -> list[dict[str, Any]]:
+    """The constants that a method's runs replace, a run each; one run with none where none is."""
+    own = {field.name for field in dataclasses.fields(methods.method(method).training)}
+    asked = {
+        name: getattr(config, name) for name in VARIED if name in own and getattr(config, name)
+    }
+    return [dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())]
+
+
+def _check_variants(config: Config) -> None:
+    for name in VARIED:
+        values = getattr(config, name)
+        if not values:
+            continue
+        takers = [m for m in config.methods if any(name in v for v in variants(config, m))]
+        if not takers:
+            raise ValueError(
+                f"{name} is of the Binary Autoencoder, and methods has none; got {name} {values}"
+            )
+        for method, value in itertools.product(takers, values):
+            dataclasses.replace(methods.method(method).training, **{name: value})
 
 
 class _Metrics:
@@ -203,10 +240,16 @@ class _Metrics:
 
 
 def settings_of(
-    config: Config, facts: dict[str, Any], d: int, method: str, k: int | None, seed: int
+    config: Config,
+    facts: dict[str, Any],
+    d: int,
+    method: str,
+    k: int | None,
+    variant: dict[str, Any],
+    seed: int,
 ) -> dict[str, Any]:
     """All that a run's result depends on; kept runs are known by it."""
-    constants = training_config(config, method, seed)
+    constants = training_config(config, method, variant, seed)
     names = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
     data = {name: facts[name] for name in names} | {
         "tokens": facts["tokens"],
@@ -228,7 +271,7 @@ def settings_of(
     }
 
 
-def training_config(config: Config, method: str, seed: int) -> Any:
+def training_config(config: Config, method: str, variant: dict[str, Any], seed: int) -> Any:
     """The constants of a method's training."""
     known = methods.method(method)
     constants = dataclasses.replace(
@@ -237,6 +280,7 @@ def training_config(config: Config, method: str, seed: int) -> Any:
         batch_size=config.batch_size,
         seed=seed,
         precision=config.precision,
+        **variant,
     )
     if config.lr is not None and not known.own_lr:
         constants = dataclasses.replace(constants, lr=config.lr)
@@ -248,6 +292,7 @@ def one(
     facts: dict[str, Any],
     method: str,
     k: int | None,
+    variant: dict[str, Any],
     seed: int,
     train: Tensor,
     heldout: Tensor,
@@ -256,8 +301,10 @@ def one(
 ) -> dict[str, Any]:
     """Train and evaluate one method."""
     d = train.shape[1]
-    settings = settings_of(config, facts, d, method, k, seed)
-    name = f"{method}{'' if k is None else f'-k{k}'}-s{seed}"
+    settings = settings_of(config, facts, d, method, k, variant, seed)
+    parts = [method, *([] if k is None else [f"k{k}"])]
+    parts += [f"{VARIED[name]}{value:g}" for name, value in variant.items()]
+    name = "-".join([*parts, f"s{seed}"])
 
     def make() -> dict[str, Any]:
         from bae_fast.analysis.evaluation import evaluate
@@ -278,7 +325,7 @@ def one(
             **options,
         )
         model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
-        trainer = Trainer(model, x, training_config(config, method, seed), targets=y)
+        trainer = Trainer(model, x, training_config(config, method, variant, seed), targets=y)
         say(f"   {name}")
         unfinished = config.out / "runs" / f"{name}-{runs.digest(settings)}"
         log = runs.fit(trainer, unfinished, log=unfinished / "log.jsonl", progress=config.progress)
@@ -332,8 +379,8 @@ class _NoModelError(Exception):
 def saved_model(context: Context, kept: dict[str, Any]) -> Any:
     """The model of a run, in eval mode.
 
-    Folders are named by method, k and seed: a later run with other settings writes over it. So
-    the model is the run's only if its held-out FVU is.
+    Folders are named by method, k or variant, and seed: a later run with other settings writes
+    over it. So the model is the run's only if its held-out FVU is.
     """
     folder: Path = context.config.out / kept["model"]
     if not folder.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,20 +23,42 @@ LABELS = {
     "binary_topk": "binary top-k",
     "random": "random",
 }
+VARIANTS = {
+    "entropy_weight": "a_e={:g}",
+    "covariance_weight": "a_c={:g}",
+    "bank_batches": "{} past batches",
+}
 
 
-def _label(method: str, k: int | None) -> str:
-    return LABELS.get(method, method) + ("" if k is None else f" k={k}")
+class Group(NamedTuple):
+    """What the seeds of one line have in common: k and ``variant`` tell a method's lines apart."""
+
+    method: str
+    k: int | None
+    variant: tuple[tuple[str, float], ...]
+
+    @property
+    def series(self) -> str | None:
+        """The method's name where it has several lines."""
+        return None if self.k is None and not self.variant else LABELS.get(self.method, self.method)
+
+    @property
+    def label(self) -> str:
+        """The line's name."""
+        signs = [] if self.k is None else [f"k={self.k}"]
+        signs += [VARIANTS[name].format(value) for name, value in self.variant]
+        return " ".join([LABELS.get(self.method, self.method), *signs])
 
 
-def _groups(result: dict[str, Any]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
-    groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+def _groups(result: dict[str, Any]) -> dict[Group, list[dict[str, Any]]]:
+    groups: dict[Group, list[dict[str, Any]]] = {}
     for one_run in result["runs"]:
         # scores beside the rest, under names that cannot meet
         row = dict(one_run["heldout"])
         for name, found in one_run.get("scores", {}).items():
             row |= {f"{name}.{key}": value for key, value in found.items()}
-        groups.setdefault((one_run["method"], one_run["k"]), []).append(row)
+        variant = tuple(one_run.get("variant", {}).items())
+        groups.setdefault(Group(one_run["method"], one_run["k"], variant), []).append(row)
     return groups
 
 
@@ -59,9 +81,9 @@ def table(result: dict[str, Any]) -> str:
     lines = tables.table(
         ["code", *(title for _, title, _ in columns)],
         (
-            [_label(method, k) + ("*" if method == "transcoder" else "")]
+            [group.label + ("*" if group.method == "transcoder" else "")]
             + [tables.cell(found, key, form) for key, _, form in columns]
-            for (method, k), found in _groups(result).items()
+            for group, found in _groups(result).items()
         ),
     )
     data, first = result["data"], result["runs"][0]["settings"]
@@ -115,11 +137,10 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any]) -> bytes:
     """FVU, values rounded, against bits; PNG. The transcoder has another target: left out."""
     points = []
-    for (method, k), found in _groups(result).items():
+    for group, found in _groups(result).items():
         fvu = sum(row["fvu_quantized"] for row in found) / len(found)
         bits = sum(row["bits"] for row in found) / len(found)
         # a code without a bit, or worse than the mean, has no place in the plane
-        if method != "transcoder" and bits > 0 and math.isfinite(fvu) and fvu < 1:
-            series = None if k is None else LABELS.get(method, method)
-            points.append(Point(_label(method, k), fvu, bits, k is None, series))
+        if group.method != "transcoder" and bits > 0 and math.isfinite(fvu) and fvu < 1:
+            points.append(Point(group.label, fvu, bits, group.k is None, group.series))
     return plot_fvu_bits(torch.tensor(result["spectrum"], dtype=torch.float64), points)

@@ -171,6 +171,25 @@ def test_a_metric_is_given_to_every_method_and_names_the_run(
     assert f"unit {metric}" in (tmp_path / "compare.md").read_text()
 
 
+def test_weights_of_the_binary_autoencoder_are_varied_as_k_is(arguments, tmp_path):
+    more = ["--methods", "bae", "topk", "--entropy-weight", "1e-4", "0.02", "--bank-batches", "0",
+            "--no-description", "--substitution-tokens", "0", "--out", str(tmp_path)]  # fmt: skip
+    assert main([*arguments, *more]) == 0
+    done = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    assert [run["variant"] for run in done] == [
+        {"entropy_weight": 1e-4, "bank_batches": 0},
+        {"entropy_weight": 0.02, "bank_batches": 0},
+        {},
+    ]
+    assert [run["settings"]["training"]["entropy_weight"] for run in done] == [1e-4, 0.02, 0.0]
+    assert [run["settings"]["training"]["bank_batches"] for run in done] == [0, 0, 0]
+    assert done[0]["heldout"]["bits"] > done[1]["heldout"]["bits"]
+    assert len({run["model"] for run in done}) == 3
+    text = (tmp_path / "compare.md").read_text()
+    assert "| BAE (sparse) a_e=0.02 0 past batches |" in text
+    assert "| TopK k=3 |" in text
+
+
 def test_probes_stand_in_the_table_and_in_files_of_their_own(arguments, monkeypatch, tmp_path):
     def by_word(_tokenizer, tokens):
         return {"low": tokens < 30, "never": tokens < 0}
@@ -331,6 +350,11 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
         (["--encoder", "nowhere"], "--encoder must be the folder of a sentence encoder"),
         (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity"),
         (["--k", "0"], "k must be an int >= 1; got 0"),
+        (
+            ["--bank-batches", "4"],
+            "bank_batches is of the Binary Autoencoder, and methods",
+        ),
+        (["--methods", "bae", "--entropy-weight", "-1"], "entropy_weight must not be negative"),
         (["--expansion", "0"], "--expansion must be at least 1; got 0"),
         (["--methods", "topk", "--k", "33"], "k must be at most d_sae=32; got 33"),
         (["--methods", "transcoder", "--transcoder-hooks", "no", "way"], "hook='no' is not a"),

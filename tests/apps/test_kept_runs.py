@@ -39,7 +39,7 @@ FACTS = {
 )
 def test_a_comparison_run_keeps_its_name(method, k, digest):
     config = compare.Config(steps=200)
-    settings = compare.settings_of(config, FACTS, 576, method, k, 0)
+    settings = compare.settings_of(config, FACTS, 576, method, k, {}, 0)
     assert runs.digest(settings) == digest
 
 
@@ -75,7 +75,13 @@ def test_kept_comparisons_are_recognised():
             precision=training["precision"],
         )
         now = compare.settings_of(
-            config, settings["data"], 576, run["method"], run["k"], run["seed"]
+            config,
+            settings["data"],
+            576,
+            run["method"],
+            run["k"],
+            run.get("variant", {}),
+            run["seed"],
         )
         assert runs.digest(now) == runs.digest(settings), run["method"]
 
