@@ -152,9 +152,8 @@ class _Place(threading.local):
         places = arguments.get("position_ids")
         if self.position_ids is None and isinstance(places, Tensor) and places.dim() == 2:
             self.position_ids = places
-        cache: Any = arguments.get("past_key_values")
-        if self.offset is None and hasattr(cache, "get_seq_length"):
-            self.offset = int(cache.get_seq_length())
+        if self.offset is None:
+            self.offset = _tokens_before(arguments)
         state = arguments.get("cache_params", arguments.get("state"))
         if state is not None and self.shape is not None and self.shape[1] == 1:
             self.uncounted = True  # a recurrent state goes on, and does not say from where
@@ -176,6 +175,9 @@ class _Place(threading.local):
         """
         batch, length = shape
         offset = self.offset or 0
+        if not offset and self.attention_mask is not None and self.offset is not None:
+            # a cache whose first layer keeps no keys does not know its length; the mask is as long
+            offset = max(self.attention_mask.shape[1] - length, 0)
         position = torch.arange(offset, offset + length, device=device)
         position = position.expand(batch, length)
         mask = self.attention_mask
@@ -190,11 +192,26 @@ class _Place(threading.local):
         return position, real
 
 
+def _tokens_before(arguments: dict[str, Any]) -> int | None:
+    """Tokens of earlier passes whose keys and values a pass goes on from; None: not said."""
+    places = arguments.get("cache_position")
+    if isinstance(places, Tensor) and places.numel():
+        return int(places.min())
+    cache: Any = arguments.get("past_key_values")
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
+        return int(cache[0][0].shape[-2])  # of older models: (keys, values) a layer
+    return None
+
+
 def _listened(model: nn.Module) -> list[nn.Module]:
     """A model and the parts inside it that may be called with the tokens, outermost first."""
     found = [model]
     inner = causal_model(model)
     base = getattr(inner, "base_model", inner)
+    if base is inner:
+        base = getattr(inner, "model", inner)
     decoder = getattr(base, "decoder", None)
     for part in (inner, base, decoder):
         if isinstance(part, nn.Module) and all(part is not one for one in found):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
-from bae_fast.lm.hooks import first_part, resolve_hook, running
-from bae_fast.lm.inputs import masked, padding_mask, text_mask
+from bae_fast.lm.hooks import first_part, in_own_dtype, resolve_hook, running
+from bae_fast.lm.inputs import Padding, padding_mask, text_mask
 from bae_fast.lm.loading import LanguageModel
 
 
@@ -53,6 +53,7 @@ class Engine:
         self.hooks = [resolve_hook(lm.model, hook) for hook in hooks]
         if len(set(self.hooks)) < len(self.hooks):
             raise ValueError(f"hooks must name each module once; got {list(hooks)}")
+        self._padding = Padding(lm.model)
         self._here = threading.local()
         self._stack = contextlib.ExitStack()
 
@@ -93,7 +94,7 @@ class Engine:
         self._here.found, self._here.stop = found, stop
         result = None
         try:
-            with torch.no_grad(), contextlib.suppress(_Done):
+            with torch.no_grad(), in_own_dtype(self.lm.device), contextlib.suppress(_Done):
                 result = forward()
         finally:
             self._here.found = None
@@ -117,8 +118,8 @@ class Engine:
             ValueError: a module whose output has another shape.
         """
         lm = self.lm
-        options = {} if mask is None else masked(lm.model, mask.to(lm.device))
         ids = tokens.to(lm.device, torch.int64)
+        options = {} if mask is None else self._padding.arguments(ids, mask.to(lm.device))
         found, _ = self.run(lambda: lm.model(input_ids=ids, use_cache=False, **options))
         for hook, out in found.items():
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

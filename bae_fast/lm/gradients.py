@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import find_module, first_part, running
+from bae_fast.lm.hooks import find_module, first_part, in_own_dtype, running
 from bae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def sensitivity(
     try:
         with (
             running(lm.model),
+            in_own_dtype(lm.device),
             _frozen(lm.model),
             torch.enable_grad(),
             progress_bar(

@@ -89,6 +89,16 @@ def running(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_own_dtype(device: torch.device) -> Iterator[None]:
+    """Leave out autocast, which is of the caller's thread: a model computes in the dtype it has."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
 # -- names -------------------------------------------------------------------------------------
 
 _BLOCKS = re.compile(r"blocks\.(\d+)\.(\w+(?:\.\w+)?)")
@@ -121,8 +131,16 @@ def block_path(model: torch.nn.Module, number: int) -> str:
         and (len(module) == n_blocks or n_blocks is None)
         and not any(part.isdigit() for part in name.split("."))
     ]
-    if not lists:
-        raise ValueError(f"hook: the blocks of {type(model).__name__} are not found by number")
+    if len(lists) > 1:  # a model of images has blocks of its own
+        decoder: Any = getattr(model, "get_decoder", lambda: None)()
+        inside = {id(module) for module in decoder.modules()} if decoder is not None else set()
+        lists = [one for one in lists if id(model.get_submodule(one[0])) in inside] or lists
+    if len(lists) != 1:
+        which = ", ".join(name for name, _ in lists)
+        raise ValueError(
+            f"hook: the blocks of {type(model).__name__} are not found by number"
+            + (f": they may be {which}; give a path" if lists else "")
+        )
     name, size = lists[0]
     if not 0 <= number < size:
         raise ValueError(f"hook: there is no block {number}; this model has 0 to {size - 1}")

@@ -7,7 +7,9 @@ read once as 64-bit words in rows of a prime number of words; the wrapping sums 
 of all rows go into a SHA-256. A change of any one element changes a sum for certain; two different
 tensors with equal sums need four words changed to cancel out, in two rows and in two columns.
 
-Functions cannot be digested: forward hooks of the user's own are listed, not compared.
+Code counts too, see `bae_fast.lm.code`: classes and functions that are no installed package's, and
+those that were put in the place of a package's own (a patched class, a registered attention).
+What forward hooks of the user's own do is not compared: they are listed.
 """
 
 from __future__ import annotations
@@ -15,11 +17,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
+import types
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from bae_fast.lm import code
+
+# a digest that is kept holds as long as these files say how it is made
+SOURCES = (__file__, code.__file__)
 
 # words of 8 bytes in a row: a prime, so that no row of a weight matrix is a whole number of rows
 _ROW_WORDS = 8191
@@ -30,8 +39,10 @@ _BLOCK_ROWS = 32
 # evaluation mode
 _NO_SETTING = frozenset(
     {
-        "gradient_checkpointing", "hf_device_map", "max_seq_len_cached", "name_or_path", "training",
-        "warnings_issued",
+        "forward", "gradient_checkpointing", "hf_device_map", "max_seq_len_cached", "name_or_path",
+        "training", "warnings_issued",
+        # RecurrentGemma's state, begun anew by every pass without a cache
+        "conv1d_state", "key_states", "recurrent_states", "value_states",
     }
 )  # fmt: skip
 # private attributes that switch adapters
@@ -42,6 +53,7 @@ _NO_CONFIG = frozenset(
         "return_dict", "transformers_version", "use_cache",
     }
 )  # fmt: skip
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 # forward hooks of these are part of the model's own code, or only read
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "bae_fast.lm.")
 # these put a forward around a module's own that changes no value
@@ -57,10 +69,15 @@ def tensor_digest(tensor: Tensor) -> bytes:
     if tensor.device.type == "meta":
         raise ValueError("model must hold its weights; a tensor is on the meta device")
     digest = hashlib.sha256()
+    plain = tensor.detach()
+    if plain.layout != torch.strided:
+        plain = plain.to_dense()
+    if plain.is_quantized:
+        plain = plain.dequantize()
     try:
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        data = plain.contiguous().view(-1).view(torch.uint8)
     except (NotImplementedError, RuntimeError):  # packed tensors of quantisation libraries
-        data = tensor.detach().float().contiguous().view(-1).view(torch.uint8)
+        data = plain.float().contiguous().view(-1).view(torch.uint8)
     n_words = data.numel() // 8
     n_rows = n_words // _ROW_WORDS
     body = data[: n_rows * _ROW_WORDS * 8]
@@ -101,11 +118,21 @@ def model_digest(model: nn.Module) -> str:
     weights on one core of an AMD EPYC.
     """
     digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    named = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in named.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor_digest(tensor))
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    walk = code.Walk(digest.update, tensor_digest, modules.values())
+    seen = {id(tensor) for tensor in named.values()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:  # weights that are packed away, and states of modules' own kinds
+            digest.update(f"{name} ".encode())
+            walk.value(value)
+    for path, module in modules.items():
+        own = not code.is_installed(type(module).__module__)
         settings = {}
+        digest.update(f"{path} {type(module).__qualname__} ".encode())
         for name, value in vars(module).items():
             if name in _NO_SETTING or (name.startswith("_") and name not in _ADAPTER_SETTINGS):
                 continue
@@ -113,13 +140,29 @@ def model_digest(model: nn.Module) -> str:
                 settings[name] = tensor_digest(value).hex()
             elif _is_plain(value):
                 settings[name] = repr(value)
-        digest.update(f"{path} {type(module).__qualname__} {sorted(settings.items())} ".encode())
+            elif own or isinstance(value, _FUNCTIONS):
+                digest.update(f"{name} ".encode())
+                walk.value(value)
+        digest.update(f"{sorted(settings.items())} ".encode())
+    kinds = {type(module) for module in modules.values()}
+    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
+        walk.own_class(kind)
+    for name in sorted({kind.__module__ for kind in kinds}):
+        if name.startswith("transformers."):
+            walk.foreign_functions(name)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         plain = {k: v for k, v in config.to_dict().items() if k not in _NO_CONFIG}
         plain["attention"] = getattr(config, "_attn_implementation", None)
         digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+        walk.value(_attention(str(plain["attention"])))
     return "parameters-" + digest.hexdigest()[:16]
+
+
+def _attention(name: str) -> Any:
+    """The function that transformers calls for attention under a name, if it has a register."""
+    utilities = sys.modules.get("transformers.modeling_utils")
+    return getattr(utilities, "ALL_ATTENTION_FUNCTIONS", {}).get(name)
 
 
 def _is_plain(value: Any) -> bool:
@@ -127,7 +170,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (bool, int, float, str, np.generic))
 
 
 def own_hooks(model: nn.Module) -> list[str]:

@@ -7,11 +7,17 @@ begin with a beginning-of-text token; its special tokens are no text.
 from __future__ import annotations
 
 import inspect
+import threading
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from bae_fast.lm.hooks import in_own_dtype, running
+from bae_fast.lm.identity import own_hooks
+from bae_fast.lm.logits import causal_model
 
 
 def asks_for_bos(tokenizer: Any) -> bool:
@@ -103,26 +109,98 @@ def text_mask(
 def padding_mask(tokenizer: Any, token_windows: Tensor) -> Tensor | None:
     """Which tokens are no padding, bool ``[n, length]``, by the padding token; None: all of them.
 
-    A padding token that also ends or begins texts, or stands for the unknown, tells nothing.
+    A padding token that also ends or begins texts, or stands for the unknown, tells nothing; a
+    warning says so where texts begin with several of them.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     names = ("bos_token_id", "eos_token_id", "unk_token_id")
-    if not isinstance(pad, int) or pad in [getattr(tokenizer, name, None) for name in names]:
+    if not isinstance(pad, int):
+        return None
+    if pad in [getattr(tokenizer, name, None) for name in names]:
+        if bool((token_windows[:, :2] == pad).all(1).any()) and token_windows.shape[1] > 1:
+            warnings.warn(
+                f"the tokens begin with several of the padding token {pad}, which has another "
+                "meaning too, and are taken for text: give a mask, or put padding behind the text",
+                UserWarning,
+                stacklevel=3,
+            )
         return None
     real = token_windows != pad
     return None if bool(real.all()) else real
 
 
-def masked(model: Any, mask: Tensor) -> dict[str, Tensor]:
-    """Arguments for a model's forward that keep padding out, ``mask`` false there.
+# of the trial: tokens of text, and of padding before them
+_TRIAL_TEXT, _TRIAL_PADDING = 8, 16
 
-    With padding before the text they also say the positions, which then begin at the first real
-    token, where the model takes them.
+
+class Padding:
+    """The arguments by which a model keeps padding out.
+
+    Behind a text padding changes nothing, as attention is causal. Before it, positions must begin
+    at the first real token. Whether a model counts so by itself, wants to be told, or cannot, is
+    tried once, on a few tokens: what a signature says is hidden by wrappers (peft), and some models
+    count from another number than 0.
     """
-    real = mask != 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._lock = threading.Lock()
+        self._tell: bool | None = None
+
+    def arguments(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Keywords for the model's forward.
+
+        Args:
+            ids: token ids ``[batch, length]``.
+            mask: of that shape, false (or 0) at padding.
+
+        Raises:
+            ValueError: padding before the text, and the model's states are other ones then.
+        """
+        real = mask != 0
+        if bool(real[:, 0].all()):
+            return {"attention_mask": real.long()}
+        with self._lock:
+            if self._tell is None:
+                self._tell = self._try(int(ids[~real][0]))
+        return _told(real, self._tell)
+
+    @torch.no_grad()
+    def _try(self, pad: int) -> bool:
+        device = next(self.model.parameters()).device
+        table: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
+        n_vocabulary = _TRIAL_TEXT + 1 if table is None else table.weight.shape[0]
+        ids = torch.arange(1, 1 + _TRIAL_TEXT, device=device)[None] % n_vocabulary
+        n = min(_TRIAL_PADDING, (max_positions(self.model) or 2**30) - _TRIAL_TEXT)
+        padded = torch.nn.functional.pad(ids, (max(n, 1), 0), value=pad)
+        real = torch.arange(padded.shape[1], device=device)[None] >= padded.shape[1] - _TRIAL_TEXT
+
+        def states(ids: Tensor, **options: Tensor) -> Tensor:
+            found = self.model(input_ids=ids, use_cache=False, **options)
+            return (found if isinstance(found, Tensor) else found[0])[:, -_TRIAL_TEXT:].float()
+
+        with running(self.model), in_own_dtype(device):
+            alone = states(ids)
+            share = 1e-3 if next(self.model.parameters()).dtype.itemsize >= 4 else 5e-2
+            bound = share * float(alone.abs().max())
+            gaps = {}
+            takes = inspect.signature(causal_model(self.model).forward).parameters
+            for tell in (True, False) if "position_ids" in takes else (False,):
+                gaps[tell] = float((states(padded, **_told(real, tell)) - alone).abs().max())
+                if gaps[tell] <= bound:
+                    return tell
+        if own_hooks(self.model):  # such as a splice, which may look at positions
+            return min(gaps, key=lambda tell: gaps[tell])
+        raise ValueError(
+            f"mask: {type(causal_model(self.model)).__name__} gives other states where padding "
+            "stands before a text; put padding behind it (padding_side='right')"
+        )
+
+
+def _told(real: Tensor, tell: bool) -> dict[str, Tensor]:
+    """A mask, and positions from the first real token on."""
     options = {"attention_mask": real.long()}
-    takes = inspect.signature(getattr(model, "forward", model)).parameters
-    if not bool(real[:, 0].all()) and "position_ids" in takes:
+    if tell:
         options["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0)
     return options
 

@@ -236,7 +236,7 @@ def _known_digest(source: ModelSource, dtype: torch.dtype) -> Known | None:
         return None
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     versions = transformers.__version__, str(torch.__version__)
-    return Known("model", [*files, identity.__file__], str(dtype), *versions)
+    return Known("model", [*files, *identity.SOURCES], str(dtype), *versions)
 
 
 def _loaded_digest(model: Any, known: Known | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bae_fast.lm.hooks import running
+from bae_fast.lm.hooks import in_own_dtype, running
 from bae_fast.lm.identity import own_hooks
 
 # logits held at a time: 128 MiB in fp32; fewer tokens would read the output embedding too often
@@ -47,7 +47,9 @@ def body(model: nn.Module) -> Any:
     """
     inner = causal_model(model)
     found = getattr(inner, "base_model", inner)
-    if found is inner:
+    if found is inner:  # Llama 4's text model has it under another name than its class says
+        found = getattr(inner, "model", inner)
+    if found is inner or not isinstance(found, nn.Module):
         raise ValueError(
             f"model must be a causal language model of transformers with a body under its head; "
             f"got {type(inner).__name__}"
@@ -107,7 +109,7 @@ class Head:
         device = next(self._body.parameters()).device
         table = self.model.get_input_embeddings().weight
         ids = torch.arange(1, 5, device=device)[None] % table.shape[0]
-        with torch.no_grad(), running(self.model):
+        with torch.no_grad(), running(self.model), in_own_dtype(device):
             whole = self.model(input_ids=ids, use_cache=False).logits[0].float()
             states = self._body(input_ids=ids, use_cache=False)
             final = getattr(states, "last_hidden_state", None)
@@ -143,7 +145,8 @@ class Head:
         shell.__dict__["_modules"] = modules
         ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
         # not the shell's call: hooks of the whole model are for its whole forward
-        out = type(self.model).forward(shell, input_ids=ids, use_cache=False)
+        with in_own_dtype(states.device):
+            out = type(self.model).forward(shell, input_ids=ids, use_cache=False)
         return (out[0] if isinstance(out, tuple) else out.logits)[0].float()
 
     @property

@@ -136,11 +136,19 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
 def _has_keys(lm: LanguageModel) -> bool:
     """Whether the model goes on from keys and values of plain attention.
 
-    Recurrent models (Mamba) have a state; decoders of encoder-decoder models (BART) want a cache of
-    their own kind.
+    Recurrent models (Mamba) have a state; decoders of encoder-decoder models (BART) and some others
+    want a cache of their own kind; a rope that changes with the length of the text (Phi-3's long
+    one) would have turned the keys by other angles.
     """
     model = causal_model(lm.model)
-    plain = not hasattr(model.config, "decoder_layers") and not model._is_stateful
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    plain = not (
+        hasattr(model.config, "decoder_layers")
+        or model._is_stateful
+        or kinds & {"dynamic", "longrope"}
+        or not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+    )
     return plain and "past_key_values" in inspect.signature(model.forward).parameters
 
 

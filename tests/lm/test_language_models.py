@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -36,6 +37,7 @@ from bae_fast.lm import gguf as gguf_copies
 from bae_fast.lm import known as known_files
 from bae_fast.lm import loading as model_loading
 from bae_fast.lm.hooks import running
+from bae_fast.lm.inputs import padding_mask
 from bae_fast.lm.origin import check_origin
 
 transformers = pytest.importorskip("transformers")
@@ -335,6 +337,121 @@ def test_rows_are_always_those_of_the_model_as_it_is(edit, tokenizer, tmp_path):
     torch.testing.assert_close(rows_of(again, tokens, tmp_path), own, rtol=1e-5, atol=1e-6)
 
 
+class _Times(torch.nn.Module):
+    """A block whose output is multiplied by what ``factor`` says."""
+
+    def __init__(self, block, factor):
+        super().__init__()
+        self.block, self.factor = block, factor
+
+    def forward(self, *arguments, **options):
+        return self.block(*arguments, **options) * self.factor.value
+
+
+def _wrapped(factor):
+    """A class of one name whose code is another for every factor."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *arguments, **options):
+            return self.block(*arguments, **options) * factor
+
+    return Wrapped
+
+
+def _first(make):
+    def put(model):
+        layers = model.model.layers
+        layers[0] = make(getattr(layers[0], "block", layers[0]))
+
+    return put
+
+
+def _activation(factor):
+    def put(model):
+        mlp = model.model.layers[0].mlp
+        if isinstance(mlp.act_fn, torch.nn.Module):
+            del mlp.act_fn
+        mlp.act_fn = lambda x: x * factor
+
+    return put
+
+
+def _attention(factor):
+    table = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+
+    def put(model):
+        def scaled(module, query, *arguments, **options):
+            return table["sdpa"](module, query * factor, *arguments, **options)
+
+        table.register("scaled", scaled)
+        model.set_attn_implementation("scaled")
+
+    return put
+
+
+# what is done before the first harvest, and what between the two
+CODE_EDITS = {
+    "a closure": (_activation(0.5), _activation(2.5)),
+    "a class of the same name": (_first(_wrapped(0.5)), _first(_wrapped(2.0))),
+    "an object of a module": (
+        _first(lambda block: _Times(block, SimpleNamespace(value=0.5))),
+        lambda m: setattr(m.model.layers[0].factor, "value", 2.0),
+    ),
+    "a registered attention": (_attention(1.0), _attention(0.1)),
+    "a NumPy number": (
+        lambda _: None,
+        lambda m: setattr(m.model.layers[0].self_attn, "scaling", np.float32(3.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", CODE_EDITS)
+def test_rows_are_those_of_the_code_as_it_is(edit, tokenizer, tmp_path):
+    prepare, change = CODE_EDITS[edit]
+    lm = lm_of("llama", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    prepare(lm.model)
+    before = rows_of(lm, tokens, tmp_path).clone()
+    assert len({model_digest(lm.model), model_digest(lm.model)}) == 1
+    change(lm.model)
+    own = rows_of(lm, tokens, tmp_path / "empty")
+    assert not torch.allclose(before, own, atol=1e-6)
+    torch.testing.assert_close(rows_of(lm, tokens, tmp_path), own, rtol=1e-5, atol=1e-6)
+
+
+def test_a_patched_class_is_another_model(tokenizer, monkeypatch):
+    model = model_of("llama", tokenizer)
+    before = model_digest(model)
+    kind = type(model.model.layers[0].mlp)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: own(self, x) * 0.1)
+    assert model_digest(model) != before
+    monkeypatch.undo()
+    assert model_digest(model) == before
+
+
+def test_sparse_and_quantised_weights_count(tokenizer):
+    def digest(change):
+        model = model_of("llama", tokenizer)
+        change(model)
+        return model_digest(model)
+
+    def sparse(factor):
+        def put(model):
+            linear = model.model.layers[0].mlp.down_proj
+            weight = (linear.weight * factor).to_sparse()
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+        return put
+
+    assert len({digest(sparse(1.0)), digest(sparse(1.0))}) == 1
+    assert digest(sparse(1.0)) != digest(sparse(2.0))
+
+
 def test_a_loaded_model_keeps_its_files_revision_until_it_is_edited(tokenizer, tmp_path):
     model_of("llama", tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -371,6 +488,69 @@ def test_dropout_is_off_in_a_harvest_and_the_mode_comes_back(tokenizer, tmp_path
     torch.testing.assert_close(rows_of(lm, tokens, tmp_path), own, rtol=1e-5, atol=1e-5)
     assert model.training
     assert not model.transformer.h[2].training
+
+
+def test_autocast_around_a_harvest_changes_no_row(tokenizer, tmp_path):
+    lm = lm_of("llama", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    own = own_rows(lm.model, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = rows_of(lm, tokens, tmp_path)
+    torch.testing.assert_close(rows, own, rtol=1e-5, atol=1e-6)
+
+
+def _padded(tokens, n, pad=0):
+    mask = torch.arange(n + tokens.shape[1]) >= n
+    padded = torch.nn.functional.pad(tokens, (n, 0), value=pad)
+    return padded, mask.expand(len(tokens), -1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "bloom", "falcon"])
+def test_padding_before_a_text_changes_no_row(kind, tokenizer, tmp_path):
+    lm = lm_of(kind, tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    padded, mask = _padded(tokens, 5)
+    rows = rows_of(lm, padded, tmp_path, mask=mask)
+    torch.testing.assert_close(rows, own_rows(lm.model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bart", "roberta"])
+def test_a_model_that_cannot_leave_padding_out_is_refused(kind, tokenizer, tmp_path):
+    lm = lm_of(kind, tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    padded, mask = _padded(tokens, 5)
+    with pytest.raises(ValueError, match="put padding behind it"):
+        rows_of(lm, padded, tmp_path, mask=mask)
+    behind = torch.nn.functional.pad(tokens, (0, 5), value=0)
+    rows = rows_of(lm, behind, tmp_path, mask=mask.flip(1))
+    torch.testing.assert_close(rows, own_rows(lm.model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_padding_token_that_means_more_is_said(tokenizer):
+    ambiguous = word_pieces(eos_token="</s>", pad_token="</s>")
+    tokens = torch.tensor([[2, 2, 5, 6], [7, 8, 9, 5]])
+    with pytest.warns(UserWarning, match="several of the padding token 2"):
+        assert padding_mask(ambiguous, tokens) is None
+
+
+def test_a_shared_prefix_is_not_used_where_the_rope_follows_the_length(tokenizer):
+    config = transformers.Phi3Config(
+        vocab_size=len(tokenizer), **_LLAMA, pad_token_id=0, original_max_position_embeddings=20,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+            "long_factor": [3.0] * 8,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    lm = LanguageModel(model, tokenizer, "phi3", "phi3", torch.float32, WIDTH)
+    prefix = list(range(5, 21))
+    texts = [prefix + [30 + i] * (4 + i) for i in range(4)]
+    found = [
+        states_at(lm, texts, ["model.layers.1"], next_token=True, share_prefix=share)[1]
+        for share in (False, True)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_states_take_part_in_autograd_and_may_be_changed(tokenizer):

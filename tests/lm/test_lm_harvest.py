@@ -23,6 +23,7 @@ from bae_fast.lm import (
     standard_library_text,
     windows,
 )
+from bae_fast.lm.capture import Engine
 
 transformers = pytest.importorskip("transformers")
 
@@ -175,7 +176,7 @@ def test_a_second_harvest_opens_the_first_and_other_settings_do_not(lm, tmp_path
     first = harvest(lm, _tokens(), "model.layers.1", folder=tmp_path)
     broken = LanguageModel(lm.model, None, lm.name, lm.label, lm.dtype, WIDTH, lm.revision)
     with monkeypatch.context() as patch:
-        patch.setattr(type(lm.model), "forward", lambda *_, **__: pytest.fail("it ran again"))
+        patch.setattr(Engine, "run", lambda *_, **__: pytest.fail("it ran again"))
         again = harvest(broken, _tokens(), "model.layers.1", folder=tmp_path, batch_size=1)
     assert again.folder == first.folder
     assert torch.equal(again.rows, first.rows)
