@@ -85,38 +85,40 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(
     assert json.loads((out / "metrics.json").read_text())["heldout"] == heldout
 
 
-@pytest.fixture
-def stopped(tmp_path):
-    """Start the command in a process of its own, and send a signal once its log has some lines.
+# Runs the command behind two numbers: a step of its training, and the signal that it gets there.
+STOPPED = """
+import os, sys
+from bae_fast.cli import main
+from bae_fast.training import Trainer
 
-    Returns its status and the lines of its errors; none is left.
-    """
-    running = []
+at, number = int(sys.argv[1]), int(sys.argv[2])
+train_step = Trainer.train_step
 
-    def stop(arguments, log, n_lines, number):
-        errors = tmp_path / "errors"
-        process = processes.start("-m", "bae_fast", *arguments, errors=errors)
-        running.append(process)
-        processes.wait_until(
-            lambda: log.is_file() and log.read_text().count("\n") >= n_lines, process, errors
-        )
-        process.send_signal(number)
-        return process.wait(), errors.read_text().strip().splitlines()
+def step(self):
+    if self.step == at:
+        os.kill(os.getpid(), number)
+    return train_step(self)
 
-    yield stop
-    for process in running:
-        process.kill()
+Trainer.train_step = step
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def stopped(arguments, step, number):
+    """The status of a command that a signal meets in a step, and the lines of its errors."""
+    done = processes.run("-c", STOPPED, str(step), str(int(number)), *arguments)
+    return done.returncode, done.stderr.strip().splitlines()
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
-    given, arguments, stopped, tmp_path, capsys
+    given, arguments, tmp_path, capsys
 ):
     out = tmp_path / "out"
     assert main(arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
     longer = [*arguments, *LONGER]
-    status, (line,) = stopped(longer, out / "log.jsonl", 5, signal.SIGINT)
+    status, (line,) = stopped(longer, 57, signal.SIGINT)
     assert status == 128 + signal.SIGINT
     assert line.startswith("bae-fast demo: stopped at step ")
     assert "the same command goes on" in line
@@ -139,10 +141,9 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_checkpoint_of_other_settings_is_not_used(arguments, stopped, tmp_path, capsys):
+def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys):
     out = tmp_path / "out"
-    longer = [*arguments, "--steps", "100000"]
-    status, (line,) = stopped(longer, out / "log.jsonl", 1, signal.SIGTERM)
+    status, (line,) = stopped([*arguments, *LONGER], 17, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     assert line.startswith("bae-fast demo: stopped at step ")
     assert main(arguments) == 0

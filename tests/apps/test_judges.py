@@ -180,7 +180,7 @@ def child(*arguments):
 
 
 def test_killed_in_the_middle_and_run_again_nothing_is_paid_twice(tmp_path):
-    path, log, n = tmp_path / "a.sqlite", tmp_path / "log", 40
+    path, log, n = tmp_path / "a.sqlite", tmp_path / "log", 200
     process, errors = child(path, log, n, 0.05)
     try:
         processes.wait_until(
