@@ -87,10 +87,12 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(
 
 # Runs the command behind two numbers: a step of its training, and the signal that it gets there.
 STOPPED = """
-import os, sys
+import os, signal, sys
 from bae_fast.cli import main
 from bae_fast.training import Trainer
 
+# a shell's background job ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 at, number = int(sys.argv[1]), int(sys.argv[2])
 train_step = Trainer.train_step
 
