@@ -35,7 +35,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
 from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.loading import LanguageModel
-from bae_fast.lm.logits import causal_model
+from bae_fast.lm.logits import causal_model, under_head
 from bae_fast.lm.origin import mismatch
 
 Edit = Callable[[Tensor], Tensor]
@@ -209,9 +209,7 @@ def _listened(model: nn.Module) -> list[nn.Module]:
     """A model and the parts inside it that may be called with the tokens, outermost first."""
     found = [model]
     inner = causal_model(model)
-    base = getattr(inner, "base_model", inner)
-    if base is inner:
-        base = getattr(inner, "model", inner)
+    base = under_head(model)
     decoder = getattr(base, "decoder", None)
     for part in (inner, base, decoder):
         if isinstance(part, nn.Module) and all(part is not one for one in found):

@@ -39,6 +39,14 @@ def causal_model(model: nn.Module) -> Any:
     return inner
 
 
+def under_head(model: nn.Module) -> Any:
+    """What a causal language model has under its head; itself where it names no such part."""
+    inner = causal_model(model)
+    found = getattr(inner, "base_model", inner)
+    # Llama 4's text model has it under another name than its class says
+    return getattr(inner, "model", inner) if found is inner else found
+
+
 def body(model: nn.Module) -> Any:
     """The part of a causal language model that gives final states, adapters included.
 
@@ -46,9 +54,7 @@ def body(model: nn.Module) -> Any:
         ValueError: a model whose body and head are not apart.
     """
     inner = causal_model(model)
-    found = getattr(inner, "base_model", inner)
-    if found is inner:  # Llama 4's text model has it under another name than its class says
-        found = getattr(inner, "model", inner)
+    found = under_head(model)
     if found is inner or not isinstance(found, nn.Module):
         raise ValueError(
             f"model must be a causal language model of transformers with a body under its head; "

@@ -110,7 +110,7 @@ class CapturedStep:
                 )
         self._loss_of, self._optimizer, self._warm_calls = loss_of, optimizer, warm_calls
         self._rates = [self._rate(group) for group in optimizer.param_groups]
-        self._constants = self._other_constants()
+        self._constants: list[dict[str, Any]] = []  # at the capture
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, ...] = ()
         self._single = True
@@ -189,8 +189,10 @@ class CapturedStep:
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
+        if not self.captured:
+            return
         now = self._other_constants()
-        if self.captured and now != self._constants:
+        if now != self._constants:
             changed = sorted(
                 {
                     key

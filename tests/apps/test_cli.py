@@ -87,12 +87,10 @@ def test_the_demo_leaves_a_model_metrics_plots_and_a_page(
 
 # Runs the command behind two numbers: a step of its training, and the signal that it gets there.
 STOPPED = """
-import os, signal, sys
+import os, sys
 from bae_fast.cli import main
 from bae_fast.training import Trainer
 
-# a shell's background job ignores it
-signal.signal(signal.SIGINT, signal.default_int_handler)
 at, number = int(sys.argv[1]), int(sys.argv[2])
 train_step = Trainer.train_step
 
@@ -112,16 +110,17 @@ def stopped(arguments, step, number):
     return done.returncode, done.stderr.strip().splitlines()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("undrawn")
 def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
-    given, arguments, tmp_path, capsys
+    given, arguments, number, tmp_path, capsys
 ):
     out = tmp_path / "out"
     assert main(arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
     longer = [*arguments, *LONGER]
-    status, (line,) = stopped(longer, 57, signal.SIGINT)
-    assert status == 128 + signal.SIGINT
+    status, (line,) = stopped(longer, 57, number)
+    assert status == 128 + number
     assert line.startswith("bae-fast demo: stopped at step ")
     assert "the same command goes on" in line
     assert {name: (out / name).read_bytes() for name in before} == before

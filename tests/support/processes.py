@@ -100,6 +100,8 @@ def _program(command, streams, environment, path, folder):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # a shell's background job ignores interrupts, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
