@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bae_fast.causal.matching import Matching, match_codes, shuffled_rows
+from bae_fast.causal.prompt import Prompt, PromptChange, PromptFeatures
 from bae_fast.causal.splice import Splice, replaced_output, spliced
 from bae_fast.causal.steering import (
     Differences,
@@ -14,6 +15,7 @@ from bae_fast.causal.steering import (
     next_token_shifted,
     prompt_tokens,
     set_distance,
+    set_features,
     steering_edit,
 )
 from bae_fast.causal.substitution import (
@@ -30,6 +32,9 @@ __all__ = [
     "FeatureDifference",
     "FeatureEffect",
     "Matching",
+    "Prompt",
+    "PromptChange",
+    "PromptFeatures",
     "Splice",
     "Substitution",
     "SubstitutionTest",
@@ -43,6 +48,7 @@ __all__ = [
     "prompt_tokens",
     "replaced_output",
     "set_distance",
+    "set_features",
     "shuffled_rows",
     "spliced",
     "steering_edit",

@@ -221,7 +221,25 @@ def steering_edit(
                 *found.shape[:-1], -1
             ))  # fmt: skip
         goal = torch.where(rise, strength * size, (1 - max(strength, 1.0)) * size)
-        return found.index_copy(-1, at, goal.expand(*found.shape[:-1], -1).contiguous())
+        return set_features(at, goal)(found)
+
+    return edit
+
+
+def set_features(
+    features: Sequence[int] | Tensor, values: Sequence[float] | Tensor
+) -> Callable[[Tensor], Tensor]:
+    """An edit for :func:`bae_fast.causal.spliced` that gives features these values everywhere.
+
+    Args:
+        features: k features, none twice.
+        values: a value each: 0 switches a feature off, 1 sets a bit.
+    """
+    ids, goals = torch.as_tensor(features, dtype=torch.int64), torch.as_tensor(values)
+
+    def edit(found: Tensor) -> Tensor:
+        goal = goals.to(found).expand(*found.shape[:-1], -1).contiguous()
+        return found.index_copy(-1, ids.to(found.device), goal)
 
     return edit
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Train autoencoders on hidden states, on one process or many.",
     "evaluate": "Evaluate the autoencoders of a training run.",
     "interpret": "Name features by a judge and score the names.",
+    "serve": "Serve the page of features with a live prompt, to a browser on this machine.",
     "push": "Put saved autoencoders on the Hugging Face Hub, with a model card.",
     "match": "Show which features of two saved autoencoders are the same.",
     "neuronpedia": "Write features in the format that Neuronpedia imports.",

@@ -24,6 +24,7 @@ from bae_fast.experiments.data import (
     harvest_rows,
     pick_device,
 )
+from bae_fast.experiments.features_page import look_at
 from bae_fast.experiments.judges import JudgeOptions, make_judge
 from bae_fast.files import write_json, write_text
 from bae_fast.lm.origin import check_model, check_origin
@@ -233,16 +234,30 @@ def language_model(data: Data, judge: Judge) -> LanguageModel:
 def find_model(config: Config) -> tuple[Autoencoder, Path, Data]:
     """The model to interpret, trained now where there is none, its folder, and its data.
 
-    Language model, hook and window are the model's own where the configuration leaves them open.
-
     Raises:
-        ConfigError: the model was trained on another hook.
+        ConfigError: see :func:`open_model`.
     """
     folder = config.load
     if folder is None:
         folder = Path("results/demo")
         if not (folder / "cfg.json").is_file():
             train_as_demo(config, folder)
+    model, data = open_model(config, folder)
+    return model, folder, data
+
+
+def open_model(config: Any, folder: Path) -> tuple[Autoencoder, Data]:
+    """A saved model and the hidden states that it reads.
+
+    Language model, hook and window are the model's own where the configuration leaves them open.
+
+    Args:
+        config: a :class:`Source` with ``hook`` and ``context``, which may be None.
+        folder: where the model is saved.
+
+    Raises:
+        ConfigError: the model was trained on another hook.
+    """
     model = load_autoencoder(folder, device=pick_device(config))
     metadata = model.config.metadata
     hooks = metadata.get("transcoder_hooks") or [metadata.get("hook_name")]
@@ -258,10 +273,10 @@ def find_model(config: Config) -> tuple[Autoencoder, Path, Data]:
         hook=config.hook or hooks[0],
         context=config.context or metadata.get("context_size"),
     )
-    return model, folder, data
+    return model, data
 
 
-def _data(config: Config, **given: Any) -> Data:
+def _data(config: Any, **given: Any) -> Data:
     """The configuration's data, with what is given in place of None."""
     names = [field.name for field in dataclasses.fields(Data)]
     values = {name: getattr(config, name) for name in names}
@@ -327,24 +342,8 @@ def write_page(
     lens: LanguageModel | None,
 ) -> Path:
     """All features as one page to look through, the named ones with their phrases and scores."""
-    from bae_fast.interpret.comsem import ordered_rows
-    from bae_fast.interpret.facts import Contexts, feature_records, gather_facts
     from bae_fast.report.browser import write_browser
 
-    part = slice(rows.start, rows.stop)
-    states = cache.rows[part].split(4096)
-    windows = cache.row_window[part].long()
-    binary = model.ranks_bits
-    see = model.preactivation if binary else model.activations
-    gathered = gather_facts(
-        found.code,
-        row_tokens=cache.tokens[windows, cache.row_position[part].long()],
-        windows=windows,
-        values=(see(model.as_own(block)) for block in states),
-        positive_only=not binary,
-        W_dec=None if lens is None else model.directions(),
-        model=None if lens is None else lens.model,
-    )
     shown = {one["feature"]: one for one in features if one["phrase"]}
     labels = {
         "comsem": "ComSem",
@@ -356,24 +355,23 @@ def write_page(
         label: {number: one[name] for number, one in shown.items() if one[name] is not None}
         for name, label in labels.items()
     }
-    records = feature_records(
-        gathered,
+    looked = look_at(
+        model,
+        cache,
+        rows,
         tokenizer,
-        contexts=Contexts(cache, tokenizer, rows),
-        shown=lambda number: [
-            (row, None) for row in ordered_rows(found, number, "strongest")[:10].tolist()
-        ],
-        code=found.code,
+        found,
+        language_model=None if lens is None else lens.model,
         phrases={number: one["phrase"] for number, one in shown.items()},
         scores={label: values for label, values in scores.items() if values},
     )
     return write_browser(
         folder / "features.html",
-        records,
+        looked.records,
         title="Features and their names",
         subtitle=f"{facts['model_label']}, {facts['hook_name']}, {type(model).__name__}",
         notes=[line for line in summary.splitlines() if line and not line.startswith("|")],
-        histogram_label="pre-activation" if binary else "activation where on",
+        **looked.labels,
     )
 
 

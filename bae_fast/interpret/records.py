@@ -51,6 +51,8 @@ class FeatureRecord:
         histogram: the histogram of its margins or activations.
         phrase: what it was named, or None.
         scores: values by name, e.g. "ComSem"; None where a feature has none. Sorted by in the page.
+        place: where the feature stands on the page's map, two numbers.
+        other: the feature of another model that is shown beside it.
     """
 
     feature: int
@@ -63,3 +65,5 @@ class FeatureRecord:
     histogram: Histogram | None = None
     phrase: str | None = None
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    place: tuple[float, float] | None = None
+    other: FeatureRecord | None = None

@@ -1,6 +1,8 @@
 """Style and script of the feature browser; data and markup are in :mod:`bae_fast.report.browser`.
 
-The script builds elements and text nodes only: no text of the data is ever read as markup.
+The script builds elements and text nodes only: no text of the data is ever read as markup. It is
+one function; the map and the live prompt (:mod:`bae_fast.report.browser_map`,
+:mod:`bae_fast.report.browser_live`) stand inside it, between its two parts here.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from bae_fast.report.page import STYLE as _SHARED
 STYLE = (
     _SHARED
     + """
-:root { --accent: #2f6fdb; --bar: #7aa2e8; --row: 3.5rem; }
-@media (prefers-color-scheme: dark) { :root { --accent: #7db0ff; --bar: #4f79bd; } }
+:root { --accent: #2f6fdb; --bar: #7aa2e8; --edge: #7d8798; --row: 3.5rem; }
+@media (prefers-color-scheme: dark) {
+  :root { --accent: #7db0ff; --bar: #4f79bd; --edge: #76819a; }
+}
 html, body { height: 100%; }
 body { display: flex; flex-direction: column; max-width: none; padding: 0; overflow: hidden; }
 header { padding: 0.7rem 1rem 0.6rem; background: var(--surface);
@@ -20,10 +24,20 @@ header { padding: 0.7rem 1rem 0.6rem; background: var(--surface);
 h1 { font-size: 1.15rem; margin: 0; }
 .subtitle { margin: 0; font-size: 0.875rem; }
 #controls { display: flex; flex-wrap: wrap; gap: 0.4rem; margin-top: 0.5rem; align-items: center; }
-input, select, button {
+input, select, button, textarea {
   font: inherit; font-size: 0.875rem; padding: 0.3rem 0.6rem; color: inherit;
-  background: var(--page); border: 1px solid var(--line); border-radius: 0.4rem;
+  background: var(--page); border: 1px solid var(--edge); border-radius: 0.4rem;
 }
+summary { cursor: pointer; }
+#map, #help { margin-bottom: 1rem; }
+.tools { display: flex; flex-wrap: wrap; gap: 0.4rem 1rem; align-items: center;
+  font-size: 0.875rem; margin: 0.5rem 0; }
+.model { margin: 0 0 0.3rem; color: var(--muted); font-size: 0.875rem; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 0 1.5rem; align-items: start; }
+.pair .columns { grid-template-columns: 1fr; }
+.pair > div { min-width: 0; }
+#feature:has(.pair) { max-width: none; }
 button { cursor: pointer; }
 #query { flex: 1 1 14rem; min-width: 0; max-width: 30rem; }
 #count { color: var(--muted); font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
@@ -86,13 +100,14 @@ kbd { padding: 0 0.35em; border: 1px solid var(--line); border-radius: 0.3em; fo
 """
 )
 
-SCRIPT = r"""
+SCRIPT_START = r"""
 "use strict";
 (() => {
 const $ = id => document.getElementById(id);
 const list = $("list"), spacer = $("spacer"), root = document.documentElement;
 const state = {q: "", scope: "all", sort: "feature", up: true, feature: null};
 let head = null, place = new Map(), order = [], at = -1;
+const watchers = [];  // called when the chosen feature or the list has changed
 let details = [], texts = [], ready = false, height = 56, asked = 0, given = false;
 
 function make(tag, attributes, ...children) {
@@ -187,6 +202,7 @@ function refresh(follow) {  // to the feature that the address names, else to th
     whole(n) + " features" + rest;
   root.dataset.refresh = performance.now() - start;
   root.dataset.shown = order.length;
+  for (const watcher of watchers) watcher();
 }
 
 // -- list -------------------------------------------------------------------------------------
@@ -290,12 +306,52 @@ function context([mark, row, score, on, pieces]) {
   return node;
 }
 
-function neighbour(number, score) {
-  const i = place.get(number);
+function called(i) {  // what a feature is called: its name, else its tokens
+  return head.phrase[i] || head.label[i].map(s => token(head.strings[s])).join(" ");
+}
+
+function neighbour(number, score, linked) {
+  const i = linked ? place.get(number) : undefined;
   if (i === undefined) return make("li", {}, "#" + number, " ", make("small", {}, three(score)));
-  const name = head.phrase[i] || head.label[i].map(s => token(head.strings[s])).join(" ");
   return make("li", {}, make("a", {href: address({feature: number})}, make("b", {}, "#" + number),
-    " ", name), " ", make("small", {}, three(score)));
+    " ", called(i)), " ", make("small", {}, three(score)));
+}
+
+function chips(items) { return make("ul", {class: "tokens"}, ...items); }
+
+function sections([tokens, lens, near, bins, contexts], linked) {
+  const first = [], few = [], items = {tokens: [], lens: [], near: []};
+  if (contexts.length) first.push(
+    section("Contexts", "", make("ul", {class: "contexts"}, ...contexts.map(context))));
+  for (let j = 0; j < tokens.length; j += 4)
+    items.tokens.push(make("li", {}, make("code", {}, token(head.strings[tokens[j]])), " \u00d7",
+      three(tokens[j + 1]), " ",
+      make("small", {}, `${whole(tokens[j + 2])}/${whole(tokens[j + 3])}`)));
+  for (let j = 0; j < lens.length; j += 2)
+    items.lens.push(make("li", {}, make("code", {}, token(head.strings[lens[j]])), " ",
+      make("small", {}, three(lens[j + 1]))));
+  for (let j = 0; j < near.length; j += 2)
+    items.near.push(neighbour(near[j], near[j + 1], linked));
+  if (tokens.length) few.push(section("Tokens", "lift, on/all", chips(items.tokens)));
+  if (lens.length) few.push(section("Logit lens", head.labels.lens, chips(items.lens)));
+  if (near.length) few.push(section("Neighbours", head.labels.neighbours, chips(items.near)));
+  if (bins.length) few.push(section("Histogram", head.labels.histogram + ", log scale",
+    histogram(bins[0], bins[1], bins.slice(2))));
+  return [...first, make("div", {class: "columns"}, ...few)];
+}
+
+function heading(model, number, phrase, values) {
+  const facts = make("div", {class: "facts"});
+  for (const [name, value] of values)
+    facts.append(make("div", {}, name, make("b", {}, value)));
+  const title = make("h2", {}, make("small", {}, "#" + number), phrase);
+  return model ? [make("p", {class: "model"}, model), title, facts] : [title, facts];
+}
+
+function both(density, burstiness) {
+  const found = [["density", percent(density)]];
+  if (burstiness !== null) found.push(["burstiness", three(burstiness)]);
+  return found;
 }
 
 async function show() {
@@ -307,45 +363,26 @@ async function show() {
     return;
   }
   const block = Math.floor(i / head.part);
-  const [tokens, lens, near, bins, contexts] = (await part(block))[i - block * head.part];
+  const own = (await part(block))[i - block * head.part], other = own[5];
   if (turn !== asked) return;  // another was asked for meanwhile
-  const facts = make("div", {class: "facts"});
-  const fact = (name, value) => facts.append(make("div", {}, name, make("b", {}, value)));
-  fact("density", percent(head.density[i]));
-  if (head.burstiness[i] !== null) fact("burstiness", three(head.burstiness[i]));
-  for (const [name, values] of Object.entries(head.scores))
-    if (values[i] !== null) fact(name, three(values[i]));
-  const children = [
-    make("h2", {}, make("small", {}, "#" + number), head.phrase[i]), facts];
-  if (contexts.length) children.push(
-    section("Contexts", "", make("ul", {class: "contexts"}, ...contexts.map(context))));
-  const few = [];
-  if (tokens.length) {
-    const items = [];
-    for (let j = 0; j < tokens.length; j += 4)
-      items.push(make("li", {}, make("code", {}, token(head.strings[tokens[j]])), " \u00d7",
-        three(tokens[j + 1]), " ",
-        make("small", {}, `${whole(tokens[j + 2])}/${whole(tokens[j + 3])}`)));
-    few.push(section("Tokens", "lift, on/all", make("ul", {class: "tokens"}, ...items)));
+  const values = both(head.density[i], head.burstiness[i]);
+  for (const [name, scores] of Object.entries(head.scores))
+    if (scores[i] !== null) values.push([name, three(scores[i])]);
+  const names = head.labels.models;
+  const children = [...heading(names[0], number, head.phrase[i], values), ...sections(own, true)];
+  if (!names[1]) target.replaceChildren(...children);
+  else {  // two models side by side
+    const beside = other === null ? [make("p", {class: "model"}, names[1]),
+      make("p", {class: "note"}, "No feature of this model is its partner.")]
+      : [...heading(names[1], other[0], other[3], both(other[1], other[2])),
+        ...sections(other[4], false)];
+    target.replaceChildren(make("div", {class: "pair"},
+      make("div", {id: "own", role: "group", "aria-label": names[0]}, ...children),
+      make("div", {id: "other", role: "group", "aria-label": names[1]}, ...beside)));
   }
-  if (lens.length) {
-    const items = [];
-    for (let j = 0; j < lens.length; j += 2)
-      items.push(make("li", {}, make("code", {}, token(head.strings[lens[j]])), " ",
-        make("small", {}, three(lens[j + 1]))));
-    few.push(section("Logit lens", head.labels.lens, make("ul", {class: "tokens"}, ...items)));
-  }
-  if (near.length) {
-    const items = [];
-    for (let j = 0; j < near.length; j += 2) items.push(neighbour(near[j], near[j + 1]));
-    few.push(section("Neighbours", head.labels.neighbours,
-      make("ul", {class: "tokens"}, ...items)));
-  }
-  if (bins.length) few.push(section("Histogram", head.labels.histogram + ", log scale",
-    histogram(bins[0], bins[1], bins.slice(2))));
-  children.push(make("div", {class: "columns"}, ...few));
-  target.replaceChildren(...children);
-  $("detail").scrollTop = 0;
+  const pane = $("detail");
+  const gap = target.getBoundingClientRect().top - pane.getBoundingClientRect().top;
+  if (gap < 0) pane.scrollTop += gap - 8;  // what is read begins at its heading
   root.dataset.feature = number;
 }
 
@@ -371,6 +408,7 @@ function open(number, enter) {
   keep();
   draw();
   show();
+  for (const watcher of watchers) watcher();
   if (enter) {
     document.body.classList.add("open");
     if (getComputedStyle($("back")).display !== "none") $("detail").focus();
@@ -414,6 +452,7 @@ function controls() {
   $("scope").value = state.scope;
   $("sort").value = state.sort;
   $("direction").textContent = state.up ? "↑ rising" : "↓ falling";
+  $("direction").setAttribute("aria-label", "Order: " + (state.up ? "rising" : "falling"));
 }
 
 function change(values) {
@@ -426,6 +465,9 @@ function change(values) {
 
 function turnTo(name) { change({sort: name, up: name === "feature"}); }
 
+"""
+
+SCRIPT_END = r"""
 // -- start ------------------------------------------------------------------------------------
 
 $("controls").addEventListener("submit", event => event.preventDefault());
@@ -445,7 +487,7 @@ addEventListener("hashchange", () => head && read());
 addEventListener("keydown", event => {
   if (!head || event.ctrlKey || event.metaKey || event.altKey) return;
   const target = event.target, key = event.key;
-  if (target.tagName === "SELECT") return;
+  if (target.tagName === "SELECT" || target.closest("#live, #plane")) return;  // keys of their own
   const typing = target === $("query");
   const page = Math.max(Math.floor(list.clientHeight / height) - 1, 1);
   const far = head.feature.length;
@@ -485,6 +527,8 @@ async function begin() {
     $("sort").append(make("option", {value: name},
       "by " + (name === "feature" ? "number" : name.replace(/^score /, ""))));
   height = 3.5 * parseFloat(getComputedStyle(root).fontSize);
+  startMap();
+  startLive();
   read();
   await new Promise(requestAnimationFrame);
   root.dataset.first = performance.now();

@@ -15,16 +15,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_lm import save_tiny_model
+from tiny_lm import save_tiny_study
 
-from bae_fast import BinaryAutoencoder
 from bae_fast.baselines import make_baseline
 from bae_fast.cli import main
 from bae_fast.experiments import interpret
 from bae_fast.interpret import judges
 from bae_fast.interpret.answers import Answers
-from bae_fast.lm import harvest, load_language_model, windows
+from bae_fast.lm import load_language_model
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -37,16 +35,7 @@ WORDS = ["Yes", "No", *(f"word{i}" for i in range(40))]
 def folder(tmp_path_factory):
     """A language model, a text, and models of its hidden states."""
     folder = tmp_path_factory.mktemp("interpret")
-    name = str(save_tiny_model(folder / "lm", WORDS))
-    order = torch.randint(2, len(WORDS), (6000,), generator=torch.Generator().manual_seed(0))
-    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in order))
-    metadata = {"model_name": name, "hook_name": "model.layers.0", "context_size": 16}
-    lm = load_language_model(name)
-    text = windows(lm.tokenizer, (folder / "text.txt").read_text(), 16)
-    x = harvest(lm, text, "model.layers.0", folder=folder / "cache", progress=False).rows.float()
-    torch.manual_seed(0)
-    bae = BinaryAutoencoder(16, 32, metadata=metadata).fit_normalization_(x)
-    bae.init_density_(x, 0.1).save_pretrained(folder / "bae")
+    metadata, x = save_tiny_study(folder, WORDS)
     sae = make_baseline("topk", 16, 32, k=4, metadata=metadata)
     sae.fit_normalization_(x).save_pretrained(folder / "topk")
     return folder

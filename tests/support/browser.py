@@ -19,8 +19,50 @@ def find() -> str | None:
     return next((path for path in map(shutil.which, NAMES) if path), None)
 
 
+# every text of the page with its colour and what lies behind it, as the eye sees them: WCAG's ratio
+CONTRAST = """(() => {
+  const parse = text => {
+    const found = text.match(/[\\d.]+/g).map(Number), wide = text.startsWith("color(");
+    return [...found.slice(0, 3).map(v => wide ? v : v / 255), found[3] ?? 1];
+  };
+  const over = (top, under) => [0, 1, 2].map(k => top[k] * top[3] + under[k] * (1 - top[3]));
+  const behind = node => {
+    const layers = [];
+    for (let at = node; at; at = at.parentElement)
+      layers.push(parse(getComputedStyle(at).backgroundColor));
+    return layers.reverse().reduce((under, layer) => over(layer, under), [1, 1, 1]);
+  };
+  const light = rgb => rgb.map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
+  const ratio = (a, b) => {
+    const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    if (!node.checkVisibility({visibilityProperty: true}) || node.disabled) continue;
+    const own = [...node.childNodes].some(c => c.nodeType === 3 && c.data.trim());
+    const field = ["INPUT", "SELECT", "TEXTAREA"].includes(node.tagName);
+    if (!own && !field) continue;
+    const style = getComputedStyle(node), ground = behind(node);
+    const fill = parse(node instanceof SVGElement ? style.fill : style.color);
+    found.push([ratio(over(fill, ground), ground), node.tagName + "#" + node.id + "." +
+      node.getAttribute("class"), "text"]);
+    if (field && node.type !== "checkbox") found.push([1.5 * ratio(
+      over(parse(style.borderTopColor), behind(node.parentElement)), behind(node.parentElement)),
+      node.tagName + "#" + node.id, "edge"]);  // the bound of an edge is 3, of text 4.5
+  }
+  return found.sort((a, b) => a[0] - b[0]);
+})()"""
+
+
 class Browser:
-    """One page; ``errors`` collects what its console and its exceptions say."""
+    """One page; ``errors`` collects what its console and its exceptions say.
+
+    ``site`` is the address that pages may ask, beside files.
+    """
+
+    site: str | None = None
 
     def __init__(self, folder: Path) -> None:
         command = [
@@ -95,7 +137,7 @@ class Browser:
             self.errors.append(given["entry"]["text"])
         elif name == "Network.requestWillBeSent":
             url = given["request"]["url"]
-            if not url.startswith(("file://", "about:")):
+            if not url.startswith(("file://", "about:", *filter(None, [self.site]))):
                 self.errors.append(f"request of {url[:80]}")
         elif name == "Page.javascriptDialogOpening":
             self.errors.append("a dialog opened")
@@ -117,18 +159,57 @@ class Browser:
                 raise TimeoutError(f"{condition} did not come true; errors: {self.errors}")
             time.sleep(0.02)
 
-    def open(self, path: Path, state: str = "") -> None:
-        """Load a file afresh, with a state in its address, and wait until all is read."""
+    def open(self, page: Path | str, state: str = "") -> None:
+        """Load a file or an address afresh, with a state in it, and wait until all is read."""
         self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=path.as_uri() + state)
+        address = page if isinstance(page, str) else page.as_uri()
+        self.call("Page.navigate", url=address + state)
         self.wait("document.documentElement?.dataset.ready !== undefined")
 
     def press(self, key: str) -> None:
         """Press and let go."""
-        codes = {"Escape": 27, "Enter": 13, "ArrowDown": 40, "End": 35, "Home": 36}
+        codes = {
+            "Escape": 27, "Enter": 13, "Tab": 9, "End": 35, "Home": 36,
+            "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+        }  # fmt: skip
         more = {"windowsVirtualKeyCode": codes[key]} if key in codes else {"text": key}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def point(self, left: float, top: float, press: bool = False) -> None:
+        """Move the pointer to a point of the window, and press there."""
+        at = {"x": left, "y": top}
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
+        for kind in ("mousePressed", "mouseReleased") * press:
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+
+    def nameless(self) -> list[str]:
+        """What can be operated and has no name for who cannot see it."""
+        self.call("Accessibility.enable")
+        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
+        roles = {
+            "button", "textbox", "searchbox", "combobox", "listbox", "option", "checkbox",
+            "spinbutton", "link", "application", "toolbar", "table", "img", "DisclosureTriangle",
+        }  # fmt: skip
+        return [
+            f"{node['role']['value']} {node.get('backendDOMNodeId')}"
+            for node in nodes
+            if not node["ignored"] and node["role"]["value"] in roles
+            if not node.get("name", {}).get("value", "").strip()
+        ]
+
+    def walk(self, n: int) -> list[tuple[str, bool]]:
+        """Where n presses of Tab lead: id (or class) of each, and whether its focus is seen."""
+        script = """(() => { const a = document.activeElement, s = getComputedStyle(a);
+            return [a.id || a.className || a.tagName,
+            a === document.body || s.outlineStyle !== "none" && parseFloat(s.outlineWidth) > 0];
+            })()"""
+        found = []
+        for _ in range(n):
+            self.press("Tab")
+            where, seen = self.run(script)
+            found.append((where, seen))
+        return found
 
     def size(self, width: int, height: int, dark: bool = False) -> None:
         """Viewport and colours."""

@@ -40,6 +40,25 @@ def save_tiny_model(folder: Path, words: list[str]) -> Path:
     return folder
 
 
+def save_tiny_study(folder: Path, words: list[str]):
+    """A tiny language model ``lm``, a text of its words but for the first two, and a ``bae`` of
+    its states; their metadata and the states."""
+    from bae_fast import BinaryAutoencoder
+    from bae_fast.lm import harvest, load_language_model, windows
+
+    name = str(save_tiny_model(folder / "lm", words))
+    order = torch.randint(2, len(words), (6000,), generator=torch.Generator().manual_seed(0))
+    (folder / "text.txt").write_text(" ".join(words[i] for i in order))
+    metadata = {"model_name": name, "hook_name": "model.layers.0", "context_size": 16}
+    lm = load_language_model(name)
+    text = windows(lm.tokenizer, (folder / "text.txt").read_text(), 16)
+    x = harvest(lm, text, "model.layers.0", folder=folder / "cache", progress=False).rows.float()
+    torch.manual_seed(0)
+    bae = BinaryAutoencoder(16, 32, metadata=metadata).fit_normalization_(x)
+    bae.init_density_(x, 0.1).save_pretrained(folder / "bae")
+    return metadata, x
+
+
 class LetterTokenizer:
     """One token a character, 2 to 41; 0 ends documents."""
 
