@@ -1,4 +1,4 @@
-"""The live prompt of the page of features: a text, its tokens by one feature, and what edits change.
+"""The live prompt of the page of features: a text, coloured by a feature, and what edits change.
 
 Part of the script of :mod:`bae_fast.report.browser_page`, whose names it uses. It asks the server
 that the page came from, see :mod:`bae_fast.report.live`.
@@ -25,7 +25,7 @@ LIVE_MARKUP = """<section id=live hidden aria-labelledby=livetitle>
 <ul id=set class=tokens></ul></fieldset>
 <div class=columns>
 <section><h3 id=ontitle></h3><ul id=onhere class=tokens></ul></section>
-<section><h3 id=nexttitle></h3><table id=next></table></section>
+<section><h3 id=nexttitle></h3><table id=next aria-labelledby=nexttitle></table></section>
 </div></section>
 """
 
@@ -74,9 +74,7 @@ startLive = () => {
   $("there").addEventListener("change", send);
   $("clear").addEventListener("click", () => { settings.clear(); listSettings(); send(); });
   $("words").addEventListener("keydown", move);
-  watchers.push(() => { listSettings(); if (answer && shown !== state.feature) send(); });
-  listSettings();
-  send();
+  watchers.push(() => { listSettings(); if (!answer || shown !== state.feature) send(); });
 };
 
 let shown = null;  // the feature that the answer tells of
@@ -162,6 +160,7 @@ function words() {
   const by = $("shade").value, own = answer.feature;
   const values = by === "kl" ? answer.kl : own === null ? null : by === "on" ? own.on : own.values;
   const most = values === null ? 0 : values.reduce((a, v) => Math.max(a, Math.abs(v ?? 0)), 0);
+  const held = $("words").contains(document.activeElement);
   $("words").replaceChildren(...answer.tokens.map((one, i) => {
     const value = values === null ? null : values[i];
     let note = one.read ? "" : ", left out";
@@ -179,13 +178,12 @@ function words() {
     node.addEventListener("click", () => choose(i));
     return node;
   }));
+  if (held) $("words").children[at].focus();  // the buttons are new ones
 }
 
 function choose(i) {
-  const held = $("words").contains(document.activeElement);
   at = i;
   words();
-  if (held) $("words").children[at].focus();
   send();
 }
 

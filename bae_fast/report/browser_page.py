@@ -12,7 +12,7 @@ from bae_fast.report.page import STYLE as _SHARED
 STYLE = (
     _SHARED
     + """
-:root { --accent: #2f6fdb; --bar: #7aa2e8; --edge: #7d8798; --row: 3.5rem; }
+:root { --accent: #2459b8; --bar: #7aa2e8; --edge: #7d8798; --row: 3.5rem; }
 @media (prefers-color-scheme: dark) {
   :root { --accent: #7db0ff; --bar: #4f79bd; --edge: #76819a; }
 }
@@ -444,6 +444,7 @@ function preview() {  // where none was chosen, the first of the list
     state.feature = order.length ? head.feature[order[0]] : null;
     at = order.length ? 0 : -1;
     draw();
+    for (const watcher of watchers) watcher();
   }
   show();
 }

@@ -154,7 +154,7 @@ def _strongest(found: PromptFeatures) -> list[dict[str, Any]]:
 
 
 def _one(found: PromptFeatures, feature: int) -> dict[str, Any]:
-    """One feature's value at every token, None where its state is not read, and whether it is on."""
+    """One feature's value at every token, None where none is read, and whether it is on."""
     on = iter(found.code.to_dense()[:, feature].bool().tolist())
     values = iter(found.values[:, feature].tolist())
     read = found.read.tolist()

@@ -213,7 +213,7 @@ def _data_uri(png: bytes) -> str:
 STYLE = """
 :root {
   color-scheme: light dark;
-  --page: #f5f6f8; --surface: #ffffff; --text: #1d2330; --muted: #667085; --line: #e4e7ec;
+  --page: #f5f6f8; --surface: #ffffff; --text: #1d2330; --muted: #5a6478; --line: #e4e7ec;
   --mark: #ffe08a; --mark-text: #1d2330; --chip: #eef1f6;
 }
 @media (prefers-color-scheme: dark) {

@@ -108,7 +108,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """An answer that is an error."""
 
     def __init__(self, status: int, text: str, **headers: str) -> None:
@@ -119,7 +119,6 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "bae-fast", ""
     timeout = _PATIENCE
 
     def do_GET(self) -> None:
@@ -135,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._check_caller()
             status, kind, body = make()
-        except _Refused as error:
+        except _RefusedError as error:
             status, kind, body = error.status, "application/json", _error(error)
             headers = error.headers
             self.close_connection = True  # what the call still sends is not read
@@ -148,12 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             name = None
         if name is None or not _is_loopback(name):
-            raise _Refused(403, f"Host must be a name of this machine alone; got {host!r}")
+            raise _RefusedError(403, f"Host must be a name of this machine alone; got {host!r}")
         origin = self.headers.get("Origin")
         if origin is not None and origin != f"http://{host}":
-            raise _Refused(403, f"Origin must be this server's; got {origin!r}")
+            raise _RefusedError(403, f"Origin must be this server's; got {origin!r}")
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            raise _Refused(403, "Sec-Fetch-Site must be same-origin")
+            raise _RefusedError(403, "Sec-Fetch-Site must be same-origin")
 
     def _get(self) -> tuple[int, str, bytes]:
         path = urlsplit(self.path).path
@@ -162,48 +161,48 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/favicon.ico":  # every browser asks
             return 204, "", b""
         if path.removeprefix("/api/") in self.server.calls:
-            raise _Refused(405, f"{path} must be called with POST", Allow="POST")
-        raise _Refused(404, f"no such page: {path[:100]}")
+            raise _RefusedError(405, f"{path} must be called with POST", Allow="POST")
+        raise _RefusedError(404, f"no such page: {path[:100]}")
 
     def _post(self) -> tuple[int, str, bytes]:
         path = urlsplit(self.path).path
         if path == "/":
-            raise _Refused(405, "/ must be read with GET", Allow="GET, HEAD")
+            raise _RefusedError(405, "/ must be read with GET", Allow="GET, HEAD")
         call = self.server.calls.get(path.removeprefix("/api/"))
         if call is None or not path.startswith("/api/"):
-            raise _Refused(404, f"no such call: {path[:100]}")
+            raise _RefusedError(404, f"no such call: {path[:100]}")
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(415, "Content-Type must be application/json")
+            raise _RefusedError(415, "Content-Type must be application/json")
         value = self._body()
         try:
             with self.server.turn:
                 self.server.n_calls += 1
                 found = call(value)
         except (ValueError, TypeError) as error:
-            raise _Refused(400, str(error)) from error
+            raise _RefusedError(400, str(error)) from error
         except Exception as error:
-            raise _Refused(500, f"{type(error).__name__}: {error}") from error
+            raise _RefusedError(500, f"{type(error).__name__}: {error}") from error
         try:
             text = json.dumps(found, separators=(",", ":"), allow_nan=False)
         except ValueError as error:  # NaN is no JSON
-            raise _Refused(500, f"the answer is no JSON: {error}") from error
+            raise _RefusedError(500, f"the answer is no JSON: {error}") from error
         return 200, "application/json", text.encode("ascii")
 
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length")
         if length is None:
-            raise _Refused(411, "Content-Length must be given")
+            raise _RefusedError(411, "Content-Length must be given")
         if not (length.isascii() and length.isdigit()):
-            raise _Refused(400, f"Content-Length must be a number; got {length[:40]!r}")
+            raise _RefusedError(400, f"Content-Length must be a number; got {length[:40]!r}")
         if len(length) > 18 or int(length) > self.server.max_bytes:
-            raise _Refused(413, f"a call must have at most {self.server.max_bytes:,} bytes")
+            raise _RefusedError(413, f"a call must have at most {self.server.max_bytes:,} bytes")
         body = self.rfile.read(int(length))
         try:
             value = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise _Refused(400, f"a call must be JSON: {error}") from error
+            raise _RefusedError(400, f"a call must be JSON: {error}") from error
         if not isinstance(value, dict):
-            raise _Refused(400, f"a call must be an object; got {type(value).__name__}")
+            raise _RefusedError(400, f"a call must be an object; got {type(value).__name__}")
         return value
 
     def _send(self, status: int, kind: str, body: bytes, headers: Mapping[str, str]) -> None:
@@ -226,6 +225,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.command = getattr(self, "command", None) or "GET"
         text = message or HTTPStatus(code).phrase
         self._send(code, "application/json", _error(Exception(text)), {})
+
+    def version_string(self) -> str:
+        """What the answers say of the server."""
+        return "bae-fast"
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing: what a reader types stays out of logs."""

@@ -1,4 +1,4 @@
-"""``bae-fast serve``: the prompt against plain hooks, the server's refusals, the page in a browser."""
+"""``bae-fast serve``: the prompt against plain hooks, what the server refuses, the live page."""
 
 from __future__ import annotations
 
@@ -293,9 +293,9 @@ def test_it_listens_on_this_machine_only(host):
 # -- the command -------------------------------------------------------------------------------
 
 
-def config(folder, **more):
+def config(study, **more):
     options = {
-        "folder": folder / "bae", "text": (str(folder / "text.txt"),), "cache": folder / "cache",
+        "folder": study / "bae", "text": (str(study / "text.txt"),), "cache": study / "cache",
         "device": "cpu", "progress": False, "port": 0, "max_tokens": 32, "prompt": TEXT,
     }  # fmt: skip
     return serve.Config(**options | more)
@@ -366,12 +366,18 @@ def test_the_command_prints_its_address_answers_and_ends_at_a_signal(folder, mon
 # -- the page in a browser ---------------------------------------------------------------------
 
 
+def mixed(prompt) -> int:
+    """A feature that is on at some tokens of the text and off at others."""
+    n_on = prompt.features(prompt.tokenize(TEXT)).code.counts()
+    return int(((n_on > 0) & (n_on < 5)).nonzero()[0])
+
+
 @pytest.fixture(scope="module")
-def tab(folder, tmp_path_factory):
+def tab(folder, prompt, tmp_path_factory):
     if driver.find() is None:
         pytest.skip(f"no browser: none of {', '.join(driver.NAMES)} is on the path")
     names = folder / "features.jsonl"
-    names.write_text(json.dumps({"feature": 5, "phrase": "the fifth"}) + "\n")
+    names.write_text(json.dumps({"feature": mixed(prompt), "phrase": "a name"}) + "\n")
     with serve.listening(config(folder)) as server:
         serve.publish(config(folder, names=names), server)
         with running(server):
@@ -398,19 +404,21 @@ WORD = "document.getElementById('words').children"
 
 def test_a_reader_sees_tokens_and_what_switching_features_changes(tab, prompt):
     tab.errors.clear()
-    tab.open(tab.site, "#f=5")
+    chosen = mixed(prompt)
+    tab.open(tab.site, f"#f={chosen}")
     tab.wait("document.documentElement.dataset.answers > 0")
     assert tab.run(f"[...{WORD}].map(word => word.textContent)") == TEXT.split()
     found = prompt.features(prompt.tokenize(TEXT))
     labels = tab.run(f"[...{WORD}].map(word => word.getAttribute('aria-label'))")
     assert labels[0] == "word3, left out"
-    for label, value in zip(labels[1:], found.values[:, 5].tolist(), strict=True):
-        assert f", #5 {'on' if value > 0 else 'off'}, margin " in label
+    for label, value in zip(labels[1:], found.values[:, chosen].tolist(), strict=True):
+        assert f", #{chosen} {'on' if value > 0 else 'off'}, margin " in label
         assert float(label.rsplit(" ", 1)[1]) == pytest.approx(value, abs=1e-2)
     shades = tab.run(f"[...{WORD}].map(word => word.style.background)")
     assert shades[0] == ""
     assert all("color-mix" in shade for shade in shades[1:])
-    assert "var(--accent)" in shades[1 + int(found.values[:, 5].argmax())]
+    on = ["var(--accent)" in shade for shade in shades[1:]]
+    assert on == (found.values[:, chosen] > 0).tolist()
     # the features on at the last token, the name among them where it is on
     on = tab.run(
         "[...document.querySelectorAll('#onhere b')].map(b => Number(b.textContent.slice(1)))"
@@ -418,14 +426,15 @@ def test_a_reader_sees_tokens_and_what_switching_features_changes(tab, prompt):
     dense = found.code.to_dense()[-1].nonzero()[:, 0]
     assert on == dense[found.values[-1, dense].argsort(descending=True)].tolist()
     # without settings both columns agree
-    rows = "[...document.querySelectorAll('#next tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    rows = """[...document.querySelectorAll('#next tbody tr')]
+        .map(row => [...row.cells].map(cell => cell.textContent))"""
     table = tab.run(rows)
     assert len(table) == 10
     assert all(before == changed for _, before, changed in table)
     # set on, and off again
     after(tab, "document.getElementById('on').click()")
     assert "KL(as it is | changed)" in tab.run("document.getElementById('said').textContent")
-    changed = prompt.change(prompt.tokenize(TEXT), {5: 1.0})
+    changed = prompt.change(prompt.tokenize(TEXT), {chosen: 1.0})
     table = {row[0]: row[1:] for row in tab.run(rows)}
     assert len(table) >= 10
     decode = prompt.lm.tokenizer.decode
@@ -433,7 +442,7 @@ def test_a_reader_sees_tokens_and_what_switching_features_changes(tab, prompt):
         assert float(table[decode([token])][1].split()[0]) == pytest.approx(100 * value, rel=1e-2)
     after(tab, "document.getElementById('off').click()")
     assert tab.run("document.querySelector('#set input').value") == "0"
-    assert "the fifth" in tab.run("document.getElementById('set').textContent")
+    assert "a name" in tab.run("document.getElementById('set').textContent")
     after(tab, "document.querySelector('#set li button').click()")
     assert tab.run("document.getElementById('set').children.length") == 0
     assert tab.errors == []
