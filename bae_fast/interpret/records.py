@@ -52,7 +52,6 @@ class FeatureRecord:
         phrase: what it was named, or None.
         scores: values by name, e.g. "ComSem"; None where a feature has none. Sorted by in the page.
         place: where the feature stands on the page's map, two numbers.
-        other: the feature of another model that is shown beside it.
     """
 
     feature: int
@@ -66,4 +65,3 @@ class FeatureRecord:
     phrase: str | None = None
     scores: Mapping[str, float | None] = field(default_factory=dict)
     place: tuple[float, float] | None = None
-    other: FeatureRecord | None = None

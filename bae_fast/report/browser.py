@@ -46,7 +46,6 @@ def browser_page(
     lens_label: str = "cosine of the decoder direction and the token's unembedding",
     neighbour_label: str = "phi coefficient of firing together",
     map_label: str = "",
-    models: tuple[str, str] = ("", ""),
     live: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as HTML.
@@ -57,7 +56,6 @@ def browser_page(
         subtitle: a line under it.
         notes: paragraphs about the data, under the list of keys.
         histogram_label, lens_label, neighbour_label, map_label: what these numbers are.
-        models: names of the two models where features are shown beside another model's.
         live: what the live prompt needs, see :func:`bae_fast.report.live.live_facts`; the page
             then calls the server that it came from. None: it calls nobody.
 
@@ -73,7 +71,6 @@ def browser_page(
             "lens": lens_label,
             "neighbours": neighbour_label,
             "map": map_label,
-            "models": list(models),
         },
         None if live is None else dict(live),
     )
@@ -123,12 +120,7 @@ class _Data:
             raise ValueError(f"{where}: density must lie in [0, 1]; got {r.density!r}")
         self.seen.add(r.feature)
         shown, burstiness, phrase = self.shown(r, where)
-        other = None
-        if r.other is not None:
-            there = f"{where}, other {r.other.feature}"
-            more, *rest = self.shown(r.other, there)
-            other = [int(r.other.feature), _number(r.other.density, there), *rest, more]
-        self.part.append([*shown, other])
+        self.part.append(shown)
         if len(self.part) == _PART:
             self._close()
         label = shown[0][:12:4] or shown[1][:6:2]  # numbers of strings

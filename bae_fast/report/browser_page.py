@@ -32,12 +32,6 @@ summary { cursor: pointer; }
 #map, #help { margin-bottom: 1rem; }
 .tools { display: flex; flex-wrap: wrap; gap: 0.4rem 1rem; align-items: center;
   font-size: 0.875rem; margin: 0.5rem 0; }
-.model { margin: 0 0 0.3rem; color: var(--muted); font-size: 0.875rem; overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 0 1.5rem; align-items: start; }
-.pair .columns { grid-template-columns: 1fr; }
-.pair > div { min-width: 0; }
-#feature:has(.pair) { max-width: none; }
 button { cursor: pointer; }
 #query { flex: 1 1 14rem; min-width: 0; max-width: 30rem; }
 #count { color: var(--muted); font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
@@ -310,8 +304,8 @@ function called(i) {  // what a feature is called: its name, else its tokens
   return head.phrase[i] || head.label[i].map(s => token(head.strings[s])).join(" ");
 }
 
-function neighbour(number, score, linked) {
-  const i = linked ? place.get(number) : undefined;
+function neighbour(number, score) {
+  const i = place.get(number);
   if (i === undefined) return make("li", {}, "#" + number, " ", make("small", {}, three(score)));
   return make("li", {}, make("a", {href: address({feature: number})}, make("b", {}, "#" + number),
     " ", called(i)), " ", make("small", {}, three(score)));
@@ -319,7 +313,7 @@ function neighbour(number, score, linked) {
 
 function chips(items) { return make("ul", {class: "tokens"}, ...items); }
 
-function sections([tokens, lens, near, bins, contexts], linked) {
+function sections([tokens, lens, near, bins, contexts]) {
   const first = [], few = [], items = {tokens: [], lens: [], near: []};
   if (contexts.length) first.push(
     section("Contexts", "", make("ul", {class: "contexts"}, ...contexts.map(context))));
@@ -331,7 +325,7 @@ function sections([tokens, lens, near, bins, contexts], linked) {
     items.lens.push(make("li", {}, make("code", {}, token(head.strings[lens[j]])), " ",
       make("small", {}, three(lens[j + 1]))));
   for (let j = 0; j < near.length; j += 2)
-    items.near.push(neighbour(near[j], near[j + 1], linked));
+    items.near.push(neighbour(near[j], near[j + 1]));
   if (tokens.length) few.push(section("Tokens", "lift, on/all", chips(items.tokens)));
   if (lens.length) few.push(section("Logit lens", head.labels.lens, chips(items.lens)));
   if (near.length) few.push(section("Neighbours", head.labels.neighbours, chips(items.near)));
@@ -340,18 +334,12 @@ function sections([tokens, lens, near, bins, contexts], linked) {
   return [...first, make("div", {class: "columns"}, ...few)];
 }
 
-function heading(model, number, phrase, values) {
+function heading(number, phrase, values) {
   const facts = make("div", {class: "facts"});
   for (const [name, value] of values)
     facts.append(make("div", {}, name, make("b", {}, value)));
   const title = make("h2", {}, make("small", {}, "#" + number), phrase);
-  return model ? [make("p", {class: "model"}, model), title, facts] : [title, facts];
-}
-
-function both(density, burstiness) {
-  const found = [["density", percent(density)]];
-  if (burstiness !== null) found.push(["burstiness", three(burstiness)]);
-  return found;
+  return [title, facts];
 }
 
 async function show() {
@@ -363,23 +351,13 @@ async function show() {
     return;
   }
   const block = Math.floor(i / head.part);
-  const own = (await part(block))[i - block * head.part], other = own[5];
+  const own = (await part(block))[i - block * head.part];
   if (turn !== asked) return;  // another was asked for meanwhile
-  const values = both(head.density[i], head.burstiness[i]);
+  const values = [["density", percent(head.density[i])]];
+  if (head.burstiness[i] !== null) values.push(["burstiness", three(head.burstiness[i])]);
   for (const [name, scores] of Object.entries(head.scores))
     if (scores[i] !== null) values.push([name, three(scores[i])]);
-  const names = head.labels.models;
-  const children = [...heading(names[0], number, head.phrase[i], values), ...sections(own, true)];
-  if (!names[1]) target.replaceChildren(...children);
-  else {  // two models side by side
-    const beside = other === null ? [make("p", {class: "model"}, names[1]),
-      make("p", {class: "note"}, "No feature of this model is its partner.")]
-      : [...heading(names[1], other[0], other[3], both(other[1], other[2])),
-        ...sections(other[4], false)];
-    target.replaceChildren(make("div", {class: "pair"},
-      make("div", {id: "own", role: "group", "aria-label": names[0]}, ...children),
-      make("div", {id: "other", role: "group", "aria-label": names[1]}, ...beside)));
-  }
+  target.replaceChildren(...heading(number, head.phrase[i], values), ...sections(own));
   const pane = $("detail");
   const gap = target.getBoundingClientRect().top - pane.getBoundingClientRect().top;
   if (gap < 0) pane.scrollTop += gap - 8;  // what is read begins at its heading

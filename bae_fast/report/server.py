@@ -97,6 +97,13 @@ class PageServer(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    def server_close(self) -> None:
+        """Close the address, wait for the call that is running, and answer no other: a thread of
+        torch that outlives the interpreter would end it with an abort."""
+        super().server_close()
+        with self.turn:
+            self.calls = {}
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks is the browser's affair."""
 
@@ -176,8 +183,12 @@ class _Handler(BaseHTTPRequestHandler):
         value = self._body()
         try:
             with self.server.turn:
+                if not self.server.calls:
+                    raise _RefusedError(503, "the server has ended")
                 self.server.n_calls += 1
                 found = call(value)
+        except _RefusedError:
+            raise
         except (ValueError, TypeError) as error:
             raise _RefusedError(400, str(error)) from error
         except Exception as error:

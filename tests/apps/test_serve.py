@@ -282,6 +282,35 @@ def test_what_is_no_http_gets_a_line_too(server):
     assert ask(server)[0] == 200
 
 
+def test_an_end_waits_for_the_call_that_is_running_and_answers_no_other():
+    entered, go_on = threading.Event(), threading.Event()
+
+    def call(_value):
+        entered.set()
+        assert go_on.wait(30)
+        return {"done": True}
+
+    server, answers = PageServer("", {"echo": call}), []
+    loop = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    asker = threading.Thread(target=lambda: answers.append(ask(server)[::2]))
+    closer = threading.Thread(target=server.server_close)
+    loop.start()
+    asker.start()
+    assert entered.wait(30)
+    server.shutdown()
+    loop.join()
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive()
+    go_on.set()
+    for thread in (closer, asker):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert answers == [(200, {"done": True})]
+    assert server.calls == {}
+    server.server_close()  # once more does nothing
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org", ""])
 def test_it_listens_on_this_machine_only(host):
     with pytest.raises(ValueError, match="host must be an address of this machine alone"):
@@ -331,7 +360,10 @@ def test_a_port_that_is_taken_is_named(folder, server):
         serve.listening(config(folder, port=server.server_port))
 
 
-def test_the_command_prints_its_address_answers_and_ends_at_a_signal(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_prints_its_address_answers_and_ends_at_a_signal(
+    folder, number, monkeypatch, capsys
+):
     said, found = queue.Queue(), {}
     monkeypatch.setattr(serve, "say", said.put)
 
@@ -345,7 +377,7 @@ def test_the_command_prints_its_address_answers_and_ends_at_a_signal(folder, mon
             found["answer"] = json.loads(connection.getresponse().read())
             connection.close()
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=visit, daemon=True)
     thread.start()
@@ -354,7 +386,12 @@ def test_the_command_prints_its_address_answers_and_ends_at_a_signal(folder, mon
         for name, value in vars(config(folder)).items()
         if name in ("text", "cache", "device", "port", "max_tokens")
     ]
-    status = main(["serve", str(folder / "bae"), *values, "--no-progress", "--json"])
+    # as at a terminal, whoever has started the tests
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status = main(["serve", str(folder / "bae"), *values, "--no-progress", "--json"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 0, capsys.readouterr().err
     thread.join()
     result = json.loads(capsys.readouterr().out)["values"]
