@@ -42,10 +42,12 @@ class Layout(NamedTuple):
         kept: the share of each direction's nearest ten, by cosine, that are among the nearest 2 %
             of the points on the map (the nearest ten, where these are more); of more than 2,048
             directions, at 2,048 spread evenly over their numbers.
+        near: the number of points that these 2 % are.
     """
 
     places: Tensor
     kept: float
+    near: int
 
 
 @torch.no_grad()
@@ -73,7 +75,8 @@ def layout_directions(directions: Tensor) -> Layout:
     near = nearest_directions(unit, k=min(_JOINTS, f - 1))
     places = _modes(near, _principal(unit))
     places = places.argsort(dim=0, stable=True).argsort(dim=0).float() / (f - 1)
-    return Layout(places, _kept(near, places))
+    n_near = max(round(_NEAR_SHARE * f), near.shape[1])
+    return Layout(places, _kept(near, places, n_near), n_near)
 
 
 def nearest_directions(unit: Tensor, k: int) -> Tensor:
@@ -116,10 +119,9 @@ def _modes(near: Tensor, start: Tensor) -> Tensor:
     return places * scale
 
 
-def _kept(near: Tensor, places: Tensor) -> float:
+def _kept(near: Tensor, places: Tensor, n: int) -> float:
     """The share of the nearest that are near on the map."""
     f = len(places)
-    n = max(round(_NEAR_SHARE * f), near.shape[1])
     at = torch.linspace(0, f - 1, min(f, _MEASURED)).round().long()
     found = 0
     for some in at.split(_ROWS):

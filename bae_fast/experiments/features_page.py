@@ -1,16 +1,21 @@
-"""The records of the page of features, from a model and the rows that it is looked at on."""
+"""The records of the page of features, from one model or two and the rows they are looked at on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from bae_fast.analysis.layout import layout_directions
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.interpret.records import FeatureRecord
+from bae_fast.codes import BinaryCode
+from bae_fast.experiments import runs
+from bae_fast.interpret.records import FeatureRecord, Partner
 
 if TYPE_CHECKING:
     from bae_fast.interpret.comsem import FeatureTokens
@@ -24,6 +29,20 @@ _LEAST_POINTS = 3
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A second model on the page of features.
+
+    Attributes:
+        beside: The folder of a second autoencoder, which reads the same hidden states. The page
+            shows beside each feature the one of this model that is on in most of the same rows.
+        beside_names: The file features.jsonl of the second model, whose names are shown.
+    """
+
+    beside: Path | None = None
+    beside_names: Path | None = None
+
+
+@dataclass(frozen=True)
 class Looked:
     """What the page shows of a model.
 
@@ -31,10 +50,17 @@ class Looked:
         records: one a feature, in order of their numbers; they can be taken once.
         labels: the arguments of :func:`bae_fast.report.browser.browser_page` that say what the
             numbers are.
+        code: which features are on in which rows, ``[n, F]``.
+        directions: what each feature adds to the raw reconstruction, float32 ``[F, d_out]``, or
+            None.
+        notes: sentences about the data.
     """
 
     records: Iterator[FeatureRecord]
-    labels: dict[str, str]
+    labels: dict[str, Any]
+    code: BinaryCode
+    directions: Tensor | None
+    notes: tuple[str, ...] = ()
 
 
 def look_at(
@@ -64,6 +90,8 @@ def look_at(
     binary = model.ranks_bits
     see = model.preactivation if binary else model.activations
     directions = model.directions()
+    if directions is not None:
+        directions = (directions * model.target_scale).float()
     gathered = gather_facts(
         found.code,
         row_tokens=cache.tokens[windows, cache.row_position[part].long()],
@@ -84,16 +112,89 @@ def look_at(
         phrases=phrases,
         scores=scores,
     )
-    labels = {"histogram_label": "pre-activation" if binary else "activation where on"}
+    labels: dict[str, Any] = {
+        "histogram_label": "pre-activation" if binary else "activation where on"
+    }
     if directions is not None and len(directions) >= _LEAST_POINTS and directions.shape[1] > 1:
         layout = layout_directions(directions)
         labels["map_label"] = (
-            "Near points have decoder directions with a large cosine: of each feature's ten "
-            f"nearest directions, {layout.kept:.0%} are among the nearest 2 % of the points here. "
-            "The axes and far distances mean nothing."
+            "Near points have decoder directions with a large cosine: of each feature's nearest "
+            f"{min(10, len(directions) - 1)} directions, {layout.kept:.0%} are among the nearest "
+            f"{layout.near} points here. The axes and far distances mean nothing."
         )
         records = _placed(records, layout.places)
-    return Looked(records, labels)
+    return Looked(records, labels, found.code, None if directions is None else directions.cpu())
+
+
+def side_by_side(one: Looked, two: Looked, names: tuple[str, str]) -> Looked:
+    """The first model's features, each beside its partner: the feature of the second model that is
+    on in most of the same rows.
+
+    Args:
+        one, two: of the same rows.
+        names: what the two models are called.
+    """
+    from bae_fast.causal import match_codes, shuffled_rows
+    from bae_fast.causal.matching import CLASSES
+
+    a, b = one.code.to("cpu"), two.code.to("cpu")
+    found, control = match_codes(a, b), match_codes(a, shuffled_rows(b))
+    partners, agreement = found.partner_a.tolist(), found.score_a.tolist()
+    back, kinds = found.partner_b.tolist(), [CLASSES[i] for i in found.class_a.tolist()]
+    cosines = _cosines(one.directions, two.directions, found.partner_a)
+    wanted = set(partners)
+    others = {record.feature: record for record in two.records if record.feature in wanted}
+
+    def paired() -> Iterator[FeatureRecord]:
+        for record in one.records:
+            j = record.feature
+            partner = None
+            if partners[j] >= 0:
+                other = others[partners[j]]
+                cosine = None if cosines is None else cosines[j]
+                partner = Partner(other, agreement[j], kinds[j], back[partners[j]], cosine)
+            scores = {**record.scores, "Jaccard": agreement[j]}
+            yield replace(record, partner=partner, scores=scores)
+
+    measured, chance = found.summary(), control.summary()
+    shares = [
+        f"{measured[side]['same']:,} of {measured[side]['features']:,} features of {name} "
+        f"({chance[side]['same']:,} by chance)"
+        for side, name in zip("ab", names, strict=True)
+    ]
+    note = (
+        "Jaccard is the share of the rows in which either of two features is on that have both on. "
+        f"The same in both models, with at least {found.threshold:g} and each other's best: "
+        f"{' and '.join(shares)}. By chance: with one model's rows shuffled. Features that are on "
+        f"in fewer than {found.min_count} of the {found.n_rows:,} rows are not judged."
+    )
+    return replace(
+        one, records=paired(), labels={**one.labels, "models": names}, notes=(*one.notes, note)
+    )
+
+
+def _cosines(a: Tensor | None, b: Tensor | None, partner: Tensor) -> list[float] | None:
+    """Of each feature's direction and its partner's; None where the two lie in other spaces."""
+    if a is None or b is None or a.shape[1] != b.shape[1]:
+        return None
+    return torch.cosine_similarity(a, b[partner.clamp_min(0)], dim=1).tolist()
+
+
+def read_names(path: Path, field: str) -> dict[int, str]:
+    """Phrases by feature, of a file of JSON lines with ``feature`` and ``phrase``.
+
+    Raises:
+        ConfigError: naming the field, a file that is not there or is no such file.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return {int(one["feature"]): str(one["phrase"]) for one in lines if one["phrase"]}
+    except OSError as error:
+        raise runs.ConfigError(field, f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise runs.ConfigError(
+            field, f"{path} must hold JSON lines with feature and phrase, as interpret writes"
+        ) from error
 
 
 def _placed(records: Iterator[FeatureRecord], places: Tensor) -> Iterator[FeatureRecord]:

@@ -21,16 +21,19 @@ from bae_fast.experiments.data import (
     N_HELDOUT,
     Data,
     Source,
+    check_width,
     harvest_rows,
     pick_device,
 )
-from bae_fast.experiments.features_page import look_at
+from bae_fast.experiments.features_page import Beside, Looked, look_at, read_names, side_by_side
 from bae_fast.experiments.judges import JudgeOptions, make_judge
 from bae_fast.files import write_json, write_text
 from bae_fast.lm.origin import check_model, check_origin
 from bae_fast.progress import Stages, say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bae_fast.interpret.answers import Prices
     from bae_fast.interpret.comsem import ComSemConfig, FeatureTokens
     from bae_fast.interpret.judges import Judge
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(JudgeOptions, Source):
+class Config(JudgeOptions, Beside, Source):
     """Name features by a language model and score the names (ComSem, detection).
 
     Attributes:
@@ -132,6 +135,7 @@ def run(config: Config) -> runs.Result:
             second = make_judge(config, config.second_judge, config.second_model, device)
     stages = Stages()
     model, folder, data = find_model(config)
+    beside = open_beside(config, folder)
     cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)
     check_origin(model.config.metadata, facts)
     if cache.d_in != model.config.d_in:
@@ -140,6 +144,8 @@ def run(config: Config) -> runs.Result:
             f"{folder}: the model reads rows of width {model.config.d_in}; {data.hook} of "
             f"{facts['model_label']} gives {cache.d_in}",
         )
+    if beside is not None:
+        beside.check(cache.rows, facts)
     rows = range(cache.n_rows)
     if config.rows == "heldout":
         rows = cache.split(N_HELDOUT).heldout
@@ -192,7 +198,9 @@ def run(config: Config) -> runs.Result:
         if config.lens:
             with stages.stage("logit lens"):
                 lens = language_model(data, judge)
-        write_page(out, model, cache, rows, tokenizer, found, features, facts, text, lens)
+        with stages.stage("page"):
+            write_page(out, model, cache, rows, tokenizer, found, features, facts, text, lens,
+                       beside)  # fmt: skip
     report = [text, *feature_lines(features)]
     if values["budget_spent"]:
         report += [
@@ -276,6 +284,70 @@ def open_model(config: Any, folder: Path) -> tuple[Autoencoder, Data]:
     return model, data
 
 
+@dataclasses.dataclass(frozen=True)
+class Second:
+    """A second model, whose features stand beside those of the first.
+
+    Attributes:
+        folder: where it is saved.
+        model: the autoencoder.
+        names: what the page calls the first model and this one.
+        phrases: names by feature.
+    """
+
+    folder: Path
+    model: Autoencoder
+    names: tuple[str, str]
+    phrases: dict[int, str]
+
+    def check(self, rows: Tensor, facts: dict[str, Any]) -> None:
+        """Refuse hidden states that this model does not read.
+
+        Raises:
+            ConfigError, ValueError: naming the option, both modules or both widths.
+        """
+        check_origin(self.model.config.metadata, facts)
+        check_width("beside", self.folder, self.model.d_in, rows)
+
+    def look_at(
+        self, cache: ActivationCache, rows: range, tokenizer: Any, *, language_model: Any
+    ) -> Looked:
+        """What the page shows of it, see :func:`look_at`."""
+        from bae_fast.interpret.comsem import feature_tokens
+
+        found = feature_tokens(self.model, cache.rows[rows.start : rows.stop])
+        return look_at(
+            self.model,
+            cache,
+            rows,
+            tokenizer,
+            found,
+            language_model=language_model,
+            phrases=self.phrases,
+        )
+
+
+def open_beside(config: Any, folder: Path) -> Second | None:
+    """The second model that a configuration names, if it does.
+
+    Args:
+        config: a :class:`Beside` and :class:`Source` with ``hook`` and ``context``.
+        folder: of the first model.
+
+    Raises:
+        ConfigError: names without a second model, or see :func:`open_model`.
+    """
+    if config.beside is None:
+        if config.beside_names is not None:
+            raise runs.ConfigError("beside_names", "must stand with --beside, whose names they are")
+        return None
+    phrases = {}
+    if config.beside_names is not None:
+        phrases = read_names(config.beside_names, "beside_names")
+    model, _ = open_model(config, config.beside)
+    return Second(config.beside, model, (str(folder), str(config.beside)), phrases)
+
+
 def _data(config: Any, **given: Any) -> Data:
     """The configuration's data, with what is given in place of None."""
     names = [field.name for field in dataclasses.fields(Data)]
@@ -340,8 +412,10 @@ def write_page(
     facts: dict[str, Any],
     summary: str,
     lens: LanguageModel | None,
+    beside: Second | None = None,
 ) -> Path:
-    """All features as one page to look through, the named ones with their phrases and scores."""
+    """All features as one page to look through, the named ones with their phrases and scores, and
+    beside each its partner of a second model."""
     from bae_fast.report.browser import write_browser
 
     shown = {one["feature"]: one for one in features if one["phrase"]}
@@ -365,12 +439,18 @@ def write_page(
         phrases={number: one["phrase"] for number, one in shown.items()},
         scores={label: values for label, values in scores.items() if values},
     )
+    if beside is not None:
+        other = beside.look_at(
+            cache, rows, tokenizer, language_model=None if lens is None else lens.model
+        )
+        looked = side_by_side(looked, other, beside.names)
+    about = [line for line in summary.splitlines() if line and not line.startswith("|")]
     return write_browser(
         folder / "features.html",
         looked.records,
         title="Features and their names",
         subtitle=f"{facts['model_label']}, {facts['hook_name']}, {type(model).__name__}",
-        notes=[line for line in summary.splitlines() if line and not line.startswith("|")],
+        notes=[*about, *looked.notes],
         **looked.labels,
     )
 

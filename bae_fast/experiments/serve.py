@@ -8,7 +8,6 @@ show how the next token's probabilities change.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from torch import Tensor
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import N_HELDOUT, Source, check_width, harvest_rows, load_model
-from bae_fast.experiments.features_page import look_at
-from bae_fast.experiments.interpret import open_model
+from bae_fast.experiments.features_page import Beside, look_at, read_names, side_by_side
+from bae_fast.experiments.interpret import open_beside, open_model
 from bae_fast.lm.origin import check_origin
 from bae_fast.progress import Stages, say
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Source):
+class Config(Beside, Source):
     """Serve the page of a model's features, with a prompt that runs through the language model.
 
     Attributes:
@@ -109,13 +108,16 @@ def publish(config: Config, server: PageServer) -> dict[str, Any]:
     from bae_fast.report.live import live_facts, prompt_call
 
     assert config.folder is not None
-    phrases = {} if config.names is None else read_names(config.names)
+    phrases = {} if config.names is None else read_names(config.names, "names")
+    second = open_beside(config, config.folder)
     stages = Stages()
     model, data = open_model(config, config.folder)
     read, hook = places(model, data.hook)
     cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)
     check_origin(model.config.metadata, facts)
     check_width("folder", config.folder, model.d_in, cache.rows)
+    if second is not None:
+        second.check(cache.rows, facts)
     lm = load_model(data, stages)
     prompt = Prompt(lm, hook, model, source=read, max_tokens=config.max_tokens)
     rows = range(max(cache.n_rows - config.rows, 0), cache.n_rows)
@@ -125,12 +127,15 @@ def publish(config: Config, server: PageServer) -> dict[str, Any]:
         looked = look_at(
             model, cache, rows, tokenizer, found, language_model=lm.model, phrases=phrases
         )
+        if second is not None:
+            other = second.look_at(cache, rows, tokenizer, language_model=lm.model)
+            looked = side_by_side(looked, other, second.names)
         usual = usual_values(model, states, found.code.counts())
         page = browser_page(
             looked.records,
             title="Features",
             subtitle=f"{facts['model_label']}, {facts['hook_name']}, {type(model).__name__}",
-            notes=[f"{len(rows):,} hidden states of {facts['dataset_path']}"],
+            notes=[f"{len(rows):,} hidden states of {facts['dataset_path']}", *looked.notes],
             live=live_facts(prompt, usual, config.prompt),
             **looked.labels,
         )
@@ -152,23 +157,6 @@ def places(model: Autoencoder, hook: str) -> tuple[str | None, str]:
             "folder", "must hold metadata transcoder_hooks, the two modules of a transcoder"
         )
     return hook, str(hooks[1])
-
-
-def read_names(path: Path) -> dict[int, str]:
-    """Phrases by feature, of a file of JSON lines with ``feature`` and ``phrase``.
-
-    Raises:
-        ConfigError: a file that is not there or is no such file.
-    """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        return {int(one["feature"]): str(one["phrase"]) for one in lines if one["phrase"]}
-    except OSError as error:
-        raise runs.ConfigError("names", f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise runs.ConfigError(
-            "names", f"{path} must hold JSON lines with feature and phrase, as interpret writes"
-        ) from error
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ class FeatureRecord:
         phrase: what it was named, or None.
         scores: values by name, e.g. "ComSem"; None where a feature has none. Sorted by in the page.
         place: where the feature stands on the page's map, two numbers.
+        partner: the feature of another model that is shown beside it.
     """
 
     feature: int
@@ -65,3 +66,23 @@ class FeatureRecord:
     phrase: str | None = None
     scores: Mapping[str, float | None] = field(default_factory=dict)
     place: tuple[float, float] | None = None
+    partner: Partner | None = None
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The feature of another model that is on in most of a feature's rows.
+
+    Attributes:
+        record: what is known of it.
+        agreement: the Jaccard index of the rows in which the two are on.
+        kind: what the two are to each other, one of :data:`bae_fast.causal.matching.CLASSES`.
+        back: the feature that is the partner's own best.
+        cosine: of their decoder directions, or None where there is none.
+    """
+
+    record: FeatureRecord
+    agreement: float
+    kind: str
+    back: int
+    cosine: float | None = None

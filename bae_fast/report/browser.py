@@ -23,7 +23,7 @@ from typing import Any
 
 from bae_fast.analysis.text import visible_text
 from bae_fast.files import write_text
-from bae_fast.interpret.records import FeatureRecord
+from bae_fast.interpret.records import FeatureRecord, Partner
 from bae_fast.report.browser_live import LIVE_MARKUP, LIVE_SCRIPT, LIVE_STYLE
 from bae_fast.report.browser_map import MAP_SCRIPT, MAP_STYLE
 from bae_fast.report.browser_page import SCRIPT_END, SCRIPT_START, STYLE
@@ -46,6 +46,7 @@ def browser_page(
     lens_label: str = "cosine of the decoder direction and the token's unembedding",
     neighbour_label: str = "phi coefficient of firing together",
     map_label: str = "",
+    models: tuple[str, str] = ("", ""),
     live: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as HTML.
@@ -56,6 +57,7 @@ def browser_page(
         subtitle: a line under it.
         notes: paragraphs about the data, under the list of keys.
         histogram_label, lens_label, neighbour_label, map_label: what these numbers are.
+        models: names of the two models where features are shown beside their partners of another.
         live: what the live prompt needs, see :func:`bae_fast.report.live.live_facts`; the page
             then calls the server that it came from. None: it calls nobody.
 
@@ -71,6 +73,7 @@ def browser_page(
             "lens": lens_label,
             "neighbours": neighbour_label,
             "map": map_label,
+            "models": list(models),
         },
         None if live is None else dict(live),
     )
@@ -120,7 +123,7 @@ class _Data:
             raise ValueError(f"{where}: density must lie in [0, 1]; got {r.density!r}")
         self.seen.add(r.feature)
         shown, burstiness, phrase = self.shown(r, where)
-        self.part.append(shown)
+        self.part.append([*shown, None if r.partner is None else self.beside(r.partner, where)])
         if len(self.part) == _PART:
             self._close()
         label = shown[0][:12:4] or shown[1][:6:2]  # numbers of strings
@@ -135,6 +138,15 @@ class _Data:
         self.places.append(
             None if r.place is None else (_number(r.place[0], where), _number(r.place[1], where))
         )
+
+    def beside(self, partner: Partner, where: str) -> list[Any]:
+        """A feature of another model, and what it is to the one beside it."""
+        r = partner.record
+        there = f"{where}, partner {r.feature}"
+        shown, burstiness, phrase = self.shown(r, there)
+        cosine = None if partner.cosine is None else _number(partner.cosine, there)
+        relation = [_number(partner.agreement, there), partner.kind, int(partner.back), cosine]
+        return [int(r.feature), _number(r.density, there), burstiness, phrase, shown, relation]
 
     def shown(self, r: FeatureRecord, where: str) -> tuple[list[Any], float | None, str]:
         """What is shown of a feature alone, its burstiness and its name."""
@@ -227,7 +239,8 @@ _PAGE = """<!doctype html>
 </header>
 <main>
 <div id=list role=listbox tabindex=0 aria-label="Features"><div id=spacer></div></div>
-<div id=detail tabindex=-1><button id=back type=button>&larr; List</button>
+<div id=detail tabindex=0 role=region aria-label="Chosen feature">
+<button id=back type=button>&larr; List</button>
 {prompt}<details id=map hidden><summary>Map</summary>
 <div class=tools><label>Colour by <select id=hue></select></label>
 <span id=legend></span></div>
@@ -241,7 +254,7 @@ side, <kbd>+</kbd> <kbd>-</kbd> and the wheel change the scale, <kbd>0</kbd> sho
 <details id=help><summary>Keys and notes</summary>
 <p class=note><kbd>/</kbd> search <kbd>j</kbd> <kbd>k</kbd> or arrows next, previous
 <kbd>PgDn</kbd> <kbd>PgUp</kbd> <kbd>Home</kbd> <kbd>End</kbd> in the list
-<kbd>Enter</kbd> open <kbd>s</kbd> next order <kbd>r</kbd> reverse it
+<kbd>Enter</kbd> open, where arrows scroll <kbd>s</kbd> next order <kbd>r</kbd> reverse it
 <kbd>Esc</kbd> clear, back. The address holds the state and can be kept.</p>{notes}</details>
 </div>
 </main>

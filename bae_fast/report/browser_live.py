@@ -144,7 +144,7 @@ function draw() {
   $("ontitle").textContent = `On at ${token(here.text)}`;
   $("ontitle").append(make("span", {}, here.read
     ? `${whole(here.n_on)} features, ${head.live.value}` : "left out, as in a harvest"));
-  $("onhere").replaceChildren(...here.on.map(([number, value]) => neighbour(number, value)));
+  $("onhere").replaceChildren(...here.on.map(([number, value]) => neighbour(number, value, true)));
   $("nexttitle").textContent = "Next token";
   $("nexttitle").append(make("span", {}, `after ${token(here.text)}`));
   const rows = new Map();

@@ -167,7 +167,7 @@ function key(event) {
   else if (event.key === "+" || event.key === "=") zoom(0.7, ...middle);
   else if (event.key === "-") zoom(1 / 0.7, ...middle);
   else if (event.key === "0") { Object.assign(seen, {x: 0.5, y: 0.5, side: 1.08}); soon(); }
-  else if (event.key === "Enter" && i !== undefined) open(state.feature, true);
+  else if (event.key === "Enter" && i !== undefined) open(state.feature, true, true);
   else return;
   event.preventDefault();
 }

@@ -32,6 +32,12 @@ summary { cursor: pointer; }
 #map, #help { margin-bottom: 1rem; }
 .tools { display: flex; flex-wrap: wrap; gap: 0.4rem 1rem; align-items: center;
   font-size: 0.875rem; margin: 0.5rem 0; }
+.model { margin: 0 0 0.3rem; color: var(--muted); font-size: 0.875rem; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+  gap: 0 1.5rem; align-items: start; }
+.pair .columns { grid-template-columns: 1fr; }
+.pair > div { min-width: 0; }
+#feature:has(.pair) { max-width: none; }
 button { cursor: pointer; }
 #query { flex: 1 1 14rem; min-width: 0; max-width: 30rem; }
 #count { color: var(--muted); font-size: 0.8125rem; font-variant-numeric: tabular-nums; }
@@ -52,14 +58,14 @@ main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(17re
 .label { font-size: 0.875rem; }
 .label code { margin-right: 0.6em; font-size: 0.8125rem; }
 #detail { overflow-y: auto; padding: 1rem; }
-#detail:focus { outline: none; }
+#relation a { color: inherit; }
 #feature, #help { max-width: 62rem; }
 #feature h2 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere; }
 #feature h2 small { font-weight: 400; font-size: 1rem; color: var(--muted); margin-right: 0.5em; }
 #feature h3 { margin: 0 0 0.6rem; }
 .facts { display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; margin: 0.4rem 0 1rem; }
 .facts div { font-size: 0.875rem; color: var(--muted); }
-.facts b { color: var(--text); font-variant-numeric: tabular-nums; margin-left: 0.35em; }
+.facts b { color: var(--text); font-variant-numeric: tabular-nums; margin-left: 0.1em; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr));
   gap: 0 1rem; align-items: start; }
 .tokens { margin: 0; }
@@ -304,8 +310,8 @@ function called(i) {  // what a feature is called: its name, else its tokens
   return head.phrase[i] || head.label[i].map(s => token(head.strings[s])).join(" ");
 }
 
-function neighbour(number, score) {
-  const i = place.get(number);
+function neighbour(number, score, linked) {
+  const i = linked ? place.get(number) : undefined;
   if (i === undefined) return make("li", {}, "#" + number, " ", make("small", {}, three(score)));
   return make("li", {}, make("a", {href: address({feature: number})}, make("b", {}, "#" + number),
     " ", called(i)), " ", make("small", {}, three(score)));
@@ -313,7 +319,7 @@ function neighbour(number, score) {
 
 function chips(items) { return make("ul", {class: "tokens"}, ...items); }
 
-function sections([tokens, lens, near, bins, contexts]) {
+function sections([tokens, lens, near, bins, contexts], linked) {
   const first = [], few = [], items = {tokens: [], lens: [], near: []};
   if (contexts.length) first.push(
     section("Contexts", "", make("ul", {class: "contexts"}, ...contexts.map(context))));
@@ -325,7 +331,7 @@ function sections([tokens, lens, near, bins, contexts]) {
     items.lens.push(make("li", {}, make("code", {}, token(head.strings[lens[j]])), " ",
       make("small", {}, three(lens[j + 1]))));
   for (let j = 0; j < near.length; j += 2)
-    items.near.push(neighbour(near[j], near[j + 1]));
+    items.near.push(neighbour(near[j], near[j + 1], linked));
   if (tokens.length) few.push(section("Tokens", "lift, on/all", chips(items.tokens)));
   if (lens.length) few.push(section("Logit lens", head.labels.lens, chips(items.lens)));
   if (near.length) few.push(section("Neighbours", head.labels.neighbours, chips(items.near)));
@@ -334,12 +340,42 @@ function sections([tokens, lens, near, bins, contexts]) {
   return [...first, make("div", {class: "columns"}, ...few)];
 }
 
-function heading(number, phrase, values) {
+function heading(model, number, phrase, values) {
   const facts = make("div", {class: "facts"});
   for (const [name, value] of values)
-    facts.append(make("div", {}, name, make("b", {}, value)));
+    facts.append(make("div", {}, name, " ", make("b", {}, value)));
   const title = make("h2", {}, make("small", {}, "#" + number), phrase);
-  return [title, facts];
+  return model ? [make("p", {class: "model"}, model), title, facts] : [title, facts];
+}
+
+function both(density, burstiness) {
+  const found = [["density", percent(density)]];
+  if (burstiness !== null) found.push(["burstiness", three(burstiness)]);
+  return found;
+}
+
+const KINDS = {same: "the same", subset: "within a feature of the other",
+  superset: "contains a feature of the other", unmatched: "no match",
+  rare: "too rare to be judged", dead: "never on"};
+
+function pair(number, names, children, other) {  // two models side by side
+  const relation = make("div", {class: "facts", id: "relation"}), beside = [];
+  if (other === null) beside.push(make("p", {class: "model"}, names[1]),
+    make("p", {class: "note"}, "No feature of this model is on where this one is."));
+  else {
+    const [partner, density, burstiness, phrase, found, [agreement, kind, back, cosine]] = other;
+    const values = [["match", KINDS[kind] ?? kind], ["Jaccard index", three(agreement)]];
+    if (cosine !== null) values.push(["cosine of the decoder directions", three(cosine)]);
+    for (const [name, value] of values)
+      relation.append(make("div", {}, name, " ", make("b", {}, value)));
+    if (back !== number) relation.append(make("div", {}, `best partner of the other's #${partner} `,
+      make("b", {}, make("a", {href: address({feature: back})}, "#" + back))));
+    beside.push(...heading(names[1], partner, phrase, both(density, burstiness)),
+      ...sections(found, false));
+  }
+  return [relation, make("div", {class: "pair"},
+    make("div", {id: "own", role: "group", "aria-label": names[0]}, ...children),
+    make("div", {id: "other", role: "group", "aria-label": names[1]}, ...beside))];
 }
 
 async function show() {
@@ -351,13 +387,15 @@ async function show() {
     return;
   }
   const block = Math.floor(i / head.part);
-  const own = (await part(block))[i - block * head.part];
+  const own = (await part(block))[i - block * head.part], other = own[5];
   if (turn !== asked) return;  // another was asked for meanwhile
-  const values = [["density", percent(head.density[i])]];
-  if (head.burstiness[i] !== null) values.push(["burstiness", three(head.burstiness[i])]);
+  const values = both(head.density[i], head.burstiness[i]);
   for (const [name, scores] of Object.entries(head.scores))
     if (scores[i] !== null) values.push([name, three(scores[i])]);
-  target.replaceChildren(...heading(number, head.phrase[i], values), ...sections(own));
+  const names = head.labels.models;
+  const children = [...heading(names[0], number, head.phrase[i], values), ...sections(own, true)];
+  if (!names[1]) target.replaceChildren(...children);
+  else target.replaceChildren(...pair(number, names, children, other));
   const pane = $("detail");
   const gap = target.getBoundingClientRect().top - pane.getBoundingClientRect().top;
   if (gap < 0) pane.scrollTop += gap - 8;  // what is read begins at its heading
@@ -378,7 +416,7 @@ function address(change) {
 
 function keep() { history.replaceState(null, "", address({})); }
 
-function open(number, enter) {
+function open(number, enter, byKey) {
   state.feature = number;
   given = true;
   at = order.indexOf(place.get(number));
@@ -389,7 +427,7 @@ function open(number, enter) {
   for (const watcher of watchers) watcher();
   if (enter) {
     document.body.classList.add("open");
-    if (getComputedStyle($("back")).display !== "none") $("detail").focus();
+    if (byKey || getComputedStyle($("back")).display !== "none") $("detail").focus();
   }
 }
 
@@ -468,6 +506,8 @@ addEventListener("keydown", event => {
   const target = event.target, key = event.key;
   if (target.tagName === "SELECT" || target.closest("#live, #plane")) return;  // keys of their own
   const typing = target === $("query");
+  const scrolls = ["ArrowDown", "ArrowUp", "PageDown", "PageUp", "Home", "End"].includes(key);
+  if (scrolls && target.closest("#detail")) return;  // what is open is scrolled
   const page = Math.max(Math.floor(list.clientHeight / height) - 1, 1);
   const far = head.feature.length;
   const moves = {ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page};
@@ -480,7 +520,7 @@ addEventListener("keydown", event => {
     if (target.tagName === "BUTTON" || target.tagName === "A" || target.tagName === "SUMMARY")
       return;
     if (at < 0) step(1);
-    if (state.feature !== null) open(state.feature, true);
+    if (state.feature !== null) open(state.feature, true, true);
   }
   else if (typing) return;
   else if (key === "Home") step(-far);

@@ -37,7 +37,8 @@ def kept_by_hand(directions, places) -> float:
 
 def test_directions_of_one_group_stand_together():
     directions, group = groups(20, 30, 64, 0.3)
-    places, kept = layout_directions(directions)
+    places, kept, near = layout_directions(directions)
+    assert near == 12  # 2 % of 600
     far = torch.cdist(places, places).fill_diagonal_(torch.inf)
     nearest = group[far.topk(5, largest=False).indices]
     assert float((nearest == group[:, None]).float().mean()) > 0.9
@@ -50,7 +51,8 @@ def test_directions_of_one_group_stand_together():
 
 def test_every_coordinate_takes_each_rank_once_and_every_call_gives_the_same():
     directions = torch.randn(500, 24, generator=torch.Generator().manual_seed(2))
-    places, kept = layout_directions(directions)
+    places, kept, near = layout_directions(directions)
+    assert near == 10  # 2 % of 500
     ranks = torch.arange(500).float() / 499
     assert all(column.sort().values.equal(ranks) for column in places.T)
     again = layout_directions(directions)
@@ -91,7 +93,8 @@ def test_the_nearest_are_those_of_the_largest_cosine(monkeypatch):
     ],
 )
 def test_directions_that_repeat_or_vanish_have_places(directions):
-    places, kept = layout_directions(directions)
+    places, kept, near = layout_directions(directions)
+    assert near == min(10, len(directions) - 1)
     f = len(directions)
     assert all(column.sort().values.equal(torch.arange(f) / (f - 1)) for column in places.T)
     assert 0 <= kept <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -10,7 +11,7 @@ import browser as driver
 import pytest
 
 from bae_fast.analysis.features import TokenLift
-from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
+from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram, Partner
 from bae_fast.report.browser import write_browser
 
 HOSTILE = (
@@ -219,6 +220,106 @@ def test_twenty_thousand_features_open_and_are_searched(tab, tmp_path):
     assert tab.errors == []
 
 
+# -- two models --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Feature f stands beside the other model's 299 - f, whose own best is f but for #4; #3 stands
+    alone."""
+    others = {record.feature: record for record in records(300, seed=1)}
+
+    def both():
+        for r in records(300):
+            partner = Partner(others[299 - r.feature], 0.75, "same", r.feature, -0.5)
+            if r.feature == 4:
+                partner = Partner(others[295], 0.125, "subset", 9)
+            agreement = {"Jaccard": 0.0 if r.feature == 3 else partner.agreement}
+            partner = None if r.feature == 3 else partner
+            yield dataclasses.replace(r, partner=partner, scores=agreement)
+
+    path = tmp_path_factory.mktemp("pairs") / "features.html"
+    return write_browser(path, both(), title="Two", models=("results/a", "results/b"))
+
+
+def column(tab, which):
+    return tab.run(f"document.getElementById('{which}').innerText")
+
+
+def test_a_feature_stands_beside_its_partner(tab, pairs):
+    tab.errors.clear()
+    tab.size(1200, 800)
+    tab.open(pairs, "#f=7")
+    tab.wait("document.documentElement.dataset.feature === '7'")
+    own, other = column(tab, "own"), column(tab, "other")
+    assert own.startswith("results/a")
+    assert "#7Antipodes" in own.replace("\n", "").replace(" ", "")
+    assert other.startswith("results/b")
+    assert "#292" in other
+    expected = list(records(300, seed=1))[292]
+    assert all(one.text.strip() in other for one in expected.tokens)
+    assert f"{100 * expected.density:.3g} %" in other
+    relation = " ".join(column(tab, "relation").split())
+    assert relation == "match the same Jaccard index 0.75 cosine of the decoder directions -0.5"
+    # beside one another where there is room, below one another where there is none
+    tops = "['own', 'other'].map(id => document.getElementById(id).getBoundingClientRect().top)"
+    first, second = tab.run(tops)
+    assert first == second
+    tab.size(390, 800)
+    tab.open(pairs, "#f=7")
+    first, second = tab.run(tops)
+    assert first < second
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+    assert tab.errors == []
+
+
+def test_who_has_no_partner_or_one_that_likes_another_better_is_told_so(tab, pairs):
+    tab.size(1200, 800)
+    tab.open(pairs, "#f=3")
+    tab.wait("document.documentElement.dataset.feature === '3'")
+    assert "No feature of this model is on where this one is." in column(tab, "other")
+    assert column(tab, "relation") == ""
+    tab.open(pairs, "#f=4&sort=score+Jaccard")
+    tab.wait("document.documentElement.dataset.feature === '4'")
+    assert numbers(tab)[:3] == [3, 4, 0]
+    relation = " ".join(column(tab, "relation").split())
+    assert relation.startswith("match within a feature of the other Jaccard index 0.125")
+    assert relation.endswith("best partner of the other's #295 #9")
+    tab.run("document.querySelector('#relation a').click()")
+    tab.wait("document.documentElement.dataset.feature === '9'")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_pairs_are_read_by_keys_and_by_everybody(tab, pairs, dark):
+    tab.errors.clear()
+    tab.size(1200, 800, dark)
+    tab.open(pairs)
+    for key in ("j", "j", "j", "j", "Enter"):
+        tab.press(key)
+    tab.wait("document.documentElement.dataset.feature === '4'")
+    assert tab.run("document.activeElement.id") == "detail"
+    # what is open is scrolled, and the list stays where it is
+    tab.press("End")
+    tab.wait("document.getElementById('detail').scrollTop > 0")
+    assert tab.run("document.documentElement.dataset.feature") == "4"
+    tab.press("j")
+    tab.wait("document.documentElement.dataset.feature === '5'")
+    tab.press("Escape")
+    assert tab.run("document.activeElement.id") == "list"
+    tab.open(pairs, "#f=4")
+    tab.wait("document.documentElement.dataset.feature === '4'")
+    tab.run("document.getElementById('help').open = true")
+    worst = tab.run(driver.CONTRAST)
+    assert len(worst) > 100
+    assert [one for one in worst if one[0] < 4.5] == []
+    assert tab.nameless() == []
+    steps = tab.walk(12)
+    assert {"query", "sort", "list", "detail", "A"} <= {where for where, _ in steps}
+    assert [where for where, seen in steps if not seen] == []
+    tab.size(1200, 800)
+    assert tab.errors == []
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 
@@ -231,6 +332,14 @@ def test_twenty_thousand_features_open_and_are_searched(tab, tmp_path):
         ([FeatureRecord(1, 0.5, float("nan"))], "feature 1: numbers must be finite; got nan"),
         ([FeatureRecord(1, 0.5, contexts=[FeatureContext(("a",), 1)])], "feature 1: at=1"),
         ([FeatureRecord(1, 0.5, histogram=Histogram(1, 1, (2,)))], "feature 1: histogram"),
+        (
+            [
+                FeatureRecord(
+                    1, 0.5, partner=Partner(FeatureRecord(2, 0.5), float("nan"), "same", 1)
+                )
+            ],
+            "feature 1, partner 2: numbers must be finite; got nan",
+        ),
     ],
 )
 def test_an_inconsistent_record_is_named_and_no_file_is_left(tmp_path, given, message):

@@ -15,14 +15,19 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_lm import save_tiny_study
 
 from bae_fast.baselines import make_baseline
 from bae_fast.cli import main
 from bae_fast.experiments import interpret
+from bae_fast.experiments.data import harvest_rows
+from bae_fast.experiments.features_page import look_at, side_by_side
 from bae_fast.interpret import judges
 from bae_fast.interpret.answers import Answers
+from bae_fast.interpret.comsem import feature_tokens
 from bae_fast.lm import load_language_model
+from bae_fast.progress import Stages
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -83,6 +88,64 @@ def test_it_leaves_scores_phrases_and_a_page(folder, tmp_path, capsys, model):
     assert again["usage"]["cached"] == summary["usage"]["calls"] + summary["usage"]["cached"]
     assert features_again == features
     assert again["comsem"] == summary["comsem"]
+
+
+def test_a_second_model_stands_beside_the_first(folder, tmp_path):
+    """Partners and what they are, against counts of rows one by one."""
+    names = tmp_path / "names.jsonl"
+    names.write_text(json.dumps({"feature": 3, "phrase": "the third"}) + "\n")
+    config = interpret.Config(
+        load=folder / "bae", beside=folder / "topk", beside_names=names, device="cpu",
+        text=(str(folder / "text.txt"),), cache=folder / "cache", progress=False,
+    )  # fmt: skip
+    model, path, data = interpret.find_model(config)
+    cache, tokenizer, facts = harvest_rows(data, Stages(), batch_size=1)
+    rows = range(cache.n_rows)
+    second = interpret.open_beside(config, path)
+    second.check(cache.rows, facts)
+    one = look_at(model, cache, rows, tokenizer, feature_tokens(model, cache.rows))
+    two = second.look_at(cache, rows, tokenizer, language_model=None)
+    found = side_by_side(one, two, second.names)
+    assert found.labels["models"] == (str(folder / "bae"), str(folder / "topk"))
+    x = cache.rows.float()
+    with torch.no_grad():
+        a = ((x - model.x_mean) / model.x_scale @ model.W_enc + model.b_enc) > 0
+        b = second.model.encode(x) > 0
+    both = (a[:, :, None] & b[:, None]).sum(0).double()
+    either = (a[:, :, None] | b[:, None]).sum(0).double()
+    jaccard = torch.where(either > 0, both / either, 0.0)
+    left, right = (m.W_dec.detach() * m.x_scale for m in (model, second.model))
+    records = list(found.records)
+    assert [record.feature for record in records] == list(range(32))
+    n_same = 0
+    for record in records:
+        best = jaccard[record.feature].max()
+        assert record.scores["Jaccard"] == pytest.approx(float(best))
+        partner = record.partner
+        if best == 0:
+            assert partner is None
+            continue
+        j = partner.record.feature
+        assert float(jaccard[record.feature, j]) == partner.agreement == pytest.approx(float(best))
+        cosine = torch.cosine_similarity(left[record.feature], right[j], dim=0)
+        assert partner.cosine == pytest.approx(float(cosine), abs=1e-5)
+        assert float(jaccard[partner.back, j]) == float(jaccard[:, j].max())
+        same = partner.back == record.feature and best >= 0.5
+        assert (partner.kind == "same") <= same
+        n_same += partner.kind == "same"
+        assert partner.record.density == pytest.approx(float(b[:, j].float().mean()))
+        assert partner.record.phrase == ("the third" if j == 3 else None)
+    assert f"{n_same} of 32 features of {folder / 'bae'} (0 by chance)" in found.notes[-1]
+
+
+def test_the_command_shows_a_model_beside_itself(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(folder, out, "--beside", str(folder / "bae"), "--no-lens")) == 0
+    page = (out / "features.html").read_text()
+    found = re.search(
+        r"each other&#x27;s best: (\d+) of 32 features of .*? \((\d+) by chance\)", page
+    )
+    assert int(found[1]) > 20 > int(found[2])
 
 
 def test_a_dry_run_asks_nothing_and_counts(folder, tmp_path, capsys, monkeypatch):
@@ -157,10 +220,14 @@ def test_the_local_judge_and_its_agreement_with_another(folder, tmp_path):
         (["--budget-calls", "-1"], "budget_calls must be at least 0; got -1"),
         (["--price", "-1", "2"], "--price must be two numbers of at least 0"),
         (["--k", "0"], "k must be an int >= 1; got 0"),
+        (["--beside", "nowhere"], "folder nowhere does not exist"),
+        (["--beside-names", "x"], "--beside-names must stand with --beside"),
+        (["--beside", "{topk}", "--beside-names", "nowhere"], "--beside-names nowhere cannot be"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(folder, tmp_path, capsys, change, message):
     pytest.importorskip("openai")
+    change = [one.replace("{topk}", str(folder / "topk")) for one in change]
     assert main(command(folder, tmp_path, "--api-key-env", "NO_KEY", *change)) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("bae-fast interpret: ")

@@ -20,6 +20,7 @@ from bae_fast.baselines import load_autoencoder, make_baseline
 from bae_fast.causal import Prompt
 from bae_fast.cli import main
 from bae_fast.experiments import serve
+from bae_fast.experiments.features_page import read_names
 from bae_fast.experiments.runs import ConfigError
 from bae_fast.interpret.records import FeatureRecord
 from bae_fast.lm import load_language_model
@@ -352,7 +353,7 @@ def test_names_that_cannot_be_read_are_refused(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        serve.read_names(path)
+        read_names(path, "names")
 
 
 def test_a_port_that_is_taken_is_named(folder, server):
@@ -529,6 +530,26 @@ def test_the_page_can_be_read_and_operated_by_everybody(tab, dark):
     }
     assert [where for where, seen in steps if not seen] == []
     assert tab.errors == []
+
+
+def test_a_second_model_stands_beside_the_first_and_the_prompt_is_the_first_s(folder, prompt, tab):
+    with serve.listening(config(folder, beside=folder / "bae")) as server:
+        serve.publish(config(folder, beside=folder / "bae"), server)
+        with running(server):
+            before, tab.site = tab.site, server.address
+            try:
+                tab.errors.clear()
+                tab.open(tab.site, "#f=5")
+                tab.wait("document.documentElement.dataset.answers > 0")
+                tab.wait("document.documentElement.dataset.feature === '5'")
+                relation = tab.run("document.getElementById('relation').textContent")
+                assert "match the same" in relation
+                assert "Jaccard index 1" in relation
+                assert tab.run("document.querySelector('#other h2').textContent") == "#5"
+                assert [one for one in tab.run(driver.CONTRAST) if one[0] < 4.5] == []
+                assert tab.errors == []
+            finally:
+                tab.site = before
 
 
 def test_a_page_without_a_server_asks_nobody():
