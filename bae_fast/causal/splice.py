@@ -10,10 +10,11 @@ does not explain stays: without an edit the model is the one it was, bit for bit
 nothing changes but the edit.
 
 Left out are the tokens whose states a harvest drops, which the autoencoder has never seen: the
-first of every sequence, and those of outlying norm. The harvest's bound is a multiple of the
-median norm of its rows; here it is the same multiple of sqrt(|mean|^2 + d scale^2), the root mean
-square norm of the rows that the autoencoder's normalisation was fitted to. It needs no other
-token, so a pass with a cache of keys and values leaves out the same tokens as one without.
+first of every sequence, padding, special tokens, and those of outlying norm. The harvest's bound is
+a multiple of the median norm of its rows; here it is the same multiple of sqrt(|mean|^2 + d
+scale^2), the root mean square norm of the rows that the autoencoder's normalisation was fitted to.
+It needs no other token, so a pass with a cache of keys and values leaves out the same tokens as one
+without.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import inspect
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,11 +35,15 @@ from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
 from bae_fast.lm.hooks import find_module, resolve_hook, running
+from bae_fast.lm.inputs import special_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model, under_head
 from bae_fast.lm.origin import mismatch
 
 Edit = Callable[[Tensor], Tensor]
+
+# what masks that are added to scores hold where nothing is seen: this, or less
+_LEFT_OUT = -9e3
 
 
 def reconstruct(
@@ -132,7 +137,10 @@ class _Place(threading.local):
         self.offset: int | None = None
         self.uncounted = False
         self.attention_mask: Tensor | None = None
+        self.square: Tensor | None = None
         self.position_ids: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.calls = 0
         self.source: Tensor | None = None
 
     def note(self, depth: int, arguments: dict[str, Any]) -> None:
@@ -143,10 +151,16 @@ class _Place(threading.local):
             self.outermost = depth
         self.depth = depth
         given = arguments.get("input_ids")
+        if self.ids is None and isinstance(given, Tensor):
+            self.ids = given
         given = arguments.get("inputs_embeds") if given is None else given
         if self.shape is None and isinstance(given, Tensor) and given.dim() >= 2:
             self.shape = (int(given.shape[0]), int(given.shape[1]))
         mask = arguments.get("attention_mask")
+        if isinstance(mask, dict):  # one for each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if self.square is None and isinstance(mask, Tensor) and mask.dim() == 4:
+            self.square = mask
         if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
             self.attention_mask = mask
         places = arguments.get("position_ids")
@@ -175,21 +189,33 @@ class _Place(threading.local):
         """
         batch, length = shape
         offset = self.offset or 0
-        if not offset and self.attention_mask is not None and self.offset is not None:
+        mask, square = self.attention_mask, self.square
+        if not offset and mask is not None and self.offset is not None:
             # a cache whose first layer keeps no keys does not know its length; the mask is as long
-            offset = max(self.attention_mask.shape[1] - length, 0)
+            offset = max(mask.shape[1] - length, 0)
         position = torch.arange(offset, offset + length, device=device)
         position = position.expand(batch, length)
-        mask = self.attention_mask
         real = torch.ones(shape, dtype=torch.bool, device=device)
         if mask is not None and len(mask) == batch and mask.shape[1] >= offset + length:
             whole = mask.to(device) != 0
             position = position - whole.int().argmax(1, keepdim=True)
             real = whole[:, offset : offset + length]
+        elif square is not None and square.shape[2] == length <= square.shape[3] - offset:
+            sees = _attended(square.to(device)).expand(batch, -1, -1)
+            # a text's first token sees itself alone, the next one two tokens
+            position = torch.minimum(position, sees.sum(-1) - 1)
+            real = sees.diagonal(offset, -2, -1)
         given = self.position_ids
         if given is not None and given.shape[1] == length and len(given) in (1, batch):
             position = torch.minimum(position, given.to(device))
         return position, real
+
+
+def _attended(square: Tensor) -> Tensor:
+    """Which tokens each token sees, bool ``[batch, length, keys]``, by a mask with heads."""
+    if square.is_floating_point():  # added to scores: large negative numbers are left out
+        return (square > _LEFT_OUT).any(1)
+    return (square != 0).any(1)
 
 
 def _tokens_before(arguments: dict[str, Any]) -> int | None:
@@ -254,6 +280,7 @@ def replaced_output(
     source: str | None = None,
     mask: Tensor | Literal["last"] | None = None,
     drop_positions: int = 1,
+    exclude_tokens: Iterable[int] | None = None,
     bounds: tuple[float, float] = (math.inf, math.inf),
     watch: Callable[[Tensor, Tensor], None] | None = None,
     may_replace_none: bool = False,
@@ -264,7 +291,7 @@ def replaced_output(
     :func:`bae_fast.lm.hooks.running`.
 
     Args:
-        model, path, mask, drop_positions, source: see :func:`spliced`.
+        model, path, mask, drop_positions, exclude_tokens, source: see :func:`spliced`.
         function: (x ``[n, d_in]``, y ``[n, d_out]``) of the tokens to replace, to rows in the
             place of y.
         from_input: x is the input of the module (or the output of ``source``), not its output.
@@ -273,8 +300,12 @@ def replaced_output(
         may_replace_none: let a block end in which no token was replaced.
 
     Raises:
+        ValueError: the model calls the module more than once in a pass.
         RuntimeError: the block ends and no token was replaced.
     """
+    if exclude_tokens is None:
+        exclude_tokens = special_tokens(model.tokenizer) if isinstance(model, LanguageModel) else ()
+    excluded = torch.tensor([int(i) for i in exclude_tokens], dtype=torch.int64)
     whole = model.model if isinstance(model, LanguageModel) else model
     if not isinstance(whole, nn.Module):
         raise TypeError(f"model must be a LanguageModel or a module; got {type(model).__name__}")
@@ -314,6 +345,8 @@ def replaced_output(
         batch = place.shape if known and place.shape is not None else (shape[0], shape[1])
         position, real = place.positions(batch, y.device)
         chosen = real & (position >= drop_positions)
+        if len(excluded) and place.ids is not None and place.ids.shape == chosen.shape:
+            chosen = chosen & ~torch.isin(place.ids.to(y.device), excluded.to(y.device))
         if isinstance(mask, Tensor):
             try:
                 chosen = chosen & mask.to(y.device).expand(batch)
@@ -322,7 +355,9 @@ def replaced_output(
                     f"mask must be [batch, length] = {list(batch)}; got {list(mask.shape)}"
                 ) from None
         elif mask == "last":
-            chosen = chosen & (position == torch.where(real, position, -1).amax(1, keepdim=True))
+            place_in_batch = torch.arange(batch[1], device=y.device)
+            last = torch.where(real, place_in_batch, -1).amax(1, keepdim=True)
+            chosen = chosen & (place_in_batch == last)
         return chosen.view(shape) & _within(x, bounds[0]) & _within(y, bounds[1])
 
     def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -342,6 +377,13 @@ def replaced_output(
             raise ValueError(
                 f"path={path!r} makes {list(y.shape)} of {list(x.shape)}: a row each is needed"
             )
+        if place.depth >= 0:
+            place.calls += 1
+            if place.calls > 1:
+                raise ValueError(
+                    f"path={path!r}: the model calls this module more than once in a pass, so a "
+                    "token has no one state there; name a module that is called once"
+                )
         chosen = keep(x, y)
         n = int(chosen.sum())
         done._passes.append((n, chosen.numel()))
@@ -398,7 +440,7 @@ def _why_none(done: Splice, bounds: tuple[float, float]) -> str:
     norms = "" if math.isinf(max(bounds)) else f", or have a norm over {min(bounds):.3g}"
     return (
         f"all {done.n_tokens:,} tokens that passed are left out: they are among the first "
-        f"drop_positions of their sequence, masked or padding{norms}"
+        f"drop_positions of their sequence, masked, padding or special tokens{norms}"
     )
 
 
@@ -413,6 +455,7 @@ def spliced(
     add_error: bool = False,
     source: str | None = None,
     drop_positions: int = 1,
+    exclude_tokens: Iterable[int] | None = None,
     max_norm_ratio: float | None = MAX_NORM_RATIO,
     record: bool = False,
     may_replace_none: bool = False,
@@ -444,6 +487,8 @@ def spliced(
         source: for a transcoder, the path of the module whose output it encodes, called earlier in
             the same forward; None: the input of the module at ``path``.
         drop_positions: this many tokens at the start of each sequence stay as they are.
+        exclude_tokens: ids whose states stay as they are; None: the special tokens of a
+            :class:`LanguageModel`'s tokenizer, as a harvest drops them; empty: none.
         max_norm_ratio: so do tokens whose norm is over this multiple of the usual, see above;
             None: no bound.
         record: keep which features are on.
@@ -497,6 +542,7 @@ def spliced(
         source=source,
         mask=mask,
         drop_positions=drop_positions,
+        exclude_tokens=exclude_tokens,
         bounds=norm_bounds(autoencoder, max_norm_ratio),
         watch=watch if record else None,
         may_replace_none=may_replace_none,

@@ -257,7 +257,9 @@ def next_token(
 
     Without one they are the model's own.
     """
-    with spliced(lm, path, autoencoder, edit, "last", add_error=True, source=source):
+    with spliced(
+        lm, path, autoencoder, edit, "last", add_error=True, source=source, exclude_tokens=()
+    ):
         after = states_at(lm, tokens, [path], next_token=True)[1]
     assert after is not None
     return after
@@ -270,7 +272,7 @@ def next_token_shifted(
 
     With the difference of two sets' mean states it is what no choice of features enters.
     """
-    with replaced_output(lm, path, lambda _x, y: y + gap.to(y), mask="last"):
+    with replaced_output(lm, path, lambda _x, y: y + gap.to(y), mask="last", exclude_tokens=()):
         after = states_at(lm, tokens, [path], next_token=True)[1]
     assert after is not None
     return after
@@ -291,7 +293,9 @@ def generate(
     ids = torch.tensor(prompt_tokens(lm, [prompt]), device=lm.device)
     check_length(lm.model, ids.shape[1] + n_tokens, "prompt and n_tokens")
     end = lm.tokenizer.eos_token_id
-    with spliced(lm, path, autoencoder, edit, "last", add_error=True, source=source):
+    with spliced(
+        lm, path, autoencoder, edit, "last", add_error=True, source=source, exclude_tokens=()
+    ):
         out = lm.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -1,7 +1,7 @@
 """What a language model loses when an autoencoder stands in the place of a module's output.
 
-At every token but the first ones of a window, with p the next-token distribution of the model as
-it is and q that of the model with the replaced states:
+At every token of text (no padding, no special token) but the first ones of a window, with p the
+next-token distribution of the model as it is and q that of the model with the replaced states:
 
     JS = KL(p | m) / 2 + KL(q | m) / 2,  m = (p + q) / 2      in bits, at most 1
     KL = KL(p | q)                                            in bits
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,15 @@ from bae_fast.causal.splice import Splice, norm_bounds, replaced_output, spliced
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.lm.hooks import in_order, running
-from bae_fast.lm.inputs import check_ids, check_length
+from bae_fast.lm.identity import own_functions
+from bae_fast.lm.inputs import (
+    Padding,
+    check_ids,
+    check_length,
+    padding_mask,
+    special_tokens,
+    text_mask,
+)
 from bae_fast.lm.loading import LanguageModel
 
 # elements of logits compared at a time: 1 MiB in fp32
@@ -179,6 +187,8 @@ class SubstitutionTest:
         lm: LanguageModel,
         windows: Tensor,
         *,
+        mask: Tensor | None = None,
+        exclude_tokens: Iterable[int] | None = None,
         batch_size: int = 8,
         drop_positions: int = 1,
         max_norm_ratio: float | None = MAX_NORM_RATIO,
@@ -188,13 +198,18 @@ class SubstitutionTest:
         Args:
             lm: the model.
             windows: token ids ``[n_windows, length]``, length of at least drop_positions + 2.
+            mask: ``[n_windows, length]``, false (or 0) at padding; given to the model. None:
+                padding is where the tokenizer's padding token is, as in a harvest.
+            exclude_tokens: ids whose states stay as they are and after which nothing is
+                compared; None: the tokenizer's special tokens; empty: none.
             batch_size: windows a pass.
             drop_positions, max_norm_ratio: states left as they are, see
                 :func:`bae_fast.causal.spliced`.
 
         Raises:
             TypeError: windows that are no integers.
-            ValueError: windows of another shape, or a batch size below 1.
+            ValueError: windows or a mask of another shape, a batch size below 1, or no token of
+                text with a known next one.
         """
         if not isinstance(windows, Tensor) or windows.is_floating_point():
             raise TypeError("windows must be an integer tensor [n_windows, length]")
@@ -212,31 +227,74 @@ class SubstitutionTest:
         self.max_norm_ratio = max_norm_ratio
         check_ids(lm.model, self.windows, "windows")
         check_length(lm.model, self.windows.shape[1], "windows")
+        self.exclude_tokens = (
+            special_tokens(lm.tokenizer)
+            if exclude_tokens is None
+            else sorted({int(i) for i in exclude_tokens})
+        )
+        self._mask = padding_mask(lm.tokenizer, self.windows) if mask is None else mask
+        text = text_mask(
+            lm.tokenizer, self.windows, mask=self._mask, exclude_tokens=self.exclude_tokens
+        )
+        if self._mask is not None:
+            self._mask = self._mask.cpu() != 0
+        self._text = self._is_judged(text)
+        self._padding = Padding(lm.model)
+        self._functions = _users_functions(lm)
+        self.original = self._final_states(self.windows, self._mask)
+        # behind the pass: the frequencies of some ropes follow from the longest text so far
         self._revision = lm.current_revision()
-        self.original = self._final_states(self.windows)
         self._ablated: dict[Any, float] = {}
+
+    def _is_judged(self, text: Tensor | None) -> Tensor:
+        """Tokens of text behind the dropped ones, bool ``[n_windows, length]``."""
+        place = torch.arange(self.windows.shape[1]).expand(self.windows.shape)
+        if self._mask is not None:
+            place = place - self._mask.int().argmax(1, keepdim=True)
+        judged = place >= self.drop_positions
+        if text is not None:
+            judged = judged & text
+        if not bool((judged & self._has_next()).any()):
+            raise ValueError(
+                "windows must hold a token of text whose next token is known, behind the first "
+                f"{self.drop_positions} of its window; got only padding and special tokens"
+            )
+        return judged
+
+    def _has_next(self) -> Tensor:
+        """Tokens with a known next one, bool ``[n_windows, length]``."""
+        real = torch.ones_like(self.windows, dtype=torch.bool) if self._mask is None else self._mask
+        return torch.nn.functional.pad(real[:, 1:], (0, 1), value=False)
 
     # -- the model -----------------------------------------------------------------------------
 
     def _final_states(
-        self, windows: Tensor, replaced: Callable[[], Any] = contextlib.nullcontext
+        self,
+        windows: Tensor,
+        mask: Tensor | None,
+        replaced: Callable[[], Any] = contextlib.nullcontext,
     ) -> Tensor:
         """What the head is given, ``[n, length, d]`` on the CPU, in a context."""
 
-        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                out = self.lm.body(
-                    input_ids=batch.to(self.lm.device), use_cache=False
-                ).last_hidden_state.cpu()
+        def forward(batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+            out = self._body(*batch).last_hidden_state.cpu()
             return out, out
 
-        batches = windows.split(self.batch_size)
+        parts = windows.split(self.batch_size)
+        masks = [None] * len(parts) if mask is None else mask.split(self.batch_size)
+        batches = list(zip(parts, masks, strict=True))
         with (
             running(self.lm.model),
             replaced(),
             contextlib.closing(in_order(forward, batches, self.lm.device.type)) as results,
         ):
             return torch.cat([out for out, _ in results])
+
+    @torch.no_grad()
+    def _body(self, windows: Tensor, mask: Tensor | None) -> Any:
+        ids = windows.to(self.lm.device)
+        options = {} if mask is None else self._padding.arguments(ids, mask.to(self.lm.device))
+        return self.lm.body(input_ids=ids, use_cache=False, **options)
 
     @torch.no_grad()
     def compare(self, changed: Tensor, window: Tensor, position: Tensor) -> Divergence:
@@ -249,7 +307,7 @@ class SubstitutionTest:
         length = self.windows.shape[1]
         original = self.original[window, position]
         after = self.windows[window, (position + 1).clamp_max(length - 1)]
-        targets = torch.where(position + 1 < length, after, -1)
+        targets = torch.where(self._has_next()[window, position], after, -1)
         step = self.lm.head.rows_at_a_time
         parts = [
             divergence(self.lm.head(p), self.lm.head(q), t)
@@ -271,11 +329,8 @@ class SubstitutionTest:
 
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Tokens with a known next one, beyond those left out: (window, position)."""
-        n, length = self.windows.shape
-        places = torch.cartesian_prod(
-            torch.arange(n), torch.arange(self.drop_positions, length - 1)
-        )
-        return places[:, 0], places[:, 1]
+        window, position = (self._text & self._has_next()).nonzero(as_tuple=True)
+        return window, position
 
     # -- what is measured ----------------------------------------------------------------------
 
@@ -296,11 +351,12 @@ class SubstitutionTest:
                 yield
 
         found = self.compare(
-            self._final_states(self.windows, replaced)[window, position], window, position
+            self._final_states(self.windows, self._mask, replaced)[window, position],
+            window,
+            position,
         )
-        by_window = found.js.view(len(self.windows), -1).mean(1)
         zero, mean = (
-            self.ablated_loss(path, autoencoder, kind, source=source) for kind in ("zero", "mean")
+            self._ablated_loss(path, autoencoder, kind, source=source) for kind in ("zero", "mean")
         )
         original, loss = float(found.loss_original.mean()), float(found.loss.mean())
 
@@ -310,9 +366,7 @@ class SubstitutionTest:
 
         return Substitution(
             js_bits=float(found.js.mean()),
-            js_standard_error=float(by_window.std() / len(by_window) ** 0.5)
-            if len(by_window) > 1
-            else math.nan,
+            js_standard_error=_standard_error(found.js, window),
             kl_bits=float(found.kl.mean()),
             loss_original=original,
             loss=loss,
@@ -334,6 +388,12 @@ class SubstitutionTest:
             kind: "zero", or "mean": the target's mean in the autoencoder's normalisation, zero
                 where it has none.
         """
+        self._check_model()
+        return self._ablated_loss(path, autoencoder, kind, source=source)
+
+    def _ablated_loss(
+        self, path: str, autoencoder: Any, kind: str, *, source: str | None = None
+    ) -> float:
         if kind not in ("zero", "mean"):
             raise ValueError(f"kind must be 'zero' or 'mean'; got {kind!r}")
         mean = getattr(autoencoder, "target_mean", None) if kind == "mean" else None
@@ -355,10 +415,11 @@ class SubstitutionTest:
                     from_input=bool(getattr(autoencoder, "is_transcoder", False)),
                     source=source,
                     drop_positions=self.drop_positions,
+                    exclude_tokens=self.exclude_tokens,
                     bounds=bounds,
                 )
 
-            final = self._final_states(self.windows, replaced)[window, position]
+            final = self._final_states(self.windows, self._mask, replaced)[window, position]
             targets = self.windows[window, position + 1]
             self._ablated[key] = float(self._losses(final, targets).mean())
         return self._ablated[key]
@@ -380,10 +441,13 @@ class SubstitutionTest:
             positions: where windows are cut; None: the middle and the end.
 
         Returns:
-            A :class:`Divergence`, position by position, all windows of each.
+            A :class:`Divergence`, position by position, of each all windows with text there.
+
+        Raises:
+            ValueError: a position out of range, or one where no window has text.
         """
         self._check_model()
-        n, length = self.windows.shape
+        length = self.windows.shape[1]
         chosen = [length // 2, length - 1] if positions is None else list(positions)
         if not chosen or not all(self.drop_positions <= p < length for p in chosen):
             raise ValueError(
@@ -391,17 +455,28 @@ class SubstitutionTest:
             )
         parts = []
         for p in chosen:
+            some = self._text[:, p].nonzero()[:, 0]
+            if not len(some):
+                raise ValueError(
+                    f"positions must be some where a window has text; at {p} all are padding, "
+                    "special tokens or among the first of their window"
+                )
             states = self._final_states(
-                self.windows[:, : p + 1],
+                self.windows[some, : p + 1],
+                None if self._mask is None else self._mask[some, : p + 1],
                 lambda: self._spliced(path, autoencoder, mask="last", source=source),
             )
-            parts.append(self.compare(states[:, -1], torch.arange(n), torch.full((n,), p)))
+            parts.append(self.compare(states[:, -1], some, torch.full_like(some, p)))
         return Divergence(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def codes(self, path: str, autoencoder: Any, *, source: str | None = None) -> BinaryCode:
         """Which features are on: ``[n_windows, length, F]``, masked where the state is left out."""
+        self._check_model()
+        return self._codes(path, autoencoder, source=source)
+
+    def _codes(self, path: str, autoencoder: Any, *, source: str | None = None) -> BinaryCode:
         parts = []
-        for batch in self.windows.split(self.batch_size):
+        for rows in torch.arange(len(self.windows)).split(self.batch_size):
             # one batch at a time: batches side by side would come in any order
             with (
                 torch.no_grad(),
@@ -414,7 +489,7 @@ class SubstitutionTest:
                     may_replace_none=True,
                 ) as splice,
             ):
-                self.lm.body(input_ids=batch.to(self.lm.device), use_cache=False)
+                self._body(self.windows[rows], None if self._mask is None else self._mask[rows])
             if splice.n_tokens == 0:
                 raise RuntimeError(f"path={path!r}: the model's forward never called this module")
             parts += [code.to("cpu") for code in splice.codes]
@@ -444,7 +519,7 @@ class SubstitutionTest:
             ValueError: a feature that is not there, or n_tokens_shown or max_windows below 1.
         """
         self._check_model()
-        code = self.codes(path, autoencoder, source=source)
+        code = self._codes(path, autoencoder, source=source)
         if not all(0 <= j < code.n_columns for j in feature_ids):
             raise ValueError(
                 f"feature_ids must lie in 0 to {code.n_columns - 1}; got {list(feature_ids)}"
@@ -457,8 +532,7 @@ class SubstitutionTest:
         effects = []
         for j in feature_ids:
             on = ((code.words[..., j // 32] >> (j % 32)) & 1).bool()
-            # after the last token of a window nothing is known
-            on[:, -1] = False
+            on &= self._has_next()
             windows = on.any(1).nonzero()[:, 0][:max_windows]
             if len(windows) == 0:
                 effects.append(FeatureEffect(j, 0, None, None, [], []))
@@ -469,6 +543,7 @@ class SubstitutionTest:
 
             states = self._final_states(
                 self.windows[windows],
+                None if self._mask is None else self._mask[windows],
                 lambda off=off: self._spliced(  # type: ignore[misc]
                     path, autoencoder, edit=off, add_error=True, source=source
                 ),
@@ -507,14 +582,43 @@ class SubstitutionTest:
             path,
             autoencoder,
             drop_positions=self.drop_positions,
+            exclude_tokens=self.exclude_tokens,
             max_norm_ratio=self.max_norm_ratio,
             **options,
         )
 
     def _check_model(self) -> None:
         """Refuse a model that is no longer the one whose own distributions are kept here."""
+        now = _users_functions(self.lm)
+        if [id(one) for one in now] != [id(one) for one in self._functions]:
+            raise ValueError(
+                "lm must have the forward hooks that it had when this test was made; some were "
+                "added or removed since: make a new SubstitutionTest"
+            )
         if self.lm.current_revision() != self._revision:
             raise ValueError(
                 "lm must be as it was when this test was made; its weights, settings or adapters "
                 "have changed since: make a new SubstitutionTest"
             )
+
+
+def _users_functions(lm: LanguageModel) -> list[Any]:
+    """Hooks and forwards that were put into a model, but for open splices: these are meant."""
+    found = own_functions(lm.model)
+    return [
+        one for _, one in found if not str(getattr(one, "__module__", "")).startswith("bae_fast.")
+    ]
+
+
+def _standard_error(values: Tensor, group: Tensor) -> float:
+    """The standard error of the mean of values ``[n]`` that are alike within a group; NaN for one.
+
+    Groups of unequal sizes count by their size.
+    """
+    sizes = torch.bincount(group)
+    sums = torch.zeros(len(sizes), dtype=values.dtype).index_add_(0, group, values)
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
+    if len(sizes) < 2:
+        return math.nan
+    gaps = (sums - sizes * values.mean()) / sizes.double().mean()
+    return float((gaps.square().sum() / (len(sizes) - 1) / len(sizes)).sqrt())

@@ -27,9 +27,10 @@ class _Done(Exception):  # noqa: N818 (no error: the way out)
 class Engine:
     """Runs a model and keeps the outputs of some of its modules.
 
-    The outputs are of each module's first call in a pass. A pass ends behind the last of them, so
-    that later blocks and the output head cost nothing. Several threads may run passes at the same
-    time, and passes of others through the same model are left alone.
+    The outputs are of each module's call in a pass; one that stands at several places of the model,
+    and is called more than once, has no one state a token and is refused. A pass ends behind the
+    last module, so that later blocks and the output head cost nothing. Several threads may run
+    passes at the same time, and passes of others through the same model are left alone.
 
     Example::
 
@@ -54,6 +55,8 @@ class Engine:
         if len(set(self.hooks)) < len(self.hooks):
             raise ValueError(f"hooks must name each module once; got {list(hooks)}")
         self._padding = Padding(lm.model)
+        # modules that may be called again behind their first call: one whole pass will tell
+        self._shared = {hook: paths for hook in self.hooks if len(paths := self._places(hook)) > 1}
         self._here = threading.local()
         self._stack = contextlib.ExitStack()
 
@@ -69,11 +72,23 @@ class Engine:
     def __exit__(self, *_exception: object) -> None:
         self._stack.close()
 
+    def _places(self, hook: str) -> list[str]:
+        """Every path at which a module stands."""
+        module = self.lm.model.get_submodule(hook)
+        everywhere = self.lm.model.named_modules(remove_duplicate=False)
+        return [path for path, one in everywhere if one is module]
+
     def _hook(self, name: str) -> Callable[[Any, Any, Any], None]:
         def keep(_module: Any, _arguments: Any, output: Any) -> None:
             found = getattr(self._here, "found", None)
             if found is None:  # a pass that is not ours
                 return
+            if name in found and name in self._shared:
+                raise ValueError(
+                    f"hook={name!r} is called more than once in a pass, as it is also "
+                    f"{', '.join(path for path in self._shared[name] if path != name)}: a module "
+                    "is needed that gives one state a token"
+                )
             found.setdefault(name, first_part(output))
             if self._here.stop and len(found) == len(self.hooks):
                 raise _Done
@@ -91,13 +106,14 @@ class Engine:
             RuntimeError: the call ended and a module was never called.
         """
         found: dict[str, Any] = {}
-        self._here.found, self._here.stop = found, stop
+        self._here.found, self._here.stop = found, stop and not self._shared
         result = None
         try:
             with torch.no_grad(), in_own_dtype(self.lm.device), contextlib.suppress(_Done):
                 result = forward()
         finally:
             self._here.found = None
+        self._shared = {}  # each was called once
         for hook in self.hooks:
             if hook not in found:
                 raise RuntimeError(f"hook={hook!r}: the model's forward never called this module")

@@ -361,24 +361,35 @@ class TextWindows:
         if self.n_windows is not None:
             n = min(n, self.n_windows - self._window)
         body = self.context_size - (self._bos is not None)
-        while self._ready < n * body and self._more():
-            pass
+        self._fill(n * body)
+        begins = self._window == self._used == 0 and self._pieces
+        if begins and self._pieces[0][1][0] == self._bos:  # a text that begins with it has it once
+            self._take(1)
+            self._fill(n * body)
         n = max(min(n, self._ready // body), 0)
+        ids = self._take(n * body)
+        self._window += n
+        out = torch.tensor(ids, dtype=torch.int64).view(n, body)
+        if self._bos is not None:
+            out = torch.cat([torch.full((n, 1), self._bos, dtype=torch.int64), out], dim=1)
+        return out
+
+    def _fill(self, n_tokens: int) -> None:
+        while self._ready < n_tokens and self._more():
+            pass
+
+    def _take(self, n_tokens: int) -> list[int]:
         ids: list[int] = []
-        while len(ids) < n * body:
+        while len(ids) < n_tokens:
             tokens = self._pieces[0][1]
-            part = tokens[self._used : self._used + n * body - len(ids)]
+            part = tokens[self._used : self._used + n_tokens - len(ids)]
             ids += part
             self._used += len(part)
             if self._used == len(tokens):
                 self._pieces.popleft()
                 self._used = 0
         self._ready -= len(ids)
-        self._window += n
-        out = torch.tensor(ids, dtype=torch.int64).view(n, body)
-        if self._bos is not None:
-            out = torch.cat([torch.full((n, 1), self._bos, dtype=torch.int64), out], dim=1)
-        return out
+        return ids
 
     def _more(self) -> bool:
         """Tokenize one more piece; False at the end of the text."""

@@ -10,7 +10,6 @@ bit; removing it costs one slow load.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from bae_fast.files import cache_folder
-from bae_fast.lm.known import Known
+from bae_fast.lm.known import content_digest
 
 # beside the weights: configuration and tokenizer
 _OTHER_BYTES = 64 * 2**20
@@ -102,14 +101,4 @@ def _folder(path: Path, dtype: torch.dtype) -> Path:
 
 def _stem(path: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9.]+", "-", path.stem).strip("-.")[:64]
-    return f"{name}-{_digest(path)[:16]}"
-
-
-def _digest(path: Path) -> str:
-    known = Known("SHA-256", [path])
-    digest = known.value()
-    if digest is None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        known.keep(digest)
-    return digest
+    return f"{name}-{content_digest(path)[:16]}"

@@ -118,11 +118,14 @@ def model_digest(model: nn.Module) -> str:
     weights on one core of an AMD EPYC.
     """
     digest = hashlib.sha256()
+    modules = dict(model.named_modules())
     named = dict((*model.named_parameters(), *model.named_buffers()))
+    made_anew = {f"{path}.{name}" for path in modules for name in _made_anew(modules[path])}
     for name, tensor in named.items():
+        if name in made_anew:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor_digest(tensor))
-    modules = dict(model.named_modules())
     walk = code.Walk(digest.update, tensor_digest, modules.values())
     seen = {id(tensor) for tensor in named.values()}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -135,6 +138,8 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f"{path} {type(module).__qualname__} ".encode())
         for name, value in vars(module).items():
             if name in _NO_SETTING or (name.startswith("_") and name not in _ADAPTER_SETTINGS):
+                continue
+            if f"{path}.{name}" in made_anew:
                 continue
             if isinstance(value, Tensor):
                 settings[name] = tensor_digest(value).hex()
@@ -159,6 +164,17 @@ def model_digest(model: nn.Module) -> str:
     return "parameters-" + digest.hexdigest()[:16]
 
 
+def _made_anew(module: nn.Module) -> list[str]:
+    """Tensors that a module overwrites in every pass, by the length of the text: no weights.
+
+    A rope of two sets of frequencies (Phi-3's long one) puts the one that is in use there.
+    """
+    kinds = getattr(module, "rope_type", None)
+    parts = kinds.items() if isinstance(kinds, dict) else [(None, kinds)]
+    before = ["" if part is None else f"{part}_" for part, kind in parts if kind == "longrope"]
+    return [f"{one}{name}" for one in before for name in ("inv_freq", "long_inv_freq")]
+
+
 def _attention(name: str) -> Any:
     """The function that transformers calls for attention under a name, if it has a register."""
     utilities = sys.modules.get("transformers.modeling_utils")
@@ -179,20 +195,26 @@ def own_hooks(model: nn.Module) -> list[str]:
     Returns:
         ``path: function`` of each, in the model's order; empty for a model as it was loaded.
     """
+    return [said for said, _ in own_functions(model)]
+
+
+def own_functions(model: nn.Module) -> list[tuple[str, Any]]:
+    """The same with the functions themselves, so that one put in another's place is noticed."""
     found = []
     everywhere = nn.modules.module
     for hook in (
         *everywhere._global_forward_hooks.values(),
         *everywhere._global_forward_pre_hooks.values(),
     ):
-        found.append(f"every module: {_function_name(hook)}")
+        found.append((f"every module: {_function_name(hook)}", hook))
     for path, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not f"{_origin(hook)}.".startswith(_LIBRARIES):
-                found.append(f"{path or 'the model'}: {_function_name(hook)}")
+                found.append((f"{path or 'the model'}: {_function_name(hook)}", hook))
         forward = vars(module).get("forward")
         if forward is not None and not f"{_origin(forward)}.".startswith(_WRAPPING_LIBRARIES):
-            found.append(f"{path or 'the model'}: forward = {_function_name(forward)}")
+            said = f"{path or 'the model'}: forward = {_function_name(forward)}"
+            found.append((said, forward))
     return found
 
 

@@ -171,13 +171,16 @@ class Padding:
         table: Any = getattr(self.model, "get_input_embeddings", lambda: None)()
         n_vocabulary = _TRIAL_TEXT + 1 if table is None else table.weight.shape[0]
         ids = torch.arange(1, 1 + _TRIAL_TEXT, device=device)[None] % n_vocabulary
-        n = min(_TRIAL_PADDING, (max_positions(self.model) or 2**30) - _TRIAL_TEXT)
-        padded = torch.nn.functional.pad(ids, (max(n, 1), 0), value=pad)
-        real = torch.arange(padded.shape[1], device=device)[None] >= padded.shape[1] - _TRIAL_TEXT
+        most = max_positions(self.model) or 2**30
+        n_text = max(min(_TRIAL_TEXT, most // 2), 1)
+        ids = ids[:, :n_text]
+        n = max(min(_TRIAL_PADDING, most - n_text), 1)
+        padded = torch.nn.functional.pad(ids, (n, 0), value=pad)
+        real = torch.arange(padded.shape[1], device=device)[None] >= n
 
         def states(ids: Tensor, **options: Tensor) -> Tensor:
             found = self.model(input_ids=ids, use_cache=False, **options)
-            return (found if isinstance(found, Tensor) else found[0])[:, -_TRIAL_TEXT:].float()
+            return (found if isinstance(found, Tensor) else found[0])[:, -n_text:].float()
 
         with running(self.model), in_own_dtype(device):
             alone = states(ids)

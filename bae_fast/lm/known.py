@@ -24,6 +24,21 @@ from bae_fast.files import cache_folder, read_json, write_json
 AT_REST = 5.0
 
 
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, hexadecimal, read once for as long as it is not written.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    known = Known("SHA-256", [path])
+    digest = known.value()
+    if digest is None:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        known.keep(digest)
+    return digest
+
+
 class Known:
     """A value that follows from files and from nothing else but what is named beside them."""
 

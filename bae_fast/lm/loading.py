@@ -24,7 +24,7 @@ import torch
 from bae_fast.devices import has_bfloat16
 from bae_fast.lm import gguf, identity
 from bae_fast.lm.identity import model_digest
-from bae_fast.lm.known import Known
+from bae_fast.lm.known import Known, content_digest
 from bae_fast.lm.logits import Head, body, causal_model
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -438,7 +438,19 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+# of a folder's files those that a model and its tokenizer are made of; a training's own are none
+_MODEL_FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt")
+_TRAINING_FILES = ("optimizer.", "rng_state", "scheduler.", "trainer_state.", "training_args.")
+
+
 def _file_digest(files: list[Path]) -> str:
-    """Names, sizes and times of change: enough to tell that a folder was written anew."""
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return "files-" + hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    """Names and contents of a model's files: weights that took others' place are others.
+
+    Sizes and times would not tell: a copy that keeps times may bring other weights of equal size.
+    """
+    parts = [
+        (f.name, content_digest(f))
+        for f in files
+        if f.suffix in _MODEL_FILES and not f.name.startswith(_TRAINING_FILES)
+    ]
+    return "files-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -93,7 +93,8 @@ def windows(
 
     Windows begin as the tokenizer begins a text: where it puts a beginning-of-text token first
     (Llama, Gemma), so does every window, and `context_size - 1` tokens of text follow; else a
-    window is the text's tokens and nothing else. What is left over at the end is dropped.
+    window is the text's tokens and nothing else. A text that begins with that token itself has it
+    once. What is left over at the end is dropped.
 
     With `n_tokens` only as much of the text is tokenized as they need, and a long text by pieces;
     the tokens are the same.
@@ -125,7 +126,9 @@ def windows(
     bos = bos_to_prepend(tokenizer, prepend_bos)
     body = context_size if bos is None else context_size - 1
     most = None if n_tokens is None else -(-n_tokens // context_size)
-    ids = _first_tokens(tokenizer, text, None if most is None else most * body)
+    ids = _first_tokens(tokenizer, text, None if most is None else most * body + 1)
+    if bos is not None and len(ids) and int(ids[0]) == bos:
+        ids = ids[1:]
     n_windows = len(ids) // body if most is None else min(len(ids) // body, most)
     if n_windows == 0:
         raise ValueError(

@@ -1,5 +1,6 @@
 """An autoencoder inside a running model: which states it replaces, and what that costs."""
 
+import copy
 import importlib.util
 import math
 
@@ -16,7 +17,7 @@ from bae_fast.causal import (
     spliced,
 )
 from bae_fast.causal.splice import norm_bounds
-from bae_fast.lm import load_language_model, standard_library_text
+from bae_fast.lm import harvest, load_language_model, standard_library_text
 from bae_fast.lm import windows as cut
 
 pytest.importorskip("transformers")
@@ -409,6 +410,86 @@ def test_a_feature_switched_off_where_it_is_on(lm, bae, windows):
     assert [token for token, _ in one.gained] == change.topk(3).indices.tolist()
     lost = change.topk(3, largest=False).values.tolist()
     assert [value for _, value in one.lost] == pytest.approx(lost, rel=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_what_is_measured(lm, bae, windows, side):
+    expected = SubstitutionTest(lm, windows).run(PATH, bae)
+    at = (4, 0) if side == "left" else (0, 4)
+    padded = nn.functional.pad(windows, at, value=7)
+    mask = nn.functional.pad(torch.ones_like(windows), at)
+    test = SubstitutionTest(lm, padded, mask=mask)
+    found = test.run(PATH, bae)
+    assert found.n_tokens == expected.n_tokens == 5 * 10
+    for name in ("js_bits", "js_standard_error", "kl_bits", "loss", "loss_zero", "loss_mean"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+    assert len(test.last_token(PATH, bae, [at[0] + 5]).js) == 5
+    with pytest.raises(ValueError, match="positions must be some where a window has text"):
+        test.last_token(PATH, bae, [1 if side == "left" else 13])
+
+
+def test_errors_of_means_follow_the_sizes_of_windows(lm, bae, windows):
+    mask = torch.ones_like(windows)
+    mask[0, 5:] = mask[1, 8:] = 0
+    test = SubstitutionTest(lm, windows, mask=mask)
+    each = [
+        SubstitutionTest(lm, w[None, : int(m.sum())]) for w, m in zip(windows, mask, strict=True)
+    ]
+    parts = [one.run(PATH, bae) for one in each]
+    n = torch.tensor([float(one.n_tokens) for one in parts])
+    js = torch.tensor([one.js_bits for one in parts])
+    mean = float((n * js).sum() / n.sum())
+    error = float((n * (js - mean) / n.mean()).square().sum() / 20) ** 0.5
+    found = test.run(PATH, bae)
+    assert found.js_bits == pytest.approx(mean, rel=1e-4)
+    assert found.js_standard_error == pytest.approx(error, rel=1e-3)
+
+
+def test_special_tokens_are_left_alone_as_a_harvest_drops_them(lm, bae, windows):
+    windows[:, 6] = 60
+    everywhere = SubstitutionTest(lm, windows).run(PATH, bae)
+    with spliced(lm, PATH, bae, exclude_tokens=[60], record=True) as splice:
+        logits(lm, windows)
+    kept = torch.ones_like(windows, dtype=torch.bool)
+    kept[:, 0] = False
+    kept &= windows != 60
+    assert torch.equal(splice.codes[0].row_mask, kept)
+    found = SubstitutionTest(lm, windows, exclude_tokens=[60]).run(PATH, bae)
+    assert found.n_tokens == int(kept[:, :-1].sum()) < everywhere.n_tokens
+    assert found.replaced == pytest.approx(float(kept.double().mean()))
+    with pytest.raises(ValueError, match="windows must hold a token of text"):
+        SubstitutionTest(lm, windows, exclude_tokens=range(61))
+
+
+def test_a_hook_that_was_added_since_is_noticed(lm, bae, windows):
+    test = SubstitutionTest(lm, windows)
+    handle = lm.model.model.layers[1].register_forward_hook(lambda _m, _a, out: out)
+    try:
+        with pytest.raises(ValueError, match="lm must have the forward hooks that it had"):
+            test.run(PATH, bae)
+        with pytest.raises(ValueError, match="make a new SubstitutionTest"):
+            test.codes(PATH, bae)
+        made_with_it = SubstitutionTest(lm, windows)
+        made_with_it.ablated_loss(PATH, bae, "zero")
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match="make a new SubstitutionTest"):
+        made_with_it.ablated_loss(PATH, bae, "zero")
+    with spliced(lm, "model.layers.1", bae):  # two autoencoders at once are meant
+        assert test.run(PATH, bae).js_bits > 0
+
+
+def test_a_module_that_runs_twice_in_a_pass_is_refused(lm, bae, windows, tmp_path):
+    twice = copy.deepcopy(lm)
+    twice.model.model.layers.append(twice.model.model.layers[0])
+    twice.model.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="more than once"), spliced(twice, PATH, bae):
+        logits(twice, windows)
+    with pytest.raises(ValueError, match=r"more than once in a pass, as it is also model.layers.2"):
+        harvest(twice, windows, PATH, folder=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    found = harvest(twice, windows, "model.layers.1", folder=tmp_path, progress=False)
+    assert torch.equal(found.rows, states(lm, windows, "model.layers.1")[:, 1:].reshape(-1, 16))
 
 
 def test_bad_windows_and_features_are_named(lm, bae, windows):

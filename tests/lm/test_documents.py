@@ -109,6 +109,30 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text():
     assert read[:, 1:].flatten().tolist() == want[: len(want) // 6 * 6]
 
 
+class MarkedTokenizer(BeginningTokenizer):
+    """One whose beginning token may be written in a text, as ^."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        marked = [
+            1 if c == "^" else i for c, i in zip(text, TOKENIZER(text)["input_ids"], strict=True)
+        ]
+        return {"input_ids": [1, *marked] if add_special_tokens else marked}
+
+
+@pytest.mark.parametrize("n", [1, 2, 100])
+def test_a_text_that_begins_with_the_beginning_token_has_it_once(n):
+    def text(first):
+        documents = [first + "abcdefghijk", "^lmnop"]
+        return TextWindows(MarkedTokenizer(), DatasetText([{"text": t} for t in documents]), 7)
+
+    marked, plain = text("^"), text("")
+    for _ in range(4):
+        got = marked.read(n)
+        assert torch.equal(got, plain.read(n))
+        state, marked = marked.state_dict(), text("^")
+        marked.load_state_dict(state)
+
+
 def test_a_number_of_windows_ends_the_text():
     text = TextWindows(TOKENIZER, DatasetText([{"text": t} for t in texts()]), 7, n_windows=3)
     assert [len(text.read(2)) for _ in range(3)] == [2, 1, 0]

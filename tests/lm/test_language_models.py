@@ -233,6 +233,29 @@ def test_every_text_of_a_packed_sequence_has_a_first_token(tokenizer):
         assert splice.codes[0].row_mask[0].tolist() == expected
 
 
+@pytest.mark.parametrize("form", ["bool", "added", "a dict"])
+def test_a_mask_of_every_pair_of_tokens_tells_where_texts_begin(form, tokenizer):
+    kind = "gemma3" if form == "a dict" else "llama"  # which has two kinds of attention
+    model, bae = model_of(kind, tokenizer), bf.BinaryAutoencoder(WIDTH, 64)
+    ids = torch.randint(3, 200, (1, 9), generator=torch.Generator().manual_seed(0))
+    text = torch.tensor([-1, -1, 0, 0, 0, 0, 1, 1, 1])  # two of padding, then two texts
+    sees = (text[:, None] == text).tril() & (text >= 0)
+    mask = (sees | torch.eye(9, dtype=torch.bool))[None, None]
+    if form != "bool":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    if form == "a dict":
+        mask = {"full_attention": mask, "sliding_attention": mask}
+    for which in (None, "last"):
+        with (
+            spliced(model, "model.layers.1", bae, mask=which, record=True) as splice,
+            torch.no_grad(),
+        ):
+            model(input_ids=ids, attention_mask=mask)
+        firsts = torch.tensor([True, True, True, False, False, False, True, False, False])
+        expected = ~firsts if which is None else torch.arange(9) == 8
+        assert torch.equal(splice.codes[0].row_mask[0], expected)
+
+
 def test_a_model_in_double_precision_is_harvested_and_spliced(tokenizer, tmp_path):
     model = model_of("llama", tokenizer).double()
     lm = LanguageModel(model, tokenizer, "llama", "llama", torch.float64, WIDTH)
@@ -551,6 +574,20 @@ def test_a_shared_prefix_is_not_used_where_the_rope_follows_the_length(tokenizer
         for share in (False, True)
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    assert lm.current_revision() == lm.revision  # a longer text puts other frequencies there
+    model.model.rotary_emb.original_inv_freq.mul_(0.5)
+    assert lm.current_revision() != lm.revision
+
+
+def test_padding_is_tried_on_models_of_few_positions(tokenizer, tmp_path):
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **{**_GPT2, "n_positions": 6})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    lm = lm_of("gpt2", tokenizer, model)
+    tokens = windows(tokenizer, TEXT, 4, n_tokens=16)
+    padded, mask = _padded(tokens, 2)
+    rows = rows_of(lm, padded, tmp_path, mask=mask)
+    torch.testing.assert_close(rows, own_rows(model, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_states_take_part_in_autograd_and_may_be_changed(tokenizer):
@@ -621,6 +658,8 @@ def test_bos_is_put_first_where_the_tokenizer_asks_for_it(tokenizer, tmp_path):
     assert (asks_for_bos(asking), asks_for_bos(tokenizer)) == (True, False)
     assert windows(asking, TEXT, 16, n_tokens=64)[:, 0].tolist() == [1] * 4
     assert 1 not in windows(asking, TEXT, 16, n_tokens=64, prepend_bos=False)
+    again = windows(asking, "<s>" + TEXT, 16, n_tokens=64)  # a text that has it by itself
+    assert torch.equal(again, windows(asking, TEXT, 16, n_tokens=64))
     lm = lm_of("llama", asking)
     assert prompt_tokens(lm, ["a cat"])[0][0] == 1
     assert prompt_tokens(lm, ["a cat"], prepend_bos=False)[0][0] != 1
