@@ -557,6 +557,16 @@ class _Harvest:
             check_ids(self.capture.lm.model, tokens, "text")
         return tokens
 
+    def _ends(self, tokens: Tensor) -> bool:
+        """Whether the text, read up to the end of these windows of a shard, ends with them."""
+        if len(tokens) < self.shard_windows:
+            return True
+        here = self.text.state_dict()
+        try:
+            return not len(self.text.read(1))
+        finally:
+            self.text.load_state_dict(here)
+
     def _candidates(self, tokens: Tensor) -> Iterator[Candidates]:
         batches = tokens.split(self.batch_size)
         kind = self.capture.lm.device.type
@@ -568,8 +578,8 @@ class _Harvest:
         text_state = self.text.state_dict()
         parts = []
         with contextlib.ExitStack() as stack:
-            ends_here = len(tokens) < self.shard_windows
-            first_norms = number == 0 and (ends_here or tokens.numel() >= LIMIT_TOKENS)
+            enough = tokens.numel() >= LIMIT_TOKENS
+            first_norms = number == 0 and (enough or self._ends(tokens))
             if first_norms:  # others that want the limits wait for them
                 stack.enter_context(self._lock("limits", wait=False))
             paths = {hook: self.folder / hook / shard_name(number) for hook in self.capture.hooks}

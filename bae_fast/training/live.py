@@ -103,7 +103,8 @@ class LiveSupply:
     Rows are dropped as :func:`bae_fast.lm.harvest_shards` drops them. Their numbers count on where
     the text begins again.
 
-    Memory: ``buffer_rows`` rows of every hook, shared among the ranks, and the passes ahead.
+    Memory: ``buffer_rows`` rows of every hook, shared among the ranks, and the passes ahead: at
+    most ``ahead`` and one for every stream of the rank.
 
     Example::
 
@@ -356,7 +357,8 @@ class LiveSupply:
             )
         total = each * len(self._streams)
         a_pass = self.batch_size * (self.text.context_size - self.capture.drop_positions)
-        self._ensure_thread(self.ahead + -(-total // a_pass))
+        # a pass fills one stream, so that all streams' passes come due at nearly the same batch
+        self._ensure_thread(self.ahead + max(-(-total // a_pass), len(self._streams)))
         self._fill()
         x = {h: torch.empty(total, d, dtype=self._dtype) for h, d in self.widths.items()}
         ids = torch.empty(total, dtype=torch.int64)

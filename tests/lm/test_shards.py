@@ -71,6 +71,12 @@ def test_all_hooks_come_of_one_pass_and_norms_too_where_the_first_shard_has_enou
     assert lm.model.calls == sum(-(-n // 3) for n in [8] * 6 + [2]) + again
 
 
+def test_a_text_that_fills_its_only_small_shard_is_read_once(tmp_path):
+    lm = places_lm()
+    cache = made(tmp_path, lm, tokens(8))
+    assert (cache.n_windows, len(cache.shards), lm.model.calls) == (8, 1, 3)
+
+
 def test_the_norm_limit_is_that_of_a_harvest_and_a_row_goes_for_all_hooks(tmp_path):
     lm, text = places_lm(), tokens()
     lm.model.first.weight[7] *= 100

@@ -140,6 +140,18 @@ def test_the_model_runs_while_the_caller_works(supplies):
     handle.remove()
 
 
+def test_the_thread_works_ahead_for_every_stream(supplies):
+    """The streams' passes come due together; the trainer must not wait for all but the first."""
+    lm, ran = places_lm(), threading.Semaphore(0)
+    supply = supplies(lm=lm, buffer_rows=64, ahead=1, max_norm_ratio=float("inf"))
+    supply.sample(1, 0)
+    handle = lm.model.second.register_forward_pre_hook(lambda *_: ran.release())
+    supply.next(4)
+    for _ in range(4 + 1 + 4):  # the first of every stream, one ahead, and one for every stream
+        assert ran.acquire(timeout=10)
+    handle.remove()
+
+
 def test_the_thread_stops_where_nobody_takes_rows(supplies):
     lm = places_lm()
     supply = supplies(lm=lm, buffer_rows=64, ahead=3, max_norm_ratio=float("inf"))
