@@ -9,6 +9,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.pairs import pair_counts
 
 # rows decoded or encoded densely at a time
 _ROW_BLOCK = 8192
@@ -173,11 +174,20 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
     dtype = torch.promote_types(bae.W_dec.dtype, torch.float32)
     system = torch.zeros(f + 1, f + 1, dtype=torch.float64, device=bae.W_dec.device)
     moment = torch.zeros(f + 1, d, dtype=torch.float64, device=bae.W_dec.device)
+    columns = torch.arange(f, device=bae.W_dec.device)
     for block in x.split(_ROW_BLOCK):
         block = block.to(bae.W_dec.device, bae.W_dec.dtype)
+        code = bae.encode(block)
         values = torch.ones(len(block), f + 1, dtype=dtype, device=bae.W_dec.device)
-        values[:, :f] = bae.encode(block).values(dtype)
-        system += values.T @ values
+        values[:, :f] = code.values(dtype)
+        if code.n_bits == 1:  # integers either way, and fewer operations where few bits are on
+            counts = code.counts().double()
+            system[:f, :f] += pair_counts(code, columns)
+            system[f, :f] += counts
+            system[:f, f] += counts
+            system[f, f] += len(block)
+        else:
+            system += values.T @ values
         moment += values.T @ bae.normalize(block).to(dtype)
     system.diagonal().add_(ridge * len(x))
     solution = torch.cholesky_solve(moment, torch.linalg.cholesky(system))

@@ -245,11 +245,12 @@ def test_revival_points_dead_features_at_the_worst_rows_and_clears_their_state()
     assert optimizer.state[bae.W_enc]["exp_avg"][:, live].any()
 
 
-def test_the_refit_is_the_least_squares_decoder_and_changes_no_bit():
+@pytest.mark.parametrize("density", [0.2, 0.03])  # counted as a product, and by their ones
+def test_the_refit_is_the_least_squares_decoder_and_changes_no_bit(density):
     x = synthetic(n=9000)  # more than one block
     bae = module(x).double()
     x = x.double()
-    init_from_rows_(bae, x, 0.1, decoder_norm=0.5)
+    init_from_rows_(bae, x, density, decoder_norm=0.5)
     code = bae.encode(x)
     before = fvu(bae, x)
     refit_decoder_(bae, x, ridge=0.0)
