@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "backends" / "triton_compile_worker.py"
 # of the tables of tile sizes; sm_86 is compiled for 8.9
 TRITON_CHIPS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-CUDA_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90")
+CUDA_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
 # matrix instructions by their names in a row of the worker
 PRODUCTS = ("wgmma", "tcgen05", "mma")
 
@@ -65,14 +65,15 @@ def _of_triton(row: dict[str, Any], chip: str, version: str) -> dict[str, Any]:
 def by_nvrtc(chip: str) -> list[dict[str, Any]]:
     """Rows of CUDA's kernels for one chip, by the tools that triton brings."""
     from bae_fast.kernels_cuda import nvrtc
-    from bae_fast.kernels_cuda.covariance import KERNELS
+    from bae_fast.kernels_cuda.covariance import KERNELS, PANEL_KERNELS
 
+    kernels = PANEL_KERNELS if chip.endswith("a") else KERNELS
     triton = importlib.util.find_spec("triton")
     if triton is None or not triton.submodule_search_locations:
         raise RuntimeError("the package triton, which brings cuobjdump, is not installed")
     binaries = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin"
     rows = []
-    for source in dict.fromkeys(kernel.source for kernel in KERNELS):
+    for source in dict.fromkeys(kernel.source for kernel in kernels):
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernels.cubin"
             cubin.write_bytes(nvrtc.compile_cubin(source, *nvrtc.read_sources(source), chip))
@@ -85,7 +86,7 @@ def by_nvrtc(chip: str) -> list[dict[str, Any]]:
         numbers = dict(re.findall(r"Function (\w+):\s*\n\s*(.*)", usage))
         parts = re.split(r"\.text\.(\w+):", sass)
         code = dict(zip(parts[1::2], parts[2::2], strict=True))
-        for kernel in (kernel for kernel in KERNELS if kernel.source == source):
+        for kernel in (kernel for kernel in kernels if kernel.source == source):
             use = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", numbers[kernel.name])}
             moved = len(re.findall(r"\b(?:STL|LDL)\b", code[kernel.name]))
             rows.append(
@@ -96,8 +97,8 @@ def by_nvrtc(chip: str) -> list[dict[str, Any]]:
                     "registers": use["REG"],
                     "shared": kernel.shared_bytes,
                     "spills": moved + use["STACK"] + use["LOCAL"],
-                    "products": len(re.findall(r"\bBMMA\b", code[kernel.name])),
-                    "instruction": "b1",
+                    "products": len(re.findall(r"\bBG?MMA\b", code[kernel.name])),
+                    "instruction": "wgmma b1" if kernel.family else "b1",
                 }
             )
     return rows

@@ -6,14 +6,14 @@ It runs from a plain checkout: the kernels are found in its folders where nothin
 
 Checks come first: each operator and the whole layer of each implementation in fp32, bf16 and fp16,
 on odd shapes, several densities, constant and equal columns, ties; decode again and again on one
-input, its bits compared. Then a step, its kernels by a profiler, and the small checks once more
-under ``compute-sanitizer``. Then, the most telling first, whole steps and operators against the
-dense program in bf16; the covariance against int8 products; steps replayed from a CUDA graph; the
-tests that need a device; last the compiled dense program. Every timed call is checked on its own
-inputs before, and one that is wrong has no figure; a side of which an operator was refused in the
-checks is timed all the same, and marked. Times are the device's, by events, the L2 cache
-overwritten before every call and the host ahead; peaks are above what is there between steps: x,
-parameters, gradients, optimizer.
+input, its bits compared; the pairs by wgmma, which wait for this, at the edges of their sizes. Then
+a step, its kernels by a profiler, and the small checks once more under ``compute-sanitizer``. Then,
+the most telling first, whole steps and operators against the dense program in bf16; the covariance
+against int8 products; steps replayed from a CUDA graph; the tests that need a device; last the
+compiled dense program. Every timed call is checked on its own inputs before, and one that is wrong
+has no figure; a side of which an operator was refused in the checks is timed all the same, and
+marked. Times are the device's, by events, the L2 cache overwritten before every call and the host
+ahead; peaks are above what is there between steps: x, parameters, gradients, optimizer.
 
 The whole ends within ``--seconds``: a case is not begun where its kind has shown that it would not
 fit, and one process watches another that works. A kernel that ends that process or hangs costs the
@@ -47,6 +47,7 @@ import bae_fast as bf
 from bae_fast.codes import ENV_SIGN_PLANES
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.ops import registry
+from bae_fast.ops.nvidia import ENV_PAIRS
 from bae_fast.ops.products import ENV_SCRATCH
 from bae_fast.packing import pack_rows
 from bae_fast.surrogates import SURROGATES
@@ -71,6 +72,15 @@ DEAD = 75
 SPARSE = 5e-4
 # a decode that is repeated on one input
 REPEATS = 50
+# the covariance of impl="cuda" with its pairs by wgmma, and (N, F) at which it is checked: one
+# feature, edges of panels and of tiles of 1024 rows, blocks with many tiles, the most rows; and how
+# often each is made
+PANELS = "cuda wgmma"
+PANEL_SHAPES = [
+    (2, 1), (33, 129), (1024, 128), (1025, 300), (4096, 4096), (4097, 2500), (6000, 5000),
+    (8192, 4096),
+]  # fmt: skip
+PANEL_REPEATS = 5
 # cycles of a kernel that keeps the device busy while the host starts what is timed, half a
 # millisecond
 SLEEP = 1_000_000
@@ -161,6 +171,8 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
         for o in operators.OPERATORS
         for density in operators.DENSITIES
     ]
+    if "cuda" in impls:
+        found += [{"kind": "panels"}]
 
     first, *rest = plan.densities
     found += [of("repeat", plan.head, impl=impl, density=first) for impl in impls]
@@ -357,6 +369,54 @@ def check_many_rows(impl: str, n: int = 50_000, f: int = 70) -> None:
         raise WrongResultError(f"covariance of {n} rows: the numerator or the signs")
 
 
+def check_panels(
+    covariance: Callable[..., tuple[Tensor, Tensor]],
+    shapes: list[tuple[int, int]] = PANEL_SHAPES,
+) -> int:
+    """Numerators and planes of pairs by wgmma, each several times; how many.
+
+    They are integers and bits: equal to float64's, and to those by mma.sync.
+
+    Args:
+        covariance: the operator of impl="cuda".
+
+    Raises:
+        WrongResultError: they are not.
+    """
+    for n, f in shapes:
+        torch.manual_seed(n + f)
+        dense = torch.rand(n, f) < torch.rand(f)
+        dense[:, :: max(f // 5, 1)] = False  # constant columns, and one that is the opposite
+        dense[:, f - 1] = ~dense[:, f // 2]
+        words, counts = pack_rows(dense), dense.sum(0)
+        right = exact.pair_values(dense.float(), slice(None))
+        numerator = int(right.abs().sum())  # below 2^53: exact
+        planes = torch.stack([pack_rows(right > 0), pack_rows(right < 0)])
+        for form, times in (("mma", 1), ("wgmma", PANEL_REPEATS)):
+            for repeat in range(times):
+                with variables(**{ENV_PAIRS: form}):
+                    got, signs = covariance(words, counts, torch.tensor(n), True)
+                    alone, _ = covariance(words, counts, torch.tensor(n), False)
+                where = f"pairs by {form} of {n} rows and {f} features, call {repeat + 1}"
+                if int(got) != numerator or int(alone) != numerator:
+                    raise WrongResultError(
+                        f"{where}: {int(got)} with signs and {int(alone)} without; "
+                        f"should be {numerator}"
+                    )
+                if not torch.equal(signs, planes):
+                    wrong = int((signs != planes).sum())
+                    raise WrongResultError(f"{where}: {wrong} words of signs of {signs.numel()}")
+    return len(shapes) * PANEL_REPEATS
+
+
+def panels_unavailable(device: str) -> str | None:
+    """Why impl="cuda" makes no pairs by wgmma here, or None."""
+    reasons = registry.reasons_against("cuda", request_of(device))
+    if not reasons and torch.cuda.get_device_capability() != (9, 0):
+        reasons = ["compute capability 9.0 alone has the instruction"]
+    return "; ".join(reasons) if reasons else None
+
+
 # -- comparisons -------------------------------------------------------------------------------
 
 PAIRS_BLOCK = 8192
@@ -407,6 +467,13 @@ def pairs(n: int, f: int, density: float, impls: list[str]) -> Comparison:
 
     sides = {"int8": Side(numerator), "int8 counts": Side(only_counts)}
     sides |= {impl: packed(impl) for impl in impls}
+    if "cuda" in impls and panels_unavailable(words.device.type) is None:
+
+        def by_panels() -> Any:
+            with variables(**{ENV_PAIRS: "wgmma"}):
+                return sides["cuda"].run()
+
+        sides[PANELS] = Side(by_panels)
     case = {"n": n, "f": f, "density": density}
     return Comparison(case, sides, check, ours.work | {"bytes": 4.0 * words.numel()})
 
@@ -809,8 +876,10 @@ def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
     needed = "covariance" if case["kind"] == "pairs" else case.get("operator")
     for row in rows:
         operator = row["case"].get("operator")
-        if row["case"]["kind"] not in ("layer", "check", "repeat"):
+        if row["case"]["kind"] not in ("layer", "check", "repeat", "panels"):
             continue
+        if row["case"]["kind"] == "panels":
+            operator = "covariance"
         if row["case"]["kind"] == "repeat":
             operator = "decode"
         if not (whole or operator == needed):
@@ -820,6 +889,15 @@ def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
             wrong |= {f"{name} bf16" for name in wrong}
         found |= wrong
     return found
+
+
+def refuse(row: Case, side: str, error: Exception) -> None:
+    """Note what a check of a side raised."""
+    text = first_line(error)
+    if not isinstance(error, WrongResultError):
+        text = f"{type(error).__name__}: {text}"
+    row["sides"][side] = {"refused": text}
+    print(f"{name_of(row['case'])}: refused: {text}", flush=True)
 
 
 def run_case(
@@ -845,6 +923,19 @@ def run_case(
     elif kind == "tests":
         note("pytest")
         row["sides"]["pytest"] = run_tests(min(seconds_left() - 1, STALL - 10))
+    elif kind == "panels":
+        note(PANELS)
+        reason = panels_unavailable(machine.device)
+        if reason is not None:
+            row["sides"][PANELS] = {"unavailable": reason}
+            return True
+        try:
+            with torch.device(machine.device):
+                same = check_panels(registry.BACKENDS["cuda"].ops["covariance"])
+            row["sides"][PANELS] = {"checked": same}
+        except Exception as error:
+            refuse(row, PANELS, error)
+            return machine.answers()
     elif kind == "profile":
         note(case["impl"])
         shape = (case["n"], case["d"], case["f"])
@@ -875,11 +966,7 @@ def run_case(
                 if dtype == "fp32":
                     check_many_rows(impl)
         except Exception as error:
-            text = first_line(error)
-            if not isinstance(error, WrongResultError):
-                text = f"{type(error).__name__}: {text}"
-            row["sides"][name] = {"refused": text}
-            print(f"{name_of(case)}: refused: {text}", flush=True)
+            refuse(row, name, error)
             return machine.answers()
     else:
         timed = kind != "check"

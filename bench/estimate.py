@@ -20,6 +20,8 @@ class Rates(NamedTuple):
         half: multiply-adds of bfloat16 products, 0.7 of the 989 TFLOP/s that the maker states.
         int8: of int8 products by Triton with operands unpacked in registers, 0.4 of 1,979 Top/s.
         bits: of 1-bit products by mma.sync, whose rate no one states: ``ops.nvidia`` assumes it.
+        wgmma: of 1-bit products by wgmma: an instruction has as many bytes as one of int8 and is
+            taken to last as long, so eight times the maker's 1,979 Top/s, and half of that.
         bytes: of memory, 0.8 of 4.8 TB/s.
         host: starts of a kernel or operator from Python.
         device: the same by the device, which the host or a graph has told before.
@@ -28,18 +30,22 @@ class Rates(NamedTuple):
     half: float = 0.7 * 989e12 / 2
     int8: float = 0.4 * 1979e12 / 2
     bits: float = 2e15
+    wgmma: float = 0.5 * 8 * 1979e12 / 2
     bytes: float = 0.8 * 4.8e12
     host: float = 1 / 6e-6
     device: float = 1 / 1e-6
 
 
 SHAPES = [(512, 1024, 4096), *launches.SHAPES, (4096, 4096, 65536)]
+# with pairs by wgmma, for those that take them
+PANELS = "cuda, wgmma"
 PARTS = ("products", "pairs", "B S", "moved", "optimizer")
 
 
 def parts(impl: str, n: int, d: int, f: int, rates: Rates) -> dict[str, float]:
     """Seconds of a step's parts."""
-    one_bit = impl == "cuda"
+    one_bit = impl != "triton"
+    bits = rates.wgmma if impl == PANELS else rates.bits
     pairs, signs = n * f * f / 2, float(n * f * f)
     numbers = 2.0 * d * f  # of the two weights
     moved = (
@@ -51,7 +57,7 @@ def parts(impl: str, n: int, d: int, f: int, rates: Rates) -> dict[str, float]:
     )
     return {
         "products": 5 * n * d * f / rates.half,
-        "pairs": pairs / (rates.bits if one_bit else rates.int8),
+        "pairs": pairs / (bits if one_bit else rates.int8),
         # two planes by 1-bit products; int8 holds -1, 0 and 1
         "B S": 2 * signs / rates.bits if one_bit else signs / rates.int8,
         "moved": moved / rates.bytes,
@@ -62,11 +68,13 @@ def parts(impl: str, n: int, d: int, f: int, rates: Rates) -> dict[str, float]:
 def run(only: str = "", seconds: float = 0.0) -> dict[str, Any]:
     """Every shape by both implementations; nothing is timed."""
     rates, rows = Rates(), []
-    for (n, d, f), impl in ((shape, impl) for shape in SHAPES for impl in launches.KERNELS):
+    impls = (*launches.KERNELS, PANELS)
+    for (n, d, f), impl in ((shape, impl) for shape in SHAPES for impl in impls):
         if only not in f"{impl}-{n}-{d}-{f}":
             continue
-        counts = launches.count(impl, n, d, f)
+        counts = launches.count("cuda" if impl == PANELS else impl, n, d, f)
         starts = sum(sum(counter.values()) for counter in counts.values())
+        starts += impl == PANELS  # the bits are put into tiles
         found = parts(impl, n, d, f, rates)
         device = sum(found.values()) + starts / rates.device
         rows.append(
@@ -93,6 +101,7 @@ def table(result: dict[str, Any]) -> str:
     return tables.markdown(header, lines) + (
         "\n\nMilliseconds by arithmetic, not run on a device. Assumed of an H200, a second: "
         f"{rates['half']:.2g} multiply-adds in bfloat16, {rates['int8']:.2g} in int8, "
-        f"{rates['bits']:.2g} of bits, {rates['bytes']:.2g} bytes; a start takes the host "
-        f"{1e6 / rates['host']:.0f} µs and the device {1e6 / rates['device']:.0f} µs."
+        f"{rates['bits']:.2g} of bits ({rates['wgmma']:.2g} by wgmma), {rates['bytes']:.2g} bytes; "
+        f"a start takes the host {1e6 / rates['host']:.0f} µs and the device "
+        f"{1e6 / rates['device']:.0f} µs."
     )

@@ -15,7 +15,8 @@ import torch
 
 from bae_fast.files import read_json, write_json
 from bae_fast.ops import registry
-from bench import checkout, device, eager
+from bae_fast.packing import pack_rows, unpack_rows
+from bench import checkout, device, eager, exact
 from bench.__main__ import main
 
 # what a worker's process runs: the command itself, with a fault where it is asked for
@@ -388,6 +389,58 @@ def test_a_case_that_would_not_fit_is_left_out_and_said(worked):
     assert "expected" in left_out["reason"]
     assert not result["complete"]
     assert "left out for time: 1" in device.table(result)
+
+
+def _covariance(wrong=None, asked=None):
+    """A stand-in for the operator of impl="cuda"; ``wrong`` changes what wgmma makes."""
+
+    def covariance(words, counts, n_rows, keep_signs):
+        form = os.environ.get("BAE_FAST_CUDA_PAIRS")
+        if asked is not None:
+            asked.append(form)
+        dense = unpack_rows(words, len(counts), torch.float32)
+        v = exact.pair_values(dense, slice(None))
+        numerator = v.abs().sum().long()
+        signs = torch.stack([pack_rows(v > 0), pack_rows(v < 0)])
+        signs = signs if keep_signs else signs.new_empty(0)
+        if form == "wgmma" and wrong is not None:
+            numerator, signs = wrong(numerator, signs.clone())
+        return numerator, signs
+
+    return covariance
+
+
+def _one_sign(numerator, signs):
+    if signs.numel():
+        signs.view(-1)[-1] ^= 1
+    return numerator, signs
+
+
+def test_pairs_by_wgmma_are_checked_against_exact_ones_and_against_mma():
+    shapes, asked = [(2, 1), (33, 129), (70, 300)], []
+    assert device.check_panels(_covariance(asked=asked), shapes) == 3 * device.PANEL_REPEATS
+    assert asked.count("mma") == 6
+    assert asked.count("wgmma") == 6 * device.PANEL_REPEATS
+    assert "BAE_FAST_CUDA_PAIRS" not in os.environ
+    with pytest.raises(device.WrongResultError, match=r"by wgmma of 2 rows .* call 1: "):
+        device.check_panels(_covariance(lambda numerator, signs: (numerator + 1, signs)), shapes)
+    with pytest.raises(device.WrongResultError, match="1 words of signs"):
+        device.check_panels(_covariance(_one_sign), shapes)
+
+
+def test_wrong_pairs_by_wgmma_are_marked_where_they_are_timed():
+    rows = [{"case": {"kind": "panels"}, "sides": {device.PANELS: {"refused": "off"}}}]
+    assert device.spoiled(rows, case("pairs", density=0.5)) == {device.PANELS}
+    assert device.spoiled(rows, DECODE) == set()
+
+
+def test_where_no_device_has_wgmma_the_case_says_so(worked):
+    kinds = [each["kind"] for each in device.cases(device.FULL, ["triton", "cuda"], "cuda")]
+    assert kinds.index("panels") < kinds.index("pairs")
+    assert "panels" not in [each["kind"] for each in device.cases(device.FULL, ["triton"], "cuda")]
+    _, result = worked({"kind": "panels"})
+    (row,) = result["rows"]
+    assert row["sides"][device.PANELS]["unavailable"]
 
 
 def test_a_wrong_covariance_spoils_the_steps_of_its_implementation():

@@ -25,7 +25,12 @@ def _last_words():
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
-    for name in ("BAE_FAST_IMPL", "BAE_FAST_SCRATCH_MB", "BAE_FAST_SIGN_PLANES_MB"):
+    for name in (
+        "BAE_FAST_IMPL",
+        "BAE_FAST_SCRATCH_MB",
+        "BAE_FAST_SIGN_PLANES_MB",
+        "BAE_FAST_CUDA_PAIRS",
+    ):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     threads = torch.get_num_threads()

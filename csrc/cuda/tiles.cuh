@@ -96,6 +96,13 @@ BAE_FAST_BOTH constexpr TileAt triangle_tile(int block, int k) {
   return {side - 1 - i, side - 1 - i + offset - here};
 }
 
+// The tile that comes next in the order of triangle_tile, for who takes several in turn.
+BAE_FAST_BOTH constexpr TileAt next_tile(TileAt tile, int side) {
+  if (tile.j + 1 < side) return {tile.i, tile.j + 1};
+  const int i = 2 * tile.i + 1 < side ? side - 1 - tile.i : side - tile.i;
+  return {i, i};
+}
+
 // Tile of a block in a matrix of tiles: groups of 8 rows share their columns in the outer cache.
 BAE_FAST_BOTH constexpr TileAt grouped_tile(int block, int rows, int columns) {
   constexpr int kGroup = 8;
@@ -133,5 +140,45 @@ constexpr int kSignWords = 2 * PairShape::kRows * kTileWords;
 constexpr int kCountsAt = kSignWords;  // in words: counts of the tile's rows, then of its columns
 constexpr int kSumsAt = kCountsAt + 2 * (PairShape::kRows + PairShape::kColumns);
 static_assert((kSumsAt + 2 * PairShape::kWarps) * 4 <= PairShape::kSharedBytes, "");
+
+// ---- operands of asynchronous products (panels.cu)
+// ------------------------------------------------
+
+// Feature-packed bits lie in tiles of 128 features x 1024 bits: all tiles of 128 features one after
+// the other, in each 128 bytes a feature, whose eight chunks of 16 bytes change places with the
+// feature. That is the order in which a product with the swizzle of 128 bytes reads shared memory,
+// so that a tile is copied as it lies.
+constexpr int kPanelRows = 128;
+constexpr int kTileRowWords = 32;                         // 1024 bits of a feature
+constexpr int kTileChunks = kTileRowWords / kChunkWords;  // of a feature, 8
+constexpr int kFeatureTileWords = kPanelRows * kTileRowWords;
+constexpr int kFeatureTileBytes = 4 * kFeatureTileWords;  // 16 KiB
+
+// Word where a chunk of a feature starts in its tile.
+BAE_FAST_BOTH constexpr int tile_chunk_at(int row, int chunk) {
+  return row * kTileRowWords + (chunk ^ (row & 7)) * kChunkWords;
+}
+
+// Shared memory of a block in tiles: its left panel with all bits, the rest stages of right ones.
+constexpr int kPanelTiles = 12;
+constexpr int kMostStages = 8;
+constexpr int kMostPanelTiles = 8;  // 8192 bits, and four stages are left
+BAE_FAST_BOTH constexpr int panel_stages(int tiles) {
+  return kPanelTiles - tiles < kMostStages ? kPanelTiles - tiles : kMostStages;
+}
+constexpr int kConsumers = 2;           // warpgroups that multiply, and one that copies
+constexpr int kWarpgroup = 4 * kLanes;  // threads
+constexpr int kPanelThreads = (kConsumers + 1) * kWarpgroup;
+
+// Behind the tiles, in words: signs of a tile and counts of its columns for each consumer,
+// barriers.
+constexpr int kPanelSignsAt = kPanelTiles * kFeatureTileWords;
+constexpr int kPanelSignWords = 2 * kPanelRows * (kPanelRows / kWordBits);
+constexpr int kPanelCountsAt = kPanelSignsAt + kConsumers * kPanelSignWords;
+constexpr int kPanelBarriersAt = kPanelCountsAt + kConsumers * kPanelRows;
+constexpr int kPanelBarriers = 2 * kMostStages + 2 + kConsumers;
+// swizzles go by addresses, and the start of shared memory is promised to 16 bytes alone
+constexpr int kPanelSharedBytes = 4 * (kPanelBarriersAt + 2 * kPanelBarriers) + 1024;
+static_assert(kPanelSharedBytes <= 227 * 1024, "a block of compute capability 9.0");
 
 }  // namespace bae_fast

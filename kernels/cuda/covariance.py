@@ -2,23 +2,33 @@
 
 Names, arguments and results are those of :mod:`bae_fast.kernels.covariance`; the numbers are the
 same to the last bit. Tile sizes and shared memory repeat ``csrc/cuda/tiles.cuh``; a test compares.
+
+The pairs have a second form for compute capability 9.0, by asynchronous products. No device has
+shown it, so that it is taken where ``BAE_FAST_CUDA_PAIRS`` says ``wgmma`` and nowhere else.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
 
 from bae_fast.kernels.covariance import INT32_ROWS, from_digits
-from bae_fast.kernels.launch import cdiv, dense_rows
+from bae_fast.kernels.launch import cdiv, dense_rows, multiprocessors
 from bae_fast.kernels_cuda import driver
 from bae_fast.kernels_cuda.driver import Kernel
+from bae_fast.ops.nvidia import ENV_PAIRS
 from bae_fast.packing import n_words
 
 # rows and columns of a block's tile, its shared memory in bytes and its threads
 PAIRS = (128, 128, 49152, 128)
 SIGNS = (256, 128, 98304, 256)
 COUNT_DIGITS = (64, 128, 61440, 256)
+# features of a panel, words of a feature in a tile, shared memory in bytes, threads
+PANELS = (128, 32, 207008, 384)
+# rows of a panel that stays in shared memory
+PANEL_ROWS = 8192
 
 _PAIRS = "pqilllpqqiiiip"
 COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE = (
@@ -28,6 +38,9 @@ COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE = (
 SIGN_PRODUCT = Kernel("sign_product.cu", "sign_product", *SIGNS[2:], "pqipqqiiillffqp")
 DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", *COUNT_DIGITS[2:], "pqipqqiiipqp")
 KERNELS = (COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE, SIGN_PRODUCT, DIGIT_PRODUCT)
+FEATURE_TILES = Kernel("panels.cu", "feature_tiles", 0, 256, "pqiiipp", "a")
+PANEL_COVARIANCE = Kernel("panels.cu", "panel_covariance", *PANELS[2:], "plllpqqiiiip", "a")
+PANEL_KERNELS = (FEATURE_TILES, PANEL_COVARIANCE)
 
 
 def triangle_tiles(k: int) -> int:
@@ -68,6 +81,54 @@ def _pairs(
     )
 
 
+def asynchronous(device: torch.device) -> bool:
+    """Whether the pairs are to be asynchronous products where they can be, on this device.
+
+    Raises:
+        ValueError: the environment variable has another value than mma or wgmma.
+    """
+    given = os.environ.get(ENV_PAIRS) or "mma"
+    if given not in ("mma", "wgmma"):
+        raise ValueError(f"{ENV_PAIRS} must be 'mma' or 'wgmma'; got {given!r}")
+    return given == "wgmma" and driver.arch(device) == "sm_90"
+
+
+def feature_tiles(features: Tensor, unless: Tensor | None = None) -> Tensor:
+    """Feature-packed int32 ``[K, W]`` in tiles of 128 features x 1024 bits, swizzled.
+
+    int32 ``[ceil(K/128), ceil(W/32), 128, 32]``: word w of feature f of a tile is word
+    ``(w // 4 ^ f % 8) * 4 + w % 4`` of its row, zero where there is none.
+    """
+    (k, width), (rows, words) = features.shape, PANELS[:2]
+    tiles = features.new_empty(cdiv(k, rows), cdiv(width, words), rows, words)
+    stride, chunks = features.stride(0), tiles.shape[1]
+    blocks = tiles.shape[0] * chunks
+    driver.start(FEATURE_TILES, blocks, features, stride, width, k, chunks, tiles, unless)
+    return tiles
+
+
+def panel_covariance(
+    features: Tensor,
+    counts: Tensor,
+    n_rows: Tensor,
+    keep_signs: bool,
+    unless: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`covariance` by asynchronous products of up to ``PANEL_ROWS`` rows."""
+    tiles = feature_tiles(features, unless)
+    k, device = counts.shape[0], features.device
+    side = tiles.shape[0]
+    blocks = min(side * (side + 1) // 2, multiprocessors(device))
+    sums = torch.empty(blocks, 8, dtype=torch.int64, device=device)
+    signs = features.new_empty(2, k, n_words(k)) if keep_signs else None
+    strides = (0, 0, 0) if signs is None else (signs.stride(0), signs.stride(1), signs.shape[2])
+    driver.start(
+        PANEL_COVARIANCE, blocks,
+        tiles, counts, n_rows, sums, signs, *strides, k, tiles.shape[1], blocks, unless,
+    )  # fmt: skip
+    return sums.sum(), features.new_empty(0) if signs is None else signs
+
+
 def covariance(
     features: Tensor,
     counts: Tensor,
@@ -84,6 +145,9 @@ def covariance(
         n_bound: a number of rows that n_rows does not exceed.
         unless: int32 of one element; where it is not zero on the device, nothing is made.
     """
+    rows = max(n_bound, 32 * features.shape[1])
+    if rows <= PANEL_ROWS and asynchronous(features.device):
+        return panel_covariance(features, counts, n_rows, keep_signs, unless)
     k = counts.shape[0]
     sums = torch.empty(triangle_tiles(k), dtype=torch.int64, device=features.device)
     signs = features.new_empty(2, k, n_words(k)) if keep_signs else None

@@ -19,10 +19,11 @@ _INTEGERS: dict[str, Any] = {"i": ctypes.c_int32, "q": ctypes.c_int64}
 
 
 class Kernel(NamedTuple):
-    """A kernel of ``csrc/cuda``: its file, name, what a block needs, and arguments.
+    """A kernel of ``csrc/cuda``: its file, name, what a block needs, arguments, and instructions.
 
     ``arguments`` has one letter each: p for an int32 tensor, l for an int64 and f for a fp32 one,
-    each of which may be None, i for int32, q for int64.
+    each of which may be None, i for int32, q for int64. ``family`` is "a" where the source has
+    instructions of one chip alone, which is compiled as ``sm_90a``, and empty elsewhere.
     """
 
     source: str
@@ -30,6 +31,7 @@ class Kernel(NamedTuple):
     shared_bytes: int
     threads: int
     arguments: str
+    family: str = ""
 
 
 class DriverError(RuntimeError):
@@ -98,7 +100,8 @@ def _load(kernel: Kernel, index: int, context: int) -> ctypes.c_void_p:
     """The kernel in the context that is current, compiled where that is needed."""
     library, key = _driver(), (kernel.source, index, context)
     if key not in _modules:
-        code = nvrtc.cubin(kernel.source, arch(torch.device("cuda", index)))
+        chip = arch(torch.device("cuda", index)) + kernel.family
+        code = nvrtc.cubin(kernel.source, chip)
         module = ctypes.c_void_p()
         result = library.cuModuleLoadData(ctypes.byref(module), code)
         _check(library, result, f"loading {kernel.source}")

@@ -305,6 +305,44 @@ def test_the_product_of_large_counts_is_rounded_once(emulated):
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("given", "chip", "rows", "started"),
+    [
+        (None, "sm_90", 300, ["covariance"]),
+        ("mma", "sm_90", 300, ["covariance"]),
+        ("wgmma", "sm_90", 300, ["feature_tiles", "panel_covariance"]),
+        ("wgmma", "sm_90", 8192, ["feature_tiles", "panel_covariance"]),
+        ("wgmma", "sm_90", 8193, ["covariance"]),
+        ("wgmma", "sm_80", 300, ["covariance"]),
+        ("wgmma", "sm_89", 300, ["covariance"]),
+    ],
+)
+def test_asynchronous_pairs_are_made_where_they_are_asked_for(
+    given, chip, rows, started, monkeypatch
+):
+    """No device has shown them: by name, on the one chip that has them, within their sizes."""
+    names = []
+    monkeypatch.setattr(driver, "start", lambda kernel, *_: names.append(kernel.name))
+    monkeypatch.setattr(driver, "arch", lambda device: chip)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
+    if given is not None:
+        monkeypatch.setenv("BAE_FAST_CUDA_PAIRS", given)
+    dense = codes(rows, 9)
+    kernels.covariance(features_of(dense), dense.sum(0), torch.tensor(rows), True, rows)
+    assert names == started
+
+
+@needs_kernels
+def test_another_form_of_pairs_is_refused(monkeypatch):
+    monkeypatch.setenv("BAE_FAST_CUDA_PAIRS", "WGMMA")
+    dense = codes(40, 9)
+    with pytest.raises(
+        ValueError, match="BAE_FAST_CUDA_PAIRS must be 'mma' or 'wgmma'; got 'WGMMA'"
+    ):
+        kernels.covariance(features_of(dense), dense.sum(0), torch.tensor(40), True, 40)
+
+
+@needs_kernels
 def test_integers_that_an_argument_cannot_hold_are_refused():
     bits = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(OverflowError, match="argument 2 of covariance is too large"):
@@ -407,6 +445,7 @@ def test_places_of_tiles_fragments_and_signs(tmp_path):
     assert done.returncode == 0, done.stderr
     if CUDA.unavailable is None:
         sizes = {"pairs": kernels.PAIRS, "signs": kernels.SIGNS, "digits": kernels.COUNT_DIGITS}
+        sizes["panels"] = kernels.PANELS
         for line in done.stdout.splitlines():
             name, *numbers = line.split()
             assert sizes.pop(name) == tuple(map(int, numbers))

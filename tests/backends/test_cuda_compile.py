@@ -149,6 +149,66 @@ def test_every_kernel_compiles_to_bit_instructions_without_spills(compiler, chip
     assert all(kernel.shared_bytes <= CHIPS[chip] for kernel in KERNELS)
 
 
+@pytest.mark.parametrize(
+    "compiler",
+    [by_nvrtc, *([pytest.param(by_nvcc, marks=pytest.mark.long)] * (BY_CHIP is by_nvcc))],
+)
+def test_panels_compile_to_asynchronous_products_that_follow_one_another(compiler, tmp_path):
+    """Eight products a loop with nothing that waits between them; what by_nvcc says besides."""
+    from bae_fast.kernels_cuda.covariance import PANEL_KERNELS
+
+    compiler("panels.cu", "sm_90a", tmp_path / "panels.cubin")
+    rows = kernels_of(tmp_path / "panels.cubin")
+    assert rows.keys() == {kernel.name for kernel in PANEL_KERNELS}
+    check_panels(rows)
+    assert all(kernel.shared_bytes <= CHIPS["sm_90"] for kernel in PANEL_KERNELS)
+
+
+# instructions from the first to the last product of a stage of 1024 bits, products included
+STAGE = 110
+
+
+def check_panels(rows):
+    for name, row in rows.items():
+        assert row["STACK"] == row["LOCAL"] == 0, name
+        assert not re.search(r"\b(?:STL|LDL|ATOM|RED|ATOMG)\b", row["sass"]), name
+    row = rows["panel_covariance"]
+    text = row["sass"]
+    assert row["REG"] * 384 <= REGISTERS
+    # both m64n128k256, sums in place, operands by descriptors
+    products = re.findall(r"\bBGMMA\.64x128x256\.AND\.POPC R(\d+), gdesc\[UR\d+\], R\1\b", text)
+    assert len(products) == len(re.findall("GMMA", text)) == 8
+    assert len(set(products)) == 2
+    first, last = text.index("BGMMA"), text.rindex("BGMMA")
+    assert "WARPGROUP" not in text[first:last]
+    assert text[first:last].count(";") <= STAGE
+    assert len(re.findall(r"\bWARPGROUP\.ARRIVE\b", text)) == 1
+    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", text) == ["0x1", "0x0"]
+    assert len(re.findall(r"\bUBLKCP\b", text)) == 2
+    # 40 registers for who copies, 232 for who multiplies: 168 for each at the start
+    assert re.search(r"USETMAXREG\.DEALLOC\S* 0x28\b", text)
+    assert re.search(r"USETMAXREG\.TRY_ALLOC\S* \S+ 0xe8\b", text)
+
+
+@pytest.mark.long
+def test_without_the_fence_the_products_of_panels_are_found_to_wait(tmp_path):
+    """What the check of the machine code and the assembler's notes are for."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    text = (ROOT / "csrc" / "cuda" / "panels.cu").read_text()
+    source = tmp_path / "panels.cu"
+    source.write_text(text.replace("fence_products();", "wait_products<0>();"))
+    assert source.read_text() != text
+    said = output(
+        "nvcc", "-std=c++17", "-cubin", "-arch=sm_90a", f"-I{ROOT}/csrc/cuda", source,
+        "-o", tmp_path / "panels.cubin",
+    )  # fmt: skip
+    rows = kernels_of(tmp_path / "panels.cubin")
+    with pytest.raises(AssertionError):
+        check_panels(rows)
+    assert machine_code.serialized(said), said
+
+
 def test_the_loop_that_measures_the_rate_is_nothing_but_the_instruction(tmp_path):
     """bench/device.py measures with it: memory is not touched between the products."""
     BY_CHIP(str(ROOT / "bench" / "rate.cu"), "sm_90", tmp_path / "rate.cubin")
@@ -199,11 +259,12 @@ def test_later_chips_take_the_instruction_apart(tmp_path):
 
 def test_arguments_are_those_of_the_sources():
     """A launcher's letters against the kernels' parameters, in order."""
-    from bae_fast.kernels_cuda.covariance import KERNELS
+    from bae_fast.kernels_cuda.covariance import KERNELS, PANEL_KERNELS
 
     folder = ROOT / "csrc" / "cuda"
-    text = "".join((folder / source).read_text() for source in SOURCES).replace("\\\n", " ")
-    for kernel in KERNELS:
+    sources = (*SOURCES, "panels.cu")
+    text = "".join((folder / source).read_text() for source in sources).replace("\\\n", " ")
+    for kernel in (*KERNELS, *PANEL_KERNELS):
         macro = "name" if kernel.source == "cooccurrence.cu" else kernel.name
         (parameters,) = re.findall(rf"__global__[^;{{]*?\b{macro}\(([^)]*)\)\s*\{{", text)
         letters = "".join(

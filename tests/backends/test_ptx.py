@@ -357,17 +357,26 @@ def test_kernels_of_lists_are_right_warp_after_warp_and_planted_faults_are_found
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A function: PTX of one of the CUDA sources by nvcc."""
+    """A function: PTX of one of the CUDA sources by nvcc, as it is or changed."""
     if CUDA.unavailable is not None:
         pytest.skip(f"impl='cuda' cannot run: {CUDA.unavailable}")
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
 
     @functools.cache
-    def text(name):
-        target = tmp_path_factory.mktemp("nvcc") / f"{name}.ptx"
-        source = ROOT / "csrc" / "cuda" / name
-        command = ["nvcc", "-std=c++17", "-ptx", "-arch=compute_80", source, "-o", target]
+    def text(name, changes=()):
+        folder = tmp_path_factory.mktemp("nvcc")
+        target, source = folder / f"{name}.ptx", ROOT / "csrc" / "cuda" / name
+        if changes:  # of the source, each of which must be found
+            changed = source.read_text()
+            for old, new in changes:
+                assert changed.count(old) == 1, old
+                changed = changed.replace(old, new)
+            source = folder / name
+            source.write_text(changed)
+        headers = f"-I{ROOT}/csrc/cuda"
+        chip = "compute_90a" if name == "panels.cu" else "compute_80"
+        command = ["nvcc", "-std=c++17", "-ptx", f"-arch={chip}", headers, source, "-o", target]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return target.read_text()
@@ -380,7 +389,7 @@ def interpreted(compiled, monkeypatch):
     """The launchers of impl="cuda" start the interpreter; what it found, and a change of PTX."""
     from bae_fast.kernels_cuda import driver
 
-    state = {"faults": [], "change": lambda text: text, "options": {}}
+    state = {"faults": [], "change": lambda text: text, "changes": (), "options": {}}
 
     def start(kernel, blocks, *args):
         values = [value.value or 0 for value in driver.pack(kernel, args)]
@@ -388,7 +397,7 @@ def interpreted(compiled, monkeypatch):
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 store.add(arg)
-        parsed = ptx.parse(state["change"](compiled(kernel.source)), kernel.name)
+        parsed = ptx.parse(state["change"](compiled(kernel.source, state["changes"])), kernel.name)
         state["faults"] += ptx.run(
             parsed, (blocks,), values, store, threads=kernel.threads,
             shared_bytes=kernel.shared_bytes, **state["options"],
@@ -470,3 +479,142 @@ def test_slabs_and_products_by_nvcc_are_exact(n_bound, aligned, interpreted):
     b, s = dense.double(), v.sign()[:, 40:190]
     assert torch.equal(product, (n * (b @ s) - b.sum(0) @ s).float() * 0.5)
     assert interpreted["faults"] == []
+
+
+# -- asynchronous products of packed bits ---------------------------------------------------------
+
+
+@pytest.fixture
+def by_panels(interpreted, monkeypatch):
+    """A function: what the covariance by panels makes of a code, on a number of multiprocessors."""
+    from bae_fast.kernels_cuda import covariance as kernels
+    from bae_fast.kernels_cuda import driver
+
+    monkeypatch.setenv("BAE_FAST_CUDA_PAIRS", "wgmma")
+    monkeypatch.setattr(driver, "arch", lambda device: "sm_90")
+
+    def made(dense, features, processors, keep_signs=True):
+        monkeypatch.setattr(kernels, "multiprocessors", lambda device: processors)
+        counts, n_rows = dense.sum(0), torch.tensor(len(dense))
+        return kernels.covariance(features, counts, n_rows, keep_signs, len(dense))
+
+    return made
+
+
+def check_panels(by_panels, n, k, processors):
+    dense, features, v = codes(n, k)
+    total, signs = by_panels(dense, features, processors)
+    assert int(total) == int(v.abs().sum())
+    words = unpack_rows(signs, 32 * signs.shape[2], torch.int8)
+    assert torch.equal((words[0] - words[1])[:, :k].double(), v.sign())
+    assert not words[..., k:].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "k", "processors", "late", "apart"),
+    [
+        (1100, 200, 1, True, False),
+        # few features, one tile, a stage more than bits, all stages and as few as there are
+        pytest.param(2, 7, 132, True, True, marks=pytest.mark.long),
+        pytest.param(1100, 300, 1, False, True, marks=pytest.mark.long),
+        pytest.param(1024, 128, 132, False, True, marks=pytest.mark.long),
+        pytest.param(1025, 129, 2, True, True, marks=pytest.mark.long),
+        pytest.param(4096, 520, 2, True, False, marks=pytest.mark.long),
+        pytest.param(4096, 520, 4, False, True, marks=pytest.mark.long),
+        pytest.param(8192, 385, 1, True, True, marks=pytest.mark.long),
+        pytest.param(6000, 300, 3, False, False, marks=pytest.mark.long),
+    ],
+)
+def test_covariance_by_panels_is_exact(n, k, processors, late, apart, interpreted, by_panels):
+    """Blocks of several tiles change their left panel between the turns of two warpgroups."""
+    interpreted["options"] = {"late": late, "apart": apart}
+    check_panels(by_panels, n, k, processors)
+    assert interpreted["faults"] == []
+
+
+EMPTY = "wait_for_phase(barriers.empty(place.stage), place.parity ^ 1);"
+FULL_STAGE = "wait_for_phase(barriers.full(place.stage), place.parity);"
+READ = "synchronize_warpgroup(1 + me);  // counts are here"
+STARTED = "publish_barriers();\n  }\n"
+ZERO = "memory[thread_index()] = 0;"
+# changes of panels.cu, and what each is found by
+FAULTS_OF_PANELS = {
+    "no fence before the products": ([("fence_products();", "")], "no fence between a product"),
+    "a wait one short": (
+        [("wait_products<1>", "wait_products<2>")],
+        "that an asynchronous product still reads",
+    ),
+    "sums read too early": (
+        [("wait_products<0>", "wait_products<1>")],
+        "read of a register of a product in flight",
+    ),
+    "a stage used again too early": ([(EMPTY, "")], "write to shared memory|more threads arrive"),
+    "a stage read too early": ([(FULL_STAGE, "")], "read of shared memory"),
+    "a panel changed too early": (
+        [("wait_for_phase(barriers.panel_empty(), parity);", "")],
+        "write to shared memory|still writes|more threads arrive",
+    ),
+    "a warp hands on what others still read": (
+        [
+            ("barriers.empty(stage), 4);", "barriers.empty(stage), 1);"),
+            ("barriers.panel_empty(), 4 * kConsumers", "barriers.panel_empty(), kConsumers"),
+            ("if (lane == 0) arrive(barrier);", "if (thread == 0) arrive(barrier);"),
+        ],
+        "without a barrier behind a read",
+    ),
+    "barriers not published": ([("publish_barriers();", "")], "no fence has published"),
+    "barriers used before they start": (
+        [(STARTED + "  synchronize();", STARTED)],
+        "mbarrier",
+    ),
+    "counts read before they are here": (
+        [(READ, READ.partition(";")[2])],
+        "shared memory without a barrier|nothing has written",
+    ),
+    "no proxy fence behind ordinary writes": (
+        [(STARTED, STARTED + ZERO)],
+        "a bulk copy to what was written without a proxy fence",
+    ),
+}
+# as the last, and right
+FENCED = [(STARTED, STARTED + ZERO + 'asm volatile("fence.proxy.async;" ::: "memory");')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.startswith("no ") else pytest.param(name, marks=pytest.mark.long)
+        for name in FAULTS_OF_PANELS
+    ],
+)
+def test_planted_faults_of_panels_are_found(name, interpreted, by_panels):
+    changes, what = FAULTS_OF_PANELS[name]
+    interpreted["changes"] = tuple(changes)
+    shape = (40, 130) if name.startswith("no ") else (1100, 300)
+    if name == "a wait one short":  # a stage is used again within one product
+        shape = (8192, 130)
+    dense, features, _ = codes(*shape)
+    try:
+        by_panels(dense, features, 1, keep_signs=False)
+        found = [fault.what for fault in interpreted["faults"]]
+    except ptx.PtxError as error:  # where no fault came before
+        found = [str(error)]
+    assert any(re.search(what, each) for each in found), found
+
+
+@pytest.mark.long
+def test_ordinary_writes_behind_a_proxy_fence_are_no_fault(interpreted, by_panels):
+    interpreted["changes"] = tuple(FENCED)
+    check_panels(by_panels, 1100, 300, 1)
+    assert interpreted["faults"] == []
+
+
+@pytest.mark.long
+def test_a_panel_without_the_swizzle_is_wrong(interpreted, by_panels):
+    """Chunks that lie in another order than products read meet those of other bits."""
+    interpreted["changes"] = (("to + tile_chunk_at(row, chunk)", "to + at * kChunkWords"),)
+    dense, features, v = codes(1100, 100)
+    total, _ = by_panels(dense, features, 1, keep_signs=False)
+    assert int(total) != int(v.abs().sum())

@@ -110,6 +110,10 @@ static void triangles(int k) {
   std::vector<int> met(side * side, 0);
   for (int block = 0; block < triangle_tiles(k); ++block) {
     const TileAt tile = triangle_tile(block, k);
+    if (block > 0) {
+      const TileAt same = next_tile(triangle_tile(block - 1, k), side);
+      check(same.i == tile.i && same.j == tile.j, "the next tile", k, block);
+    }
     check(tile.i >= 0 && tile.i <= tile.j && tile.j < side, "tile", k, block);
     ++met[tile.i * side + tile.j];
   }
@@ -117,6 +121,27 @@ static void triangles(int k) {
     for (int j = 0; j < side; ++j)
       check(met[i * side + j] == (i <= j), "tile met", k, i * side + j);
   }
+}
+
+static void panels() {
+  // every chunk of a tile has a place of its own, in the feature's 128 bytes; 8 rows of one chunk,
+  // which a product reads at once, meet all banks
+  for (int row = 0; row < kPanelRows; ++row) {
+    std::set<int> places;
+    for (int chunk = 0; chunk < kTileChunks; ++chunk) {
+      const int at = tile_chunk_at(row, chunk);
+      check(at % kChunkWords == 0 && at / kTileRowWords == row, "row of a chunk", row, chunk);
+      check(places.insert(at).second, "two chunks in one place", row, chunk);
+      // bits 7 to 9 of the address in bytes change bits 4 to 6
+      const int plain = 4 * (row * kTileRowWords + chunk * kChunkWords);
+      check(4 * at == (plain ^ (plain >> 7 & 7) << 4), "swizzle of 128 bytes", row, chunk);
+    }
+  }
+  for (int tiles = 1; tiles <= kMostPanelTiles; ++tiles) {
+    const int stages = panel_stages(tiles);
+    check(stages >= 4 && stages <= kMostStages && tiles + stages <= kPanelTiles, "stages", tiles);
+  }
+  printf("panels %d %d %d %d\n", kPanelRows, kTileRowWords, kPanelSharedBytes, kPanelThreads);
 }
 
 static void groups(int rows, int columns) {
@@ -133,6 +158,7 @@ int main() {
   operands<SignShape>("signs");
   operands<DigitShape>("digits");
   signs();
+  panels();
   for (int k = 1; k < 4000; k += 37) triangles(k);
   for (int k : {128, 129, 256, 257, 384, 512, 768, 1024, 65536}) triangles(k);
   for (int rows = 1; rows < 20; ++rows) {

@@ -13,7 +13,7 @@ from .parse import Immediate, Register, Vector
 _KNOWN = {}
 # instructions whose first operand is no result
 _NO_RESULT = {"st", "stmatrix", "red", "cp", "bar", "barrier", "bra", "ret", "exit", "fence",
-              "membar", "wgmma"}  # fmt: skip
+              "membar", "wgmma", "setmaxnreg"}  # fmt: skip
 
 
 def known(*opcodes):
@@ -600,11 +600,16 @@ def _barrier(machine, instruction):
     numbers = [machine.reader(each, "u32", instruction) for each in instruction.operands]
 
     def run(mask):
-        values = [np.unique(np.broadcast_to(each(), machine.threads)[mask]) for each in numbers]
-        if any(len(each) != 1 for each in values):
-            raise instruction.error("threads name different barriers")
-        count = int(values[1][0]) if len(values) > 1 else None
-        return machine.arrive(int(values[0][0]), count, mask, instruction, kind == "sync")
+        names, *counts = (np.broadcast_to(each(), machine.threads) for each in numbers)
+        going = np.zeros_like(mask)
+        for name in np.unique(names[mask]):  # warps may name different barriers
+            here = mask & (names == name)
+            count = np.unique(counts[0][here]) if counts else [None]
+            if len(count) != 1:
+                raise instruction.error("threads disagree on the number that a barrier waits for")
+            number = None if count[0] is None else int(count[0])
+            going |= machine.arrive(int(name), number, here, instruction, kind == "sync")
+        return going
 
     return "block", run
 
@@ -612,10 +617,36 @@ def _barrier(machine, instruction):
 @known("fence")
 def _fence(machine, instruction):
     if instruction.modifiers in (("proxy", "async"), ("proxy", "async", "shared::cta")):
-        return lambda mask: machine.shared.fence(machine.whole_warps(mask, instruction))
+
+        def proxy(mask):
+            machine.shared.fence(machine.whole_warps(mask, instruction))
+            mbarrier.publish(machine, mask)
+
+        return proxy
     if instruction.modifiers == ("mbarrier_init", "release", "cluster"):
-        return lambda mask: None
+        return lambda mask: mbarrier.publish(machine, mask)
     raise unknown(instruction)
+
+
+@known("setmaxnreg")
+def _registers(machine, instruction):
+    """Registers of a warpgroup's threads (9.7.19.5): those of all must fit the multiprocessor."""
+    allow(instruction, {"inc", "dec"}, {"sync"}, {"aligned"}, {"u32"})
+    (number,) = (each.value for each in instruction.operands)
+    if number % 8 or not 24 <= number <= 256:
+        raise instruction.error("registers are a multiple of 8 from 24 to 256")
+
+    def run(mask):
+        warps = machine.whole_warps(mask, instruction)
+        for each in np.unique(warps // 4):
+            if (warps // 4 == each).sum() < 4:
+                raise instruction.error("part of a warpgroup runs what all of it must run")
+            machine.registers_of_warpgroups[each] = number
+        taken = 128 * sum(machine.registers_of_warpgroups.values())
+        if taken > 65536:
+            raise instruction.error(f"warpgroups take {taken} registers of 65536")
+
+    return run
 
 
 # -- asynchronous copies (9.7.9.25.3) --------------------------------------------------------

@@ -24,7 +24,7 @@ from .parse import Address, Immediate, Kernel, PtxError, Register, Special, Symb
 LANES = 32
 WARPGROUP = 128
 # agents of mbarriers beside the warps
-MBARRIERS = 16
+MBARRIERS = 32
 # instructions that a group of threads may run: more is a loop without an end
 MOST_STEPS = 5_000_000
 
@@ -231,6 +231,7 @@ class Machine:
         self.shared = memory.Shared(self.shared_bytes, self.piece, self.clocks, self.fault)
         self.exited = np.zeros(self.threads, bool)
         self.barriers, self.mbarriers = {}, {}
+        self.registers_of_warpgroups = {}  # as setmaxnreg has set them
         self.reset_asynchronous()
         queues = [{0: part.copy()} for part in self.parts]
         self.queues, self.steps = queues, 0
@@ -320,7 +321,8 @@ class Machine:
 
     def arrive(self, name, count, mask, instruction, waits):
         """Threads arrive at a barrier; those that go on at once."""
-        self.whole_warps(mask | self.exited, instruction)
+        here = np.isin(self.warp_of, self.warp_of[mask])  # of other warps some lanes may have ended
+        self.whole_warps((mask | self.exited) & here, instruction)
         arrived, waiting = self.barriers.setdefault(name, ([count, np.zeros_like(mask)], []))
         if (arrived[1] & mask).any():
             raise instruction.error("a thread arrives twice")

@@ -18,6 +18,7 @@ class Mbarrier:
         self.count = self.pending = count
         self.agent, self.made_by, self.stamp = agent, made_by, stamp
         self.phase = self.bytes = 0
+        self.published = False  # to copies, which are of another proxy
         self.clock = np.zeros(n_agents, np.int64)
         self.waits = []  # mask, instruction to go on at, parity, what to write
 
@@ -131,6 +132,13 @@ def _mbarrier(machine, instruction):
     raise instruction.error(f"the opcode mbarrier.{'.'.join(instruction.modifiers)} is not known")
 
 
+def publish(machine, mask):
+    """fence.mbarrier_init: copies see what these threads' warps have started (9.7.13.4)."""
+    warps = np.unique(machine.warp_of[machine.active(mask)])
+    for barrier in machine.mbarriers.values():
+        barrier.published |= barrier.made_by in warps
+
+
 def bulk_copy(machine, instruction):
     """cp.async.bulk from global to shared memory, completed on an mbarrier."""
     names = instruction.modifiers
@@ -154,6 +162,10 @@ def bulk_copy(machine, instruction):
         offsets = shared.offsets(targets()[who], count, instruction, align=16)
         (offset,) = shared.offsets(barriers()[who], 8, instruction)
         barrier = _found(machine, offset, who, instruction)
+        if not barrier.published:
+            machine.fault(
+                "a copy completes on an mbarrier that no fence has published", instruction
+            )
         begin = int(sources()[thread])
         if begin % 16:
             raise instruction.error("an address is not a multiple of 16")
