@@ -485,7 +485,7 @@ class Autoencoder(nn.Module):
         figures: dict[str, Any] | None = None,
         private: bool | None = None,
         revision: str | None = None,
-        license: str = "mit",
+        license: str | None = None,
         token: str | bool | None = None,
     ) -> str:
         """Put the module into a repository of the Hugging Face Hub, with a model card.
@@ -497,7 +497,7 @@ class Autoencoder(nn.Module):
             figures: the run's, for the card: ``evaluate(...).summary()``, or any numbers by name.
             private: whether a new repository is; None leaves it to the Hub.
             revision: the branch that is written to.
-            license: the Hub's short name of the licence.
+            license: the Hub's short name of a licence; with None the card names none.
             token: the Hub's, as ``huggingface_hub`` takes it.
 
         Returns:

@@ -131,7 +131,7 @@ def write_card(
     *,
     subfolder: str | None = None,
     figures: dict[str, Any] | None = None,
-    license: str | None = "mit",  # the card's own word for it
+    license: str | None = None,  # the card's own word for it
 ) -> Path:
     """Write a model card: what the module is, where its rows came from, figures, how to load it.
 

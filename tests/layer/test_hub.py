@@ -86,6 +86,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(server, tmp_path, kind, subfolde
     weights = {prefix + name for name in ("cfg.json", "sae_weights.safetensors")}
     assert set(files) - {".gitattributes"} == {"README.md", *weights}
     card = files["README.md"].decode()
+    assert "license" not in card  # the program named none
     assert "| FVU | 0.1250 |" in card
     assert "value: 0.125" in card
     assert ("base_model: user/language-model" in card) == (kind == "bae")
@@ -101,6 +102,9 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path):
     assert card.data.library_name == "bae-fast"
     assert [result.metric_value for result in card.data.eval_results] == [0.5]
     assert "| note | a \\| b |" in card.text
+    assert card.data.license is None  # nobody named one
+    hub.write_card(path, "user/name", values, license="mit")
+    assert ModelCard.load(path).data.license == "mit"
 
 
 def test_a_registry_names_what_it_lists(tmp_path):
