@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-long test-matrix test-saelens lint docs bench format clean
+.PHONY: demo test test-all test-long test-matrix test-saelens test-delphi lint docs bench format clean
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
@@ -51,6 +51,23 @@ test-saelens: $(VENV)-saelens/.installed
 	$(VENV)-saelens/bin/python -m pytest -o addopts=-q tests/layer/test_saelens.py \
 		"tests/package/test_examples.py::test_training_in_sae_lens"
 
+# delphi in an environment of its own, without what it asks for and reading a cache does not use:
+# vllm, bitsandbytes, eai-sparsify, flask and others.
+DELPHI = asyncer jaxtyping blobfile orjson faiss-cpu simple-parsing sentence-transformers
+$(VENV)-delphi/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-delphi
+	$(VENV)-delphi/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt setuptools wheel ninja torch
+	BAE_FAST_BUILD_EXT=0 $(VENV)-delphi/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c constraints.txt --no-build-isolation \
+		-e ".[lm]" hypothesis pytest $(DELPHI)
+	$(VENV)-delphi/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		eai-delphi==0.1.3
+	touch $@
+
+test-delphi: $(VENV)-delphi/.installed
+	$(VENV)-delphi/bin/python -m pytest -o addopts=-q tests/apps/test_delphi.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,4 +93,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-saelens $(VENV)-docs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-saelens $(VENV)-delphi $(VENV)-docs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -97,3 +97,67 @@ def test_bad_input_is_named(cache, tmp_path):
         write_delphi_cache(tmp_path, bae, cache, n_splits=0)
     with pytest.raises(ValueError, match="n_bits=1"):
         write_delphi_cache(tmp_path, BinaryAutoencoder(D, F, n_bits=2), cache)
+
+
+# -- delphi itself, where it is installed (make test-delphi) -------------------------------------
+
+
+@pytest.fixture
+def loader():
+    return pytest.importorskip("delphi.latents.loader", reason="delphi is not installed")
+
+
+@pytest.mark.parametrize("kind", ["bae", "topk"])
+def test_delphi_itself_reads_every_feature(loader, cache, tmp_path, kind):
+    """Its records against the model's own values, window by window."""
+    from delphi.config import ConstructorConfig, SamplerConfig
+    from tiny_lm import save_tiny_model
+
+    name = save_tiny_model(tmp_path / "lm", [f"word{i}" for i in range(50)])
+    cache.manifest["model_name"] = str(name)  # whose tokenizer delphi loads by this name
+    x = cache.rows
+    if kind == "bae":
+        model = BinaryAutoencoder(D, F).init_density_(x, 0.2).eval()
+        with torch.no_grad():
+            model.b_enc[4] = -1e4  # never on
+        values = torch.where(model.encode(x).to_dense(), model.preactivation(x), 0).detach()
+    else:
+        model = make_baseline("topk", D, F, k=3).eval()
+        values = model.encode(x).detach()
+    write_delphi_cache(tmp_path / "latents", model, cache)
+    dense = torch.zeros(WINDOWS, CONTEXT, F)
+    dense[cache.row_window.long(), cache.row_position.long()] = values.half().float()
+
+    def records(**more):
+        return list(
+            loader.LatentDataset(
+                tmp_path / "latents",
+                SamplerConfig(n_examples_train=4, n_examples_test=2, n_quantiles=2),
+                ConstructorConfig(example_ctx_len=CONTEXT, min_examples=1, n_non_activating=2),
+                **more,
+            )
+        )
+
+    found = {record.latent.latent_index: record for record in records()}
+    assert set(found) == {f for f in range(F) if dense[..., f].any()}
+    assert len(found) > F // 2
+    for feature, record in found.items():
+        own = dense[..., feature]
+        assert record.per_token_frequency == pytest.approx(float((own > 0).float().mean()))
+        best = own.amax(1)
+        on = best.argsort(descending=True, stable=True)[: int((best > 0).sum())]
+        assert len(record.examples) == len(on)
+        shown = torch.stack([example.activations.float() for example in record.examples])
+        tokens = torch.stack([example.tokens for example in record.examples])
+        # examples of equal strength may stand in any order
+        assert shown.amax(1).equal(best[on])
+        expected = {tuple(cache.tokens[w].tolist()): own[w] for w in on.tolist()}
+        for window, strengths in zip(tokens.tolist(), shown, strict=True):
+            assert strengths.equal(expected[tuple(window)])
+        # its samplers have what they ask for: strengths that differ, and windows that are off
+        assert all(one.normalized_activations.max() > 0 for one in record.train)
+        quiet = {tuple(cache.tokens[w].tolist()) for w in range(WINDOWS) if w not in on.tolist()}
+        assert {tuple(one.tokens.tolist()) for one in record.not_active} <= quiet
+    some = torch.tensor(sorted(found)[1::4])
+    chosen = records(modules=["layers.1"], latents={"layers.1": some})
+    assert sorted(record.latent.latent_index for record in chosen) == some.tolist()
