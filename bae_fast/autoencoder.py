@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bae_fast import hub
 from bae_fast.codes import BinaryCode
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
+from bae_fast.progress import tracked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -238,7 +239,7 @@ class Autoencoder(nn.Module):
         Args:
             dense: whether dense features are made of a block.
         """
-        for block in rows.split(self.block_rows):
+        for block in tracked(rows.split(self.block_rows), len(rows), "rows", by=len):
             yield self.as_own(block)
 
     # -- normalisation -------------------------------------------------------------------------

@@ -64,6 +64,7 @@ from bae_fast.pairs import (
     sample_starts,
     tree_parents,
 )
+from bae_fast.progress import tracked
 from bae_fast.statistics import entropy_bits
 
 MAGIC = b"\x89BAEbits"
@@ -792,7 +793,7 @@ def compress(
     with replacing(path) as temporary, open(temporary, "wb") as file:
         start = len(prefix) + len(header) + len(tops) * _ENTRY.size + _DIGEST
         file.seek(start)
-        for top in tops:
+        for top in tracked(tops, n_rows, "rows", by=block_rows):
             block = _block(flat, top, block_rows)
             data = model.encode_rows(block)
             if len(data) >= _ONE:
@@ -1021,7 +1022,7 @@ class CompressedCode:
         n_rows = math.prod(self.shape[:-1])
         words = torch.empty(n_rows, packing.n_words(self._columns), dtype=torch.int32)
         mask = torch.empty(n_rows, dtype=torch.bool) if self._masked else None
-        for i in range(self.n_blocks):
+        for i in tracked(range(self.n_blocks), self.n_blocks, "blocks"):
             part, rows = self.block(i), slice(i * self.block_rows, (i + 1) * self.block_rows)
             words[rows] = part.words
             if mask is not None and part.row_mask is not None:

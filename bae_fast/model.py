@@ -23,6 +23,7 @@ from bae_fast.functional import BAEOutput, Encoded
 from bae_fast.info import warmup
 from bae_fast.ops.registry import check_impl
 from bae_fast.packing import bit_weights
+from bae_fast.progress import tracked
 from bae_fast.reference import Step
 from bae_fast.statistics import CodeStatistics
 from bae_fast.surrogates import resolve_surrogate
@@ -504,7 +505,7 @@ class BinaryAutoencoder(Autoencoder):
         if dense:
             yield from super().blocks(rows)
         else:
-            for block in rows.split(_PACKED_ROWS):
+            for block in tracked(rows.split(_PACKED_ROWS), len(rows), "rows", by=len):
                 yield self.as_own(block)
 
     def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:

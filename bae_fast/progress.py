@@ -1,19 +1,38 @@
-"""What a long run says while it works: lines, seconds of its stages, how far a step has come."""
+"""What a long run says while it works: lines, seconds of its stages, how far a step has come.
+
+A stage of a command shows its progress by itself. Loops over rows, windows or features say how far
+they have come by :func:`tracked`; a stage without such a loop, or between two, says how long it has
+worked. Outside of a stage, as in a program of one's own, both are silent.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 # without a terminal: seconds before the first line, least seconds between two, and the share of
 # the time gone by that lies between two, so that a night's log stays short
 _FIRST_LINE = 2.0
 _BETWEEN_LINES = 10.0
 _SHARE_BETWEEN = 0.05
+
+_T = TypeVar("_T")
+
+
+class _Step:
+    """The stage that is under way, and the number of bars that are shown in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.bars = name, 0
+
+
+_STEP: ContextVar[_Step | None] = ContextVar("step", default=None)
 
 
 def say(text: str = "", *, error: bool = False) -> None:
@@ -48,17 +67,70 @@ class Stages:
         seconds: seconds by the name of the stage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: bool = True) -> None:
+        """With ``progress``, stages show how far they have come."""
         self.seconds: dict[str, float] = {}
+        self._progress = progress
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Print the name, run the block, print its seconds."""
         say(f"== {name}")
         start = time.perf_counter()
-        yield
+        with _under_way(name) if self._progress else contextlib.nullcontext():
+            yield
         self.seconds[name] = time.perf_counter() - start
         say(f"   {self.seconds[name]:.1f} s")
+
+
+@contextlib.contextmanager
+def _under_way(name: str) -> Iterator[None]:
+    """Let loops show their progress under this name; where none does, say how long it takes."""
+    step, ended = _Step(name), threading.Event()
+    thread = threading.Thread(target=_beat, args=(step, ended), name="progress", daemon=True)
+    before = _STEP.set(step)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _STEP.reset(before)
+
+
+def _beat(step: _Step, ended: threading.Event) -> None:
+    start, wait = time.monotonic(), _FIRST_LINE
+    while not ended.wait(wait):
+        seconds = time.monotonic() - start
+        if not step.bars:
+            say(f"{step.name}: {seconds:,.0f} s so far", error=True)
+        wait = max(_BETWEEN_LINES, _SHARE_BETWEEN * seconds)
+
+
+def tracked(
+    items: Iterable[_T], total: int, unit: str, *, by: int | Callable[[_T], int] = 1
+) -> Iterator[_T]:
+    """The items of a loop, whose progress is shown where a stage is under way.
+
+    A loop inside of one that is shown is silent.
+
+    Args:
+        items: what the loop is over.
+        total: units until done.
+        unit: said beside the bar, such as "rows".
+        by: units that an item is, or a function of it.
+    """
+    step = _STEP.get()
+    if step is None or step.bars:
+        yield from items
+        return
+    done = 0
+    with progress_bar(total, what=step.name, unit=unit, late=True) as bar:
+        for item in items:
+            yield item
+            n = min(by if isinstance(by, int) else by(item), total - done)
+            done += n
+            bar.update(n)
 
 
 class _NoBar:
@@ -100,7 +172,13 @@ class _Lines:
 
 @contextlib.contextmanager
 def progress_bar(
-    total: int, *, what: str, unit: str, initial: int = 0, show: bool = True
+    total: int,
+    *,
+    what: str,
+    unit: str,
+    initial: int = 0,
+    show: bool = True,
+    late: bool = False,
 ) -> Iterator[Any]:
     """A bar with ``update(n)`` and ``set_postfix(**values)``; the same without effect if not shown.
 
@@ -111,10 +189,24 @@ def progress_bar(
         total: units until done, of which ``initial`` are.
         what, unit: said beside the bar.
         show: False: nothing is shown.
+        late: a bar comes after two seconds and goes at its end, as lines do by themselves.
     """
     if not show:
         yield _NoBar()
         return
+    step = _STEP.get()
+    if step is not None:
+        step.bars += 1
+    try:
+        with _bar(total, what, unit, initial, late) as bar:
+            yield bar
+    finally:
+        if step is not None:
+            step.bars -= 1
+
+
+@contextlib.contextmanager
+def _bar(total: int, what: str, unit: str, initial: int, late: bool) -> Iterator[Any]:
     if _is_terminal():
         try:
             from tqdm import tqdm
@@ -127,6 +219,8 @@ def progress_bar(
                 desc=what,
                 unit=unit,
                 unit_scale=total >= 10_000,
+                delay=_FIRST_LINE if late else 0,
+                leave=not late,
             ) as bar:
                 yield bar
             return

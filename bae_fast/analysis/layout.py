@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bae_fast.progress import tracked
+
 # joints of each direction, and the weak joint with all, as a share of these
 _JOINTS = 10
 _WITH_ALL = 0.1
@@ -82,7 +84,7 @@ def layout_directions(directions: Tensor) -> Layout:
 def nearest_directions(unit: Tensor, k: int) -> Tensor:
     """The k other directions of the largest cosine, int64 ``[F, k]``, of unit rows ``[F, d]``."""
     parts = []
-    for first in range(0, len(unit), _ROWS):
+    for first in tracked(range(0, len(unit), _ROWS), len(unit), "directions", by=_ROWS):
         cosine = unit[first : first + _ROWS] @ unit.T
         cosine.diagonal(first).fill_(-torch.inf)
         parts.append(cosine.topk(k, dim=1).indices)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bae_fast.codes import BinaryCode
 from bae_fast.pairs import COLUMN_BLOCK, joint_counts
+from bae_fast.progress import tracked
 
 CLASSES = ("same", "subset", "superset", "unmatched", "rare", "dead")
 SCORES = ("jaccard", "phi")
@@ -144,7 +145,7 @@ def match_codes(
     holds_other = [torch.zeros_like(n_a), torch.zeros_like(n_b)]
     columns_b = torch.arange(f_b, device=a.device)
     common = (n_a >= min_count, n_b >= min_count)
-    for top in range(0, f_a, COLUMN_BLOCK):
+    for top in tracked(range(0, f_a, COLUMN_BLOCK), f_a, "features", by=COLUMN_BLOCK):
         ids = torch.arange(top, min(top + COLUMN_BLOCK, f_a), device=a.device)
         joint = joint_counts(a, ids, b, columns_b).double()
         block = _scores(joint, n_a[ids], n_b, n, score)

@@ -41,6 +41,7 @@ from bae_fast.lm.inputs import (
     text_mask,
 )
 from bae_fast.lm.loading import LanguageModel
+from bae_fast.progress import tracked
 
 # elements of logits compared at a time: 1 MiB in fp32
 _CACHED_ELEMENTS = 2**18
@@ -476,7 +477,8 @@ class SubstitutionTest:
 
     def _codes(self, path: str, autoencoder: Any, *, source: str | None = None) -> BinaryCode:
         parts = []
-        for rows in torch.arange(len(self.windows)).split(self.batch_size):
+        batches = torch.arange(len(self.windows)).split(self.batch_size)
+        for rows in tracked(batches, len(self.windows), "windows", by=len):
             # one batch at a time: batches side by side would come in any order
             with (
                 torch.no_grad(),

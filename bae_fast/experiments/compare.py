@@ -138,7 +138,7 @@ def train_all(config: Config) -> dict[str, Any]:
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size")
     check_metric(config)
     _check_variants(config)
-    stages = Stages()
+    stages = Stages(config.progress)
     cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
     split = cache.split(N_HELDOUT)
     train = cache.rows[split.train.start : split.train.stop]

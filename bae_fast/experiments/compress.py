@@ -75,7 +75,7 @@ def run(config: Config) -> runs.Result:
     runs.check_one_of("rows", config.rows, ("all", "heldout"))
     runs.check_one_of("coder", config.coder, CODERS)
     constants = check(config)
-    stages = Stages()
+    stages = Stages(config.progress)
     with runs.results(config) as folder:
         source = rows_of(config, stages, constants.batch_size)
         facts = {k: v for k, v in source.facts.items() if k != "harvest_tokens_per_second"}

@@ -14,6 +14,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.compress import save_id
 from bae_fast.files import write_safetensors
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.progress import Stages, tracked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,8 +50,10 @@ def run(config: Config) -> runs.Result:
     if target.resolve() == config.file.resolve():
         raise runs.ConfigError("out", f"{target} is the file that is read")
     values: dict[str, Any] = {"shape": list(compressed.shape), "n_bits": compressed.n_bits}
+    stages = Stages()
     if config.load is None:
-        code = compressed.code()
+        with stages.stage("read the codes"):
+            code = compressed.code()
         code.save(target, {"source": config.file.name})
         text = str(code)
     else:
@@ -66,10 +69,11 @@ def run(config: Config) -> runs.Result:
             raise runs.ConfigError(
                 "load", f"{config.load} is not the model {config.file} came from"
             )
-        with torch.no_grad():
+        n = compressed.n_blocks
+        with stages.stage("read and decode"), torch.no_grad():
             parts = [
                 bae.decode(compressed.block(i)).to(DTYPES[config.dtype])
-                for i in range(compressed.n_blocks)
+                for i in tracked(range(n), n, "blocks")
             ]
         rows = torch.cat(parts).reshape(*compressed.shape[:-1], -1)
         write_safetensors(target, {"rows": rows}, {"source": config.file.name})

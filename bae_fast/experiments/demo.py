@@ -55,7 +55,7 @@ def run(config: Config) -> runs.Result:
     from bae_fast.analysis.metrics import covariance_eigenvalues, gaussian_rate_distortion_bits
 
     begin = time.perf_counter()
-    stages = Stages()
+    stages = Stages(config.progress)
     constants = check(config)
     for package in ("transformers", "matplotlib"):
         if importlib.util.find_spec(package) is None:

@@ -14,6 +14,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.supplies import rows_for
 from bae_fast.experiments.train import read_jobs, resolved_config
 from bae_fast.files import write_json
+from bae_fast.progress import Stages
 from bae_fast.report import tables
 
 _COLUMNS = ("fvu", "bits", "l0", "dead_share", "n_rows")
@@ -55,9 +56,11 @@ def run(config: Config) -> runs.Result:
     order = {"seed": made_with.seed, "streams": made_with.streams}
     with rows_for(made_with, jobs.values(), order=order) as source:
         blocks = list(source.supply.heldout())
+    stages = Stages()
     for name, hook in sorted(jobs.items()):
-        rows = torch.cat([block.x[source.hooks[hook]] for block in blocks])
-        found[name] = evaluate(load_autoencoder(config.folder / name), rows).summary()
+        with stages.stage(f"evaluate {name}"):
+            rows = torch.cat([block.x[source.hooks[hook]] for block in blocks])
+            found[name] = evaluate(load_autoencoder(config.folder / name), rows).summary()
     out = config.out or config.folder / "evaluation.json"
     write_json(out, found)
     lines = tables.table(

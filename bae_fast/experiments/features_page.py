@@ -16,6 +16,7 @@ from bae_fast.autoencoder import Autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.experiments import runs
 from bae_fast.interpret.records import FeatureRecord, Partner
+from bae_fast.progress import tracked
 
 if TYPE_CHECKING:
     from bae_fast.interpret.comsem import FeatureTokens
@@ -123,6 +124,7 @@ def look_at(
             f"{layout.near} points here. The axes and far distances mean nothing."
         )
         records = _placed(records, layout.places)
+    records = tracked(records, model.d_sae, "features")
     return Looked(records, labels, found.code, None if directions is None else directions.cpu())
 
 

@@ -64,7 +64,7 @@ def run(config: Config) -> runs.Result:
         raise runs.ConfigError("hooks", "must name at least one module; got none")
     check_writable(config.out)
     documents = open_documents(config)
-    stages = Stages()
+    stages = Stages(config.progress)
     lm = load_reader(config, stages)
     text = open_text(config, lm, documents)
     with stages.stage("harvest hidden states"):

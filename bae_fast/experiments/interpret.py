@@ -133,7 +133,7 @@ def run(config: Config) -> runs.Result:
         judge = make_judge(config, config.judge, config.judge_model, device)
         if config.second_judge is not None:
             second = make_judge(config, config.second_judge, config.second_model, device)
-    stages = Stages()
+    stages = Stages(config.progress)
     model, folder, data = find_model(config)
     beside = open_beside(config, folder)
     cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)

@@ -65,7 +65,7 @@ def run(config: Config) -> runs.Result:
     if config.states is None:
         for model in models:
             check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
-    stages = Stages()
+    stages = Stages(config.progress)
     with runs.results(config) as folder:
         if config.states is not None:
             rows = read_rows(config.states)

@@ -77,7 +77,7 @@ def run(config: Config) -> runs.Result:
     if model.is_transcoder:
         raise runs.ConfigError("load", "must be an autoencoder of the hook; it is a transcoder")
     check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
-    stages = Stages()
+    stages = Stages(config.progress)
     cache, tokenizer, facts = harvest_rows(config, stages, 1)
     check_origin(model.config.metadata, facts)
     check_width("load", config.load, model.d_in, cache.rows)

@@ -110,7 +110,7 @@ def publish(config: Config, server: PageServer) -> dict[str, Any]:
     assert config.folder is not None
     phrases = {} if config.names is None else read_names(config.names, "names")
     second = open_beside(config, config.folder)
-    stages = Stages()
+    stages = Stages(config.progress)
     model, data = open_model(config, config.folder)
     read, hook = places(model, data.hook)
     cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)

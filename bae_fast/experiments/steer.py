@@ -190,7 +190,7 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
     from bae_fast import causal
 
     chosen_on, measured_on, labels = make_sets(config)
-    stages = Stages()
+    stages = Stages(config.progress)
     autoencoder: Any
     if config.load is None:
         autoencoder = train_autoencoder(config, folder, stages)

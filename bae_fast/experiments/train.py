@@ -232,7 +232,8 @@ def _job(name: str, one: Config, config: Config, source: Source) -> Job:
         device=device,
     )
     rows = source.supply.sample(_NORMALIZATION_ROWS, one.seed).x[hook]
-    bae.fit_normalization_(rows, metric=error_metric(one, rows, Stages(), None, len(rows) - 1))
+    stages = Stages(config.progress)
+    bae.fit_normalization_(rows, metric=error_metric(one, rows, stages, None, len(rows) - 1))
     return Job(name, bae, constants, hook)
 
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bae_fast.interpret.judges import Answer, Judge, JudgeError, Request
+from bae_fast.progress import progress_bar
 
 FORMAT_VERSION = 1
 _APPLICATION = 0x42414541  # "BAEA", in the file's header
@@ -187,7 +187,7 @@ class Asker:
             answers: where answers are kept; None: in memory.
             budget_calls: ask at most this many questions; None: no bound.
             prices: to show what was spent.
-            progress: draw a tqdm bar, if tqdm is installed and stderr is a terminal.
+            progress: show progress, as a bar on a terminal and as lines elsewhere.
 
         Raises:
             ValueError: budget_calls below 0.
@@ -219,25 +219,24 @@ class Asker:
         found = self.answers.get(by_key)
         self.usage.cached += len(found)
         missing = [key for key in by_key if key not in found]
-        bar = _bar(len(missing), label) if self.progress and missing else None
         start = time.perf_counter()
+        show = self.progress and bool(missing)
         try:
-            for at in range(0, len(missing), _LOT):
-                lot = missing[at : at + _LOT]
-                if at:  # what another process answered meanwhile
-                    found.update(self.answers.get(lot))
-                    self.usage.cached += sum(key in found for key in lot)
-                    lot = [key for key in lot if key not in found]
-                if self.budget_calls is not None:
-                    left = max(self.budget_calls - self.usage.calls - self.usage.failed, 0)
-                    self.spent = self.spent or len(lot) > left
-                    lot = lot[:left]
-                if lot:
-                    self._ask(judge, lot, by_key, found, bar)
+            with progress_bar(len(missing), what=label, unit="calls", show=show) as bar:
+                for at in range(0, len(missing), _LOT):
+                    lot = missing[at : at + _LOT]
+                    if at:  # what another process answered meanwhile
+                        found.update(self.answers.get(lot))
+                        self.usage.cached += sum(key in found for key in lot)
+                        lot = [key for key in lot if key not in found]
+                    if self.budget_calls is not None:
+                        left = max(self.budget_calls - self.usage.calls - self.usage.failed, 0)
+                        self.spent = self.spent or len(lot) > left
+                        lot = lot[:left]
+                    if lot:
+                        self._ask(judge, lot, by_key, found, bar)
         finally:
             self.usage.seconds += time.perf_counter() - start
-            if bar is not None:
-                bar.close()
         return [found.get(key) for key in keys]
 
     def _ask(
@@ -261,22 +260,13 @@ class Asker:
             self.usage.calls += 1
             self.usage.prompt_tokens += answer.prompt_tokens
             self.usage.completion_tokens += answer.completion_tokens
-            if bar is not None:
-                bar.update(1)
-                bar.set_postfix_str(self._spent_so_far(), refresh=False)
+            bar.set_postfix(**self._spent_so_far())
+            bar.update(1)
 
         judge.answer([by_key[key] for key in keys], done)
 
-    def _spent_so_far(self) -> str:
+    def _spent_so_far(self) -> dict[str, str]:
         usage = self.usage
         cost = self.prices.cost(usage.prompt_tokens, usage.completion_tokens)
-        tokens = f"{usage.prompt_tokens + usage.completion_tokens:,} tokens"
-        return tokens if cost is None else f"{tokens}, {cost:.4f} spent"
-
-
-def _bar(total: int, label: str) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc=label, unit="call", disable=not sys.stderr.isatty())
+        said = {"tokens": f"{usage.prompt_tokens + usage.completion_tokens:,}"}
+        return said if cost is None else said | {"spent": f"{cost:.4f}"}

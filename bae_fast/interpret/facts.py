@@ -462,6 +462,10 @@ class Contexts:
         """Contexts of the rows ``rows`` of a cache, up to some tokens before and after."""
         self.cache, self.tokenizer, self.rows = cache, tokenizer, rows
         self.before, self.after = before, after
+        # numbers of Python: they are read one by one, for which a tensor is slow
+        part = slice(rows.start, rows.stop)
+        self._window = cache.row_window[part].tolist()
+        self._position = cache.row_position[part].tolist()
         self._texts: dict[int, str] = {}
 
     def _text(self, token: int) -> str:
@@ -486,13 +490,13 @@ class Contexts:
         pieces, place = self._pieces(ids)
         also: set[int] = set()
         if on is not None:
-            positions = self.cache.row_position
-            window = int(self.cache.row_window[at])
-            for i in range(max(at - self.before, self.rows.start), at + self.after + 1):
-                if i == at or i >= self.rows.stop or int(self.cache.row_window[i]) != window:
+            window, position = self._window, self._position
+            stop = min(row + self.after + 1, len(window))
+            for i in range(max(row - self.before, 0), stop):
+                if i == row or window[i] != window[row]:
                     continue
-                offset = here + int(positions[i]) - int(positions[at])
-                if 0 <= offset < len(ids) and on(i - self.rows.start):
+                offset = here + position[i] - position[row]
+                if 0 <= offset < len(ids) and on(i):
                     also.add(place[offset])
         also.discard(place[here])
         return FeatureContext(pieces, place[here], tuple(sorted(also)), row, score)
@@ -571,4 +575,5 @@ def feature_records(
 
 def _bit_reader(code: BinaryCode, feature: int) -> Callable[[int], bool]:
     word, shift = feature // packing.WORD_BITS, feature % packing.WORD_BITS
-    return lambda row: bool((int(code.words[row, word]) >> shift) & 1)
+    words = code.words[:, word].cpu().numpy()
+    return lambda row: bool((words[row] >> shift) & 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.lm.inputs import bos_to_prepend
+from bae_fast.progress import tracked
 
 # of English, with room: a first part that is too short is only tokenized once more
 _CHARACTERS_A_TOKEN = 6
@@ -172,9 +173,9 @@ def _by_pieces(tokenizer: Any, text: str, n: int | None) -> Tensor | None:
     other. Tokens at the two ends, which a cut may have changed, are in neither.
     """
     parts: list[Tensor] = []
-    n_tokens = begin = 0
+    n_tokens = 0
     before: tuple[Tensor, Tensor] | None = None
-    while True:
+    for begin in tracked(range(0, len(text), _PIECE), len(text), "characters", by=_PIECE):
         end = begin + _PIECE + _OVERLAP
         try:
             found = tokenizer(
@@ -201,5 +202,6 @@ def _by_pieces(tokenizer: Any, text: str, n: int | None) -> Tensor | None:
             n_tokens += len(parts[-1])
             ids, starts = ids[starts >= edge], starts[starts >= edge]
         if end >= len(text) or (n is not None and n_tokens + len(ids) >= n + _OVERLAP):
-            return torch.cat([*parts, ids])[:n]
-        before, begin = (ids, starts), begin + _PIECE
+            break
+        before = ids, starts
+    return torch.cat([*parts, ids])[:n]

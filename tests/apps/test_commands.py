@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
 import io
 import json
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = [
     "demo", "harvest", "compare", "interpret", "match", "steer", "compress", "decompress",
     "train", "evaluate", "push", "entropy.synthetic", "entropy.layers", "entropy.icl",
-    "entropy.rows",
+    "entropy.rows", "serve", "harvest", "neuronpedia",
 ]  # fmt: skip
 
 # what is given by its place, and an example of it
@@ -43,6 +47,7 @@ POSITIONAL = {
     "decompress": {"file": Path("codes.bae")},
     "evaluate": {"folder": Path("run")},
     "push": {"folder": Path("run"), "repo": "user/name"},
+    "serve": {"folder": Path("model")},
 }
 
 
@@ -299,6 +304,71 @@ def test_lines_take_the_place_of_a_bar_without_a_terminal(monkeypatch, capsys):
         now[0] += 100
         bar.update(1)
     assert capsys.readouterr().err == ""
+
+
+def ticking(monkeypatch, seconds):
+    """A clock that goes on by so much at every look."""
+    now = [0.0]
+
+    def look():
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(progress.time, "monotonic", look)
+    monkeypatch.setattr(progress, "_beat", lambda _step, _ended: None)  # it looks too
+
+
+def test_a_loop_of_a_stage_says_how_far_it_has_come(monkeypatch, capsys):
+    ticking(monkeypatch, 1.0)
+    rows = [[0] * 30] * 10
+    assert list(progress.tracked(rows, 300, "rows", by=len)) == rows
+    assert capsys.readouterr().err == ""  # no stage is under way
+    with progress.Stages().stage("match"):
+        for _ in progress.tracked(rows, 300, "rows", by=len):
+            # a loop within is silent
+            assert len(list(progress.tracked(range(50), 50, "features"))) == 50
+        assert list(progress.tracked(range(0, 25, 10), 25, "features", by=10)) == [0, 10, 20]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("match: 60 of 300 rows, 2 s, about 8 s left")
+    assert any(line.startswith("match: 20 of 25 features, ") for line in lines)
+    assert not any("of 50 features" in line for line in lines)
+    with progress.Stages(progress=False).stage("quiet"):
+        assert list(progress.tracked(rows, 300, "rows", by=len)) == rows
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loop_that_is_left_ends_its_bar(monkeypatch, capsys):
+    ticking(monkeypatch, 1.0)
+    with progress.Stages().stage("read"):
+        for i in progress.tracked(range(100), 100, "rows"):
+            if i == 1:
+                break
+        with contextlib.suppress(KeyError):
+            for _ in progress.tracked(range(100), 100, "windows"):
+                raise KeyError
+        list(progress.tracked(range(100), 100, "features"))
+    assert "read: 2 of 100 features" in capsys.readouterr().err
+
+
+def test_a_stage_without_a_loop_says_how_long_it_has_worked(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_FIRST_LINE", 0.0)
+    monkeypatch.setattr(progress, "_BETWEEN_LINES", 0.001)
+    said = queue.Queue()
+    monkeypatch.setattr(progress, "say", lambda text, **_: said.put(text))
+    with progress.Stages().stage("load"):
+        assert said.get(timeout=60) == "== load"
+        assert re.fullmatch(r"load: \d+ s so far", said.get(timeout=60))
+        thread = next(t for t in threading.enumerate() if t.name == "progress")
+        with progress.progress_bar(10, what="tokens", unit="tokens"):
+            while not said.empty():
+                said.get()
+            thread.join(0.05)
+            # the bar speaks; one line may have been on its way
+            assert said.qsize() <= 1
+    assert not thread.is_alive()
+    with pytest.raises(KeyError), progress.Stages().stage("fail"):
+        raise KeyError
+    assert not any(t.name == "progress" for t in threading.enumerate())
 
 
 def test_threads_of_commands_sleep_while_they_wait():
