@@ -145,8 +145,8 @@ def live_case(n_passes: int) -> dict[str, Any]:
         ended: list[float] = []  # times at which passes of the supply ended
         own = supply.capture.candidates
 
-        def counted(batch: Tensor) -> Any:
-            found = own(batch)
+        def counted(tokens: Tensor) -> Any:
+            found = own(tokens)
             ended.append(time.perf_counter())
             return found
 
