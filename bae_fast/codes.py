@@ -374,8 +374,11 @@ class BinaryCode:
         _, header = read_safetensors(path)
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} is not a saved BinaryCode: format {header.get('format')!r}")
-        found = json.loads(header.get("metadata", "{}"))
-        return {str(name): str(value) for name, value in found.items()}
+        try:
+            found = json.loads(header.get("metadata", "{}"))
+            return {str(name): str(value) for name, value in found.items()}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} holds metadata that is no JSON object: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BinaryCode:

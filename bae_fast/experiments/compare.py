@@ -123,11 +123,13 @@ def run(config: Config) -> runs.Result:
 
     path = config.out / "compare.json"
     values = read_json(path) if config.report_only else train_all(config)
-    text = report.table(values)
+    with runs.reading(path, kept=config.report_only):
+        text = report.table(values)
+        plot = report.plot(values)
     with runs.results(config) as folder:
         write_json(folder / "compare.json", values)
         write_text(folder / "compare.md", text)
-        save_png(folder / "compare.png", report.plot(values))
+        save_png(folder / "compare.png", plot)
     names = ("compare.json", "compare.md", "compare.png")
     return runs.Result(values, text, tuple(config.out / name for name in names))
 

@@ -193,7 +193,7 @@ def read_names(path: Path, field: str) -> dict[int, str]:
         return {int(one["feature"]): str(one["phrase"]) for one in lines if one["phrase"]}
     except OSError as error:
         raise runs.ConfigError(field, f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise runs.ConfigError(
             field, f"{path} must hold JSON lines with feature and phrase, as interpret writes"
         ) from error

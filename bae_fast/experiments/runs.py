@@ -75,6 +75,28 @@ def check_one_of(name: str, value: Any, allowed: Any) -> None:
             raise ConfigError(name, f"must be one of {', '.join(map(str, allowed))}; got {one!r}")
 
 
+@contextmanager
+def reading(path: Path, *, kept: bool = True) -> Iterator[None]:
+    """Name the file where what it holds is no result: JSON of another command, or damaged.
+
+    Args:
+        path: what was read.
+        kept: whether the block uses what was read; if not, its errors are its own.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if not kept:
+            raise
+        raise ValueError(
+            f"{path} must hold a result as this command writes it; got another file "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def once(
     folder: Path, name: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -87,8 +109,11 @@ def once(
     """
     path = folder / f"{name}-{digest(settings)}.json"
     if path.is_file():
+        kept = read_json(path)
+        if digest(kept.get("settings", {})) != digest(settings):
+            raise ValueError(f"{path} must hold a run of its own settings; remove it to run again")
         say(f"   {name}: done before")
-        return read_json(path)
+        return kept
     start = time.perf_counter()
     result = {"settings": settings, **run()}
     result["seconds"] = round(time.perf_counter() - start, 1)

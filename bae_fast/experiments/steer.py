@@ -105,9 +105,11 @@ def run(config: Config) -> runs.Result:
             read_json(config.out / "steer.json") if config.report_only else steer(config, folder)
         )
         write_json(folder / "steer.json", values)
-        text = report.report(values)
+        with runs.reading(config.out / "steer.json", kept=config.report_only):
+            text = report.report(values)
+            plot = report.plot(values)
         write_text(folder / "steer.md", text)
-        save_png(folder / "plot.png", report.plot(values))
+        save_png(folder / "plot.png", plot)
     names = ("steer.json", "steer.md", "plot.png")
     return runs.Result(values, text, tuple(config.out / name for name in names))
 

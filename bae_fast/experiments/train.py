@@ -247,15 +247,18 @@ def resolved_config(folder: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run: {path} does not exist")
     values: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+    for line in lines:
         name, _, value = line.partition(": ")
         try:
             values[name] = json.loads(value)
-        except ValueError as error:
+            if name in ("states", "cache", "jobs", "load", "out") and values[name] is not None:
+                values[name] = Path(values[name])
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {line!r}") from error
-    for name in ("states", "cache", "jobs", "load", "out"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
     fields = {field.name for field in dataclasses.fields(Config)}
     lists: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields

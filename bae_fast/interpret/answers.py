@@ -93,7 +93,14 @@ class Answers:
             raise ValueError(f"it has version {version}; this program reads {FORMAT_VERSION}")
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM answers").fetchone()[0])
+        return int(self._execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Run a statement; a full disk or a damaged file is an OSError that names the file."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise OSError(f"{self.path} cannot be used: {error}") from error
 
     def __enter__(self) -> Answers:
         return self
@@ -108,7 +115,7 @@ class Answers:
         """The answers that are there, by key."""
         found = {}
         for key in keys:
-            row = self._db.execute(
+            row = self._execute(
                 "SELECT text, prompt_tokens, completion_tokens, p_yes FROM answers WHERE key = ?",
                 (key,),
             ).fetchone()
@@ -118,7 +125,7 @@ class Answers:
 
     def put(self, key: str, identity: str, request: Request, answer: Answer) -> None:
         """Keep an answer; on disk when this returns. An answer that is there already stays."""
-        self._db.execute(
+        self._execute(
             "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 key, identity, request.kind, request.draw, request.prompt, answer.text,

@@ -398,7 +398,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{where} has no {MANIFEST_NAME}: not an activation cache")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {MANIFEST_NAME} is corrupt ({error}); {MEND}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{where}: {MANIFEST_NAME} is not of an activation cache ({FORMAT})")
@@ -412,6 +412,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         "context_size": int, "n_windows": int, "d_in": int, "n_rows": int, "dropped": dict,
     }  # fmt: skip
     wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
+    if not wrong and not all(isinstance(n, int) for n in manifest["dropped"].values()):
+        wrong = ["numbers of dropped rows"]
     if wrong:
         raise ValueError(f"{where}: {MANIFEST_NAME} lacks {', '.join(wrong)}; {MEND}")
     return manifest

@@ -390,9 +390,14 @@ def _one_line(source: ModelSource) -> Iterator[None]:
     """Turn transformers' long errors about a model that is not there into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except ImportError:  # which says what to install
+        raise
+    except Exception as error:  # damaged files can raise anything
         # transformers lists every class it has, or many lines of advice
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        reason = lines[0]
+        if reason.endswith(":") and len(lines) > 1:
+            reason = f"{reason} {lines[1].strip()}"
         reason = reason.partition(" Model type should be one of")[0]
         if len(reason) > _REASON_CHARACTERS:
             reason = reason[:_REASON_CHARACTERS] + "..."

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import threading
 import warnings
@@ -97,6 +98,41 @@ class ShardIndex(NamedTuple):
     tokens: Tensor
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """One error for whatever a damaged file of JSON or of tensors makes of itself."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, SafetensorError
+    ) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [""])[0]
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{path} is corrupt ({kind}{reason}); {_MEND}") from error
+
+
+def _size(value: Any, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**48:
+        raise ValueError(f"a size must be an int from {least} to 2^48; got {value!r}")
+    return value
+
+
+def _read_limits(path: Path, hooks: Iterable[str]) -> dict[str, float]:
+    """The largest norms that are kept, by hook.
+
+    Raises:
+        ValueError: a file that does not hold a positive number for each hook.
+    """
+    with _readable(path):
+        limits = {hook: read_json(path)["limits"][hook] for hook in hooks}
+        for limit in limits.values():
+            if not isinstance(limit, (int, float)) or not 0 < limit < float("inf"):
+                raise ValueError(f"a limit must be a number over 0; got {limit!r}")
+        return {hook: float(limit) for hook, limit in limits.items()}
+
+
 def shard_name(number: int) -> str:
     """The name of a shard's files."""
     return f"shard-{number:05d}.safetensors"
@@ -140,10 +176,19 @@ class ShardedCache:
                 f"{where} must hold a cache of the format {FORMAT} {FORMAT_VERSION}; got "
                 f"{self.manifest.get('format')} {self.manifest.get('version')}"
             )
-        self.widths: dict[str, int] = dict(self.manifest["hooks"])
-        self.dtype = _DTYPES[self.manifest["dtype"]]
-        self.context_size: int = self.manifest["context_size"]
-        self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
+        with _readable(self.folder / MANIFEST_NAME):
+            self.widths = {str(hook): _size(d) for hook, d in self.manifest["hooks"].items()}
+            self.dtype = _DTYPES[self.manifest["dtype"]]
+            self.context_size = _size(self.manifest["context_size"])
+            self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
+            for number, shard in enumerate(self.shards):
+                _size(shard.n_windows), _size(shard.n_rows, 0)
+                str(shard.files[f"{INDEX_FOLDER}/{shard_name(number)}"])
+            rows = [0, *itertools.accumulate(shard.n_rows for shard in self.shards)]
+            if not rows[-1] or rows[:-1] != [shard.first_row for shard in self.shards]:
+                raise ValueError("the numbers of rows do not agree")
+            for name in ("model_name", "model_revision"):
+                str(self.manifest[name])
         self.n_rows = sum(shard.n_rows for shard in self.shards)
         self.n_windows = sum(shard.n_windows for shard in self.shards)
         # of every block: its shard, and its first row among all
@@ -525,8 +570,14 @@ class _Harvest:
     def _about(self, number: int) -> dict[str, Any]:
         from safetensors import safe_open
 
-        with safe_open(str(self._index_path(number)), framework="pt") as file:
+        path = self._index_path(number)
+        with _readable(path), safe_open(str(path), framework="pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()["shard"])
+            for name in ("n_windows", "n_rows"):
+                _size(about[name], 0)
+            for name in ("files", "dropped", "hooks"):
+                dict(about[name])
+            str(about["dtype"])
         return about
 
     def _done(self, number: int) -> int | None:
@@ -640,11 +691,11 @@ class _Harvest:
             return dict.fromkeys(self.capture.hooks, float("inf"))
         if norms is None:
             if path.is_file():
-                return dict(read_json(path)["limits"])
+                return _read_limits(path, self.capture.hooks)
             # waits for the process that makes the first shard; if that one died, makes them here
             with self._lock("limits", wait=True):
                 if path.is_file():
-                    return dict(read_json(path)["limits"])
+                    return _read_limits(path, self.capture.hooks)
                 here = self.text.state_dict()
                 self.text.load_state_dict(self._start)
                 tokens = self.text.read(-(-LIMIT_TOKENS // length))
@@ -655,7 +706,7 @@ class _Harvest:
         if not path.is_file():
             limits = {hook: self.capture.limit(norm) for hook, norm in norms.items()}
             write_json(path, {"limits": limits, "tokens": LIMIT_TOKENS})
-        return dict(read_json(path)["limits"])
+        return _read_limits(path, self.capture.hooks)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -676,7 +727,8 @@ class _Harvest:
         if not first_row:
             raise ValueError("text must hold text: all tokens are special ones or padding")
         bounded = np.isfinite(self.capture.max_norm_ratio)
-        limits = read_json(self.folder / LIMITS_NAME)["limits"] if bounded else None
+        path = self.folder / LIMITS_NAME
+        limits = _read_limits(path, self.capture.hooks) if bounded else None
         manifest = {
             **self.settings,
             "hooks": abouts[0]["hooks"],

@@ -547,6 +547,13 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path / "model").config.d_in == 16
 
 
+def _damaged_shape(path, shape):
+    np.save(path, np.zeros((5, 3)))
+    data = path.read_bytes()
+    at = data.index(b"(5, 3)")
+    path.write_bytes(data[:at] + shape + data[at + len(shape) :])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -556,6 +563,8 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
         (lambda p: np.save(p / "x.npy", np.zeros((5, 3))), "must hold at least 20 rows"),
         (lambda p: np.save(p / "x.npy", np.array([{}]), allow_pickle=True), "not a readable .npy"),
         (lambda p: (p / "x.npy").write_bytes(b"no"), "not a readable .npy"),
+        (lambda p: _damaged_shape(p / "x.npy", b"(5, 99999999999999999), "), "not a readable"),
+        (lambda p: _damaged_shape(p / "x.npy", b"(((((((((((((((((((((5,"), "not a readable"),
         (lambda p: None, "does not exist"),
     ],
 )

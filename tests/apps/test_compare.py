@@ -74,7 +74,7 @@ def test_every_method_gets_a_line_a_point_and_a_model(arguments, capsys):
             assert found["fvu"] == pytest.approx(fvu(heldout, recon), rel=1e-5)
 
 
-def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch):
+def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch, capsys):
     out = folder_of(arguments, "--out")
     if not (out / "compare.json").is_file():
         assert main(arguments) == 0
@@ -89,6 +89,16 @@ def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch):
     (out / "compare.md").unlink()
     assert main(["compare", "--out", str(out), "--report-only"]) == 0
     assert (out / "compare.md").is_file()
+    table, values = ((out / name).read_text() for name in ("compare.md", "compare.json"))
+    for damaged in ('{"runs": [3]}', "{}", "[]"):
+        (out / "compare.json").write_text(damaged)
+        capsys.readouterr()
+        assert main(["compare", "--out", str(out), "--report-only"]) == 1
+        error = capsys.readouterr().err.strip()
+        assert str(out / "compare.json") in error
+        assert "\n" not in error
+    assert (out / "compare.md").read_text() == table
+    (out / "compare.json").write_text(values)
 
 
 def finished(arguments):

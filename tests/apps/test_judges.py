@@ -129,6 +129,16 @@ def test_cost_is_known_only_with_both_prices():
     assert Prices(2.0).cost(10, 10) is None
 
 
+def test_a_file_that_fails_later_is_named(tmp_path):
+    answers = Answers(tmp_path / "a.sqlite")
+    with sqlite3.connect(tmp_path / "a.sqlite") as db:
+        db.execute("PRAGMA writable_schema = 1")
+        db.execute("UPDATE sqlite_master SET sql = replace(sql, 'p_yes', 'p_no')")
+    with pytest.raises(OSError, match=r"a\.sqlite cannot be used: .*p_yes"):
+        Answers(tmp_path / "a.sqlite").get(["key"])
+    answers.close()
+
+
 @pytest.mark.parametrize("kind", ["text", "other database", "newer"])
 def test_a_foreign_file_is_refused_in_one_line(tmp_path, kind):
     path = tmp_path / "a.sqlite"

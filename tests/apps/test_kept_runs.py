@@ -34,6 +34,17 @@ FACTS = {
 }
 
 
+@pytest.mark.parametrize("text", ["{}", '{"settings": {"a": 2}}', "[]", "no"])
+def test_a_damaged_run_is_named_and_not_taken(text, tmp_path):
+    settings = {"a": 1}
+    assert runs.once(tmp_path, "run", settings, lambda: {"b": 2})["b"] == 2
+    assert runs.once(tmp_path, "run", settings, lambda: {"b": 3})["b"] == 2
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)):
+        runs.once(tmp_path, "run", settings, lambda: {"b": 3})
+
+
 @pytest.mark.parametrize(
     ("method", "k", "digest"), [("bae", None, "980c94f1a3c0"), ("topk", 32, "cd70be0b1add")]
 )

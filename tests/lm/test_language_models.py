@@ -877,6 +877,33 @@ def test_a_folder_of_another_kind_of_model_is_refused_in_one_line(tokenizer, tmp
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", lambda data: data[:-40]),
+        ("model.safetensors", lambda data: (10**19 % 2**64).to_bytes(8, "little") + data[8:]),
+        ("model.safetensors", lambda data: data.replace(b'"F32"', b'"F99"', 1)),
+        ("config.json", lambda data: data.replace(b'"vocab_size": ', b'"vocab_size": {}, "x": ')),
+        ("config.json", lambda data: data.replace(b'"rope_theta": ', b'"rope_theta": "a", "x": ')),
+        ("config.json", lambda _data: b"[1]"),
+        ("tokenizer.json", lambda data: data.replace(b'"id": 1', b'"id": 1.5', 1)),
+        ("tokenizer_config.json", lambda _data: b'{"eos_token": 3}'),
+        ("generation_config.json", lambda _data: b"7"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_one_line(name, change, tokenizer, tmp_path):
+    model_of("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / name
+    data = path.read_bytes()
+    assert change(data) != data
+    path.write_bytes(change(data))
+    with pytest.raises(ValueError, match="could not be loaded") as caught:
+        load_language_model(str(tmp_path), dtype="float32")
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 HUB = """
 import sys
 from bae_fast.lm import load_language_model, load_tokenizer

@@ -270,6 +270,7 @@ def _rewrite(folder, **changes):
         (lambda f: shutil.rmtree(f), "is not a folder"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is corrupt"),
+        (lambda f: _rewrite(f, dropped={"norm": "x"}), "lacks numbers of dropped rows"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not of an activation cache"),
         (lambda f: _rewrite(f, format="other"), "not of an activation cache"),
         (lambda f: _rewrite(f, version=99), "format version 99"),

@@ -1,5 +1,6 @@
 """Sharded caches: what is in them, who makes which shard, and what happens to damaged ones."""
 
+import json
 import os
 import signal
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_lm import places_lm
 
 from bae_fast.lm import ShardedCache, harvest, harvest_shards, shards
@@ -216,6 +218,50 @@ def test_damage_is_named(tmp_path):
     index.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match=f"{index} is corrupt"):
         ShardedCache(tmp_path).read_block(1)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (["hooks"], 3),
+        (["hooks", "first"], 10**19),
+        (["dtype"], "float99"),
+        (["context_size"], None),
+        (["shards"], []),
+        (["shards", 1], {"n_rows": 3}),
+        (["shards", 1, "n_rows"], -(10**19)),
+        (["shards", 1, "first_row"], 0),
+        (["shards", 2, "files"], {}),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(where, value, tmp_path):
+    made(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = inside = json.loads(path.read_text())
+    for name in where[:-1]:
+        inside = inside[name]
+    inside[where[-1]] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{path} is corrupt") as caught:
+        ShardedCache(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["limits", "no limits", "truncated", "not about a shard"])
+def test_going_on_from_damaged_files_is_one_line(damage, tmp_path):
+    made(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    path = tmp_path / "index" / shard_name(1)
+    if "limits" in damage:
+        path = tmp_path / "limits.json"
+        path.write_text('{"limits": {"first": NaN}}' if damage == "limits" else "[]")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:30])
+    else:
+        save_file({"a": torch.zeros(2)}, path, {"shard": '{"n_windows": "many"}'})
+    with pytest.raises(ValueError, match=f"{path} is corrupt") as caught:
+        made(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_the_rows_are_not_of_is_named(tmp_path):

@@ -755,6 +755,10 @@ def test_bad_code_files(bae, tmp_path, x):
         safetensors.torch.save_file({"words": words}, path, {**header, **changes})
         with refused(ValueError, told):
             bf.BinaryCode.load(path)
+    for text in ("", "[]", "3"):
+        safetensors.torch.save_file({"words": words}, path, {**header, "metadata": text})
+        with refused(ValueError, "code.safetensors holds metadata that is no JSON object"):
+            bf.BinaryCode.read_metadata(path)
 
 
 def test_loading_never_writes(folder, tmp_path):

@@ -96,10 +96,12 @@ def finish(
     else:
         made = make()
         settings = [one["settings"] for one in made]
-        before = read_json(path)["runs"] if path.is_file() else []
-        made = [one for one in before if one["settings"] not in settings] + made
+        with runs.reading(path):
+            before = read_json(path)["runs"] if path.is_file() else []
+            made = [one for one in before if one["settings"] not in settings] + made
         values = {"environment": runs.environment(), "runs": made}
-    rows = [row for one in values["runs"] for row in flat(one)]
+    with runs.reading(path, kept=config.report_only):
+        rows = [row for one in values["runs"] for row in flat(one)]
     text = io.StringIO()
     # runs of before may lack what later ones have
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
