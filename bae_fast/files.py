@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -75,6 +76,30 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise _naming(error, folder) from error
     return folder
+
+
+def check_place(path: str | os.PathLike[str], *, folder: bool = True) -> None:
+    """Find out whether a folder, or a file, can be made where a path says, and make none.
+
+    Args:
+        path: of the folder, or the file.
+        folder: whether it is a folder.
+
+    Raises:
+        OSError: naming the path; an existing file where the folder should be, for instance.
+    """
+    target = Path(path)
+    place = target if folder else target.parent
+    if not folder and target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise _naming(error, target) from error
 
 
 # -- folders of results ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bae_fast.cli.options import JSON, make_parser, read
-from bae_fast.experiments.runs import Result
+from bae_fast.experiments.runs import ConfigError, Result, check_out
 from bae_fast.progress import say
 
 
@@ -34,9 +34,12 @@ def run_experiment(
         positional: fields that are given by their place.
     """
     as_json = JSON in arguments
-    settings = read(
-        make_parser(name, config, positional), config, [one for one in arguments if one != JSON]
-    )
+    parser = make_parser(name, config, positional)
+    try:
+        settings = read(parser, config, [one for one in arguments if one != JSON])
+    except UnicodeDecodeError as error:
+        raise ConfigError("config", f"must name a YAML file in UTF-8; {error}") from error
+    check_out(settings)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = run(settings)
     if as_json:

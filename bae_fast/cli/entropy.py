@@ -19,8 +19,16 @@ def run(arguments: list[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     if not arguments or arguments[0] not in PARTS:
         lines = [f"  {name:<9}  {text}" for name, text in PARTS.items()]
-        say("\n".join(["usage: bae-fast entropy PART [options]", "", *lines]))
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+        usage = "\n".join(["usage: bae-fast entropy PART [options]", "", *lines])
+        if arguments[:1] in (["-h"], ["--help"]):
+            say(usage)
+            return 0
+        if arguments:
+            said = f"PART must be one of {', '.join(PARTS)}; got {arguments[0]}"
+            say(f"bae-fast entropy: {said}", error=True)
+        else:
+            say(usage)
+        return 2
     part, *rest = arguments
     module = importlib.import_module(f"bae_fast.experiments.entropy.{part}")
     return run_experiment(f"entropy {part}", rest, module.Config, module.run)

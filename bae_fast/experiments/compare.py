@@ -121,6 +121,7 @@ def run(config: Config) -> runs.Result:
     from bae_fast.report import compare as report
     from bae_fast.report.plots import save_png
 
+    runs.check_out(config)
     path = config.out / "compare.json"
     values = read_json(path) if config.report_only else train_all(config)
     with runs.reading(path, kept=config.report_only):
@@ -137,7 +138,7 @@ def run(config: Config) -> runs.Result:
 def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
     runs.check_one_of("methods", config.methods, methods.names())
-    runs.check_at_least(config, 1, "expansion", "steps", "batch_size")
+    runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
     check_metric(config)
     _check_variants(config)
     stages = Stages(config.progress)

@@ -193,6 +193,8 @@ def read_rows(path: Path) -> Tensor:
             f"must be floating point of shape [n, d]; {path} has {list(rows.shape)} of "
             f"{str(rows.dtype).removeprefix('torch.')}",
         )
+    if not rows.numel():
+        raise ConfigError("states", f"must hold at least one row; {path} has {list(rows.shape)}")
     bad = int((~rows.isfinite()).any(1).sum())
     if bad:
         raise ConfigError("states", f"must be finite; {path} has NaN or Inf in {bad:,} rows")

@@ -79,7 +79,7 @@ def load_reader(config: Reading, stages: Stages) -> LanguageModel:
     from bae_fast import lm as lm_tools
 
     with stages.stage("load the language model"):
-        name = config.model or lm_tools.DEFAULT_MODEL
+        name = lm_tools.DEFAULT_MODEL if config.model is None else config.model
         return lm_tools.load_language_model(name, device=local_device(config))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bae_fast._version import __version__
-from bae_fast.files import publishing, read_json, write_json, write_text
+from bae_fast.files import check_place, publishing, read_json, write_json, write_text
 from bae_fast.progress import say
 from bae_fast.training import Trainer
 
@@ -73,6 +73,27 @@ def check_one_of(name: str, value: Any, allowed: Any) -> None:
     for one in value if isinstance(value, (list, tuple)) else (value,):
         if one not in allowed:
             raise ConfigError(name, f"must be one of {', '.join(map(str, allowed))}; got {one!r}")
+
+
+def check_out(config: Any) -> None:
+    """Find out before anything slow has run whether the results have a place.
+
+    Raises:
+        ConfigError: ``out`` cannot be written.
+    """
+    out = getattr(config, "out", None)
+    if out is None:
+        return
+    # a command writes one file where it makes up its name if none is given
+    default = {field.name: field.default for field in dataclasses.fields(config)}["out"]
+    folder = default is not None or out.is_dir()
+    try:
+        check_place(out, folder=folder)
+    except OSError as error:
+        kind = "folder" if folder else "file"
+        raise ConfigError(
+            "out", f"must name a {kind} that can be written; {out}: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager

@@ -134,6 +134,47 @@ def test_what_cannot_be_read_is_one_line(command, change, capsys):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo", "harvest", "compare", "train", "interpret", "steer", "compress", "match m m",
+        "neuronpedia", "entropy synthetic", "entropy layers", "entropy icl", "entropy rows",
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_found_before_anything_runs(
+    command, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("kept")
+    for name in ("numpy.load", "bae_fast.lm.find_language_model", "bae_fast.lm.load_tokenizer"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it has begun"))
+    for out in ("file", "file/inside"):
+        arguments = [*command.split(), "--out", str(tmp_path / out)]
+        if command in ("train", "compress", "entropy rows"):
+            arguments += ["--states", str(tmp_path / "rows.npy")]
+        assert main(arguments) == 1
+        error = capsys.readouterr().err.strip()
+        assert f"--out must name a folder that can be written; {tmp_path / out}: " in error
+        assert "\n" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["demo", "--config", "latin.yaml"], 1, "--config must name a YAML file in UTF-8"),
+        (["entropy", "nothing"], 2, "PART must be one of synthetic, layers, icl, rows; got noth"),
+        (["evaluate", "m", "--out", "."], 1, "evaluate: "),
+    ],
+)
+def test_odd_arguments_are_one_line(arguments, status, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"steps: 3 # caf\xe9")
+    assert main(arguments) == status
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
 def test_the_commands_are_listed(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
@@ -561,6 +602,7 @@ def _damaged_shape(path, shape):
         (lambda p: np.save(p / "x.npy", np.zeros((50, 3), int)), "[50, 3] of int64"),
         (lambda p: np.save(p / "x.npy", np.full((50, 3), np.nan)), "NaN or Inf in 50 rows"),
         (lambda p: np.save(p / "x.npy", np.zeros((5, 3))), "must hold at least 20 rows"),
+        (lambda p: np.save(p / "x.npy", np.zeros((0, 3))), "must hold at least one row"),
         (lambda p: np.save(p / "x.npy", np.array([{}]), allow_pickle=True), "not a readable .npy"),
         (lambda p: (p / "x.npy").write_bytes(b"no"), "not a readable .npy"),
         (lambda p: _damaged_shape(p / "x.npy", b"(5, 99999999999999999), "), "not a readable"),
