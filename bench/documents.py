@@ -191,6 +191,8 @@ def synthetic(results: Path) -> str:
 
 EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "compare": _markdown_of("compare/compare"),
+    "covariance": _first_table_of("covariance/compare"),
+    "rate": _first_table_of("rate/compare"),
     "compress": _first_table_of("compress/compress"),
     "synthetic": synthetic,
     "layers": layers_excerpt,
