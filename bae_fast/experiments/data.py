@@ -320,7 +320,7 @@ def load_model(config: Source, stages: Stages) -> LanguageModel:
 
     with stages.stage("load the language model"):
         return lm_tools.load_language_model(
-            config.model or lm_tools.DEFAULT_MODEL,
+            lm_tools.DEFAULT_MODEL if config.model is None else config.model,
             device=pick_device(config),
             revision=config.revision,
         )

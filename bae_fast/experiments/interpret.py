@@ -230,7 +230,7 @@ def language_model(data: Data, judge: Judge) -> LanguageModel:
     from bae_fast.interpret.judges import TransformersJudge
     from bae_fast.lm import DEFAULT_MODEL, load_language_model
 
-    name = data.model or DEFAULT_MODEL
+    name = DEFAULT_MODEL if data.model is None else data.model
     if isinstance(judge, TransformersJudge) and judge.name == name and data.revision is None:
         return judge.lm
     return load_language_model(name, device=pick_device(data), revision=data.revision)
@@ -277,7 +277,7 @@ def open_model(config: Any, folder: Path) -> tuple[Autoencoder, Data]:
         check_model(metadata, config.model, "--model")
     data = _data(
         config,
-        model=config.model or metadata.get("model_name"),
+        model=metadata.get("model_name") if config.model is None else config.model,
         hook=config.hook or hooks[0],
         context=config.context or metadata.get("context_size"),
     )

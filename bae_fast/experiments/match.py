@@ -64,7 +64,11 @@ def run(config: Config) -> runs.Result:
         raise ValueError("FOLDER must be of an autoencoder of --hook; a transcoder reads elsewhere")
     if config.states is None:
         for model in models:
-            check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
+            check_model(
+                model.config.metadata,
+                DEFAULT_MODEL if config.model is None else config.model,
+                "--model",
+            )
     stages = Stages(config.progress)
     with runs.results(config) as folder:
         if config.states is not None:

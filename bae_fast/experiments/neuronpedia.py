@@ -76,7 +76,9 @@ def run(config: Config) -> runs.Result:
     model = load_autoencoder(str(config.load), device=pick_device(config))
     if model.is_transcoder:
         raise runs.ConfigError("load", "must be an autoencoder of the hook; it is a transcoder")
-    check_model(model.config.metadata, config.model or DEFAULT_MODEL, "--model")
+    check_model(
+        model.config.metadata, DEFAULT_MODEL if config.model is None else config.model, "--model"
+    )
     stages = Stages(config.progress)
     cache, tokenizer, facts = harvest_rows(config, stages, 1)
     check_origin(model.config.metadata, facts)
@@ -86,7 +88,9 @@ def run(config: Config) -> runs.Result:
         from bae_fast.lm import load_language_model
 
         with stages.stage("load the unembedding"):
-            lm = load_language_model(config.model or DEFAULT_MODEL, revision=config.revision)
+            lm = load_language_model(
+                DEFAULT_MODEL if config.model is None else config.model, revision=config.revision
+            )
             unembedding = lm.model.get_output_embeddings().weight.detach()
     with stages.stage("write"):
         folder = write_neuronpedia_export(

@@ -198,7 +198,11 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
         autoencoder = train_autoencoder(config, folder, stages)
     else:
         autoencoder = load_autoencoder(config.load, device=pick_device(config))
-        check_model(autoencoder.config.metadata, config.model or DEFAULT_MODEL, "--model")
+        check_model(
+            autoencoder.config.metadata,
+            DEFAULT_MODEL if config.model is None else config.model,
+            "--model",
+        )
     lm = load_model(config, stages)
     hook, source = config.hook, config.source
     at = label_tokens(lm.tokenizer, labels) if labels else None

@@ -9,4 +9,4 @@ from bae_fast.lm import DEFAULT_MODEL
 
 def make(options: JudgeOptions, model: str | None, device: str) -> TransformersJudge:
     """The judge with the model named, or SmolLM2-135M-Instruct."""
-    return TransformersJudge(model or DEFAULT_MODEL, device=device)
+    return TransformersJudge(DEFAULT_MODEL if model is None else model, device=device)
