@@ -43,9 +43,9 @@ def test_the_estimate_adds_up_and_says_what_it_assumes():
     result = estimate.run(only="512-2048-16384")
     for row in result["rows"]:
         assert sum(row["parts"].values()) < row["graph"] <= row["started"]
-    triton, cuda = (row["parts"] for row in result["rows"])
-    assert triton["products"] == cuda["products"]
-    assert triton["pairs"] > cuda["pairs"]
+    triton, cuda, panels = (row["parts"] for row in result["rows"])
+    assert triton["products"] == cuda["products"] == panels["products"]
+    assert triton["pairs"] > cuda["pairs"] > panels["pairs"]
     (small,) = estimate.run(only="triton-512-1024-4096")["rows"]
     assert small["graph"] < small["started"]
     assert "by arithmetic, not run on a device" in estimate.table(result)

@@ -359,7 +359,7 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
     [
         (["--encoder", "nowhere"], "--encoder must be the folder of a sentence encoder"),
         (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity"),
-        (["--k", "0"], "k must be an int >= 1; got 0"),
+        (["--k", "0"], "--k must be at least 1; got [0]"),
         (
             ["--bank-batches", "4"],
             "bank_batches is of the Binary Autoencoder, and methods",
