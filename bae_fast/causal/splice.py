@@ -35,7 +35,7 @@ from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
 from bae_fast.lm.hooks import find_module, resolve_hook, running
-from bae_fast.lm.inputs import special_tokens
+from bae_fast.lm.inputs import excluded_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model, under_head
 from bae_fast.lm.origin import mismatch
@@ -303,9 +303,8 @@ def replaced_output(
         ValueError: the model calls the module more than once in a pass.
         RuntimeError: the block ends and no token was replaced.
     """
-    if exclude_tokens is None:
-        exclude_tokens = special_tokens(model.tokenizer) if isinstance(model, LanguageModel) else ()
-    excluded = torch.tensor([int(i) for i in exclude_tokens], dtype=torch.int64)
+    tokenizer = model.tokenizer if isinstance(model, LanguageModel) else None
+    excluded = torch.tensor(excluded_tokens(tokenizer, exclude_tokens), dtype=torch.int64)
     whole = model.model if isinstance(model, LanguageModel) else model
     if not isinstance(whole, nn.Module):
         raise TypeError(f"model must be a LanguageModel or a module; got {type(model).__name__}")

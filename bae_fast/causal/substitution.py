@@ -36,8 +36,8 @@ from bae_fast.lm.inputs import (
     Padding,
     check_ids,
     check_length,
+    excluded_tokens,
     padding_mask,
-    special_tokens,
     text_mask,
 )
 from bae_fast.lm.loading import LanguageModel
@@ -228,11 +228,7 @@ class SubstitutionTest:
         self.max_norm_ratio = max_norm_ratio
         check_ids(lm.model, self.windows, "windows")
         check_length(lm.model, self.windows.shape[1], "windows")
-        self.exclude_tokens = (
-            special_tokens(lm.tokenizer)
-            if exclude_tokens is None
-            else sorted({int(i) for i in exclude_tokens})
-        )
+        self.exclude_tokens = excluded_tokens(lm.tokenizer, exclude_tokens)
         self._mask = padding_mask(lm.tokenizer, self.windows) if mask is None else mask
         text = text_mask(
             lm.tokenizer, self.windows, mask=self._mask, exclude_tokens=self.exclude_tokens

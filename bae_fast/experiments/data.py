@@ -224,7 +224,7 @@ def harvest_rows(
 
     if config.context < 1:
         raise ConfigError("context", f"must be at least 1; got {config.context}")
-    name = lm_tools.DEFAULT_MODEL if config.model is None else config.model
+    name = model_name(config.model)
     device = pick_device(config)
     folder = cache_of(config)
     with stages.stage("tokenize"):
@@ -314,13 +314,20 @@ def find_model(name: str, revision: str | None) -> ModelSource:
     return lm_tools.find_language_model(name, revision)
 
 
+def model_name(model: str | None) -> str:
+    """The language model that an option names, or the default one without it."""
+    from bae_fast.lm.loading import DEFAULT_MODEL
+
+    return DEFAULT_MODEL if model is None else model
+
+
 def load_model(config: Source, stages: Stages) -> LanguageModel:
     """The language model of a configuration."""
     from bae_fast import lm as lm_tools
 
     with stages.stage("load the language model"):
         return lm_tools.load_language_model(
-            lm_tools.DEFAULT_MODEL if config.model is None else config.model,
+            model_name(config.model),
             device=pick_device(config),
             revision=config.revision,
         )

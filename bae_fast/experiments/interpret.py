@@ -23,6 +23,7 @@ from bae_fast.experiments.data import (
     Source,
     check_width,
     harvest_rows,
+    model_name,
     pick_device,
 )
 from bae_fast.experiments.features_page import Beside, Looked, look_at, read_names, side_by_side
@@ -228,9 +229,9 @@ def _prices(config: Config) -> Prices:
 def language_model(data: Data, judge: Judge) -> LanguageModel:
     """The model that was harvested; the judge's own where it is the same."""
     from bae_fast.interpret.judges import TransformersJudge
-    from bae_fast.lm import DEFAULT_MODEL, load_language_model
+    from bae_fast.lm import load_language_model
 
-    name = DEFAULT_MODEL if data.model is None else data.model
+    name = model_name(data.model)
     if isinstance(judge, TransformersJudge) and judge.name == name and data.revision is None:
         return judge.lm
     return load_language_model(name, device=pick_device(data), revision=data.revision)
@@ -429,20 +430,19 @@ def write_page(
         label: {number: one[name] for number, one in shown.items() if one[name] is not None}
         for name, label in labels.items()
     }
+    language_model = None if lens is None else lens.model
     looked = look_at(
         model,
         cache,
         rows,
         tokenizer,
         found,
-        language_model=None if lens is None else lens.model,
+        language_model=language_model,
         phrases={number: one["phrase"] for number, one in shown.items()},
         scores={label: values for label, values in scores.items() if values},
     )
     if beside is not None:
-        other = beside.look_at(
-            cache, rows, tokenizer, language_model=None if lens is None else lens.model
-        )
+        other = beside.look_at(cache, rows, tokenizer, language_model=language_model)
         looked = side_by_side(looked, other, beside.names)
     about = [line for line in summary.splitlines() if line and not line.startswith("|")]
     return write_browser(

@@ -13,11 +13,11 @@ from bae_fast.experiments.data import (
     OwnRows,
     check_width,
     harvest_rows,
+    model_name,
     pick_device,
     read_rows,
 )
 from bae_fast.files import write_json, write_text
-from bae_fast.lm.loading import DEFAULT_MODEL
 from bae_fast.lm.origin import check_model, check_origin
 from bae_fast.progress import Stages
 from bae_fast.report.match import table
@@ -66,7 +66,7 @@ def run(config: Config) -> runs.Result:
         for model in models:
             check_model(
                 model.config.metadata,
-                DEFAULT_MODEL if config.model is None else config.model,
+                model_name(config.model),
                 "--model",
             )
     stages = Stages(config.progress)

@@ -9,8 +9,7 @@ from typing import Any
 
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import Data, check_width, harvest_rows, pick_device
-from bae_fast.lm.loading import DEFAULT_MODEL
+from bae_fast.experiments.data import Data, check_width, harvest_rows, model_name, pick_device
 from bae_fast.lm.origin import check_model, check_origin
 from bae_fast.progress import Stages
 
@@ -76,9 +75,7 @@ def run(config: Config) -> runs.Result:
     model = load_autoencoder(str(config.load), device=pick_device(config))
     if model.is_transcoder:
         raise runs.ConfigError("load", "must be an autoencoder of the hook; it is a transcoder")
-    check_model(
-        model.config.metadata, DEFAULT_MODEL if config.model is None else config.model, "--model"
-    )
+    check_model(model.config.metadata, model_name(config.model), "--model")
     stages = Stages(config.progress)
     cache, tokenizer, facts = harvest_rows(config, stages, 1)
     check_origin(model.config.metadata, facts)
@@ -88,9 +85,7 @@ def run(config: Config) -> runs.Result:
         from bae_fast.lm import load_language_model
 
         with stages.stage("load the unembedding"):
-            lm = load_language_model(
-                DEFAULT_MODEL if config.model is None else config.model, revision=config.revision
-            )
+            lm = load_language_model(model_name(config.model), revision=config.revision)
             unembedding = lm.model.get_output_embeddings().weight.detach()
     with stages.stage("write"):
         folder = write_neuronpedia_export(

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import pick_device
+from bae_fast.experiments.data import model_name, pick_device
 from bae_fast.progress import Stages, say
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def load_reader(config: Reading, stages: Stages) -> LanguageModel:
     from bae_fast import lm as lm_tools
 
     with stages.stage("load the language model"):
-        name = lm_tools.DEFAULT_MODEL if config.model is None else config.model
+        name = model_name(config.model)
         return lm_tools.load_language_model(name, device=local_device(config))
 
 

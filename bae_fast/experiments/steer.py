@@ -17,10 +17,16 @@ from torch import Tensor
 from bae_fast.baselines import load_autoencoder
 from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import N_HELDOUT, Data, harvest_rows, load_model, pick_device
+from bae_fast.experiments.data import (
+    N_HELDOUT,
+    Data,
+    harvest_rows,
+    load_model,
+    model_name,
+    pick_device,
+)
 from bae_fast.experiments.training import Training, new_autoencoder, training_config
 from bae_fast.files import read_json, write_json, write_text
-from bae_fast.lm.loading import DEFAULT_MODEL
 from bae_fast.lm.origin import check_model
 from bae_fast.lm.tasks import TASKS, load_task
 from bae_fast.model import ARCHITECTURE, BinaryAutoencoder
@@ -200,7 +206,7 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
         autoencoder = load_autoencoder(config.load, device=pick_device(config))
         check_model(
             autoencoder.config.metadata,
-            DEFAULT_MODEL if config.model is None else config.model,
+            model_name(config.model),
             "--model",
         )
     lm = load_model(config, stages)

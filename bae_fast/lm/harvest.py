@@ -49,8 +49,8 @@ from bae_fast.lm.identity import own_hooks
 from bae_fast.lm.inputs import (
     check_ids,
     check_length,
+    excluded_tokens,
     padding_mask,
-    special_tokens,
     text_mask,
 )
 from bae_fast.lm.loading import LanguageModel
@@ -190,7 +190,7 @@ def harvest(
             "tokens_sha256": tokens_digest(token_windows),
             "prepend_bos": isinstance(bos, int) and bool((token_windows[:, 0] == bos).all()),
             "padding_masked": mask is not None,
-            "exclude_tokens": special_tokens(lm.tokenizer) if excluded is None else excluded,
+            "exclude_tokens": excluded_tokens(lm.tokenizer, excluded),
             "dtype": DTYPE_NAMES[file.dtype],
             "d_in": file.width,
             "n_rows": len(kept),

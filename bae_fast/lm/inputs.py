@@ -78,6 +78,11 @@ def special_tokens(tokenizer: Any) -> list[int]:
     return sorted(i for i in found if isinstance(i, int))
 
 
+def excluded_tokens(tokenizer: Any, given: Iterable[int] | None) -> list[int]:
+    """Ids that are no text: those given, or the tokenizer's special tokens where none are."""
+    return special_tokens(tokenizer) if given is None else [int(i) for i in given]
+
+
 def text_mask(
     tokenizer: Any,
     token_windows: Tensor,
@@ -94,7 +99,7 @@ def text_mask(
     Raises:
         ValueError: a mask of another shape.
     """
-    chosen = special_tokens(tokenizer) if exclude_tokens is None else list(exclude_tokens)
+    chosen = excluded_tokens(tokenizer, exclude_tokens)
     keep = torch.ones(token_windows.shape, dtype=torch.bool)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != token_windows.shape:

@@ -49,7 +49,7 @@ from bae_fast.lm.capture import Candidates, Capture, within
 from bae_fast.lm.documents import TokenWindows, Windows
 from bae_fast.lm.hooks import in_order
 from bae_fast.lm.identity import own_hooks
-from bae_fast.lm.inputs import check_ids, check_length, special_tokens
+from bae_fast.lm.inputs import check_ids, check_length, excluded_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.progress import progress_bar
 
@@ -484,7 +484,7 @@ class _Harvest:
             "max_norm_ratio": (
                 capture.max_norm_ratio if np.isfinite(capture.max_norm_ratio) else None
             ),
-            "exclude_tokens": special_tokens(lm.tokenizer) if excluded is None else excluded,
+            "exclude_tokens": excluded_tokens(lm.tokenizer, excluded),
             "shard_windows": shard_windows,
             "block_rows": BLOCK_ROWS,
             "split_rule": SPLIT_RULE,

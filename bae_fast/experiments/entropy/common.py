@@ -11,7 +11,7 @@ from typing import Any
 
 from bae_fast.entropy.layers import TRAINING
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import find_model, pick_device
+from bae_fast.experiments.data import find_model, model_name, pick_device
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.progress import say
 from bae_fast.training import TrainingConfig
@@ -61,7 +61,7 @@ def lazy_model(config: Fits) -> tuple[str, Callable[[], Any]]:
     """What the model is called, and a function that loads it once."""
     from bae_fast import lm as lm_tools
 
-    name = lm_tools.DEFAULT_MODEL if config.model is None else config.model
+    name = model_name(config.model)
     device = pick_device(config)
     find_model(name, config.revision)
     loaded: list[Any] = []
