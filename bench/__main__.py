@@ -34,6 +34,7 @@ from bench import (
     step,
     supply,
     tables,
+    versions,
 )
 from bench.inputs import simd
 from bench.timing import SECONDS
@@ -62,6 +63,8 @@ COUNTED: dict[str, Any] = {"launches": launches, "compiled": compiled, "estimate
 MODELS: dict[str, Any] = {"models": models}
 # of where rows come from; a case writes 5 GB: only by name
 ROWS: dict[str, Any] = {"supply": supply}
+# with commands and options of their own: a GPU, and environments of their own
+OWN: dict[str, Any] = {"device": device, "versions": versions}
 SUITES = MEASURED | LARGE | TRAINED | LISTS | COUNTED | MODELS | ROWS
 
 
@@ -195,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
                 (folder / "sparse.png").write_bytes(sparse.plot(result))
             print(SUITES[name].table(result), flush=True)
     if options.only is None:
-        for path in documents.write(ROOT, RESULTS, SUITES | {"device": device}):
+        for path in documents.write(ROOT, RESULTS, SUITES | OWN):
             print(f"wrote {path.relative_to(ROOT)}", flush=True)
     for line in refused:
         print(f"refused: {line}", file=sys.stderr)

@@ -13,7 +13,6 @@ from bae_fast.ops import registry
 from bench import (
     ceilings,
     crossover,
-    device,
     documents,
     eager,
     exact,
@@ -28,8 +27,9 @@ from bench import (
     step,
     tables,
     timing,
+    versions,
 )
-from bench.__main__ import MEASURED, RESULTS, ROOT, SUITES, TRAINED, environment, main
+from bench.__main__ import MEASURED, OWN, RESULTS, ROOT, SUITES, TRAINED, environment, main
 from bench.inputs import TINY
 
 DEFAULT = inputs.implementations()[0]
@@ -401,7 +401,7 @@ def test_the_probe_knows_the_level_in_use(quick):
 
 
 def test_the_documents_show_the_committed_results():
-    made = documents.blocks(RESULTS, SUITES | {"device": device})
+    made = documents.blocks(RESULTS, SUITES | OWN)
     pages = {path: path.read_text(encoding="utf-8") for path in documents.documents(ROOT)}
     for path, text in pages.items():
         assert documents.regenerated(text, made, RESULTS) == text, (
@@ -410,7 +410,7 @@ def test_the_documents_show_the_committed_results():
     shown = "".join(pages.values())
     assert all(shown.count(f"<!-- bench:{name} -->") == 1 for name in made)
     found = {path.stem for path in RESULTS.glob("*.json")}
-    assert (MEASURED | TRAINED).keys() <= found <= SUITES.keys() | {"device"}
+    assert (MEASURED | TRAINED).keys() <= found <= SUITES.keys() | OWN.keys()
 
 
 def test_a_number_in_a_document_is_that_of_the_result(tmp_path):
@@ -434,6 +434,27 @@ def test_tables_replace_what_stands_between_their_markers():
     assert tables.splice(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb\n"
     with pytest.raises(ValueError, match="text must hold"):
         tables.splice(text, "y", "new")
+
+
+def test_a_try_of_versions_replaces_the_older_try_of_the_same(tmp_path):
+    (tmp_path / "report.xml").write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>'
+    )
+    counts = versions.counts(tmp_path / "report.xml")
+    assert counts == {"passed": 5, "failed": 2, "skipped": 2}
+    tried = {"python": "3.10.13", "torch": "2.11.0+cpu", "numpy": "2.2.6"}
+    tried |= {"tests": ["kernels", "Triton"], "date": "2026-01-01"}
+    path = tmp_path / "versions.json"
+    for change in ({}, {"triton": "3.6.0"}, {"torch": "2.9.1"}, {"date": "2026-02-02"}):
+        write_json(path, versions.kept(path, tried | counts | change))
+    lines = versions.table(versions.kept(path, tried | counts | {"python": "3.9.1"})).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| 3.9.1", "2.11.0+cpu", "none"],
+        ["| 3.10.13", "2.9.1", "none"],
+        ["| 3.10.13", "2.11.0+cpu", "none"],
+        ["| 3.10.13", "2.11.0+cpu", "3.6.0"],
+    ]
+    assert lines[4].endswith("| 2.2.6 | kernels, Triton | 5 | 2 | 2 | 2026-02-02 |")
 
 
 def test_the_time_of_an_import_is_one_of_fresh_processes():
