@@ -1,8 +1,10 @@
 """bae_fast: the Binary Autoencoder of arXiv 2509.20997 on packed codes, fast and exact."""
 
-# ruff: noqa: E402 (how threads wait is settled before torch is loaded)
+# ruff: noqa: E402 (how threads wait and what signals do is settled before torch is loaded)
+from bae_fast.starting import let_signals_end_commands
 from bae_fast.waiting import let_commands_sleep
 
+let_signals_end_commands()
 let_commands_sleep()
 
 from bae_fast import backends  # noqa: F401 (they register themselves)

@@ -14,10 +14,24 @@ from typing import Any
 
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows has other locks: there nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 
 def cache_folder(name: str) -> Path:
-    """``$XDG_CACHE_HOME/bae_fast/<name>``, where what can be made again is kept (``~/.cache``)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """``$XDG_CACHE_HOME/bae_fast/<name>``, where what can be made again is kept (``~/.cache``).
+
+    Raises:
+        OSError: the user has no home, and XDG_CACHE_HOME is not set.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
+    if not root:
+        try:
+            root = str(Path.home() / ".cache")
+        except RuntimeError as error:
+            raise OSError("XDG_CACHE_HOME must name a folder, as this user has no home") from error
     return Path(root) / "bae_fast" / name
 
 
@@ -102,27 +116,79 @@ def check_place(path: str | os.PathLike[str], *, folder: bool = True) -> None:
         raise _naming(error, target) from error
 
 
+# -- locks -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a path; it ends with the block, and with the process, however that ends.
+
+    Args:
+        path: a folder, or a file, which is made where it is missing.
+        wait: whether to wait until no other process has it.
+
+    Returns:
+        Whether it is held: False where another process has it and ``wait`` is False. True on a
+        system, or a file system, without locks.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_WRONLY | os.O_CREAT
+    handle = os.open(path, flags, 0o666)
+    try:
+        held = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                held = False
+            except OSError:  # a file system without locks
+                pass
+        yield held
+    finally:
+        os.close(handle)
+
+
 # -- folders of results ------------------------------------------------------------------------
 
 _UNFINISHED, _FINISHED = ".unfinished", ".finished"
 
 
 @contextmanager
-def publishing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def publishing(
+    folder: str | os.PathLike[str], *, wait: bool = False, fresh: bool = False
+) -> Iterator[Path]:
     """Yield a new folder inside ``folder``; put its files in the old ones' stead if all is well.
 
     Until the block has ended, the files of the last run stay as they are. The new folder, which
     may be a run's from before, is then renamed, its files are moved up one by one, and a process
     that is killed between two moves leaves the rest to the next call of :func:`publishing`. Files
-    of ``folder`` that the new folder lacks are left alone.
+    of ``folder`` that the new folder lacks are left alone. The folder is locked meanwhile.
+
+    Args:
+        folder: of the results.
+        wait: wait for another process that publishes here, where the block takes little time.
+        fresh: begin with an empty folder, where the block does not go on with what a run left.
+
+    Raises:
+        BlockingIOError: another process publishes here, and ``wait`` is False.
+        OSError: the folder cannot be written.
     """
-    folder = Path(folder)
-    _move_up(folder)
-    work = folder / _UNFINISHED
-    check_writable(work)
-    yield work
-    os.replace(work, folder / _FINISHED)
-    _move_up(folder)
+    folder = check_writable(folder)
+    with locked(folder, wait=wait) as held:
+        if not held:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, "another process writes its results there", str(folder)
+            )
+        _move_up(folder)
+        work = folder / _UNFINISHED
+        if fresh and work.is_dir():
+            shutil.rmtree(work)
+        check_writable(work)
+        yield work
+        os.replace(work, folder / _FINISHED)
+        _move_up(folder)
 
 
 def _move_up(folder: Path) -> None:

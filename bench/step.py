@@ -218,8 +218,9 @@ def table(result: dict[str, Any]) -> str:
         "one process, checked against float64 first. paper: identity surrogate, half of the bits "
         "on, covariance; rectangle: 3 % of the bits on, covariance; no covariance: the same "
         "without. eager, autocast (bfloat16) and compile end in Adam as it comes, ours in "
-        "Adam(fused=True). Of the floor: the products at torch's GEMM rate, the counts at the "
-        "instruction ceiling and Adam at the speed of a copy, against the first of ours. "
+        "Adam(fused=True). The last column is the floor over the time of `cpp`. The floor is what "
+        "a step would take with the products at torch's GEMM rate, the counts at the instruction "
+        "ceiling and Adam at the speed of a copy; over 100% the step is faster than that. "
         + tables.ceilings(result)
         + " "
         + tables.machine(result)

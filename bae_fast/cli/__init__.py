@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from bae_fast._version import __version__
-from bae_fast.cli.net import caught, signals
+from bae_fast.cli.net import caught
 from bae_fast.progress import say
 
 # subcommand -> what it does; the file of that name has ``run(arguments) -> int``
@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         say(f"bae-fast: COMMAND must be one of {', '.join(COMMANDS)}; got {name}", error=True)
         return 2
-    with signals():
-        return caught(name, lambda: _run(name, rest), debug=debug)
+    return caught(name, lambda: _run(name, rest), debug=debug)
 
 
 def _run(name: str, arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from types import FrameType
 
 from bae_fast.cli.errors import DEBUG, describe, is_usage, one_line
 from bae_fast.progress import say
+from bae_fast.starting import INTERRUPTED, SIGNALS, end_at_once
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -21,7 +22,7 @@ class TerminatedError(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Turn SIGTERM into an exception."""
+    """Turn SIGINT and SIGTERM into exceptions, unless SIGINT is ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -29,39 +30,52 @@ def signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise TerminatedError(f"signal {number}")
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
+        signal.signal(signal.SIGTERM, end)
+        if before[signal.SIGINT] is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore_more() -> None:
+    """Let a second Ctrl-C, by an impatient hand, not break into the end of the first."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def caught(name: str, run: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit status of a command, whose errors are printed as one line.
+    """The exit status of a command, whose errors and interruptions are printed as one line.
 
     Args:
         name: the command's name.
         debug: also show where an error comes from; ``BAE_FAST_DEBUG=1`` does the same.
     """
     debug = debug or os.environ.get(DEBUG, "") not in ("", "0")
-    try:
-        return run()
-    except SystemExit as error:  # --help, --print_config
-        return error.code if isinstance(error.code, int) else 0
-    except KeyboardInterrupt as error:
-        if debug:
-            _trace()
-        number = signal.SIGTERM if _is_termination(error) else signal.SIGINT
-        text = one_line(error) if _said(error) else "interrupted; the last results are as they were"
-        say(f"bae-fast {name}: {text}", error=True)
-        return 128 + number
-    except Exception as error:
-        if debug:
-            _trace()
-        say(f"bae-fast {name}: {describe(error, debug=debug)}", error=True)
-        return 2 if is_usage(error) else 1
-    finally:
-        _flush()
+    with signals():
+        try:
+            return run()
+        except SystemExit as error:  # --help, --print_config
+            return error.code if isinstance(error.code, int) else 0
+        except KeyboardInterrupt as error:
+            _ignore_more()
+            if debug:
+                _trace()
+            number = signal.SIGTERM if _is_termination(error) else signal.SIGINT
+            text = one_line(error) if _said(error) else INTERRUPTED
+            say(f"bae-fast {name}: {text}", error=True)
+            return 128 + number
+        except Exception as error:
+            if debug:
+                _trace()
+            say(f"bae-fast {name}: {describe(error, debug=debug)}", error=True)
+            return 2 if is_usage(error) else 1
+        finally:
+            _flush()
 
 
 def _said(error: BaseException) -> bool:

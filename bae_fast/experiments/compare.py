@@ -23,7 +23,14 @@ from torch import Tensor
 from bae_fast.analysis.metrics import FVUAccumulator
 from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import methods, runs
-from bae_fast.experiments.data import N_HELDOUT, Data, harvest_rows, pick_device
+from bae_fast.experiments.data import (
+    N_HELDOUT,
+    Data,
+    block_width,
+    cache_of,
+    harvest_rows,
+    pick_device,
+)
 from bae_fast.experiments.judges import JudgeOptions
 from bae_fast.experiments.metric import check_metric, error_metric
 from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
@@ -127,7 +134,7 @@ def run(config: Config) -> runs.Result:
     with runs.reading(path, kept=config.report_only):
         text = report.table(values)
         plot = report.plot(values)
-    with runs.results(config) as folder:
+    with runs.results(config, wait=True) as folder:
         write_json(folder / "compare.json", values)
         write_text(folder / "compare.md", text)
         save_png(folder / "compare.png", plot)
@@ -141,8 +148,13 @@ def train_all(config: Config) -> dict[str, Any]:
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
     check_metric(config)
     _check_variants(config)
+    cache_of(config)
+    width = block_width(config)
+    if width is not None:
+        _check_k(config, width)
     stages = Stages(config.progress)
     cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
+    _check_k(config, cache.d_in)  # of any other module the width is known by its states
     split = cache.split(N_HELDOUT)
     train = cache.rows[split.train.start : split.train.stop]
     heldout = cache.rows[split.heldout.start : split.heldout.stop]
@@ -206,6 +218,15 @@ def _check_variants(config: Config) -> None:
             )
         for method, value in itertools.product(takers, values):
             dataclasses.replace(methods.method(method).training, **{name: value})
+
+
+def _check_k(config: Config, width: int) -> None:
+    """Refuse a k above the number of features, before anything has run for hours."""
+    most, found = config.expansion * width, max(config.k, default=0)
+    if found > most and any(methods.method(name).takes_k for name in config.methods):
+        raise runs.ConfigError(
+            "k", f"must be at most d_sae={most}, the expansion times the width {width}; got {found}"
+        )
 
 
 class _Metrics:

@@ -207,12 +207,14 @@ def cache_of(config: Source) -> Path:
     Raises:
         ConfigError: it cannot be written.
     """
-    folder = cache_folder("activations") if config.cache is None else config.cache
+    where = ""
     try:
+        folder = cache_folder("activations") if config.cache is None else config.cache
+        where = f"{folder}: "
         return check_writable(folder)
     except OSError as error:
         raise ConfigError(
-            "cache", f"must name a folder that can be written; {folder}: {error.strerror or error}"
+            "cache", f"must name a folder that can be written; {where}{error.strerror or error}"
         ) from error
 
 
@@ -312,6 +314,20 @@ def find_model(name: str, revision: str | None) -> ModelSource:
             "revision", f"is of a Hugging Face id; the files of {name} are here; got {revision!r}"
         )
     return lm_tools.find_language_model(name, revision)
+
+
+def block_width(config: Data) -> int | None:
+    """The width of the states of a block, from the language model's configuration alone.
+
+    None where the hook is another module than a block, whose width no configuration says.
+    """
+    from bae_fast import lm as lm_tools
+
+    if not config.hook.rpartition(".")[2].isdecimal():
+        return None
+    name = model_name(config.model)
+    find_model(name, config.revision)
+    return lm_tools.model_width(name, revision=config.revision)
 
 
 def model_name(model: str | None) -> str:

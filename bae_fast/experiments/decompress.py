@@ -29,12 +29,14 @@ class Config:
             as rows.
         dtype: The type of the reconstructions.
         out: The file that is written. Without it that is the file's name with .safetensors.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
     """
 
     file: Path
     load: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     out: Path | None = None
+    progress: bool = True
 
 
 def run(config: Config) -> runs.Result:
@@ -50,7 +52,7 @@ def run(config: Config) -> runs.Result:
     if target.resolve() == config.file.resolve():
         raise runs.ConfigError("out", f"{target} is the file that is read")
     values: dict[str, Any] = {"shape": list(compressed.shape), "n_bits": compressed.n_bits}
-    stages = Stages()
+    stages = Stages(config.progress)
     if config.load is None:
         with stages.stage("read the codes"):
             code = compressed.code()

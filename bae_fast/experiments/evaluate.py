@@ -29,11 +29,13 @@ class Config:
         states: Another file of hidden states; its last rows are taken as those of a run on a file
             are.
         out: The file of the result. Without it that is evaluation.json in the folder of the run.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
     """
 
     folder: Path
     states: Path | None = None
     out: Path | None = None
+    progress: bool = True
 
 
 def run(config: Config) -> runs.Result:
@@ -42,7 +44,7 @@ def run(config: Config) -> runs.Result:
     Raises:
         ValueError, OSError: naming the folder, the field or the file.
     """
-    made_with = resolved_config(config.folder)
+    made_with = dataclasses.replace(resolved_config(config.folder), progress=config.progress)
     if config.states is not None:
         made_with = dataclasses.replace(made_with, states=config.states, cache=None, live=False)
     jobs = {
@@ -56,7 +58,7 @@ def run(config: Config) -> runs.Result:
     order = {"seed": made_with.seed, "streams": made_with.streams}
     with rows_for(made_with, jobs.values(), order=order) as source:
         blocks = list(source.supply.heldout())
-    stages = Stages()
+    stages = Stages(config.progress)
     for name, hook in sorted(jobs.items()):
         with stages.stage(f"evaluate {name}"):
             rows = torch.cat([block.x[source.hooks[hook]] for block in blocks])

@@ -33,14 +33,12 @@ class Config(Reading):
         hooks: The paths of the modules whose outputs are kept, all of one pass.
         batch_size: The number of windows in a forward pass.
         shard_windows: The number of windows in a shard. Without it a shard has 65,536 tokens.
-        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
     """
 
     out: Path = Path("cache")
     hooks: tuple[str, ...] = (DEFAULT_HOOK,)
     batch_size: int = 8
     shard_windows: int | None = None
-    progress: bool = True
 
 
 def run(config: Config) -> runs.Result:

@@ -21,6 +21,7 @@ from bae_fast.experiments.data import (
     N_HELDOUT,
     Data,
     Source,
+    cache_of,
     check_width,
     harvest_rows,
     model_name,
@@ -129,6 +130,7 @@ def run(config: Config) -> runs.Result:
     prices = _prices(config)
     device = pick_device(config)
     # what cannot work is found before anything slow has run
+    cache_of(config)
     judge = second = None
     if not config.dry_run:
         judge = make_judge(config, config.judge, config.judge_model, device)
@@ -190,7 +192,7 @@ def run(config: Config) -> runs.Result:
     values["data"] = {name: value for name, value in facts.items() if value is not None}
     features = values.pop("features")
     text = table(values)
-    with runs.results(config) as out:
+    with runs.results(config, wait=True) as out:
         write_json(out / "summary.json", values)
         write_text(out / "summary.md", text)
         lines = [json.dumps(one, allow_nan=False) for one in features]

@@ -38,6 +38,7 @@ class Reading:
             of the first 65,536 tokens.
         device: The device to run on, for instance cpu or cuda:0; auto takes a GPU where there is
             one, and under torchrun the one of the local rank.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
     """
 
     model: str | None = None
@@ -52,6 +53,7 @@ class Reading:
     drop_positions: int = 1
     max_norm_ratio: float = 5.0
     device: str = "auto"
+    progress: bool = True
 
 
 def check_reading(config: Reading) -> None:

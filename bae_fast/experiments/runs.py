@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bae_fast._version import __version__
-from bae_fast.files import check_place, publishing, read_json, write_json, write_text
+from bae_fast.files import check_place, locked, publishing, read_json, write_json, write_text
 from bae_fast.progress import say
 from bae_fast.training import Trainer
 
@@ -130,17 +131,41 @@ def once(
     """
     path = folder / f"{name}-{digest(settings)}.json"
     if path.is_file():
-        kept = read_json(path)
-        if digest(kept.get("settings", {})) != digest(settings):
-            raise ValueError(f"{path} must hold a run of its own settings; remove it to run again")
-        say(f"   {name}: done before")
-        return kept
-    start = time.perf_counter()
-    result = {"settings": settings, **run()}
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    write_json(path, result)
+        return _kept(path, name, settings)
+    lock = folder / f".{path.stem}.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _waiting(lock, f"   {name}: another process is at it; waiting for its result"):
+        made_meanwhile = path.is_file()
+        if not made_meanwhile:
+            start = time.perf_counter()
+            result = {"settings": settings, **run()}
+            result["seconds"] = round(time.perf_counter() - start, 1)
+            write_json(path, result)
+        lock.unlink(missing_ok=True)  # whoever waits for it, or makes it anew, finds the result
+    if made_meanwhile:
+        return _kept(path, name, settings)
     say(f"   {name}: {result['seconds']:.0f} s")
     return result
+
+
+def _kept(path: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    kept = read_json(path)
+    if digest(kept.get("settings", {})) != digest(settings):
+        raise ValueError(f"{path} must hold a run of its own settings; remove it to run again")
+    say(f"   {name}: done before")
+    return kept
+
+
+@contextmanager
+def _waiting(path: Path, text: str) -> Iterator[None]:
+    """Hold a path's lock, and say so where it takes waiting for another process."""
+    with locked(path, wait=False) as held:
+        if held:
+            yield
+            return
+    say(text)
+    with locked(path, wait=True):
+        yield
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -160,15 +185,44 @@ def environment() -> dict[str, Any]:
 
 
 @contextmanager
-def results(config: Any) -> Iterator[Path]:
+def results(config: Any, *, wait: bool = False) -> Iterator[Path]:
     """A folder for the files of a result, which take the old ones' place when all are whole.
 
     The configuration is saved beside them, unless it only asks for the report of a result.
+
+    Args:
+        config: has ``out``.
+        wait: wait for another process that writes its results there: where the block takes
+            little time and adds to what is there.
+
+    Raises:
+        ConfigError: another process writes its results there, and ``wait`` is False.
     """
-    with publishing(config.out) as folder:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(publishing(config.out, wait=wait))
+        except BlockingIOError as error:
+            raise _taken(config.out) from error
         if not getattr(config, "report_only", False):
             write_text(folder / RESOLVED, resolved(config))
         yield folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process works in, and keep others out meanwhile.
+
+    Raises:
+        ConfigError: another process works in it.
+    """
+    with locked(folder, wait=False) as held:
+        if not held:
+            raise _taken(folder)
+        yield
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError("out", f"must be a folder that no other process writes to now; got {folder}")
 
 
 def resolved(config: Any) -> str:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import N_HELDOUT, Source, check_width, harvest_rows, load_model
+from bae_fast.experiments.data import (
+    N_HELDOUT,
+    Source,
+    cache_of,
+    check_width,
+    harvest_rows,
+    load_model,
+)
 from bae_fast.experiments.features_page import Beside, look_at, read_names, side_by_side
 from bae_fast.experiments.interpret import open_beside, open_model
 from bae_fast.lm.origin import check_origin
@@ -89,6 +96,7 @@ def listening(config: Config) -> PageServer:
     if config.folder is None:
         raise runs.ConfigError("folder", "must name a saved model; got none")
     runs.check_at_least(config, 1, "rows", "max_tokens")
+    cache_of(config)
     try:
         return PageServer("", {}, host=config.host, port=config.port)
     except ValueError as error:

@@ -137,7 +137,7 @@ def _from_model(config: RowsFrom, asked: list[str | None], share: dict[str, Any]
     runs.check_at_least(config, 1, "windows")
     check_reading(config)
     documents = open_documents(config)
-    lm = load_reader(config, Stages())
+    lm = load_reader(config, Stages(config.progress))
     text = open_text_of(config, lm, documents)
     hooks: dict[str | None, str] = {}
     for hook in asked:

@@ -62,7 +62,6 @@ class Config(RowsFrom, Training):
         timeout: The number of seconds that a process waits for the others.
         resume: Whether the run goes on from its last checkpoint; auto does where there is one,
             never begins anew.
-        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
         out: The folder of the run.
     """
 
@@ -81,7 +80,6 @@ class Config(RowsFrom, Training):
     peak_flops: float = 0.0
     timeout: float = TIMEOUT_SECONDS
     resume: Literal["auto", "never"] = "auto"
-    progress: bool = True
     out: Path = Path("results/train")
 
 
@@ -112,7 +110,12 @@ def run(config: Config) -> runs.Result:
     check_writable(config.out)
     order = {"seed": config.seed, "streams": config.streams}
     hooks = [one.hook for one in settings.values()]
-    with processes(config) as mesh, rows_for(config, hooks, mesh, order=order) as source:
+    writes = int(os.environ.get("RANK", "0")) == 0  # one process writes the files
+    with (
+        runs.alone(config.out) if writes else contextlib.nullcontext(),
+        processes(config) as mesh,
+        rows_for(config, hooks, mesh, order=order) as source,
+    ):
         jobs = [_job(name, one, config, source) for name, one in settings.items()]
         trainer = JobTrainer(jobs, source.supply, run_config, mesh=mesh)
         if trainer.is_first:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.files import write_json, write_safetensors
+from bae_fast.files import publishing, write_json, write_safetensors
 from bae_fast.lm.cache import ActivationCache
 
 _SMALLEST = torch.finfo(torch.float16).tiny
@@ -76,25 +76,26 @@ def write_delphi_cache(
     manifest: dict[str, Any] = cache.manifest
     target = Path(folder) / str(manifest["hook_name"])
     edges = torch.linspace(0, n_features, steps=n_splits + 1, dtype=torch.float32).long().tolist()
-    for first, stop in itertools.pairwise(edges):
-        kept = (locations[:, 2] >= first) & (locations[:, 2] < stop)
-        own = locations[kept]
-        own[:, 2] -= first
-        write_safetensors(
-            target / f"{first}_{stop - 1}.safetensors",
-            {"locations": own, "activations": activations[kept], "tokens": tokens},
-            {},
-        )
-    config = {
-        "dataset_repo": str(manifest.get("dataset_path", "")),
-        "dataset_split": "",
-        "dataset_name": "",
-        "dataset_column": "text",
-        "batch_size": 1,
-        "cache_ctx_len": cache.context_size,
-        "n_tokens": tokens.numel(),
-        "n_splits": n_splits,
-        "model_name": str(manifest["model_name"]),
-    }
-    write_json(target / "config.json", config)  # last: a folder without it is refused
+    with publishing(target, fresh=True) as made:
+        for first, stop in itertools.pairwise(edges):
+            kept = (locations[:, 2] >= first) & (locations[:, 2] < stop)
+            own = locations[kept]
+            own[:, 2] -= first
+            write_safetensors(
+                made / f"{first}_{stop - 1}.safetensors",
+                {"locations": own, "activations": activations[kept], "tokens": tokens},
+                {},
+            )
+        config = {
+            "dataset_repo": str(manifest.get("dataset_path", "")),
+            "dataset_split": "",
+            "dataset_name": "",
+            "dataset_column": "text",
+            "batch_size": 1,
+            "cache_ctx_len": cache.context_size,
+            "n_tokens": tokens.numel(),
+            "n_splits": n_splits,
+            "model_name": str(manifest["model_name"]),
+        }
+        write_json(made / "config.json", config)
     return target

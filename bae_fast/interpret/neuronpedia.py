@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.files import replacing
+from bae_fast.files import publishing, replacing
 from bae_fast.lm.cache import ActivationCache
 from bae_fast.progress import progress_bar
 
@@ -134,50 +134,51 @@ def write_neuronpedia_export(
     source_id = f"{layer}-{release.source_set}"
     target = Path(folder) / model_id / source_id
     now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-    for name, value in _described(release, manifest, model_id, source_id, now, cache).items():
-        _write_lines(target / f"{name}.jsonl", [value])
+    with publishing(target, fresh=True) as made:
+        for name, value in _described(release, manifest, model_id, source_id, now, cache).items():
+            _write_lines(made / f"{name}.jsonl", [value])
 
-    entries = _entries(model, cache, rows)
-    directions = model.directions()
-    if directions is not None:
-        directions = (directions * model.target_scale).float().cpu()
-    words: dict[int, str] = {}
-    common = {"modelId": model_id, "layer": source_id, "creatorId": release.creator_id}
-    total = model.d_sae
-    with progress_bar(total, what="neuronpedia", unit="features", show=progress) as bar:
-        for first in range(0, total, batch_features):
-            found_features, found_activations = [], []
-            for feature in range(first, min(first + batch_features, total)):
-                at, values = entries.of(feature)
-                one = {
-                    **common,
-                    "index": str(feature),
-                    "createdAt": now,
-                    "maxActApprox": float(values.max()) if len(values) else 0.0,
-                    "frac_nonzero": len(values) / len(rows),
-                    **_histogram(values),
-                }
-                if directions is not None:
-                    direction = directions[feature]
-                    one |= {
-                        "hasVector": True,
-                        "vector": direction.tolist(),
-                        "vectorDefaultSteerStrength": one["maxActApprox"],
-                        "hookName": str(manifest["hook_name"]),
+        entries = _entries(model, cache, rows)
+        directions = model.directions()
+        if directions is not None:
+            directions = (directions * model.target_scale).float().cpu()
+        words: dict[int, str] = {}
+        common = {"modelId": model_id, "layer": source_id, "creatorId": release.creator_id}
+        total = model.d_sae
+        with progress_bar(total, what="neuronpedia", unit="features", show=progress) as bar:
+            for first in range(0, total, batch_features):
+                found_features, found_activations = [], []
+                for feature in range(first, min(first + batch_features, total)):
+                    at, values = entries.of(feature)
+                    one = {
+                        **common,
+                        "index": str(feature),
+                        "createdAt": now,
+                        "maxActApprox": float(values.max()) if len(values) else 0.0,
+                        "frac_nonzero": len(values) / len(rows),
+                        **_histogram(values),
                     }
-                    if unembedding is not None:
-                        one |= _logit_lens(direction, unembedding, tokenizer, words)
-                found_features.append(one)
-                found_activations += [
-                    {**common, "index": str(feature), "createdAt": now, **example}
-                    for example in _examples(
-                        cache, at, values, examples, tokenizer, words, f"{source_id}/{feature}"
-                    )
-                ]
-                bar.update(1)
-            name = f"batch-{first // batch_features}.jsonl.gz"
-            _write_lines(target / "features" / name, found_features)
-            _write_lines(target / "activations" / name, found_activations)
+                    if directions is not None:
+                        direction = directions[feature]
+                        one |= {
+                            "hasVector": True,
+                            "vector": direction.tolist(),
+                            "vectorDefaultSteerStrength": one["maxActApprox"],
+                            "hookName": str(manifest["hook_name"]),
+                        }
+                        if unembedding is not None:
+                            one |= _logit_lens(direction, unembedding, tokenizer, words)
+                    found_features.append(one)
+                    found_activations += [
+                        {**common, "index": str(feature), "createdAt": now, **example}
+                        for example in _examples(
+                            cache, at, values, examples, tokenizer, words, f"{source_id}/{feature}"
+                        )
+                    ]
+                    bar.update(1)
+                name = f"batch-{first // batch_features}.jsonl.gz"
+                _write_lines(made / "features" / name, found_features)
+                _write_lines(made / "activations" / name, found_activations)
     return target
 
 

@@ -23,6 +23,7 @@ from bae_fast.lm.loading import (
     find_language_model,
     load_language_model,
     load_tokenizer,
+    model_width,
     resolve_dtype,
 )
 from bae_fast.lm.shards import ShardedCache, harvest_shards
@@ -57,6 +58,7 @@ __all__ = [
     "load_tokenizer",
     "match_hooks",
     "model_digest",
+    "model_width",
     "padding_mask",
     "read_text",
     "resolve_dtype",

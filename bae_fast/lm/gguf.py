@@ -10,9 +10,12 @@ bit; removing it costs one slow load.
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import re
 import shutil
+import struct
 import tempfile
 import warnings
 from pathlib import Path
@@ -34,6 +37,10 @@ def copy_of(path: Path, dtype: torch.dtype | None = None) -> Path | None:
         path: the file.
         dtype: of the weights; None: any, for the tokenizer alone.
     """
+    try:
+        _root()
+    except OSError:  # a user without a home: no copy was kept
+        return None
     if dtype is not None:
         folder = _folder(path, dtype)
         return folder if (folder / "config.json").is_file() else None
@@ -67,8 +74,8 @@ def keep_copy(path: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> Non
 
 def can_keep_copy(path: Path, n_bytes: int) -> bool:
     """Whether there is a place for a copy of so many bytes; a warning says why not."""
-    root = _root()
     try:
+        root = _root()
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise PermissionError(f"{root} cannot be written")
@@ -102,3 +109,111 @@ def _folder(path: Path, dtype: torch.dtype) -> Path:
 def _stem(path: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9.]+", "-", path.stem).strip("-.")[:64]
     return f"{name}-{content_digest(path)[:16]}"
+
+
+# -- the header --------------------------------------------------------------------------------
+
+_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+# kinds of values: bytes of a number, and what has a length before it
+_NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+
+
+def check_header(path: Path) -> None:
+    """Refuse a GGUF file whose header counts more than the file holds.
+
+    The library that reads these files believes the counts: a length of 10^19 would keep it going
+    until memory is full.
+
+    Raises:
+        ValueError: the file does not begin as one of GGUF, or ends before what its header counts.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{path} does not begin as a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data, path).check()
+
+
+class _Header:
+    """A place in a GGUF file, which never leaves it."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data, self._path, self._at, self._order = data, path, len(_MAGIC), "<"
+
+    def check(self) -> None:
+        version = self._number("I")
+        if not version & 0xFFFF:  # written on a machine of the other order of bytes
+            self._order, self._at = ">", len(_MAGIC)
+            version = self._number("I")
+        if version not in _VERSIONS:
+            raise ValueError(
+                f"{self._path} must be of GGUF version {' or '.join(map(str, _VERSIONS))}; "
+                f"got {version}"
+            )
+        n_tensors, n_values = self._number("Q"), self._number("Q")
+        alignment = 32
+        for _ in range(n_values):
+            key = self._string()
+            kind, at = self._number("I"), self._at
+            self._value(kind)
+            if key == b"general.alignment" and kind == _UINT32:
+                (alignment,) = struct.unpack_from(f"{self._order}I", self._data, at)
+        ends = [self._tensor() for _ in range(n_tensors)]
+        start = -(-self._at // max(alignment, 1)) * alignment
+        missing = start + max(ends, default=0) - len(self._data)
+        if missing > 0:
+            raise ValueError(
+                f"{self._path} is cut off or damaged: its header counts {missing:,} bytes of "
+                "weights more than it has"
+            )
+
+    def _skip(self, n_bytes: int) -> int:
+        """The place before these bytes."""
+        at = self._at
+        if n_bytes > len(self._data) - at:
+            raise ValueError(
+                f"{self._path} is cut off or damaged: at byte {at:,} its header counts "
+                f"{n_bytes:,} bytes, and {len(self._data) - at:,} are left"
+            )
+        self._at += n_bytes
+        return at
+
+    def _number(self, form: str) -> int:
+        at = self._skip(struct.calcsize(form))
+        return int(struct.unpack_from(self._order + form, self._data, at)[0])
+
+    def _string(self) -> bytes:
+        at = self._skip(self._number("Q"))
+        return self._data[at : self._at]
+
+    def _value(self, kind: int) -> None:
+        if kind == _STRING:
+            self._string()
+        elif kind == _ARRAY:
+            inner, length = self._number("I"), self._number("Q")
+            if inner in _NUMBER_BYTES:
+                self._skip(length * _NUMBER_BYTES[inner])
+            else:
+                for _ in range(length):
+                    self._value(inner)
+        elif kind in _NUMBER_BYTES:
+            self._skip(_NUMBER_BYTES[kind])
+        else:
+            raise ValueError(
+                f"{self._path} is damaged: a value before byte {self._at:,} is of the kind {kind}, "
+                "which GGUF lacks"
+            )
+
+    def _tensor(self) -> int:
+        """Where a tensor ends, in bytes after the header; its start if the kind is unknown."""
+        from gguf import GGML_QUANT_SIZES
+
+        self._string()
+        n_dimensions = self._number("I")
+        start = self._skip(8 * n_dimensions)
+        shape = struct.unpack_from(f"{self._order}{n_dimensions}Q", self._data, start)
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        block, n_bytes = sizes.get(self._number("I"), (1, 0))
+        return self._number("Q") + math.prod(shape) // block * n_bytes

@@ -15,19 +15,14 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows has other locks
-    fcntl = None  # type: ignore[assignment]
-
-from bae_fast.files import cache_folder, check_writable, write_safetensors
+from bae_fast.files import cache_folder, check_writable, locked, write_safetensors
 from bae_fast.lm.cache import (
     DTYPE_NAMES,
     FORMAT,
@@ -59,7 +54,6 @@ from bae_fast.progress import progress_bar
 # a harvest touches its folder at every batch; one that nothing touched for a day, and that no
 # process on this machine holds, belongs to nobody
 _ABANDONED_SECONDS = 24 * 3600
-_LOCK_NAME = ".lock"
 
 # a larger share of outlying norms is said aloud: a few rows in a thousand are usual
 _USUAL_OUTLIERS = 0.05
@@ -162,7 +156,7 @@ def harvest(
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
         n_windows, context_size = token_windows.shape
-        with _held(temporary), RowsFile(temporary / ROWS_NAME) as file:
+        with locked(temporary, wait=False), RowsFile(temporary / ROWS_NAME) as file:
             norms = _run(engine, token_windows, mask, file, batch_size, drop_positions, progress)
             wanted = text_places(token_windows, mask, text, drop_positions)
             keep, dropped = _keep(norms, wanted, max_norm_ratio)
@@ -222,37 +216,15 @@ def harvest(
 # folders
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder for as long as this process lives, where the system has locks."""
-    with (folder / _LOCK_NAME).open("wb") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: its time must do
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    (folder / _LOCK_NAME).unlink(missing_ok=True)
-
-
-def _is_held(folder: Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        with (folder / _LOCK_NAME).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 def _remove_abandoned(root: Path) -> None:
     """Remove what killed harvests left behind: folders that nobody holds or touched for a day."""
     for folder in root.glob(".unfinished-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process finished, or removes it
+        with contextlib.suppress(OSError):  # it is gone, or not ours
             last = max(f.stat().st_mtime for f in (folder, *folder.iterdir()))
-            if time.time() - last > _ABANDONED_SECONDS and not _is_held(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            if time.time() - last > _ABANDONED_SECONDS:
+                with locked(folder, wait=False) as free:
+                    if free:
+                        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -121,9 +121,16 @@ def model_digest(model: nn.Module) -> str:
     modules = dict(model.named_modules())
     named = dict((*model.named_parameters(), *model.named_buffers()))
     made_anew = {f"{path}.{name}" for path in modules for name in _made_anew(modules[path])}
+    divided = {
+        f"{path}.{name}".removeprefix("."): factor
+        for path, module in modules.items()
+        for name, factor in _divided(module).items()
+    }
     for name, tensor in named.items():
         if name in made_anew:
             continue
+        if name in divided:
+            tensor = tensor.detach() * divided[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor_digest(tensor))
     walk = code.Walk(digest.update, tensor_digest, modules.values())
@@ -139,7 +146,7 @@ def model_digest(model: nn.Module) -> str:
         for name, value in vars(module).items():
             if name in _NO_SETTING or (name.startswith("_") and name not in _ADAPTER_SETTINGS):
                 continue
-            if f"{path}.{name}" in made_anew:
+            if f"{path}.{name}" in made_anew or (name == _RWKV_FLAG and _is_rwkv(module)):
                 continue
             if isinstance(value, Tensor):
                 settings[name] = tensor_digest(value).hex()
@@ -173,6 +180,33 @@ def _made_anew(module: nn.Module) -> list[str]:
     parts = kinds.items() if isinstance(kinds, dict) else [(None, kinds)]
     before = ["" if part is None else f"{part}_" for part, kind in parts if kind == "longrope"]
     return [f"{one}{name}" for one in before for name in ("inv_freq", "long_inv_freq")]
+
+
+_RWKV_FLAG = "layers_are_rescaled"
+
+
+def _is_rwkv(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.models.rwkv.")
+
+
+def _divided(module: nn.Module) -> dict[str, int]:
+    """Weights that RWKV's first pass in evaluation mode divides in place, and the divisors.
+
+    They are powers of two, so that a product gives the weights from before: the model is the same
+    before and after that pass, and every edit of these weights shows.
+    """
+    if not (_is_rwkv(module) and getattr(module, _RWKV_FLAG, False)):
+        return {}
+    inner: Any = module
+    every = inner.config.rescale_every
+    if every <= 0:
+        return {}
+    weights = ("attention.output.weight", "feed_forward.value.weight")
+    return {
+        f"blocks.{i}.{name}": 2 ** (i // every)
+        for i in range(len(inner.blocks))
+        for name in weights
+    }
 
 
 def _attention(name: str) -> Any:

@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from bae_fast.files import cache_folder, read_json, write_json
 
@@ -58,7 +59,9 @@ class Known:
         changed = max((max(times[1:3]) for times in self._state), default=0)
         self._at_rest = changed + AT_REST * 1e9 < time.time_ns()
         key = hashlib.sha256(json.dumps([kind, self._files, facts]).encode()).hexdigest()[:32]
-        self._path = cache_folder("digests") / f"{key}.json"
+        self._path: Path | None = None
+        with contextlib.suppress(OSError):  # without a home nothing is kept
+            self._path = cache_folder("digests") / f"{key}.json"
 
     def _now(self) -> list[list[int]]:
         stats = [os.stat(file) for file in self._files]
@@ -66,6 +69,8 @@ class Known:
 
     def value(self) -> str | None:
         """The value that was kept of these very files; None: there is none."""
+        if self._path is None:
+            return None
         try:
             held = read_json(self._path)
         except (OSError, ValueError):  # never kept, or damaged
@@ -77,7 +82,7 @@ class Known:
 
     def keep(self, value: str) -> None:
         """Keep a value, unless the files may have changed while it was made of them."""
-        if not self._at_rest or self._now() != self._state:
+        if self._path is None or not self._at_rest or self._now() != self._state:
             return
         held = {"of": self._files, "files": self._state, "value": value}
         with contextlib.suppress(OSError):  # a folder that cannot be written costs time alone

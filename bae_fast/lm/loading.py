@@ -160,6 +160,28 @@ def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) ->
     return _tokenizer(find_language_model(name, revision))
 
 
+def model_width(name: str = DEFAULT_MODEL, *, revision: str | None = None) -> int:
+    """The width of a model's residual stream, without its weights.
+
+    Args:
+        name, revision: as in `load_language_model`.
+
+    Raises:
+        ImportError, ValueError: see `load_tokenizer`.
+    """
+    _require("transformers")
+    import transformers
+
+    source, options = _described(find_language_model(name, revision))
+    with _quiet(source.gguf_file is not None), _one_line(source):
+        return _width(transformers.AutoConfig.from_pretrained(source.location, **options))
+
+
+def _width(config: Any) -> int:
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text_config.hidden_size)
+
+
 def load_language_model(
     name: str = DEFAULT_MODEL,
     *,
@@ -198,16 +220,14 @@ def load_language_model(
     # The overloads that transformers declares for `to` leave out the plain one.
     torch.nn.Module.to(model, torch.device(device))
     model.eval().requires_grad_(False)
-    config = model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         name=source.name,
         label=source.label,
         dtype=torch_dtype,
-        d_model=int(text_config.hidden_size),
-        revision=source.revision or _commit(source, config),
+        d_model=_width(model.config),
+        revision=source.revision or _commit(source, model.config),
         loaded=_loaded_digest(model, known),
     )
 
@@ -278,6 +298,7 @@ def _from_gguf(source: ModelSource, tokenizer: Any, dtype: torch.dtype) -> Any:
     assert source.gguf_file is not None
     path = Path(source.location) / source.gguf_file
     _require("gguf", "accelerate")
+    gguf.check_header(path)
     # about four bits a weight in the file
     keep = gguf.can_keep_copy(path, 2 * path.stat().st_size * dtype.itemsize)
     options: dict[str, Any] = {"dtype": dtype, "gguf_file": source.gguf_file}
@@ -358,22 +379,31 @@ def _find_default() -> ModelSource:
     )
 
 
+def _described(source: ModelSource) -> tuple[ModelSource, dict[str, Any]]:
+    """Where a model's tokenizer and configuration are read, and with which options.
+
+    Of a GGUF file that is its copy, of any dtype, if there is one.
+    """
+    options: dict[str, Any] = {}
+    if source.hub_revision is not None:
+        options["revision"] = source.hub_revision
+    if source.gguf_file is not None:
+        copy = gguf.copy_of(Path(source.location) / source.gguf_file)
+        if copy is not None:
+            return dataclasses.replace(source, location=str(copy), gguf_file=None), options
+        _require("gguf")
+        gguf.check_header(Path(source.location) / source.gguf_file)
+        options["gguf_file"] = source.gguf_file
+    return source, options
+
+
 def _tokenizer(source: ModelSource) -> Any:
     _require("transformers")
     import transformers
 
-    location, options = source.location, dict[str, Any]()
-    if source.hub_revision is not None:
-        options["revision"] = source.hub_revision
-    if source.gguf_file is not None:
-        copy = gguf.copy_of(Path(location) / source.gguf_file)
-        if copy is None:
-            _require("gguf")
-            options["gguf_file"] = source.gguf_file
-        else:
-            location = str(copy)
+    source, options = _described(source)
     with _quiet(source.gguf_file is not None), _one_line(source):
-        return transformers.AutoTokenizer.from_pretrained(location, **options)
+        return transformers.AutoTokenizer.from_pretrained(source.location, **options)
 
 
 def _require(*modules: str) -> None:

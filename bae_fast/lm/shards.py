@@ -23,6 +23,7 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows has other locks: shards may then be made twice, to the same end
-    fcntl = None  # type: ignore[assignment]
-
-from bae_fast.files import read_json, read_safetensors, replacing, write_json, write_safetensors
+from bae_fast.files import (
+    locked,
+    read_json,
+    read_safetensors,
+    replacing,
+    write_json,
+    write_safetensors,
+)
 from bae_fast.lm.cache import (
     DTYPE_NAMES,
     MANIFEST_NAME,
@@ -530,21 +533,14 @@ class _Harvest:
                     f"{name} is {_short(there)}, here it is {_short(here)}"
                 )
 
-    @contextlib.contextmanager
-    def _lock(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Hold a lock for as long as this process lives: True, or False where another has it."""
+    def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[bool]:
+        """Hold a lock for as long as this process lives: True, or False where another has it.
+
+        Without locks shards may be made twice, to the same end.
+        """
         path = self.folder / LOCKS / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            held = True
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    held = False
-                except OSError:  # a file system without locks
-                    held = True
-            yield held
+        return locked(path, wait=wait)
 
     # -- one shard ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -31,7 +32,15 @@ from bae_fast.cli.options import documentation, make_parser, read, read_type
 from bae_fast.experiments import runs
 from bae_fast.experiments.judges import JUDGES
 from bae_fast.experiments.training import Training
-from bae_fast.files import check_writable, publishing, replacing, write_json, write_text
+from bae_fast.files import (
+    check_writable,
+    locked,
+    publishing,
+    replacing,
+    write_json,
+    write_text,
+)
+from bae_fast.lm import gguf, known
 from bae_fast.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +224,14 @@ def test_json_has_null_for_what_is_not_finite():
     assert plain(values) == {"a": None, "b": [1.5, None, [True, "c"]]}
 
 
+def test_every_command_that_works_for_long_has_progress():
+    lacking = {
+        name for name in EXPERIMENTS
+        if "progress" not in {field.name for field in dataclasses.fields(config_of(name))}
+    }  # fmt: skip
+    assert lacking == {"push"}
+
+
 def test_every_command_has_json():
     """An option of the parser that all share; info has no configuration."""
     for name in EXPERIMENTS:
@@ -292,6 +309,93 @@ def test_sigterm_is_raised_and_given_back():
     with pytest.raises(net.TerminatedError), net.signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interruption_does_not_break_into_the_end_of_the_first(capsys, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    def interrupted(text, *, error):
+        os.kill(os.getpid(), signal.SIGINT)
+        progress.say(text, error=error)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(net, "say", interrupted)
+    assert net.caught("demo", stop) == 130
+    assert capsys.readouterr().err.startswith("bae-fast demo: interrupted; ")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# a signal comes while bae_fast imports its own modules
+EARLY = """
+import os, sys
+number = int(sys.argv[1])
+sys.argv = ["bae-fast", "harvest", "--out", "x"]
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bae_fast.backends":
+            os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Finder())
+import bae_fast
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_that_is_still_starting_in_one_line(number):
+    done = processes.run("-c", EARLY, str(int(number)))
+    assert done.returncode == 128 + number
+    line = "bae-fast harvest: interrupted; the last results are as they were"
+    assert done.stderr.strip() == line
+
+
+# -- several processes -------------------------------------------------------------------------
+
+
+def test_a_lock_is_held_by_one_and_freed_at_its_end(tmp_path):
+    for path in (tmp_path, tmp_path / "file"):
+        with locked(path, wait=False) as held:
+            assert held
+            with locked(path, wait=False) as again:
+                assert not again
+        with locked(path, wait=True) as held:
+            assert held
+
+
+@pytest.mark.parametrize("command", ["match", "train"])
+def test_a_folder_that_another_process_writes_to_is_refused(command, own, tmp_path, capsys):
+    rows = ["--states", str(own / "rows.npy"), "--out", str(tmp_path)]
+    models = [str(own / "bae")] * 2 if command == "match" else ["--steps", "2"]
+    before = set(tmp_path.iterdir())
+    with locked(tmp_path, wait=False):
+        assert main([command, *models, *rows]) == 1
+    error = capsys.readouterr().err.strip()
+    said = "--out must be a folder that no other process writes to now; got"
+    assert error == f"bae-fast {command}: {said} {tmp_path}"
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
+    said, made, found = queue.Queue(), [], []
+    monkeypatch.setattr(runs, "say", said.put)
+
+    def second():
+        found.append(runs.once(tmp_path, "name", {"a": 1}, lambda: made.append(2) or {}))
+
+    other = threading.Thread(target=second)
+
+    def first():
+        made.append(1)
+        other.start()
+        assert "another process is at it" in said.get(timeout=60)
+        return {"value": 3}
+
+    kept = runs.once(tmp_path, "name", {"a": 1}, first)
+    other.join(60)
+    assert made == [1]
+    assert found == [kept]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
 # -- streams -----------------------------------------------------------------------------------
@@ -524,6 +628,28 @@ def test_a_cache_that_cannot_be_written_is_named_before_a_model_is_loaded(
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     assert main(["demo", *out]) == 1
     assert "--cache must name a folder" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    for command in (["interpret", *out], ["serve", str(tmp_path / "model"), "--port", "0"]):
+        assert main(command) == 1
+        assert "--cache must name a folder" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_keeps_nothing_and_is_told_where_rows_need_a_place(
+    tmp_path, capsys, monkeypatch
+):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "--cache must name a folder that can be written; XDG_CACHE_HOME must name" in said
+    file = write_text(tmp_path / "file", "text")
+    assert known.content_digest(file) == hashlib.sha256(b"text").hexdigest()
+    assert gguf.copy_of(file) is None
+    with pytest.warns(RuntimeWarning, match="copy of file is not kept"):
+        assert not gguf.can_keep_copy(file, 1)
 
 
 def test_a_revision_of_files_that_are_here_is_refused(tmp_path, capsys):

@@ -366,7 +366,10 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
         ),
         (["--methods", "bae", "--entropy-weight", "-1"], "entropy_weight must not be negative"),
         (["--expansion", "0"], "--expansion must be at least 1; got 0"),
-        (["--methods", "topk", "--k", "33"], "k must be at most d_sae=32; got 33"),
+        (
+            ["--k", "3", "33"],
+            "--k must be at most d_sae=32, the expansion times the width 16; got 33",
+        ),
         (["--methods", "transcoder", "--transcoder-hooks", "no", "way"], "hook='no' is not a"),
     ],
 )
@@ -376,6 +379,18 @@ def test_what_a_user_can_mend_is_one_line(arguments, change, message, capsys, tm
     assert error.startswith("bae-fast compare: ")
     assert message in error
     assert "\n" not in error
+
+
+def test_a_k_that_no_block_can_have_is_found_before_anything_runs(
+    arguments, capsys, monkeypatch, tmp_path
+):
+    def fail(*_arguments, **_options):
+        raise AssertionError("read the text")
+
+    monkeypatch.setattr("bae_fast.experiments.compare.harvest_rows", fail)
+    options = ["--methods", "bae", "topk", "--k", "64", "--out", str(tmp_path)]
+    assert main([*arguments, *options]) == 1
+    assert "--k must be at most d_sae=32" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_the_users_own_is_compared(arguments, tmp_path):

@@ -183,3 +183,30 @@ def test_bad_input_is_named(cache, tmp_path):
     with pytest.raises(ValueError, match="source_set must be letters"):
         Release("bae", "title", "../up", "A group", "c0")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_interrupted_leaves_the_last_one_whole(cache, tmp_path):
+    class Interrupted(Words):
+        left = 20
+
+        def decode(self, ids):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            return super().decode(ids)
+
+    def files():
+        return {path: path.read_bytes() for path in sorted(folder.rglob("*.jsonl*"))}
+
+    bae = BinaryAutoencoder(D, F).init_density_(cache.rows, 0.3).eval()
+    options = {"layer": 3, "examples": 2, "batch_features": 2}
+    folder = write_neuronpedia_export(tmp_path / "out", bae, cache, Words(), RELEASE, **options)
+    before = files()
+    with pytest.raises(KeyboardInterrupt):
+        write_neuronpedia_export(tmp_path / "out", bae, cache, Interrupted(), RELEASE, **options)
+    assert {path: content for path, content in files().items() if path in before} == before
+    # what it had made belongs to no later export
+    options["batch_features"] = F
+    write_neuronpedia_export(tmp_path / "out", bae, cache, Words(), RELEASE, **options)
+    assert len(list(folder.rglob("batch-*"))) == 2
+    assert not (folder / ".unfinished").exists()

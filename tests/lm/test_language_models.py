@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import threading
 import time
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from bae_fast.lm import (
     asks_for_bos,
     harvest,
     load_language_model,
+    load_tokenizer,
     model_digest,
     resolve_hook,
     special_tokens,
@@ -484,6 +486,23 @@ def test_a_loaded_model_keeps_its_files_revision_until_it_is_edited(tokenizer, t
     assert lm.current_revision() == lm.revision  # libraries' own hooks are no edit
     lm.model.lm_head.weight[0, 0] += 1
     assert lm.current_revision() != lm.revision
+
+
+def test_the_digest_of_rwkv_is_the_same_after_its_first_pass_and_sees_its_weights():
+    options = {"attention_hidden_size": 16, "intermediate_size": 32, "context_length": 32}
+    config = transformers.RwkvConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=4, rescale_every=1, **options
+    )
+    model = transformers.RwkvForCausalLM(config).eval().requires_grad_(False)
+    weight = model.rwkv.blocks[3].feed_forward.value.weight
+    before, digest = weight.clone(), model_digest(model)
+    model(torch.arange(8)[None])
+    assert weight.equal(before / 8)  # the pass itself divides it
+    assert model_digest(model) == digest
+    weight[5, 7] *= 1 + 2**-20
+    assert model_digest(model) != digest
+    weight.copy_(before)  # eight times what it computed with
+    assert model_digest(model) != digest
 
 
 def test_the_digest_sees_every_element_of_a_large_tensor_and_not_the_mode(tokenizer):
@@ -953,6 +972,82 @@ def test_hidden_states_of_another_place_are_refused():
     with pytest.warns(UserWarning, match=f"revision {'b' * 40} of 'tiny/llama'"):
         check_origin({**trained, "model_revision": "b" * 40}, facts)
     check_origin({**trained, "model_revision": "files-0123"}, facts)
+
+
+def gguf_file(changes=()):
+    """A GGUF file of one tensor [4, 4] of float32, with numbers put at some places of it."""
+
+    def text(value):
+        return struct.pack("<Q", len(value)) + value
+
+    parts = {
+        "start": b"GGUF",
+        "version": struct.pack("<I", 3),
+        "tensors": struct.pack("<Q", 1),
+        "values": struct.pack("<Q", 3),
+        "key": text(b"general.name"),
+        "kind": struct.pack("<I", 8),
+        "string": text(b"tiny"),
+        "numbers": text(b"numbers") + struct.pack("<II", 9, 5),
+        "n_numbers": struct.pack("<Q", 2),
+        "words": struct.pack("<ii", 1, 2) + text(b"words") + struct.pack("<II", 9, 8),
+        "n_words": struct.pack("<Q", 2),
+        "name": text(b"a") + text(b"bc") + text(b"weight"),
+        "n_dimensions": struct.pack("<I", 2),
+        "rows": struct.pack("<Q", 4),
+        "columns": struct.pack("<Q", 4) + struct.pack("<I", 0),
+        "offset": struct.pack("<Q", 0),
+    }
+    for name, value in dict(changes).items():
+        form = "<I" if name in ("version", "kind", "n_dimensions") else "<Q"
+        parts[name] = struct.pack(form, value) + parts[name][struct.calcsize(form) :]
+    header = b"".join(parts.values())
+    return header + bytes(-len(header) % 32) + torch.arange(16.0).numpy().tobytes()
+
+
+def test_a_header_of_gguf_is_walked_as_its_library_reads_it(tmp_path):
+    reader = pytest.importorskip("gguf").GGUFReader
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(gguf_file())
+    gguf_copies.check_header(path)
+    (tensor,) = reader(path).tensors
+    assert (tensor.name, tensor.data.tolist()) == ("weight", torch.arange(16.0).view(4, 4).tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"version": 9}, "must be of GGUF version 2 or 3; got 9"),
+        ({"tensors": 10**19}, "is cut off or damaged"),
+        ({"values": 4}, "damaged"),
+        ({"values": 10**19}, "damaged"),
+        ({"key": 10**19}, "its header counts 10,000,000,000,000,000,000 bytes"),
+        ({"kind": 77}, "is of the kind 77, which GGUF lacks"),
+        ({"n_numbers": 10**19}, "40,000,000,000,000,000,000 bytes, and"),
+        ({"n_words": 10**19}, "is cut off or damaged"),
+        ({"n_dimensions": 2**32 - 1}, "is cut off or damaged"),
+        ({"rows": 10**19}, "bytes of weights more than it has"),
+        ({"rows": 5}, "its header counts 16 bytes of weights more than it has"),
+        ({"offset": 10**19}, "bytes of weights more than it has"),
+    ],
+)
+def test_counts_of_gguf_are_bounded_by_the_file(changes, said, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(gguf_file(changes))
+    with pytest.raises(ValueError, match=said) as caught:
+        load_tokenizer(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 20, 100])
+def test_a_cut_gguf_file_is_one_line(size, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(gguf_file()[:size])
+    with pytest.raises(ValueError, match=r"weights.gguf (does not begin as|is cut off)"):
+        load_tokenizer(str(path))
 
 
 def test_a_dequantised_copy_is_whole_or_absent(tokenizer, tmp_path, monkeypatch):

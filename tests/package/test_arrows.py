@@ -44,6 +44,7 @@ LINES = (
         "devices",
         "hub",
         "progress",
+        "starting",
         "waiting",
         "_version",
     },

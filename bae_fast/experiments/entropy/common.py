@@ -91,23 +91,24 @@ def finish(
 
     out: Path = config.out
     path = out / f"{name}.json"
-    if config.report_only:
-        values = read_json(path)
-    else:
-        made = make()
-        settings = [one["settings"] for one in made]
-        with runs.reading(path):
-            before = read_json(path)["runs"] if path.is_file() else []
-            made = [one for one in before if one["settings"] not in settings] + made
-        values = {"environment": runs.environment(), "runs": made}
-    with runs.reading(path, kept=config.report_only):
-        rows = [row for one in values["runs"] for row in flat(one)]
-    text = io.StringIO()
-    # runs of before may lack what later ones have
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    with runs.results(config) as folder:
+    made = [] if config.report_only else make()
+    with runs.results(config, wait=True) as folder:
+        if config.report_only:
+            values = read_json(path)
+        else:
+            settings = [one["settings"] for one in made]
+            with runs.reading(path):
+                before = read_json(path)["runs"] if path.is_file() else []
+                made = [one for one in before if one["settings"] not in settings] + made
+            values = {"environment": runs.environment(), "runs": made}
+        with runs.reading(path, kept=config.report_only):
+            rows = [row for one in values["runs"] for row in flat(one)]
+        text = io.StringIO()
+        # runs of before may lack what later ones have
+        names = list(dict.fromkeys(k for row in rows for k in row))
+        writer = csv.DictWriter(text, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
         write_json(folder / f"{name}.json", values)
         write_text(folder / f"{name}.csv", text.getvalue())
         save_png(folder / f"{name}.png", plot_panels(panels(rows)))

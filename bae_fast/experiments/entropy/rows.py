@@ -34,6 +34,7 @@ class Config(OwnRows):
         bound: The held-out cross-entropy of an autoregressive model of the code stands beside the
             other estimates, where at least 64 rows are held out; it takes up to some minutes.
         seeds: The seeds; the fit is made with each.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
         out: The folder of the results.
     """
 
@@ -43,6 +44,7 @@ class Config(OwnRows):
     steps: int | None = None
     bound: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
+    progress: bool = True
     out: Path = Path("results/entropy/rows")
 
 
@@ -67,7 +69,7 @@ def run(config: Config) -> runs.Result:
         say(f"== {len(train):,} rows span {spanned} dimensions: {d_sae} features")
     bound = config.bound and len(source.heldout) >= LEAST_ROWS
     digest = hashlib.sha256(source.rows.contiguous().float().numpy().tobytes()).hexdigest()
-    stages = Stages()
+    stages = Stages(config.progress)
     found: list[dict[str, Any]] = []
     with stages.stage("fit and measure"):
         for seed in config.seeds:
@@ -87,14 +89,14 @@ def run(config: Config) -> runs.Result:
             }
 
             def make(constants: Any = constants) -> dict[str, Any]:
-                bae = fit_bae(train, d_sae, constants, start=config.start)
+                bae = fit_bae(train, d_sae, constants, start=config.start, progress=config.progress)
                 return {"estimate": measure(bae, source.heldout_rows.float(), bound=bound)}
 
             name = f"{config.states.stem}-{config.start}-s{seed}"
             found.append(runs.once(config.out / "runs", name, settings, make))
     values = {"environment": runs.environment(), "data": source.facts, "runs": found}
     text = report.rows_table(values)
-    with runs.results(config) as folder:
+    with runs.results(config, wait=True) as folder:
         write_json(folder / "rows.json", values)
         write_text(folder / "rows.md", text)
     return runs.Result(values, text, (config.out / "rows.json", config.out / "rows.md"))

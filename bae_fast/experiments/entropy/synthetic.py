@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from bae_fast.entropy.fit import run_synthetic
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
 from bae_fast.experiments import runs
 from bae_fast.experiments.entropy.common import finish
+from bae_fast.progress import Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Config:
         bound: The held-out cross-entropy of an autoregressive model of the code stands beside the
             other estimates.
         seeds: The seeds; every set is drawn and fitted with each.
+        progress: Progress is shown, as a bar on a terminal and as lines elsewhere.
         out: The folder of the results.
         report_only: The table and the plot are made from the results in the folder, and nothing
             is run.
@@ -51,6 +54,7 @@ class Config:
     noise: float = 0.01
     bound: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
+    progress: bool = True
     out: Path = Path("results/entropy/synthetic")
     report_only: bool = False
 
@@ -94,19 +98,17 @@ def _options(config: Config, seed: int) -> dict[str, Any]:
 
 def _runs(config: Config) -> list[dict[str, Any]]:
     found = []
-    for kind in config.kinds:
-        for d in config.d:
-            for r in config.r:
-                spec = SyntheticSpec(
-                    kind, r, d, p=config.p, group=config.group, flip=config.flip,
-                    noise=config.noise,
-                )  # fmt: skip
-                for seed in config.seeds:
+    with Stages(config.progress).stage("fit and measure"):
+        for kind, d, r in itertools.product(config.kinds, config.d, config.r):
+            spec = SyntheticSpec(
+                kind, r, d, p=config.p, group=config.group, flip=config.flip, noise=config.noise
+            )
+            for seed in config.seeds:
 
-                    def make(spec: SyntheticSpec = spec, seed: int = seed) -> dict[str, Any]:
-                        return run_synthetic(spec, **_options(config, seed))
+                def make(spec: SyntheticSpec = spec, seed: int = seed) -> dict[str, Any]:
+                    return run_synthetic(spec, **_options(config, seed))
 
-                    name = f"{kind}-r{r}-d{d}-{config.start}-s{seed}"
-                    settings = settings_of(config, spec, seed)
-                    found.append(runs.once(config.out / "runs", name, settings, make))
+                name = f"{kind}-r{r}-d{d}-{config.start}-s{seed}"
+                settings = settings_of(config, spec, seed)
+                found.append(runs.once(config.out / "runs", name, settings, make))
     return found

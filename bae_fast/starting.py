@@ -1,0 +1,37 @@
+"""What a signal does to a command that is still importing its libraries, which takes seconds.
+
+Nothing has run by then, so the process ends at once, in one line. Once the command itself runs,
+`bae_fast.cli.net` turns signals into exceptions.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+from bae_fast.waiting import is_command
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = "interrupted; the last results are as they were"
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler of a signal: say one line and end with 128 and its number."""
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    line = f"{f'bae-fast {name}'.strip()}: {INTERRUPTED}\n"
+    try:
+        os.write(2, line.encode("ascii", "replace"))
+    finally:
+        os._exit(128 + number)
+
+
+def let_signals_end_commands() -> None:
+    """Let a signal end a command while it starts, unless the user has it ignored."""
+    if not is_command() or threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end_at_once)
