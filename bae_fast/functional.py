@@ -2,7 +2,8 @@
 
 Kept between forward and backward: x and the parameters themselves, the packed bits, the packed
 window of the ``rectangle`` surrogate, the counts, and the sign planes of the covariance (or lists
-of the ones of sparse codes, or nothing: then backward counts the pairs again).
+of the ones of sparse codes, or nothing: then backward counts the pairs again). Under autocast GPU
+backends keep a half-precision copy of W_dec as well.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch.autograd.function import once_differentiable
 from bae_fast import reference
 from bae_fast.codes import BinaryCode, check_covariance_size, keep_signs
 from bae_fast.ops import registry
+from bae_fast.ops.products import HALF
 from bae_fast.ops.schemas import EncoderBackward
 from bae_fast.packing import bit_weights, n_words, pack_rows
-from bae_fast.statistics import CodeStatistics, entropy_bits, entropy_gradient
+from bae_fast.statistics import CodeStatistics
 from bae_fast.surrogates import resolve_surrogate
 
 
@@ -69,6 +71,7 @@ class _Options(NamedTuple):
     store_signs: bool
     store_lists: bool
     variance: bool
+    copy: bool  # of W_dec in half precision, for forward and backward
     extend: bool  # the given statistics are of more rows, to be added to the call's own
     recon_dtype: torch.dtype
 
@@ -118,10 +121,13 @@ class _PackedAutoencoder(torch.autograd.Function):
             words, window, counts, n_rows = encoded
         else:
             words, window, counts, n_rows = ops["encode"](x, W_enc, b_enc, row_mask, window_width)
-        recon = ops["decode"](words, W_dec, b_dec, options.n_bits, options.recon_dtype)
-
         # a tensor of its own for each: torch.compile cannot return one tensor twice
         signs, sum_counts, sum_n_rows, sum_words = (words.new_empty(0) for _ in range(4))
+        narrow = W_dec.to(x.dtype) if options.copy else x.new_empty(0)
+        recon = ops["decode"](
+            words, narrow if options.copy else W_dec, b_dec, options.n_bits, options.recon_dtype
+        )
+
         counted, total, counted_words = counts, n_rows, words
         if stats_counts is not None and stats_n_rows is not None:
             counted, total = stats_counts, stats_n_rows
@@ -132,21 +138,20 @@ class _PackedAutoencoder(torch.autograd.Function):
                     counted_words = sum_words = torch.cat([stats_words, words])
 
         wide = torch.promote_types(x.dtype, torch.float32)
-        entropy = entropy_bits(counted, total).to(wide)
-        covariance = entropy.new_zeros(())
+        numerator: Tensor | None = None
         if options.covariance:
-            numerator: Any = stats_numerator
+            numerator = stats_numerator
             if stats_counts is None or options.extend:
                 numerator, signs = ops["covariance"](
                     counted_words, counted, total, options.store_signs, options.store_lists
                 )
-            pairs = total.double() * (total.double() - 1)
-            covariance = (numerator / pairs).to(wide)
+        entropy, covariance = ops["terms"](counted, total, numerator, wide)
+        variance = entropy.new_zeros(()) if options.variance else entropy.new_empty(())
         if encoded:  # an input is not returned as well
             words, window, counts, n_rows = (words.new_empty(0) for _ in range(4))
         return (
-            recon, entropy, covariance, entropy.new_zeros(()),
-            words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words,
+            recon, entropy, covariance, variance, words, window, counts, n_rows,
+            signs, sum_counts, sum_n_rows, sum_words, narrow,
         )  # fmt: skip
 
     @staticmethod
@@ -155,7 +160,9 @@ class _PackedAutoencoder(torch.autograd.Function):
         stats_n_rows, stats_counts, stats_words, _, stats_signs = inputs[6:11]
         options: _Options = inputs[11]
         state = output[4:]
-        words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words = state
+        (
+            words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words, narrow,
+        ) = state  # fmt: skip
         ctx.n_encoded = len(inputs) - 12
         if ctx.n_encoded:
             words, window, counts, n_rows = inputs[12:]
@@ -172,7 +179,7 @@ class _PackedAutoencoder(torch.autograd.Function):
             ctx.has_signs, signs = stats_signs is not None, stats_signs
         ctx.save_for_backward(
             x, W_enc, b_enc, W_dec, b_dec, row_mask, words, window,
-            n_rows, counts, counted_words, signs,
+            n_rows, counts, counted_words, signs, narrow if options.copy else None,
         )  # fmt: skip
 
     @staticmethod
@@ -187,7 +194,7 @@ class _PackedAutoencoder(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (
             x, W_enc, b_enc, W_dec, b_dec, row_mask, words, window,
-            n_rows, counts, counted_words, signs,
+            n_rows, counts, counted_words, signs, narrow,
         ) = ctx.saved_tensors  # fmt: skip
         options: _Options = ctx.options
         # torch.compile gives zeros for outputs that nobody used
@@ -212,12 +219,12 @@ class _PackedAutoencoder(torch.autograd.Function):
         if any(g is not None for g in incoming) and (need_x or need_W_enc or need_b_enc):
             columns = curvature = None
             if grad_entropy is not None:
-                columns = entropy_gradient(counts, n_rows) * grad_entropy
+                columns = ops["slopes"](counts, n_rows, grad_entropy, grad_entropy.dtype)
             if grad_variance is not None:
                 steps = _squared_steps(W_dec, options.n_bits, grad_variance.dtype)
                 curvature = steps * grad_variance
             given = EncoderBackward(
-                x=x, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec,
+                x=x, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec if narrow is None else narrow,
                 words=words, window=window, row_mask=row_mask,
                 grad_recon=grad_recon, grad_columns=columns, curvature=curvature,
                 grad_covariance=grad_covariance, signs=signs if ctx.has_signs else None,
@@ -341,6 +348,19 @@ def _check_kept(row_mask: Tensor | None, least: int) -> None:
         raise ValueError(f"mask must keep at least one row; got none of {len(row_mask)}")
     if kept < least:
         raise ValueError(f"covariance needs at least {least} rows; got {kept}")
+
+
+def _copies(
+    backend: registry.Backend, W_dec: Tensor, dtype: torch.dtype, recon_dtype: torch.dtype
+) -> bool:
+    """Whether a half-precision copy of W_dec is made for the whole step."""
+    return (
+        dtype in HALF
+        and W_dec.dtype != dtype
+        and recon_dtype == dtype
+        and not torch.compiler.is_compiling()
+        and backend.keeps_copy(W_dec.numel(), W_dec.device)
+    )
 
 
 def _as_code(
@@ -494,6 +514,7 @@ def binary_autoencoder(
             store_signs=keep_signs(n_columns, x.device) and not torch.compiler.is_compiling(),
             store_lists=not torch.compiler.is_compiling(),
             variance=multilinear,
+            copy=_copies(registry.BACKENDS[name], W_dec, dtype, recon_dtype or dtype),
             extend=past is not None,
             recon_dtype=recon_dtype or dtype,
         )

@@ -6,8 +6,9 @@ It runs from a plain checkout: the kernels are found in its folders where nothin
 
 Checks come first: each operator and the whole layer of each implementation in fp32, bf16 and fp16,
 on odd shapes, several densities, constant and equal columns, ties; decode again and again on one
-input, its bits compared; the pairs by wgmma, which wait for this, at the edges of their sizes. Then
-a step, its kernels by a profiler, and the small checks once more under ``compute-sanitizer``. Then,
+input, its bits compared; the pairs by wgmma, which wait for this, at the edges of their sizes; a
+training run with its steps in a CUDA graph, which has to be the run without, bit for bit. Then a
+step, its kernels by a profiler, and the small checks once more under ``compute-sanitizer``. Then,
 the most telling first, whole steps and operators against the dense program in bf16; the covariance
 against int8 products; steps replayed from a CUDA graph; the tests that need a device; last the
 compiled dense program. Every timed call is checked on its own inputs before, and one that is wrong
@@ -25,6 +26,7 @@ Exit status: 1 where anything was wrong, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import os
@@ -51,6 +53,7 @@ from bae_fast.ops.nvidia import ENV_PAIRS
 from bae_fast.ops.products import ENV_SCRATCH
 from bae_fast.packing import pack_rows
 from bae_fast.surrogates import SURROGATES
+from bae_fast.training import Graphs, Trainer, TrainingConfig
 from bench import eager, exact, operators, step, tables, timing
 from bench.exact import WrongResultError
 from bench.timing import Comparison, Side
@@ -84,6 +87,8 @@ PANEL_REPEATS = 5
 # cycles of a kernel that keeps the device busy while the host starts what is timed, half a
 # millisecond
 SLEEP = 1_000_000
+# steps of a training run that is made with and without a CUDA graph
+TRAINED = 16
 # kernels of a step that the table shows
 SHOWN = 12
 # compute-sanitizer's tools, and its exit status where it found something
@@ -173,6 +178,9 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
     ]
     if "cuda" in impls:
         found += [{"kind": "panels"}]
+    if device == "cuda":
+        graphs = [impl for impl in impls if registry.BACKENDS[impl].capturable]
+        found += [{"kind": "trainer", "impl": impl} for impl in graphs]
 
     first, *rest = plan.densities
     found += [of("repeat", plan.head, impl=impl, density=first) for impl in impls]
@@ -662,6 +670,42 @@ def check_repeats(impl: str, n: int, d: int, f: int, density: float) -> int:
     return REPEATS
 
 
+def check_trainer(impl: str, device: str, graphs: Graphs | None = None) -> int:
+    """A training run with its steps in a CUDA graph is the run without, to the last bit.
+
+    Learning rates are exact in float32, so nothing may differ.
+
+    Args:
+        graphs: how steps are captured; None: by CUDA graphs.
+
+    Raises:
+        WrongResultError: a line of the log or a parameter differs.
+        RuntimeError: the steps were not captured.
+    """
+    config = TrainingConfig(
+        steps=TRAINED, batch_size=96, lr=2.0**-9, decay_from=1.0, refit=False, revive_every=7,
+        entropy_from=0.5, bank_batches=3, precision="auto" if device == "cuda" else "float32",
+    )  # fmt: skip
+    rows = torch.randn(960, 48)
+    found = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        bae = bf.BinaryAutoencoder(48, 256, impl=impl, device=device).fit_normalization_(rows)
+        trainer = Trainer(bae, rows, dataclasses.replace(config, cuda_graph=graph), graphs=graphs)
+        lines = trainer.fit(log_every=1)
+        if graph and trainer.learner.uncaptured is not None:
+            raise RuntimeError(f"steps were not captured: {trainer.learner.uncaptured}")
+        found.append(([{**line, "seconds": 0} for line in lines], bae.state_dict()))
+    for number, (plain, replayed) in enumerate(zip(found[0][0], found[1][0], strict=True), 1):
+        if plain != replayed:
+            raise WrongResultError(f"step {number} is {replayed} in a graph and {plain} without")
+    for name, value in found[0][1].items():
+        if not torch.equal(value, found[1][1][name]):
+            error = (value - found[1][1][name]).abs().max()
+            raise WrongResultError(f"{name} of the run in a graph differs by up to {error:.3g}")
+    return TRAINED
+
+
 def profile(impl: str, shape: tuple[int, int, int], device: str) -> list[list[Any]]:
     """Kernels of one step of the paper's objective: name, count and microseconds of all."""
     from torch.profiler import ProfilerActivity
@@ -935,6 +979,14 @@ def run_case(
             row["sides"][PANELS] = {"checked": same}
         except Exception as error:
             refuse(row, PANELS, error)
+            return machine.answers()
+    elif kind == "trainer":
+        name = f"{case['impl']}, graph"
+        note(name)
+        try:
+            row["sides"][name] = {"checked": check_trainer(case["impl"], machine.device)}
+        except Exception as error:
+            refuse(row, name, error)
             return machine.answers()
     elif kind == "profile":
         note(case["impl"])

@@ -1,15 +1,17 @@
 """The time of a training step on an H200 by arithmetic: what is computed and moved, over rates.
 
 Nothing here has run on a device and no rate was measured there: every one is an assumption, named
-in :class:`Rates` and printed with the table. Codes are dense, so the covariance is by products;
-sign planes are kept; products run one after another, and what is moved adds to what is computed. A
-step takes the longer of what the host starts and what the device does; in a graph the latter.
+in :class:`Rates` and printed with the table. Codes are dense, so the covariance is by products, and
+sign planes are kept; one side has sparse codes, counted by lists. Products run one after another,
+and what is moved adds to what is computed. A step takes the longer of what the host starts and what
+the device does; in a graph the latter.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from bae_fast.ops.nvidia import lists_may_serve
 from bench import launches, tables
 
 
@@ -22,6 +24,7 @@ class Rates(NamedTuple):
         bits: of 1-bit products by mma.sync, whose rate no one states: ``ops.nvidia`` assumes it.
         wgmma: of 1-bit products by wgmma: an instruction has as many bytes as one of int8 and is
             taken to last as long, so eight times the maker's 1,979 Top/s, and half of that.
+        counters: additions to counters in the L2 cache, as ``ops.nvidia`` assumes them.
         bytes: of memory, 0.8 of 4.8 TB/s.
         host: starts of a kernel or operator from Python.
         device: the same by the device, which the host or a graph has told before.
@@ -31,6 +34,7 @@ class Rates(NamedTuple):
     int8: float = 0.4 * 1979e12 / 2
     bits: float = 2e15
     wgmma: float = 0.5 * 8 * 1979e12 / 2
+    counters: float = 2e10
     bytes: float = 0.8 * 4.8e12
     host: float = 1 / 6e-6
     device: float = 1 / 1e-6
@@ -39,6 +43,8 @@ class Rates(NamedTuple):
 SHAPES = [(512, 1024, 4096), *launches.SHAPES, (4096, 4096, 65536)]
 # with pairs by wgmma, for those that take them
 PANELS = "cuda, wgmma"
+# sparse codes with so many ones a row, and windows of as many entries
+LISTS, ONES = "triton, lists", 64
 PARTS = ("products", "pairs", "B S", "moved", "optimizer")
 
 
@@ -49,12 +55,14 @@ def parts(impl: str, n: int, d: int, f: int, rates: Rates) -> dict[str, float]:
     pairs, signs = n * f * f / 2, float(n * f * f)
     numbers = 2.0 * d * f  # of the two weights
     moved = (
-        6 * 1.5 * numbers  # half-precision copies: W_enc once, W_dec twice; 4 bytes read, 2 written
+        6 * numbers  # half-precision copies, each once: 4 bytes read, 2 written
         + 2 * 2 * 2 * n * f  # bits unpacked for decode and its gradient, written and read
         + 2 * 4 * n * f  # the covariance's part of the gradient in fp32
         + 2 * 2 * n * f  # the gradient at pre in half precision
-        + 2 * f * f / 4  # sign planes, written and read
+        + 2 * f * f / 4 * (impl != LISTS)  # sign planes, written and read
     )
+    counted = 2 * n * ONES**2 / rates.counters  # pairs of all rows, and back to zero
+    by_lists = {"pairs": counted, "B S": counted + n * ONES**2 / rates.counters}
     return {
         "products": 5 * n * d * f / rates.half,
         "pairs": pairs / (bits if one_bit else rates.int8),
@@ -62,17 +70,19 @@ def parts(impl: str, n: int, d: int, f: int, rates: Rates) -> dict[str, float]:
         "B S": 2 * signs / rates.bits if one_bit else signs / rates.int8,
         "moved": moved / rates.bytes,
         "optimizer": 28 * numbers / rates.bytes,
+        **(by_lists if impl == LISTS else {}),
     }
 
 
 def run(only: str = "", seconds: float = 0.0) -> dict[str, Any]:
     """Every shape by both implementations; nothing is timed."""
     rates, rows = Rates(), []
-    impls = (*launches.KERNELS, PANELS)
+    impls = (*launches.KERNELS, PANELS, LISTS)
     for (n, d, f), impl in ((shape, impl) for shape in SHAPES for impl in impls):
-        if only not in f"{impl}-{n}-{d}-{f}":
+        if only not in f"{impl}-{n}-{d}-{f}" or (impl == LISTS and not lists_may_serve(n, f)):
             continue
-        counts = launches.count("cuda" if impl == PANELS else impl, n, d, f)
+        objective = "rectangle" if impl == LISTS else "paper"
+        counts = launches.count(impl.split(",")[0], n, d, f, objective)
         starts = sum(sum(counter.values()) for counter in counts.values())
         starts += impl == PANELS  # the bits are put into tiles
         found = parts(impl, n, d, f, rates)
@@ -101,7 +111,8 @@ def table(result: dict[str, Any]) -> str:
     return tables.markdown(header, lines) + (
         "\n\nMilliseconds by arithmetic, not run on a device. Assumed of an H200, a second: "
         f"{rates['half']:.2g} multiply-adds in bfloat16, {rates['int8']:.2g} in int8, "
-        f"{rates['bits']:.2g} of bits ({rates['wgmma']:.2g} by wgmma), {rates['bytes']:.2g} bytes; "
+        f"{rates['bits']:.2g} of bits ({rates['wgmma']:.2g} by wgmma), {rates['bytes']:.2g} bytes, "
+        f"{rates['counters']:.2g} additions to counters (lists, of {ONES} ones a row); "
         f"a start takes the host {1e6 / rates['host']:.0f} µs and the device "
         f"{1e6 / rates['device']:.0f} µs."
     )

@@ -105,13 +105,15 @@ class Watch(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
             raise WaitsForDeviceError(f"{name}: what it returns depends on a tensor's numbers")
-        devices = {t.device.type for t in _tensors((args, given))}
+        # a tensor without memory, whatever it says of its device in the backward pass
+        devices = {"meta" if t.is_meta else t.device.type for t in _tensors((args, given))}
         if isinstance(given.get("device"), torch.device):
-            devices.add(given["device"].type)
+            devices.add(_meta(given["device"]).type)
         if name in ("_to_copy", "copy_", "copy", "_foreach_copy_") and len(devices) > 1:
             raise WaitsForDeviceError(f"{name} between the device and the host")
         result = func(*args, **given)
-        if "meta" in devices and not func.is_view and name not in _ROOM:
+        works = any(t.numel() for t in _tensors(result))
+        if "meta" in devices and works and not func.is_view and name not in _ROOM:
             self.counts[name] += 1
         return result
 

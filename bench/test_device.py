@@ -1,5 +1,6 @@
 """``python -m bench device`` without a GPU: the whole program on tiny sizes by the host's clock."""
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from recorded_graph import RecordedGraphs
 
 from bae_fast.files import read_json, write_json
 from bae_fast.ops import registry
@@ -492,6 +494,7 @@ INTERPRETED = """
 import sys
 from bench import device, operators
 import torch
+from recorded_graph import RecordedGraphs
 device.check_layer("triton", torch.bfloat16, 34, 9, 70, surrogate="rectangle", surrogate_width=2.5)
 for name in operators.OPERATORS:
     plain = name.startswith("covariance")
@@ -513,3 +516,26 @@ def test_the_checks_pass_for_triton_in_its_interpreter():
         cwd=device.ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "right", done.stderr
+
+
+def test_a_run_in_a_graph_is_held_to_the_run_without(monkeypatch):
+    """Operators recorded on a CPU in place of the graph; replays that do nothing are refused."""
+    backend = dataclasses.replace(registry.BACKENDS["torch"], capturable=True)
+    monkeypatch.setitem(registry.BACKENDS, "torch", backend)
+    assert device.check_trainer("torch", "cpu", RecordedGraphs()) == device.TRAINED
+
+    class Idle(RecordedGraphs):
+        def capture(self, run):
+            replay = super().capture(run)
+            return lambda: None if self.replays == 2 else replay()
+
+    with pytest.raises(exact.WrongResultError, match=r"in a graph and .* without"):
+        device.check_trainer("torch", "cpu", Idle())
+    with (
+        pytest.warns(UserWarning, match="has no effect"),
+        pytest.raises(RuntimeError, match=r"steps were not captured: .*CUDA device; got cpu"),
+    ):
+        device.check_trainer("torch", "cpu")
+    kinds = [each["kind"] for each in device.cases(device.FULL, ["triton", "cuda"], "cuda")]
+    assert kinds.count("trainer") == 2
+    assert kinds.index("trainer") < kinds.index("step")

@@ -48,7 +48,29 @@ def test_the_estimate_adds_up_and_says_what_it_assumes():
     assert triton["pairs"] > cuda["pairs"] > panels["pairs"]
     (small,) = estimate.run(only="triton-512-1024-4096")["rows"]
     assert small["graph"] < small["started"]
+    dense, lists = estimate.run(only="triton")["rows"][-2:]
+    assert (lists["impl"], lists["f"]) == (estimate.LISTS, dense["f"])
+    assert lists["parts"]["B S"] < dense["parts"]["B S"] / 10
+    assert lists["parts"]["products"] == dense["parts"]["products"]
     assert "by arithmetic, not run on a device" in estimate.table(result)
+
+
+def test_what_autograd_itself_starts_is_counted():
+    with launches.SaysCuda():
+        x, w = torch.empty(4, 3, device="cuda"), torch.empty(3, device="cuda", requires_grad=True)
+        loss = (x * w).sum()
+        with launches.Watch() as watch:
+            loss.backward()
+    assert dict(watch.counts) == {"ones_like": 1, "mul": 1, "sum": 1}
+
+
+def test_a_step_of_dense_codes_starts_no_more_than_it_did():
+    """Numbers of columns, digits and lists by kernels of their own, one cast of each weight."""
+    for impl, f, most in (("triton", 16384, 42), ("triton", 65536, 85), ("cuda", 65536, 85)):
+        n = 512 if f == 16384 else 4096
+        counts = launches.count(impl, n, 2048, f)
+        assert sum(sum(each.values()) for each in counts.values()) <= most
+        assert counts["operators"]["_to_copy"] <= 3  # W_enc, W_dec, and the loss's
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def training_config(config: Training) -> TrainingConfig:
         ValueError: naming the field.
     """
     check_one_of("preset", config.preset, PRESETS)
-    names = {field.name for field in dataclasses.fields(TrainingConfig)}
+    # how a step is started is no option of a command until a device has shown it
+    names = {field.name for field in dataclasses.fields(TrainingConfig)} - {"cuda_graph"}
     values = {name: getattr(config, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     if "betas" in given:

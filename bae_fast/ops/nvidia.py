@@ -19,6 +19,8 @@ _MODULES = {
     "encode": ("encode", False),
     "decode": ("decode", False),
     "covariance": ("covariance", True),
+    "terms": ("terms", False),
+    "slopes": ("terms", False),
     "decoder_backward": ("decode", False),
     "encoder_backward": ("encoder_backward", True),
 }
@@ -42,6 +44,19 @@ def lists_may_serve(n_rows: int, n_columns: int) -> bool:
     return (
         n_columns**2 >= 2 * LEAST_ONES**2 * DENSE_A_STEP and n_rows * n_columns**2 >= LEAST_PRODUCTS
     )
+
+
+# a half-precision copy of W_dec stays from forward to backward where it is at most this share of
+# the device's memory
+_COPY_SHARE = 32
+
+
+def keeps_copy(n_numbers: int, device: torch.device) -> bool:
+    """Whether a half-precision copy of so many numbers may stay for a step."""
+    if device.type != "cuda":
+        return True
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    return 2 * n_numbers <= total // _COPY_SHARE
 
 
 def interpreted() -> bool:

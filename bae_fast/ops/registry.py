@@ -67,7 +67,7 @@ def _no_reasons(request: Request) -> list[str]:
     return []
 
 
-def _never(n_rows: int, n_columns: int) -> bool:
+def _never(*args: Any) -> bool:
     return False
 
 
@@ -109,6 +109,10 @@ class Backend:
         simd: name of the CPU instruction set in use, or None where there is no such choice.
         may_leave_planes: whether sign planes of so many rows and columns may be left unmade where
             the codes are sparse, and marked so on the device.
+        keeps_copy: whether a half-precision copy of W_dec, of so many numbers on a device, is made
+            once a step, for decode and encoder_backward; they make it by parts else.
+        capturable: whether no operator waits for the device or takes a shape from a tensor's
+            numbers, so that a CUDA graph can hold a step.
         extras: functions beyond the contract.
     """
 
@@ -119,6 +123,8 @@ class Backend:
     warmup: Callable[[torch.device, Sequence[str], bool], None] | None = None
     simd: Callable[[], str] | None = None
     may_leave_planes: Callable[[int, int], bool] = _never
+    keeps_copy: Callable[[int, torch.device], bool] = _never
+    capturable: bool = False
     extras: Extras = Extras()  # frozen
 
 

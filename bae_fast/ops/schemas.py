@@ -44,6 +44,13 @@ SCHEMAS = {
         "(Tensor words, Tensor counts, Tensor n_rows, bool keep_signs, bool keep_lists=False)"
         " -> (Tensor numerator, Tensor signs)"
     ),
+    # H in bits and D = numerator / (N (N - 1)), zero where there is no numerator, `dtype []` each.
+    "terms": (
+        "(Tensor counts, Tensor n_rows, Tensor? numerator, ScalarType dtype)"
+        " -> (Tensor entropy, Tensor covariance)"
+    ),
+    # grad_entropy dH/dB, the same number in every row of a column: `dtype [K]`.
+    "slopes": "(Tensor counts, Tensor n_rows, Tensor grad_entropy, ScalarType dtype) -> Tensor",
     # value(B)^T grad_recon and the column sums of grad_recon, in `dtype`.
     "decoder_backward": (
         "(Tensor words, Tensor grad_recon, int n_columns, int n_bits, ScalarType dtype)"
@@ -117,6 +124,18 @@ def _fake_covariance(
     return words.new_empty((), dtype=torch.int64), signs
 
 
+def _fake_terms(
+    counts: Tensor, n_rows: Tensor, numerator: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return counts.new_empty((), dtype=dtype), counts.new_empty((), dtype=dtype)
+
+
+def _fake_slopes(
+    counts: Tensor, n_rows: Tensor, grad_entropy: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return counts.new_empty(counts.shape, dtype=dtype)
+
+
 def _fake_decoder_backward(
     words: Tensor, grad_recon: Tensor, n_columns: int, n_bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -142,6 +161,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "encode": _fake_encode,
     "decode": _fake_decode,
     "covariance": _fake_covariance,
+    "terms": _fake_terms,
+    "slopes": _fake_slopes,
     "decoder_backward": _fake_decoder_backward,
     "encoder_backward": _fake_encoder_backward,
 }

@@ -56,6 +56,10 @@ class LoopConfig:
         warmup_steps: steps over which the learning rate rises linearly from zero.
         clip_norm: the largest norm of all gradients together, to which a longer one is shortened;
             0: no limit.
+        cuda_graph: replay each step from a CUDA graph (:class:`bae_fast.training.CapturedStep`).
+            Where the device, the backend or another constant does not allow it, the trainer warns
+            with the reason and runs steps as they are. Learning rates are then float32. Not run on
+            a device yet, and off unless it is asked for.
 
     Raises:
         ValueError: a constant of another type or out of its range.
@@ -72,6 +76,7 @@ class LoopConfig:
     seed: int = 0
     warmup_steps: int = 0
     clip_norm: float = 0.0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         check_integers(self, {"steps": 1, "batch_size": 1, "seed": 0, "warmup_steps": 0})
@@ -81,6 +86,8 @@ class LoopConfig:
             {"lr": positive, "eps": positive, "decoder_lr_scale": positive,
              "decay_from": (0.0, 1.0), "clip_norm": positive},
         )  # fmt: skip
+        if not isinstance(self.cuda_graph, bool):
+            raise ValueError(f"cuda_graph must be a bool; got {self.cuda_graph!r}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive; got {self.lr}")
         try:
@@ -105,6 +112,7 @@ class LoopConfig:
         """The constants as JSON values: what tells this run from another in files of results."""
         values = dataclasses.asdict(self)
         values["betas"] = list(self.betas)
+        del values["cuda_graph"]  # how a step is started, not what it computes
         for name in ("warmup_steps", "clip_norm"):
             if not values[name]:  # a result from before there was such a constant stays recognised
                 del values[name]
@@ -119,7 +127,7 @@ class TrainingConfig(LoopConfig):
 
     Attributes:
         steps, batch_size, lr, betas, eps, decoder_lr_scale, decay_from, precision, seed,
-            warmup_steps, clip_norm: see :class:`LoopConfig`.
+            warmup_steps, clip_norm, cuda_graph: see :class:`LoopConfig`.
         entropy_weight, covariance_weight: a_e and a_c.
         entropy_from: share of the steps before which a_e is zero (step schedule).
         init: "rows" (features start along rows of the data), "density" (random weights, bits on

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,7 +21,8 @@ from bae_fast.devices import has_bfloat16
 from bae_fast.distributed import Mesh
 from bae_fast.statistics import entropy_bits
 from bae_fast.training.config import LoopConfig
-from bae_fast.training.objective import Loss, Step
+from bae_fast.training.graph import CapturedStep, Graphs
+from bae_fast.training.objective import Capturable, Loss, Step
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
@@ -59,6 +61,7 @@ class Learner(Generic[Config]):
         step: steps done.
         optimized: names of the optimizer's parameters, in its order.
         bfloat16: whether products are made in bfloat16.
+        uncaptured: why steps are not replayed from a CUDA graph, or None where they are.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Learner(Generic[Config]):
         generator: torch.Generator | None = None,
         mesh: Mesh | None = None,
         micro_batches: int = 1,
+        graphs: Graphs | None = None,
     ) -> None:
         """Prepare the start of the features and the optimizer.
 
@@ -80,6 +84,7 @@ class Learner(Generic[Config]):
             generator: of the start and the revival; None: one made from ``config.seed``.
             mesh: the processes; the module is this rank's part of the features.
             micro_batches: parts that a batch of this process is computed in.
+            graphs: how a step is captured where the configuration asks for it; None: it is not.
 
         Raises:
             TypeError, ValueError: see :class:`bae_fast.training.Trainer`.
@@ -109,6 +114,29 @@ class Learner(Generic[Config]):
                 and self.dtype == torch.float32
             )
             self._draw = draw
+            self._graphs = graphs
+            self.uncaptured = self._against_capture()
+            if config.cuda_graph and self.uncaptured is not None:
+                warnings.warn(f"cuda_graph has no effect: {self.uncaptured}", stacklevel=3)
+            self._captured: CapturedStep | None = None
+            self._constants: tuple[float, ...] = ()
+            self._names: tuple[str, ...] = ()
+
+    def _against_capture(self) -> str | None:
+        config, objective = self.config, self.objective
+        if not config.cuda_graph:
+            return "cuda_graph is False"
+        if self._graphs is None:
+            return "steps of a run of jobs are not captured"
+        try:
+            self._graphs.check(self.device)
+        except ValueError as error:
+            return str(error)
+        if config.clip_norm:
+            return f"clip_norm must be 0: the host compares norms; got {config.clip_norm}"
+        if not isinstance(objective, Capturable):
+            return f"{type(objective).__name__} has numbers of the host in every step"
+        return objective.against_capture(torch.bfloat16 if self.bfloat16 else self.dtype)
 
     def start(self) -> None:
         """Start the features and make the optimizer."""
@@ -132,6 +160,7 @@ class Learner(Generic[Config]):
                 betas=config.betas,
                 eps=config.eps,
                 fused=self.device.type in ("cpu", "cuda"),
+                capturable=self.uncaptured is None,
             )
             self.publish()
 
@@ -172,12 +201,66 @@ class Learner(Generic[Config]):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def backward(self, x: Tensor, target: Tensor | None) -> Loss:
-        """The loss of a batch, after its gradients have been computed and added over "data"."""
-        config = self.config
+    def make(self, x: Tensor, target: Tensor | None) -> Loss:
+        """One step of one process: gradients, their limit, the optimizer's step and what follows.
+
+        A capture that fails is given up with a warning, and steps run as they are from then on.
+        """
+        if self.uncaptured is None:
+            try:
+                loss = self._replayed(x, target)
+            except RuntimeError as error:
+                if self._captured is not None and self._captured.captured:
+                    raise
+                self._give_up(error)
+            else:
+                self._updated(x, loss)
+                return loss
+        loss = self.backward(x, target)
+        if self.config.clip_norm:
+            self.clip(float(self.summary(loss).squares))
+        self.update(x, loss)
+        return loss
+
+    def _give_up(self, error: RuntimeError) -> None:
+        said = str(error).splitlines()
+        self.uncaptured = f"the step cannot be captured: {said[0] if said else 'no reason is said'}"
+        warnings.warn(f"cuda_graph has no effect: {self.uncaptured}", stacklevel=4)
+        self._captured = None
+
+    def _replayed(self, x: Tensor, target: Tensor | None) -> Loss:
+        """Gradients and the optimizer's step, captured by one of the first calls."""
+        objective = self.objective
+        assert isinstance(objective, Capturable)
+        self._set_rates()
+        constants = objective.constants(self.step)
+        if self._captured is None or constants != self._constants:
+            self._constants, self._captured = constants, None
+
+            def loss_of(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+                n_targets = int(self.model.is_transcoder)
+                goal = others[0] if n_targets else None
+                with self.autocast():
+                    loss = objective.loss_given(x, goal, others[n_targets:], constants)
+                self._names = tuple(loss.parts)
+                return (loss.total, loss.counts, *loss.parts.values())
+
+            self._captured = CapturedStep(loss_of, self.optimizer, graphs=self._graphs)
+        others = () if target is None else (target,)
+        total, counts, *parts = self._captured(x, *others, *objective.given())
+        loss = Loss(total, dict(zip(self._names, parts, strict=True)), counts)
+        objective.count(loss, len(x))
+        return loss
+
+    def _set_rates(self) -> None:
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+
+    def backward(self, x: Tensor, target: Tensor | None) -> Loss:
+        """The loss of a batch, after its gradients have been computed and added over "data"."""
+        config = self.config
+        self._set_rates()
         at = Step(self.step, self.step / config.steps, self.is_dead(DEAD_WINDOW))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective.backward(x, target, at, self.autocast)
@@ -218,6 +301,10 @@ class Learner(Generic[Config]):
         """The optimizer's step and what belongs to it."""
         self.objective.before_update()
         self.optimizer.step()
+        self._updated(x, loss)
+
+    def _updated(self, x: Tensor, loss: Loss) -> None:
+        """What follows the optimizer's step."""
         self.step += 1
         self.objective.after_update(x, self.optimizer, self.step, self.generator)
         self.last_fired.masked_fill_(loss.counts > 0, self.step)
@@ -310,6 +397,9 @@ class Learner(Generic[Config]):
         with learning():
             self.trained.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self._captured = None  # it holds the memory of the state before
+            for group in self.optimizer.param_groups:
+                group["capturable"] = self.uncaptured is None
             for parameter, own in self.optimizer.state.items():
                 for name, value in own.items():
                     # the fused step reads both by the parameter's strides, which files do not keep

@@ -22,6 +22,7 @@ from bae_fast.columns import covariance_of_columns
 from bae_fast.distributed import Mesh
 from bae_fast.functional import BAEOutput, Encoded, compute_dtype
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.ops import registry
 from bae_fast.statistics import CodeStatistics, entropy_bits
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.config import LoopConfig, TrainingConfig
@@ -143,6 +144,35 @@ class Objective(ABC):
         """Go on from :meth:`state_dict`."""
 
 
+@runtime_checkable
+class Capturable(Protocol):
+    """An objective whose step can be replayed: its loss reads tensors, and numbers that stay.
+
+    What :meth:`Objective.loss` does is ``loss_given`` followed by ``count``.
+    """
+
+    def against_capture(self, dtype: torch.dtype) -> str | None:
+        """Why a step with products of ``dtype`` cannot be replayed, or None."""
+
+    def constants(self, number: int) -> tuple[float, ...]:
+        """Numbers of the host in the loss of step ``number``; with others it is captured anew."""
+
+    def given(self) -> tuple[Tensor, ...]:
+        """Tensors beside the batch that the loss of the next step reads, always of one shape."""
+
+    def loss_given(
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        given: tuple[Tensor, ...],
+        constants: tuple[float, ...],
+    ) -> Loss:
+        """The loss of raw rows, which changes nothing."""
+
+    def count(self, loss: Loss, n_rows: int) -> None:
+        """Remember a batch for later losses, the bank and the revival."""
+
+
 # -- the Binary Autoencoder --------------------------------------------------------------------
 
 
@@ -248,17 +278,24 @@ class BinaryObjective(Objective):
         else:
             model.init_density_(rows, config.density)
 
-    def _entropy_weight(self, step: Step) -> float:
+    def _entropy_weight(self, number: int) -> float:
         config = self.config
-        late = step.number >= config.entropy_from * config.steps
+        late = number >= config.entropy_from * config.steps
         return config.entropy_weight if late else 0.0
 
     def loss(self, x: Tensor, target: Tensor | None, step: Step) -> Loss:
-        config, model = self.config, self.model
-        a_e, a_c = self._entropy_weight(step), config.covariance_weight
         past = None
         if self.bank is not None and len(self.bank):
-            past = self.bank.statistics(words=a_c > 0)
+            past = self.bank.statistics(words=self.config.covariance_weight > 0)
+        loss, code = self._loss(x, target, past, self._entropy_weight(step.number))
+        self._remember(loss.counts, len(x), code)
+        return loss
+
+    def _loss(
+        self, x: Tensor, target: Tensor | None, past: CodeStatistics | None, a_e: float
+    ) -> tuple[Loss, BinaryCode]:
+        config, model = self.config, self.model
+        a_c = config.covariance_weight
         out = model(x, covariance=a_c > 0, past=past, multilinear=config.multilinear)
         mse = model.mse(out, x if target is None else target)
         terms = a_e * out.entropy
@@ -267,15 +304,56 @@ class BinaryObjective(Objective):
         if past is not None:
             # a row's gradient is that of one among all rows counted; the batch stands for them
             terms = terms * (1 + past.n_rows.float() / len(x))
-        if self.bank is not None:
-            self.bank.append(out.code)
         parts = {"mse": mse, "entropy_bits": out.entropy}
         if out.covariance is not None:
             parts["covariance"] = out.covariance
-        counts = out.code.counts()
+        return Loss(mse + terms, parts, out.code.counts()), out.code
+
+    def _remember(self, counts: Tensor, n: int, code: BinaryCode | None) -> None:
+        """Count a batch for the bank, which may keep its code, and for the revival."""
+        if self.bank is not None:
+            self.bank.append_counts(torch.full_like(counts[0], n), counts, code)
         self._fired += counts
-        self._seen += len(x)
-        return Loss(mse + terms, parts, counts)
+        self._seen += n
+
+    # what a replayed step needs, see Capturable
+
+    def against_capture(self, dtype: torch.dtype) -> str | None:
+        model, config = self.model, self.config
+        if self.bank is not None and config.covariance_weight:
+            return "bank_batches must be 0 with a covariance_weight: codes are added to it"
+        if model.check_finite:
+            return "check_finite must be off: it waits for the device"
+        device = model.W_enc.device
+        n_bits = model.config.n_bits
+        name = registry.choose(model.impl, device.type, dtype, self.n_columns, n_bits, device.index)
+        if name == "reference" or not registry.BACKENDS[name].capturable:
+            return f"impl must be one whose operators never wait for the device; got {name!r}"
+        return None
+
+    def constants(self, number: int) -> tuple[float, ...]:
+        return (self._entropy_weight(number),)
+
+    def given(self) -> tuple[Tensor, ...]:
+        if self.bank is None:
+            return ()
+        if not len(self.bank):
+            return torch.zeros_like(self._fired[0]), torch.zeros_like(self._fired)
+        past = self.bank.statistics()
+        return past.n_rows, past.counts
+
+    def loss_given(
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        given: tuple[Tensor, ...],
+        constants: tuple[float, ...],
+    ) -> Loss:
+        past = CodeStatistics(*given) if given else None
+        return self._loss(x, target, past, *constants)[0]
+
+    def count(self, loss: Loss, n_rows: int) -> None:
+        self._remember(loss.counts, n_rows, None)
 
     def backward(self, x: Tensor, target: Tensor | None, step: Step, precision: Precision) -> Loss:
         """As the loss of all micro-batches of all processes at once: rows are encoded first.
@@ -285,7 +363,7 @@ class BinaryObjective(Objective):
         if self.mesh is None and self.micro_batches == 1:
             return super().backward(x, target, step, precision)
         config, model, mesh = self.config, self.model, self.mesh
-        a_e, a_c = self._entropy_weight(step), config.covariance_weight
+        a_e, a_c = self._entropy_weight(step.number), config.covariance_weight
         n = len(x) * (1 if mesh is None else mesh.data)
         parts = x.chunk(self.micro_batches)
         targets = parts if target is None else target.chunk(self.micro_batches)

@@ -25,6 +25,7 @@ from torch import Tensor
 from bae_fast.autoencoder import Autoencoder, check_rows
 from bae_fast.files import replacing, write_text
 from bae_fast.progress import progress_bar
+from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import Config, Learner, check_finite, learning
 from bae_fast.training.supply import MemorySupply, Rows, differences
 
@@ -63,6 +64,7 @@ class Trainer(Generic[Config]):
         config: Config,
         *,
         targets: Tensor | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         """Prepare the start of the features, the optimizer and the order of the rows.
 
@@ -72,6 +74,8 @@ class Trainer(Generic[Config]):
             rows: raw hidden states ``[n, d_in]``, floating point and finite, on any device;
                 batches are moved to the module's.
             targets: of a transcoder, ``[n, d_out]``, row by row.
+            graphs: how a step is captured where ``config.cuda_graph`` asks for it; None: by CUDA
+                graphs.
 
         Raises:
             TypeError: a module that the objective cannot train, or rows that are no tensor of
@@ -80,7 +84,7 @@ class Trainer(Generic[Config]):
                 a module without a parameter to train, or a constant that does not fit the module.
         """
         self.model, self.config = model, config
-        self.learner = Learner(model, config, self._sample)
+        self.learner = Learner(model, config, self._sample, graphs=graphs or CudaGraphs())
         if model.is_transcoder != (targets is not None):
             raise ValueError(
                 f"targets must {'be given' if model.is_transcoder else 'be None'}: d_out decides"
@@ -178,10 +182,7 @@ class Trainer(Generic[Config]):
         with learning():
             x, target = self._next_batch()
             self._in_step = True
-            loss = self.learner.backward(x, target)
-            if self.config.clip_norm:
-                self.learner.clip(float(self.learner.summary(loss).squares))
-            self.learner.update(x, loss)
+            loss = self.learner.make(x, target)
             self._in_step = False
             return self.learner.result(loss, len(x))
 

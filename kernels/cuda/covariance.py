@@ -14,7 +14,8 @@ import os
 import torch
 from torch import Tensor
 
-from bae_fast.kernels.covariance import INT32_ROWS, from_digits
+from bae_fast.kernels.counts import from_digits
+from bae_fast.kernels.covariance import INT32_ROWS
 from bae_fast.kernels.launch import cdiv, dense_rows, multiprocessors
 from bae_fast.kernels_cuda import driver
 from bae_fast.kernels_cuda.driver import Kernel
@@ -231,7 +232,7 @@ def sign_product(
     Args:
         words: row-packed bits ``[N, ceil(K/32)]``.
         signs: rows of both planes, ``[2, slab, ceil(K/32)]``.
-        digits: :func:`bae_fast.kernels.covariance.count_digits` of the counted rows.
+        digits: those of :func:`bae_fast.kernels.counts.sign_operands`.
         n_rows, scale: int64 ``[]`` and fp32 ``[]``.
         unless: see :func:`covariance`.
     """

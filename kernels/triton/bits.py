@@ -208,11 +208,12 @@ def unpack(words: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
     return out[:, :n_columns]
 
 
-@triton.jit(do_not_specialize=["n", "n_columns"])
+@triton.jit(do_not_specialize=["n", "n_blocks", "n_columns"])
 def transpose_kernel(
     words_ptr,
     out_ptr,
     n,
+    n_blocks,
     n_columns,
     stride_words,
     stride_feature,
@@ -235,21 +236,22 @@ def transpose_kernel(
         + blocks.to(tl.int64)[:, None] * stride_block
         + columns.to(tl.int64)[None, :] * stride_feature,
         packed,
-        mask=(blocks * 32 < n)[:, None] & (columns < n_columns)[None, :],
+        mask=(blocks < n_blocks)[:, None] & (columns < n_columns)[None, :],
     )
 
 
 @launch.tuned("transpose")
 def _transpose(config: launch.Config, words: Tensor, n_columns: int, out: Tensor) -> Tensor:
-    """``out[f, m]``, of any strides, is word m of feature f."""
+    """``out[f, m]``, of any strides, is word m of feature f; zero behind the last row."""
     words = launch.dense_rows(words)
-    n = words.shape[0]
+    n, n_blocks = words.shape[0], out.shape[1]
     launch.start(
         transpose_kernel,
-        (launch.cdiv(n, config.m), launch.cdiv(n_words(n_columns), config.n)),
+        (launch.cdiv(WORD_BITS * n_blocks, config.m), launch.cdiv(n_words(n_columns), config.n)),
         words,
         out,
         n,
+        n_blocks,
         n_columns,
         words.stride(0),
         out.stride(0),
@@ -265,8 +267,7 @@ def feature_packed(words: Tensor, n_columns: int) -> Tensor:
     """Row-packed int32 ``[N, ceil(K/32)]`` to feature-packed int32 ``[K, W]``."""
     unit = WORD_BITS * FEATURE_ALIGN_WORDS
     width = launch.cdiv(words.shape[0], unit) * FEATURE_ALIGN_WORDS
-    # zeros: the kernel writes the words that hold rows, not those that only align
-    out = torch.zeros(n_columns, width, dtype=torch.int32, device=words.device)
+    out = torch.empty(n_columns, width, dtype=torch.int32, device=words.device)
     return _transpose(words, n_columns, out)
 
 

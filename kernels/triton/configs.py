@@ -38,6 +38,7 @@ _PASSES: Table = {
     "transpose": (Config(256, 2, 1, 4, 1),),
     "unpack": (Config(16, 8, 1, 4, 1),),
     "lists": (Config(1, 64, 1, 4, 1),),
+    "columns": (Config(1, 1024, 1, 4, 1),),
     "pair_lists": (Config(16, 32, 1, 8, 1),),
 }
 

@@ -15,7 +15,7 @@ rows of S serve as its columns, contiguous along the inner index), and from it i
     scale (N (B S)_nj - (n^T S)_j)
 
 rounded to fp32 once before it is scaled. n^T S comes from the same kernel: the binary digits of n,
-as many as the number of rows has, are further rows of bits.
+as many as the number of rows has, are further rows of bits (:mod:`bae_fast.kernels.counts`).
 """
 
 import torch
@@ -34,16 +34,18 @@ from bae_fast.kernels.bits import (
     wide,
 )
 from bae_fast.kernels.configs import WIDE_WARPS
+from bae_fast.kernels.counts import from_digits
 from bae_fast.packing import n_words
-from bae_fast.packing import pack_rows as pack_dense
 
-# digits of an int64 count, where no number of rows bounds it
-DIGITS = 63
 # below this many rows V fits int32
 INT32_ROWS = 46341
 
 
-@triton.jit(do_not_specialize=["first", "n_rows_slab", "n_columns", "width", "stride_features"])
+@triton.jit(
+    do_not_specialize=[
+        "unless_ptr", "first", "n_rows_slab", "n_columns", "width", "stride_features"
+    ]
+)  # fmt: skip
 def covariance_kernel(
     unless_ptr,
     features_ptr,
@@ -136,7 +138,7 @@ def covariance_kernel(
         tl.store(sums_ptr + program, tl.where(i == j, sum_all, 2 * sum_all))
 
 
-@triton.jit(do_not_specialize=["n", "k"])
+@triton.jit(do_not_specialize=["unless_ptr", "n", "k"])
 def sign_product_kernel(
     unless_ptr,
     bits_ptr,
@@ -190,9 +192,13 @@ def sign_product_kernel(
         tl.store(to, exact.to(tl.float32) * tl.load(scale_ptr), mask=mask)
 
 
-def flag(unless: Tensor | None, like: Tensor) -> Tensor:
-    """What tells a kernel to make nothing, zero where the caller has none."""
-    return like.new_zeros(1, dtype=torch.int32) if unless is None else unless
+def flag(unless: Tensor | None, n_rows: Tensor) -> Tensor:
+    """What tells a kernel to make nothing; where the caller has none, 32 bits that are zero.
+
+    These are the upper half of the number of rows: memory of its own would be set to zero by one
+    more start.
+    """
+    return n_rows.view(1).view(torch.int32)[1:] if unless is None else unless
 
 
 def _tiles(n_columns: int, block: int) -> int:
@@ -272,7 +278,7 @@ def _start(
     launch.start(
         covariance_kernel,
         (_tiles(k, config.m) if triangle else square,),
-        flag(unless, features),
+        flag(unless, n_rows),
         features,
         counts,
         n_rows,
@@ -311,7 +317,7 @@ def _sign_product(
     launch.start(
         sign_product_kernel,
         (launch.cdiv(n, config.m) * launch.cdiv(k, config.n),),
-        flag(unless, bits),
+        flag(unless, n_rows),
         bits,
         signs,
         counts_signs,
@@ -335,23 +341,6 @@ def _sign_product(
     return out
 
 
-def count_digits(counts: Tensor, n_bound: int | None = None) -> Tensor:
-    """Bit b of every count, row-packed ``[digits, ceil(K/32)]``.
-
-    Args:
-        n_bound: a number that no count exceeds; None: any int64.
-    """
-    digits = DIGITS if n_bound is None else max(n_bound.bit_length(), 1)
-    places = torch.arange(digits, device=counts.device)
-    return pack_dense((counts >> places[:, None]) & 1)
-
-
-def from_digits(raw: Tensor) -> Tensor:
-    """n^T S, int64 ``[slab]``, from the product ``[digits, slab]`` of :func:`count_digits`."""
-    places = torch.arange(raw.shape[0], device=raw.device)
-    return (raw.to(torch.int64) << places[:, None]).sum(0)
-
-
 def sign_product(
     words: Tensor,
     signs: Tensor,
@@ -365,13 +354,12 @@ def sign_product(
     Args:
         words: row-packed bits ``[N, ceil(K/32)]``.
         signs: rows of both planes, ``[2, slab, ceil(K/32)]``.
-        digits: :func:`count_digits` of the counted rows.
+        digits: those of :func:`bae_fast.kernels.counts.sign_operands`.
         n_rows, scale: int64 ``[]`` and fp32 ``[]``.
         unless: see :func:`covariance`.
     """
     slab = signs.shape[1]
     raw = torch.empty(digits.shape[0], slab, dtype=torch.int32, device=words.device)
-    unless = flag(unless, words)
     counts_signs = from_digits(_sign_product(digits, signs, n_rows, n_rows, scale, raw, unless))
     out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
     return _sign_product(words, signs, counts_signs, n_rows, scale, out, unless)

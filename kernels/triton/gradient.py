@@ -134,7 +134,9 @@ def product_gradient(config: launch.Config, G: Tensor, W: Tensor, *args: Any) ->
 
 
 def gradient(g: Tensor, dtype: torch.dtype, *args: Any) -> Any:
-    """Through the step: gradient at pre ``[N, chunk]`` in ``dtype`` and its fp32 column sums.
+    """Through the step: gradient at pre ``[N, chunk]`` in ``dtype``, and sums of its columns.
+
+    The sums are fp32 ``[tiles of rows, chunk]``, to be added over the tiles.
 
     Args:
         g: G W_dec^T, ``[N, chunk / n_bits]``, floating.
@@ -215,4 +217,4 @@ def _start(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return out, sums.sum(0)
+    return out, sums

@@ -17,9 +17,10 @@ the pairs that were met. The same rows take the counters back to zero. ``signs_k
 alike, and then adds the signs of i against the features of each row that is asked for: the rows in
 the window of feature i.
 
-Whether lists serve is a number on the device, and no one reads it back: lists have a fixed
-capacity, the kernels here return at once where it is zero and those of
-:mod:`bae_fast.kernels.covariance` where it is not. All sums are integers, so either way gives the
+Whether lists serve is a number on the device (``serve_kernel``), and no one reads it back: lists
+have a fixed capacity, the kernels here return at once where it is zero and those of
+:mod:`bae_fast.kernels.covariance` where it is not; ``settle_kernel`` writes the sum of lists, where
+they serve, over what was left unmade. All sums are integers, so either way gives the
 same bits.
 """
 
@@ -31,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bae_fast.kernels import launch
-from bae_fast.kernels.bits import feature_packed
+from bae_fast.kernels.bits import feature_packed, wide
 from bae_fast.ops import nvidia
 
 # capacities: ones of an average row, and the share of the entries that a window may hold
@@ -53,8 +54,10 @@ def _ones(words):
 
 @triton.jit(do_not_specialize=["width", "stride_words"])
 def length_kernel(words_ptr, starts_ptr, width, stride_words, BLOCK_W: tl.constexpr):
-    """The number of ones of line i to ``starts[i + 1]``."""
+    """The number of ones of line i to ``starts[i + 1]``, and zero to the first."""
     line = tl.program_id(0)
+    if line == 0:
+        tl.store(starts_ptr, tl.zeros((), tl.int64))
     words_at = words_ptr + line.to(tl.int64) * stride_words
     at = tl.arange(0, BLOCK_W)
     ones = tl.zeros((BLOCK_W,), tl.int32)
@@ -89,6 +92,63 @@ def list_kernel(
         place = start * 32 + tl.arange(0, BLOCK_W * 32)
         tl.store(entries_ptr + to, place, mask=(bits != 0) & (to < capacity))
         done += tl.sum(bits, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_lines", "n_features", "capacity"])
+def serve_kernel(
+    starts_ptr,
+    serves_ptr,
+    steps_ptr,
+    n_lines,
+    n_features,
+    capacity,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Steps that the pairs of all rows take, and whether lists serve: they fit and take less."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    for first in range(0, n_lines, BLOCK):
+        line = first + tl.arange(0, BLOCK)
+        begin = tl.load(starts_ptr + line, mask=line < n_lines, other=0)
+        length = tl.load(starts_ptr + line + 1, mask=line < n_lines, other=0) - begin
+        total += length * length
+    steps = tl.sum(total, axis=0)
+    tl.store(steps_ptr, steps)
+    most = n_lines.to(tl.int64) * n_features * n_features // (2 * DENSE)
+    fits = tl.load(starts_ptr + n_lines) <= capacity
+    tl.store(serves_ptr, (fits & (steps <= most)).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["n_features", "n_sums", "stride_plane"])
+def settle_kernel(
+    serves_ptr,
+    counts_ptr,
+    sums_ptr,
+    total_ptr,
+    signs_ptr,
+    n_features,
+    n_sums,
+    stride_plane,
+    MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where lists serve: their numerator in place of the other form's, and the mark of planes."""
+    if tl.load(serves_ptr) != 0:
+        at = tl.arange(0, BLOCK)
+        ones = tl.zeros((BLOCK,), tl.int64)
+        rest = tl.zeros((BLOCK,), tl.int64)
+        for first in range(0, n_features, BLOCK):
+            n_j = tl.load(counts_ptr + first + at, mask=first + at < n_features, other=0)
+            ones += n_j
+            rest -= n_j * n_j
+        for first in range(0, n_sums, BLOCK):
+            rest += tl.load(sums_ptr + first + at, mask=first + at < n_sums, other=0)
+        all_ones = tl.sum(ones, axis=0)
+        tl.store(total_ptr, all_ones * all_ones + tl.sum(rest, axis=0))
+        if MARK:
+            mark = tl.full((), -1, tl.int32)
+            tl.store(signs_ptr, mark)
+            tl.store(signs_ptr + wide(stride_plane), mark)
 
 
 @triton.jit
@@ -288,7 +348,7 @@ class Lists:
     def __init__(self, lines: Tensor, capacity: int) -> None:
         """Count the ones of packed lines, int32 ``[lines, words]``."""
         self.lines, n = launch.dense_rows(lines), lines.shape[0]
-        starts = torch.zeros(n + 1, dtype=torch.int64, device=lines.device)
+        starts = torch.empty(n + 1, dtype=torch.int64, device=lines.device)
         self.entries = torch.empty(max(capacity, 1), dtype=torch.int32, device=lines.device)
         width, config = lines.shape[1], self._config()
         launch.start(
@@ -341,10 +401,14 @@ class PairLists:
         self.counts, self.n_rows = counts.contiguous(), n_rows
         self.words = words
         self.by_row, self.by_feature = Lists(words, capacity), Lists(features, capacity)
-        self.steps = self.by_row.lengths().square().sum()
         self.dense = n * k * k // (2 * nvidia.DENSE_A_STEP)
-        self.fit = self.by_row.fit()
-        self.serves = flag(self.fit & (self.steps <= self.dense))
+        self.steps = torch.empty((), dtype=torch.int64, device=words.device)
+        self.serves = torch.empty(1, dtype=torch.int32, device=words.device)
+        config = launch.configuration("columns", words.device, words.dtype, (1, n))
+        launch.start(
+            serve_kernel, (1,), self.by_row.starts, self.serves, self.steps, n, k, capacity,
+            DENSE=nvidia.DENSE_A_STEP, BLOCK=config.n, num_warps=config.warps,
+        )  # fmt: skip
         for found in (self.by_row, self.by_feature):
             found.fill(self.serves)
 
@@ -364,13 +428,24 @@ class PairLists:
             BLOCK_R=config.m, BLOCK_E=config.n, num_warps=config.warps,
         )  # fmt: skip
 
-    def numerator(self) -> Tensor:
-        """sum_{i != j} |V_ij|, int64 ``[]``; of no meaning where lists do not serve."""
+    def settle(self, total: Tensor, signs: Tensor) -> None:
+        """Where lists serve, write what they give over what the other form left unmade.
+
+        Args:
+            total: int64 ``[]``, becomes sum_{i != j} |V_ij|.
+            signs: planes ``[2, K, words]``, which are marked as not made, or no elements.
+        """
         k = self.counts.shape[0]
         counters = self.counters(k)
         sums = torch.empty(counters.shape[0], dtype=torch.int64, device=counters.device)
         self.start(pairs_kernel, self.serves, counters, sums, k)
-        return self.counts.sum().square() - self.counts.square().sum() + sums.sum()
+        config = launch.configuration("columns", counters.device, torch.int64, (1, k))
+        mark = signs.numel() > 0
+        launch.start(
+            settle_kernel, (1,), self.serves, self.counts, sums, total, signs if mark else sums,
+            k, len(sums), signs.stride(0) if mark else 0, MARK=mark, BLOCK=config.n,
+            num_warps=config.warps,
+        )  # fmt: skip
 
 
 class WindowSigns:
@@ -388,9 +463,9 @@ class WindowSigns:
         self.own = pairs.by_row if same else Lists(words, n * min(k, MOST_ONES))
         self.window = Lists(feature_packed(window, k), n * -(-k // WINDOW_SHARE))
         self.total = pairs.counts.sum()
-        near = self.window.lengths().sum()
+        near = self.window.starts[-1]
         gathers = near * self.own.starts[-1] // max(n, 1)  # of rows with the average number of ones
-        fit = pairs.fit & self.own.fit() & self.window.fit()
+        fit = pairs.by_row.fit() & self.own.fit() & self.window.fit()
         self.serves = flag(fit & (pairs.steps + gathers <= 2 * pairs.dense))
         for found in (self.window,) if same else (self.window, self.own):
             found.fill(self.serves)

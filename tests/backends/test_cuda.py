@@ -21,6 +21,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from count_digits import count_digits, from_digits
 
 import bae_fast as bf
 from bae_fast.ops import registry
@@ -36,7 +37,6 @@ needs_kernels = pytest.mark.skipif(
 )
 
 if CUDA.unavailable is None:
-    from bae_fast.kernels.covariance import count_digits
     from bae_fast.kernels_cuda import covariance as kernels
     from bae_fast.kernels_cuda import driver, nvrtc
 
@@ -74,6 +74,7 @@ def emulate(library, patch):
     patch(driver, "_functions", {})
     patch(driver, "arch", lambda device: "sm_90")
     patch(nvrtc, "cubin", lambda name, arch: name.encode())
+    patch(kernels, "from_digits", from_digits)  # no kernel of CUDA's
     patch(torch.cuda, "device", lambda device: contextlib.nullcontext())
     patch(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     patch(torch.cuda, "is_current_stream_capturing", lambda: False)

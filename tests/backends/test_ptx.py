@@ -16,6 +16,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
+from count_digits import count_digits, from_digits
 from triton_process import printed
 
 from bae_fast.ops import registry
@@ -318,8 +319,22 @@ def test_the_packed_product_of_triton_3_6_races_on_sm_90(cache):
 KERNELS = {
     "encode": ["encode_kernel"],
     "packed": ["bits_product_kernel"],
-    "covariance": ["transpose_kernel", "covariance_kernel", "sign_product_kernel"],
-    "step": ["encode_kernel", "covariance_kernel", "sign_product_kernel", "gradient_kernel"],
+    "covariance": [
+        "transpose_kernel",
+        "covariance_kernel",
+        "sign_operands_kernel",
+        "sign_product_kernel",
+        "from_digits_kernel",
+    ],
+    "step": [
+        "encode_kernel",
+        "covariance_kernel",
+        "entropy_kernel",
+        "totals_kernel",
+        "slopes_kernel",
+        "sign_product_kernel",
+        "gradient_kernel",
+    ],
 }
 
 
@@ -346,7 +361,15 @@ def test_kernels_are_right_at_the_latest_moment(chip, oldest, case, modes, cache
 def test_kernels_of_lists_are_right_warp_after_warp_and_planted_faults_are_found(cache):
     """Counters lie in global memory, whose hazards show in the numbers alone."""
     right, forgetful, unordered = worker("sm_90", "lists", "late", "apart", folder=cache)
-    check([right], "length_kernel", "list_kernel", "pairs_kernel", "signs_kernel")
+    check(
+        [right],
+        "length_kernel",
+        "list_kernel",
+        "serve_kernel",
+        "pairs_kernel",
+        "settle_kernel",
+        "signs_kernel",
+    )
     assert forgetful["planted"] == "counters keep what was counted"
     assert "total" in forgetful["wrong"]
     assert unordered["faults"] or unordered["wrong"]
@@ -387,6 +410,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture
 def interpreted(compiled, monkeypatch):
     """The launchers of impl="cuda" start the interpreter; what it found, and a change of PTX."""
+    from bae_fast.kernels_cuda import covariance as kernels
     from bae_fast.kernels_cuda import driver
 
     state = {"faults": [], "change": lambda text: text, "changes": (), "options": {}}
@@ -404,6 +428,7 @@ def interpreted(compiled, monkeypatch):
         )  # fmt: skip
 
     monkeypatch.setattr(driver, "start", start)
+    monkeypatch.setattr(kernels, "from_digits", from_digits)  # no kernel of CUDA's
     return state
 
 
@@ -462,7 +487,6 @@ def test_planted_faults_of_nvcc_are_found(planted, interpreted, compiled):
 @pytest.mark.parametrize("n_bound", [300, 50_000])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_slabs_and_products_by_nvcc_are_exact(n_bound, aligned, interpreted):
-    from bae_fast.kernels.covariance import count_digits
     from bae_fast.kernels_cuda import covariance as kernels
 
     n, k = 300, 200

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from bae_fast.kernels import covariance as kernels
 from bae_fast.kernels import gradient, launch, products
-from bae_fast.kernels.bodies import covariance, decode, encode, encoder_backward, warmup
+from bae_fast.kernels.bodies import covariance, decode, encode, encoder_backward, terms, warmup
 from bae_fast.ops import nvidia
 from bae_fast.surrogates import SURROGATES
 
@@ -48,6 +48,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
     torch.uint8: "*u8",
 }
 
@@ -70,7 +71,8 @@ class Recorder:
         for p, value in zip(names, args, strict=True):
             if isinstance(value, torch.Tensor):
                 signature[p.name] = TYPES[value.dtype]
-                attrs[p.num,] = [["tt.divisibility", 16]]
+                if not p.do_not_specialize:
+                    attrs[p.num,] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[p.name] = "fp32"
             elif value == 1 and not p.do_not_specialize:
@@ -97,7 +99,9 @@ def step(dtype, kind, n, d, k, surrogate, n_bits, masked, d_out):
     words, window, counts, n_rows = encode.encode(x, W_enc, b_enc, keep, width)
     decode.decode(words, W_dec, b_dec, n_bits, dtype)
     decode.decoder_backward(words, G, k, n_bits, kind)
-    _, signs = covariance.covariance(kernels, words, counts, n_rows, masked)
+    numerator, signs = covariance.covariance(kernels, words, counts, n_rows, masked)
+    terms.terms(counts, n_rows, numerator if masked else None, torch.float32)
+    terms.slopes(counts, n_rows, torch.zeros(()), torch.float32)
     columns, scale = torch.zeros(k, dtype=torch.float64), torch.zeros(())
     for planes, spread in ((signs if masked else None, scale), (None, None)):
         for curvature in (columns, None):

@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 import torch
 import triton
+from count_digits import count_digits, from_digits
 
 import bae_fast as bf
 from bae_fast import packing
 from bae_fast.kernels import bits, configs, covariance, launch, pair_lists, products
+from bae_fast.kernels import counts as count_kernels
 from bae_fast.kernels.bodies import covariance as covariance_body
 from bae_fast.kernels.bodies import decode, encode, encoder_backward
 from bae_fast.ops import nvidia, registry
 from bae_fast.ops.nvidia import interpreted
 from bae_fast.packing import pack_rows, unpack_rows
+from bae_fast.statistics import entropy_bits, entropy_gradient
 from bae_fast.surrogates import SURROGATES
 
 OPS = registry.BACKENDS["triton"].ops
@@ -510,14 +513,44 @@ def test_unpacked_products_under_autocast(unpacked, monkeypatch):
         assert error <= 2e-2 * expected[name].double().abs().max(), name
 
 
+@pytest.mark.parametrize("k", [1, 33, 1024, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropy_covariance_and_slopes_equal_float64(k, dtype):
+    """Constant columns, where logarithms end at eps, among them."""
+    n_rows = torch.tensor(977)
+    counts = torch.randint(0, 978, (k,))
+    counts[: k // 2 : 2], counts[1 : k // 2 : 3] = 0, 977
+    numerator, grad = torch.tensor(2**53 + 1), torch.tensor(-1.5)
+    entropy, covariance = OPS["terms"](counts, n_rows, numerator, dtype)
+    for got, exact in (
+        (entropy, entropy_bits(counts, n_rows)),
+        (covariance, torch.tensor((2**53 + 1) / (977 * 976), dtype=torch.float64)),
+        (OPS["slopes"](counts, n_rows, grad, dtype), entropy_gradient(counts, n_rows) * grad),
+    ):
+        assert got.dtype == dtype
+        # logarithms of two libraries differ by a last place, and cancel where p is near a half
+        allowed = 2 * torch.finfo(dtype).eps * exact.abs() + 1e-15 / 977
+        assert ((got.double() - exact).abs() <= allowed).all()
+    again, none = OPS["terms"](counts, n_rows, None, dtype)
+    assert torch.equal(again, entropy)
+    assert (none.dtype, float(none)) == (dtype, 0)
+
+
 @pytest.mark.parametrize("n_bound", [None, 1, 2, 255, 256, 4096])
 def test_binary_digits_of_counts(n_bound):
     counts = torch.tensor([0, 1, 2, 200, 255, 256, 4096, 2**40])
     if n_bound is not None:
         counts = counts.clamp(max=n_bound)
-    digits = covariance.count_digits(counts, n_bound)
+    grad, n_rows = torch.tensor(0.75), torch.tensor(4096)
+    digits, scale = count_kernels.sign_operands(counts, n_rows, grad, n_bound)
     assert digits.shape[0] == (63 if n_bound is None else n_bound.bit_length())
-    assert torch.equal(covariance.from_digits(unpack_rows(digits, 8, torch.int64)), counts)
+    assert torch.equal(digits, count_digits(counts, n_bound))
+    raw = unpack_rows(digits, 8, torch.int32)
+    assert torch.equal(count_kernels.from_digits(raw), counts)
+    assert torch.equal(count_kernels.from_digits(raw), from_digits(raw))
+    exact = 0.75 * 2 / (4096 * 4095)
+    assert scale.dtype == torch.float32
+    assert float(scale) == float(torch.tensor(exact, dtype=torch.float64).float())
 
 
 def test_the_tiles_of_a_triangle_are_each_there_once():
@@ -623,11 +656,14 @@ def test_the_covariance_by_lists_equals_integers(shape, sparse):
     args = (torch.from_numpy(counts), total)
     pairs = pair_lists.PairLists(words, bits.feature_packed(words, shape[1]), *args)
     assert bool(pairs.serves)
-    assert int(pairs.numerator()) == int(np.abs(v).sum())
+    total, planes = torch.tensor(-7), torch.zeros(2, 3, 1, dtype=torch.int32)
+    pairs.settle(total, planes)
+    assert int(total) == int(np.abs(v).sum())
+    assert planes.flatten().tolist() == [-1, 0, 0, -1, 0, 0]
     numerator, signs = OPS["covariance"](words, *args, True)
     assert int(numerator) == int(np.abs(v).sum())
     # the dense kernel made nothing, and the planes say so
-    assert bool(covariance_body.not_made(signs))
+    assert covariance_body.made(signs) == 0
 
 
 def test_a_code_with_too_many_ones_is_counted_by_products(sparse, monkeypatch):
@@ -642,7 +678,7 @@ def test_a_code_with_too_many_ones_is_counted_by_products(sparse, monkeypatch):
         args = (pack_rows(dense), torch.from_numpy(counts), torch.tensor(n), True)
         numerator, signs = OPS["covariance"](*args)
         assert int(numerator) == int(np.abs(v).sum())
-        assert not bool(covariance_body.not_made(signs))
+        assert covariance_body.made(signs) != 0
         above, below = unpack_rows(signs, k, torch.int8)
         np.testing.assert_array_equal((above - below).numpy(), np.sign(v))
 
@@ -689,7 +725,7 @@ def test_the_gradient_by_lists_is_that_by_products(fits, other_rows, sparse, mon
         )  # fmt: skip
 
     marked = OPS["covariance"](stats, counts, total, True)[1]
-    assert bool(covariance_body.not_made(marked))
+    assert covariance_body.made(marked) == 0
     got = [gradients(planes) for planes in (marked.clone(), None)]
     assert served == [fits] * 2
     got_identity = gradients(marked.clone(), "identity")

@@ -314,6 +314,9 @@ def operator_arguments(name: str, n_bits: int = 1) -> list[tuple]:
         "decode": [(words, w_dec, b_dec, n_bits, torch.float32),
                    (words, w_dec, b_dec, n_bits, torch.bfloat16)],
         "covariance": [(words, counts, n_rows, True), (words, counts, n_rows, False)],
+        "terms": [(counts, n_rows, None, torch.float32),
+                  (counts, n_rows, signs.sum(), torch.float64)],
+        "slopes": [(counts, n_rows, one, torch.float32)],
         "decoder_backward": [(words, grad, k, n_bits, torch.float32),
                              (words, grad.bfloat16(), k, n_bits, torch.float32)],
         "encoder_backward": [
@@ -334,8 +337,9 @@ def test_every_operator_of_the_contract_is_checked_here():
         assert "torch" in getattr(torch.ops.bae_fast, name).overloads()
 
 
+OF_COLUMNS = ("encode", "covariance", "terms", "slopes")
 # what decodes knows of the bits of a feature; the others see columns
-OF_FEATURES = [name for name in schemas.SCHEMAS if name not in ("encode", "covariance")]
+OF_FEATURES = [name for name in schemas.SCHEMAS if name not in OF_COLUMNS]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -75,3 +75,12 @@ def test_tests_and_modules_that_pages_name_exist(page):
     paths = set(re.findall(r"`((?:tests|bae_fast|bench|csrc|kernels)/[\w/.-]+)`", text))
     missing = {path for path in paths if not (ROOT / path).exists()}
     assert missing == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_functions_of_tests_that_pages_name_exist(page):
+    """As ``file``: ``test``, by a path or by a name in tests/backends."""
+    text = page.read_text(encoding="utf-8")
+    for file, test in re.findall(r"`([\w/]+\.py)`: `(test_\w+)`", text):
+        path = ROOT / file if "/" in file else ROOT / "tests" / "backends" / file
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}: {test}"

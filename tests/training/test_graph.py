@@ -1,13 +1,26 @@
 """A captured step gives what the same calls without a graph give; no CUDA device is needed."""
 
 import contextlib
+import dataclasses
+import warnings
 
 import pytest
 import torch
 from recorded_graph import RecordedGraphs
+from sparse_rows import module, synthetic
 
 import bae_fast as bf
-from bae_fast.training import CapturedStep
+from bae_fast import baselines
+from bae_fast.ops import registry
+from bae_fast.training import (
+    CapturedStep,
+    Job,
+    JobTrainer,
+    MemorySupply,
+    SparseConfig,
+    Trainer,
+    TrainingConfig,
+)
 
 N, D, F = 24, 6, 40
 
@@ -187,3 +200,127 @@ def test_cuda_graphs_are_captured_in_torchs_order(monkeypatch):
     step(torch.ones(1))
     step(torch.ones(1))
     assert said == [*warm, "capture", "end", "replay", "replay"]
+
+
+# -- the trainer ---------------------------------------------------------------------------------
+
+# every learning rate is exact in float32, as a captured step reads it
+RUN = TrainingConfig(
+    steps=14, batch_size=32, lr=2.0**-8, decay_from=1.0, precision="float32", revive_every=5,
+    dead_below=0.02, bank_batches=3, refit=False, entropy_from=0.5, cuda_graph=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def capturable(monkeypatch, by_bits):
+    """``torch`` on a CPU stands in for the backends that never wait."""
+    backend = dataclasses.replace(registry.BACKENDS["torch"], capturable=True)
+    monkeypatch.setitem(registry.BACKENDS, "torch", backend)
+
+
+def trained(config, graphs, stop=0, **options):
+    x = synthetic()
+    torch.manual_seed(0)
+    bae = module(x, impl="torch", **options)
+    trainer = Trainer(bae, x, config, graphs=graphs)
+    lines = []
+    if stop:
+        for _ in range(stop):
+            trainer.train_step()
+        state = trainer.state_dict()
+        trainer = Trainer(bae, x, config, graphs=graphs)
+        trainer.load_state_dict(state)
+    trainer.fit(log_every=1, on_log=lines.append)
+    for line in lines:
+        line.pop("seconds")
+    return bae, lines, trainer
+
+
+@pytest.mark.parametrize(
+    ("changes", "stop", "captures"),
+    [
+        ({}, 0, 2),  # the entropy's weight sets in: captured anew
+        ({"entropy_from": 0.0}, 6, 2),  # resumed: the memory of the state is another
+        ({"bank_batches": 0, "covariance_weight": 2.0**-10, "entropy_from": 0.0}, 0, 1),
+    ],
+)
+def test_a_run_of_captured_steps_is_that_of_plain_ones(changes, stop, captures, capturable):
+    config = dataclasses.replace(RUN, **changes)
+    plain = dataclasses.replace(config, cuda_graph=False)
+    right, expected, _ = trained(plain, None)
+
+    class Counted(RecordedGraphs):
+        made = 0
+
+        def capture(self, run):
+            Counted.made += 1
+            return super().capture(run)
+
+    graphs = Counted()
+    got, lines, trainer = trained(config, graphs, stop)
+    assert trainer.learner.uncaptured is None
+    assert Counted.made == captures
+    assert graphs.replays == RUN.steps - 3 * captures  # the first three of each run as they are
+    assert lines == expected[stop:]
+    for mine, theirs in zip(got.parameters(), right.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert trainer.state_dict()["belongs_to"] == trained(plain, None)[2].state_dict()["belongs_to"]
+
+
+def reason(config, graphs=None, model=None):
+    """Why the trainer captures nothing, which it warns of."""
+    x = synthetic()
+    model = module(x, impl="torch") if model is None else model
+    with pytest.warns(UserWarning, match="cuda_graph has no effect: ") as found:
+        trainer = Trainer(model, x, config, graphs=graphs)
+    (warning,) = found
+    assert str(warning.message).endswith(trainer.learner.uncaptured)
+    trainer.train_step()
+    assert not trainer.optimizer.param_groups[0]["capturable"]
+    return trainer.learner.uncaptured
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_why(capturable):
+    graphs = RecordedGraphs()
+    assert reason(RUN) == "optimizer must hold parameters on a CUDA device; got cpu"
+    limited = dataclasses.replace(RUN, clip_norm=1.0)
+    assert reason(limited, graphs) == "clip_norm must be 0: the host compares norms; got 1.0"
+    growing = dataclasses.replace(RUN, covariance_weight=1e-4)
+    assert "bank_batches must be 0 with a covariance_weight" in reason(growing, graphs)
+    waiting = module(synthetic(), impl="torch", check_finite=True)
+    assert "check_finite must be off" in reason(RUN, graphs, waiting)
+    dense = module(synthetic(), impl="reference")
+    assert reason(RUN, graphs, dense).endswith("never wait for the device; got 'reference'")
+    sparse = baselines.make_baseline("topk", 16, 24, k=3)
+    config = SparseConfig(steps=3, batch_size=32, cuda_graph=True)
+    assert "SparseObjective has numbers of the host" in reason(config, graphs, sparse)
+    assert graphs.replays == 0
+
+
+def test_backends_that_never_wait_are_those_whose_launches_are_watched():
+    """bench/test_launches.py refuses what waits in a step of these."""
+    assert {n for n, b in registry.BACKENDS.items() if b.capturable} <= {"triton", "cuda"}
+    x = synthetic()
+    assert reason(RUN, RecordedGraphs(), module(x, impl="torch")).endswith("got 'torch'")
+    with pytest.warns(UserWarning, match="steps of a run of jobs are not captured"):
+        JobTrainer([Job("a", module(x), RUN, hook="rows")], MemorySupply({"rows": x}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        off = dataclasses.replace(RUN, cuda_graph=False)
+        assert Trainer(module(x), x, off).learner.uncaptured == "cuda_graph is False"
+    with pytest.raises(ValueError, match="cuda_graph must be a bool; got 1"):
+        TrainingConfig(cuda_graph=1)
+
+
+def test_a_capture_that_fails_ends_in_plain_steps(capturable):
+    class Failing(RecordedGraphs):
+        def capture(self, run):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    right, expected, _ = trained(dataclasses.replace(RUN, cuda_graph=False), None)
+    with pytest.warns(UserWarning, match="the step cannot be captured: operation not permitted$"):
+        got, lines, trainer = trained(RUN, Failing())
+    assert trainer.learner.uncaptured.endswith("operation not permitted")
+    assert lines == expected
+    for mine, theirs in zip(got.parameters(), right.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -11,6 +11,7 @@ from typing import Any
 from bae_fast.backends.cpp import extension
 from bae_fast.ops import registry, schemas
 from bae_fast.ops.products import raw
+from bae_fast.ops.terms import slopes, terms
 
 
 def _bodies() -> dict[str, Callable[..., Any]]:
@@ -23,6 +24,8 @@ def _bodies() -> dict[str, Callable[..., Any]]:
         "encode": encode,
         "decode": decode,
         "covariance": covariance,
+        "terms": terms,
+        "slopes": slopes,
         "decoder_backward": decoder_backward,
         "encoder_backward": encoder_backward,
     }

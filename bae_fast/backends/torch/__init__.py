@@ -13,11 +13,14 @@ from bae_fast.backends.torch.encode import encode
 from bae_fast.backends.torch.encoder_backward import covariance_columns, encoder_backward
 from bae_fast.ops import registry, schemas
 from bae_fast.ops.products import raw
+from bae_fast.ops.terms import slopes, terms
 
 _BODIES: dict[str, Callable[..., Any]] = {
     "encode": encode,
     "decode": decode,
     "covariance": covariance,
+    "terms": terms,
+    "slopes": slopes,
     "decoder_backward": decoder_backward,
     "encoder_backward": encoder_backward,
 }

@@ -40,6 +40,8 @@ def _make() -> registry.Backend:
         ops=schemas.overloads("triton"),
         not_supported_reasons=_not_supported,
         may_leave_planes=nvidia.lists_may_serve,
+        keeps_copy=nvidia.keeps_copy,
+        capturable=True,
         warmup=functools.partial(nvidia.warm, _BODIES, _KERNELS),
     )
 

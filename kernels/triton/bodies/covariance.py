@@ -33,12 +33,10 @@ def covariance(
         return kernels.covariance(features, counts, n_rows, keep_signs, n)
     pairs = PairLists(words, features, counts, n_rows)
     total, signs = kernels.covariance(features, counts, n_rows, keep_signs, n, pairs.serves)
-    serves = pairs.serves[0] != 0
-    if keep_signs:
-        signs[:, 0, 0].masked_fill_(serves, -1)
-    return torch.where(serves, pairs.numerator(), total), signs
+    pairs.settle(total, signs)
+    return total, signs
 
 
-def not_made(signs: Tensor) -> Tensor:
-    """Whether planes carry the mark: int32 ``[1]``."""
-    return (signs[0, :1, 0] & signs[1, :1, 0] != 0).to(torch.int32)
+def made(signs: Tensor) -> Tensor:
+    """Zero where planes carry the mark, which is all ones in both: int32 ``[1]``."""
+    return torch.bitwise_not(signs[0, :1, 0] & signs[1, :1, 0])

@@ -26,6 +26,7 @@ from bae_fast.ops.products import (
     decode_by_chunks,
     decoder_gradient_by_chunks,
     half_chunks,
+    product,
     product_into,
     sum_dtype,
 )
@@ -51,10 +52,14 @@ def _decode_unpacked(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.d
     out = torch.empty(n, d, dtype=dtype, device=words.device)
     for top in range(0, n, ROW_BLOCK):
         rows = words[top : top + ROW_BLOCK]
-        recon = b_dec.float().expand(len(rows), -1).clone()
+        recon: Tensor | None = None
         for start, stop in half_chunks(len(rows), k, words.device):
-            accumulate(recon, _columns(rows, start, stop, dtype), W_dec[start:stop].to(dtype))
-        out[top : top + ROW_BLOCK] = recon
+            bits, weight = _columns(rows, start, stop, dtype), W_dec[start:stop].to(dtype)
+            if recon is None:
+                recon = product(bits, weight).float()
+            else:
+                accumulate(recon, bits, weight)
+        torch.add(recon, b_dec, out=out[top : top + ROW_BLOCK])
     return out
 
 

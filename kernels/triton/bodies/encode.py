@@ -18,8 +18,9 @@ def encode(
     (n, d), k = x.shape, W_enc.shape[1]
     words = torch.empty(n, n_words(k), dtype=torch.int32, device=x.device)
     window = torch.empty_like(words) if width is not None else words.new_empty(0)
-    counts = torch.zeros(k, dtype=torch.int64, device=x.device)  # blocks of rows add to them
+    counts = torch.empty(k, dtype=torch.int64, device=x.device)
     if x.dtype not in HALF:
+        counts.zero_()  # blocks of rows add to them
         _by_blocks(x, W_enc, b_enc, row_mask, width, words, window, counts)
     else:
         # under autocast a half-precision copy of W_enc, a chunk of its columns at a time

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from bae_fast.kernels.bits import feature_packed
-from bae_fast.kernels.bodies.covariance import not_made
-from bae_fast.kernels.covariance import count_digits
+from bae_fast.kernels.bodies.covariance import made
+from bae_fast.kernels.counts import sign_operands
 from bae_fast.kernels.gradient import gradient, product_gradient
 from bae_fast.kernels.pair_lists import PairLists, WindowSigns
 from bae_fast.ops import nvidia
@@ -57,10 +57,8 @@ class _Signs:
     ) -> None:
         self.kernels, self.words, self.signs, self.n_rows = kernels, words, signs, n_rows
         self.counts = counts.contiguous()
-        total = n_rows.double()
-        self.scale = (grad_covariance.double() * 2 / (total * (total - 1))).float()
         n_bound = None if stats_words is None else stats_words.shape[0]
-        self.digits = count_digits(self.counts, n_bound)
+        self.digits, self.scale = sign_operands(self.counts, n_rows, grad_covariance, n_bound)
         # where it is not zero: lists serve, so no signs are multiplied; no planes are made
         self.unless: Tensor | None = None
         self.made: Tensor | None = None
@@ -78,7 +76,7 @@ class _Signs:
                 self.listed = WindowSigns(pairs, words, window, self.scale)
                 self.unless = self.made = self.listed.serves
             if signs is not None:
-                there = 1 - not_made(signs)
+                there = made(signs)
                 self.made = there if self.made is None else there | self.made
 
     def __call__(self, start: int, stop: int) -> Tensor:
@@ -95,6 +93,14 @@ class _Signs:
         return out
 
 
+def add_rows(rows: Tensor, out: Tensor) -> None:
+    """Write the fp32 sums over rows into ``out``."""
+    if out.dtype == rows.dtype:
+        torch.sum(rows, 0, out=out)
+    else:
+        out.copy_(rows.sum(0))
+
+
 def encoder_backward(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = EncoderBackward(*arguments)
     x, W_enc, b_enc, W_dec = given[:4]
@@ -105,8 +111,9 @@ def encoder_backward(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Ten
     words, window = given.words.contiguous(), given.window.contiguous()  # one row stride for both
     grad_x, grad_W, grad_b = empty_gradients(x, W_enc, b_enc, given.needs)
     preactivation = Preactivation(x) if surrogate == "sigmoid" else None
-    columns = torch.zeros(k, device=x.device)
-    if given.grad_columns is not None:
+    if given.grad_columns is None:
+        columns = torch.zeros(k, device=x.device)
+    else:
         columns = given.grad_columns.float()
     curve = None if given.curvature is None else given.curvature.float()
     spread = None
@@ -141,7 +148,7 @@ def encoder_backward(kernels: Any, *arguments: Any) -> tuple[Tensor, Tensor, Ten
             g, sums = gradient(dense, *rest)
 
         if need_b:
-            grad_b[span] = sums
+            add_rows(sums, grad_b[span])
         if need_W:
             product_into(grad_W[:, span], x.t(), g)
         if need_x:

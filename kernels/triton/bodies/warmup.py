@@ -14,6 +14,8 @@ from bae_fast.kernels.bodies.covariance import covariance
 from bae_fast.kernels.bodies.decode import decode, decoder_backward
 from bae_fast.kernels.bodies.encode import encode
 from bae_fast.kernels.bodies.encoder_backward import encoder_backward
+from bae_fast.kernels.bodies.terms import slopes
+from bae_fast.kernels.bodies.terms import terms as numbers
 from bae_fast.kernels.covariance import INT32_ROWS
 from bae_fast.kernels.launch import INTERPRETED, table_entry
 from bae_fast.kernels.pair_lists import PairLists, WindowSigns
@@ -74,8 +76,13 @@ def _step(
                 kernels, x, W_enc, b_enc, W_dec, words, window, None, grad, None, None, scale,
                 planes, rows, counts, n_rows, terms[0][0], 0.25, 1, every,
             )  # fmt: skip
+    for numerator in (None, n_rows):
+        numbers(counts, n_rows, numerator, torch.float32)
+    slopes(counts, n_rows, scale, torch.float32)
     pairs = PairLists(words, feature_packed(words, k), counts, n_rows)  # of wide codes alone
-    pairs.numerator()
+    _, planes = kernels.covariance(pairs.by_feature.lines, counts, n_rows, True, len(words))
+    for signs_of in (planes, planes[:, :0]):
+        pairs.settle(torch.zeros_like(n_rows), signs_of)
     WindowSigns(pairs, words, window, scale).add_to(torch.empty(len(x), k, device=x.device), 0)
     columns = x.new_zeros(k, dtype=torch.float32)
     for (surrogate, curved), gradient, spread in itertools.product(

@@ -101,6 +101,7 @@ def allow(instruction, *sets):
 
 INTEGERS = {"s16", "u16", "s32", "u32", "s64", "u64"}
 BITS = {"b16", "b32", "b64"}
+FLOATS = {"f32", "f64"}
 
 
 def _operands(machine, instruction, kind, *others):
@@ -118,20 +119,20 @@ def _operands(machine, instruction, kind, *others):
 
 @known("add", "sub", "min", "max", "and", "or", "xor")
 def _two(machine, instruction):
-    (kind,) = allow(instruction, INTEGERS | BITS | {"f32", "pred"})
+    _, kind = allow(instruction, {"rn", ""}, INTEGERS | BITS | FLOATS | {"pred"})
     write, a, b = _operands(machine, instruction, kind)
     function = {
         "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     }[instruction.opcode]  # fmt: skip
-    if kind == "f32":
+    if kind in FLOATS:
         function = {"min": np.fmin, "max": np.fmax}.get(instruction.opcode, function)
     return lambda mask: write(function(a(), b()), mask)
 
 
 @known("not", "neg", "abs", "popc")
 def _one(machine, instruction):
-    (kind,) = allow(instruction, INTEGERS | BITS | {"f32", "pred"})
+    (kind,) = allow(instruction, INTEGERS | BITS | FLOATS | {"pred"})
     function = {"not": np.invert, "neg": np.negative, "abs": np.abs}.get(instruction.opcode)
     if instruction.opcode == "popc":
         write, a = _operands(machine, instruction, "u32", kind)
@@ -146,8 +147,9 @@ def _ones(words):
 
 @known("mul", "mad")
 def _multiply(machine, instruction):
-    if instruction.modifiers == ("f32",) or instruction.modifiers == ("rn", "f32"):
-        write, a, b = _operands(machine, instruction, "f32")
+    if instruction.modifiers[-1] in FLOATS:
+        _, kind = allow(instruction, {"rn", ""}, FLOATS)
+        write, a, b = _operands(machine, instruction, kind)
         return lambda mask: write(a() * b(), mask)
     half, kind = allow(instruction, {"lo", "wide"}, INTEGERS)
     result = kind[0] + str(2 * int(kind[1:])) if half == "wide" else kind
@@ -164,12 +166,14 @@ def _multiply(machine, instruction):
 
 @known("fma")
 def _fma(machine, instruction):
-    allow(instruction, {"rn"}, {"f32"})
-    write, a, b, c = _operands(machine, instruction, "f32")
+    _, kind = allow(instruction, {"rn"}, FLOATS)
+    write, a, b, c = _operands(machine, instruction, kind)
+    # the product of two float64 is rounded here to the 64 bits of a long double
+    wider, own = (np.float64, np.float32) if kind == "f32" else (np.longdouble, np.float64)
 
     def run(mask):
-        wide = [np.asarray(each()).astype(np.float64) for each in (a, b, c)]
-        write((wide[0] * wide[1] + wide[2]).astype(np.float32), mask)
+        wide = [np.asarray(each()).astype(wider) for each in (a, b, c)]
+        write((wide[0] * wide[1] + wide[2]).astype(own), mask)
 
     return run
 
@@ -179,6 +183,9 @@ def _divide(machine, instruction):
     if instruction.opcode == "div" and instruction.modifiers in (("full", "f32"), ("rn", "f32")):
         write, a, b = _operands(machine, instruction, "f32")
         return lambda mask: write(np.divide(a(), b(), dtype=np.float32), mask)
+    if instruction.opcode == "div" and instruction.modifiers == ("rn", "f64"):
+        write, a, b = _operands(machine, instruction, "f64")
+        return lambda mask: write(np.divide(a(), b(), dtype=np.float64), mask)
     (kind,) = allow(instruction, INTEGERS)
     write, a, b = _operands(machine, instruction, kind)
 
@@ -280,12 +287,12 @@ _UNORDERED = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt", "neu": "eq"}
 
 @known("setp")
 def _compare(machine, instruction):
-    name, kind = allow(instruction, {*_COMPARE, *_UNORDERED}, INTEGERS | BITS | {"f32"})
+    name, kind = allow(instruction, {*_COMPARE, *_UNORDERED}, INTEGERS | BITS | FLOATS)
     write, a, b = _operands(machine, instruction, "pred", kind, kind)
     if name in _UNORDERED:
         function = _COMPARE[_UNORDERED[name]]
         return lambda mask: write(~function(a(), b()), mask)
-    if kind == "f32" and name == "ne":  # ordered: false where one is NaN
+    if kind in FLOATS and name == "ne":  # ordered: false where one is NaN
         return lambda mask: write((a() != b()) & (a() == a()) & (b() == b()), mask)
     function = _COMPARE[name]
     return lambda mask: write(function(a(), b()), mask)
@@ -293,14 +300,14 @@ def _compare(machine, instruction):
 
 @known("selp")
 def _select(machine, instruction):
-    (kind,) = allow(instruction, INTEGERS | BITS | {"f32", "f16"})
+    (kind,) = allow(instruction, INTEGERS | BITS | FLOATS | {"f16"})
     write, a, b, which = _operands(machine, instruction, kind, kind, kind, "pred")
     return lambda mask: write(np.where(which(), a(), b()), mask)
 
 
 @known("mov")
 def _move(machine, instruction):
-    (kind,) = allow(instruction, INTEGERS | BITS | {"f32", "pred"})
+    (kind,) = allow(instruction, INTEGERS | BITS | FLOATS | {"pred"})
     to, source = instruction.operands
     if isinstance(to, Vector):  # unpacked, the least significant part first
         part = f"b{int(kind[1:]) // len(to.items)}"
@@ -362,11 +369,15 @@ def _convert(machine, instruction):
         write, a = _operands(machine, instruction, "f32", "f16")
         return lambda mask: write(np.asarray(a()).astype(np.float32), mask)
     small = INTEGERS | {"u8", "s8"}
-    rounding, to, source = allow(instruction, {"rn", ""}, small | {"f32"}, small)
-    if (rounding == "rn") != (to == "f32"):
+    if modifiers == ("f64", "f32"):  # exact
+        write, a = _operands(machine, instruction, "f64", "f32")
+        return lambda mask: write(np.asarray(a()).astype(np.float64), mask)
+    rounding, to, source = allow(instruction, {"rn", ""}, small | FLOATS, small | {"f64"})
+    if (rounding == "rn") != (to in FLOATS) or (source == "f64" and to != "f32"):
         raise unknown(instruction)
     write, a = _operands(machine, instruction, to, source)
-    dtype = np.float32 if to == "f32" else f"{'i' if to[0] == 's' else 'u'}{int(to[1:]) // 8}"
+    floats = {"f32": np.float32, "f64": np.float64}
+    dtype = floats.get(to) or f"{'i' if to[0] == 's' else 'u'}{int(to[1:]) // 8}"
     return lambda mask: write(np.asarray(a()).astype(dtype), mask)
 
 
@@ -447,7 +458,8 @@ _CACHE = {
     "nc",
     "",
 }
-_WIDTHS = {"b8", "u8", "s8", "b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64"}
+_WIDTHS = {"b8", "u8", "s8", "b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64",
+           "f64"}  # fmt: skip
 
 
 def _size(kind):
@@ -497,8 +509,8 @@ def _load(machine, instruction):
 
 
 def _signed_or_not(kind):
-    if kind == "f32":
-        return np.dtype(np.float32)
+    if kind in FLOATS:
+        return np.dtype(np.float32 if kind == "f32" else np.float64)
     return np.dtype(f"{'i' if kind[0] == 's' else 'u'}{_size(kind)}")
 
 
