@@ -112,7 +112,8 @@ class Watch(TorchDispatchMode):
         if name in ("_to_copy", "copy_", "copy", "_foreach_copy_") and len(devices) > 1:
             raise WaitsForDeviceError(f"{name} between the device and the host")
         result = func(*args, **given)
-        works = any(t.numel() for t in _tensors(result))
+        made = _tensors(result)
+        works = not made or any(t.numel() for t in made)
         if "meta" in devices and works and not func.is_view and name not in _ROOM:
             self.counts[name] += 1
         return result

@@ -214,7 +214,7 @@ def test_the_checks_can_fail():
     }  # fmt: skip
     names = ("encode_kernel", "gradient_kernel", *INTEGER)
     rows = [{**good, "kernel": name} for name in names]
-    passes = ("transpose_kernel", *LISTS, "unpack_kernel")
+    passes = ("transpose_kernel", *LISTS, *COUNTS, "unpack_kernel")
     rows += [{**good, "kernel": name, "wgmma": 0} for name in passes]
     check("sm_90", "bfloat16", rows)
     for change in (
