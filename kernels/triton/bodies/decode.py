@@ -52,13 +52,10 @@ def _decode_unpacked(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.d
     out = torch.empty(n, d, dtype=dtype, device=words.device)
     for top in range(0, n, ROW_BLOCK):
         rows = words[top : top + ROW_BLOCK]
-        recon: Tensor | None = None
-        for start, stop in half_chunks(len(rows), k, words.device):
-            bits, weight = _columns(rows, start, stop, dtype), W_dec[start:stop].to(dtype)
-            if recon is None:
-                recon = product(bits, weight).float()
-            else:
-                accumulate(recon, bits, weight)
+        first, *others = half_chunks(len(rows), k, words.device)
+        recon = product(_columns(rows, *first, dtype), W_dec[slice(*first)].to(dtype)).float()
+        for start, stop in others:
+            accumulate(recon, _columns(rows, start, stop, dtype), W_dec[start:stop].to(dtype))
         torch.add(recon, b_dec, out=out[top : top + ROW_BLOCK])
     return out
 
