@@ -200,6 +200,20 @@ def _divide(machine, instruction):
     return run
 
 
+@known("rcp")
+def _reciprocal(machine, instruction):
+    """The upper half of the reciprocal's bits, the lower half zero (9.7.3.14)."""
+    allow(instruction, {"approx"}, {"ftz"}, {"f64"})
+    write, a = _operands(machine, instruction, "f64")
+
+    def run(mask):
+        with np.errstate(divide="ignore"):
+            bits = np.asarray(np.divide(1.0, a(), dtype=np.float64)).view(np.uint64)
+        write((bits & np.uint64(0xFFFFFFFF00000000)).view(np.float64), mask)
+
+    return run
+
+
 @known("ex2")
 def _power(machine, instruction):
     allow(instruction, {"approx"}, {"ftz", ""}, {"f32"})
