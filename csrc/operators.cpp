@@ -35,6 +35,7 @@ void register_operators() {
   cpu.impl<&list_rows>("cpp_list_rows");
   cpu.impl<&listed_covariance>("cpp_listed_covariance");
   cpu.impl<&backward>("cpp_backward");
+  cpu.impl<&list_window>("cpp_list_window");
   cpu.impl<&sparse_backward>("cpp_sparse_backward");
   cpu.impl<&rows_to_features>("cpp_rows_to_features");
   cpu.impl<&bits_product>("cpp_bits_product");

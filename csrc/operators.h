@@ -54,13 +54,14 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
                    std::optional<Tensor> keep, bool official, Tensor column_sum, Tensor grad_W);
 
 // sparse_backward.cpp
-void sparse_backward(Tensor window, std::optional<Tensor> keep, Tensor words,
-                     std::optional<Tensor> grad_recon, Tensor W_dec, std::optional<Tensor> shift,
-                     std::optional<Tensor> curvature, bool covariance, std::optional<Tensor> signs,
-                     std::optional<Tensor> columns, std::optional<Tensor> ranks,
-                     std::optional<Tensor> counted, std::optional<Tensor> at_hand, Tensor counts,
-                     int64_t n_rows, std::optional<Tensor> digits, double scale, Tensor x,
-                     Tensor W_enc, Tensor grad_x, Tensor grad_W, Tensor column_sum);
+Tensor list_window(Tensor window, std::optional<Tensor> keep, int64_t most);
+void sparse_backward(Tensor entries, Tensor words, std::optional<Tensor> grad_recon, Tensor W_dec,
+                     std::optional<Tensor> shift, std::optional<Tensor> curvature, bool covariance,
+                     std::optional<Tensor> signs, std::optional<Tensor> columns,
+                     std::optional<Tensor> ranks, std::optional<Tensor> counted,
+                     std::optional<Tensor> at_hand, Tensor counts, int64_t n_rows,
+                     std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
+                     Tensor grad_x, Tensor grad_W, Tensor column_sum);
 
 // gradients.cpp
 Tensor new_gradient(int64_t rows, int64_t columns);

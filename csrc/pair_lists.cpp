@@ -17,8 +17,8 @@
 namespace bae_fast {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 64;
 constexpr int64_t kRanksAtOnce = 64;
+constexpr int64_t kAhead = 6;  // rows whose entries are asked for before they are needed
 constexpr double kGain = 0.5;  // lists keep no signs for backward: they must take half of the time
 
 Tensor new_ints(int64_t size) { return new_empty(ScalarType::Int, size); }
@@ -78,6 +78,13 @@ int64_t first_above(const Ranks& ranks, int64_t from, int64_t n_i, int64_t n_row
 struct Partner {
   int32_t met, ones;
 };
+
+// The first entries of a row: as many as rows of sparse codes often have. Rows come in an order
+// that the hardware does not see.
+void prefetch_row(const int32_t* entries) {
+  __builtin_prefetch(entries);
+  __builtin_prefetch(entries + 16);
+}
 
 // Sum over j < i with n_ij > 0 of |V_ij| - n_i n_j. Where V > 0 that is N n_ij - 2 n_i n_j: what
 // rows are in common need not be counted by feature. `pairs` is zero between calls.
@@ -158,24 +165,11 @@ bool is_listed(const RowLists& lists, const Ranks& ranks, int64_t n_rows, double
 // The lists of rows of bits, with features named by `ranks`.
 Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
   const Ranks ranks(ranks_tensor, n_features);
-  const int64_t n = words.size(0), w = n_words(n_features), stride = row_stride(words);
-  const uint32_t* const in = data<uint32_t>(words);
-  const int64_t blocks = (n + kRowsAtOnce - 1) / kRowsAtOnce;
-  std::vector<std::vector<int32_t>> found(blocks);
-  std::vector<int32_t> length(n);
-  parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      for (int64_t r = b * kRowsAtOnce; r < std::min(n, (b + 1) * kRowsAtOnce); ++r) {
-        const size_t before = found[b].size();
-        for_each_bit(in + r * stride, w, [&](int64_t j) {
-          if (ranks.of[j] >= 0) found[b].push_back(ranks.of[j]);
-        });
-        length[r] = static_cast<int32_t>(found[b].size() - before);
-      }
-    }
-  });
-  int64_t total = 0;
-  for (const auto& block : found) total += static_cast<int64_t>(block.size());
+  const int64_t n = words.size(0);
+  FoundBits bits = find_bits(words, n_words(n_features), nullptr, INT32_MAX,
+                             [&](int64_t j) { return ranks.of[j]; });
+  std::vector<int32_t>& length = bits.length;
+  const int64_t total = bits.total;
   check(total < INT32_MAX, "lists of ", total, " entries: at most 2^31 - 2");
   Tensor out = new_ints(RowLists::kHead + 2 * n + 1 + ranks.active + 1 + 3 * total);
   int32_t* const head = mutable_data<int32_t>(out);
@@ -190,7 +184,7 @@ Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
 
   // by feature, then by row again: both in order, so each row rises
   std::vector<int32_t> next(ranks.active + 1, 0);
-  for (const auto& block : found) {
+  for (const auto& block : bits.blocks) {
     for (int32_t rank : block) ++next[rank];
   }
   for (int64_t i = 0, at = 0; i <= ranks.active; ++i) {
@@ -198,9 +192,10 @@ Tensor list_rows(Tensor words, Tensor ranks_tensor, int64_t n_features) {
     at += next[i];
     next[i] = feature_begin[i];
   }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int32_t* rank = found[b].data();
-    for (int64_t r = b * kRowsAtOnce; r < std::min(n, (b + 1) * kRowsAtOnce); ++r) {
+  int64_t r = 0;
+  for (const auto& block : bits.blocks) {
+    const int32_t* rank = block.data();
+    for (const int64_t end = std::min(n, r + FoundBits::kRows); r < end; ++r) {
       for (int32_t e = 0; e < length[r]; ++e) row[next[*rank++]++] = static_cast<int32_t>(r);
     }
   }
@@ -306,6 +301,16 @@ ListedSigns::ListedSigns(const Tensor& ranks_tensor, const Tensor& counted_tenso
       n_rows(total_rows),
       ones_of_rare(0) {
   for (int64_t i = ranks.dense; i < ranks.active; ++i) ones_of_rare += ranks.ones[i];
+  ones_of_row.resize(counted.rows);
+  parallel_for(0, counted.rows, 1 << 10, [&](int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; ++r) {
+      int64_t sum = 0;
+      for (int32_t p = counted.dense_end[r]; p < counted.begin[r + 1]; ++p) {
+        sum += ranks.ones[counted.entries[p]];
+      }
+      ones_of_row[r] = sum;
+    }
+  });
   if (ranks.dense == 0) return;
   bits = dense_words(at_hand, ranks);
   const Tensor words = dense_words(counted, ranks);
@@ -317,6 +322,7 @@ SignRow::SignRow(const ListedSigns& source)
       pairs_(source.ranks.active, 0),
       counted_(source.ranks.active + 1),
       touched_(source.ranks.active + 1),
+      again_(2 * source.ranks.active + 1),
       above_(source.ranks.active, 0),
       signs_(2 * n_words(source.ranks.dense)) {}
 
@@ -326,7 +332,7 @@ void SignRow::make(int64_t feature) {
   const int64_t dense = ranks.dense, w = n_words(dense);
   // pointers of their own: a store of a byte may change any member
   int32_t *const pairs = pairs_.data(), *const counted = counted_.data();
-  int32_t* const touched = touched_.data();
+  int32_t *const touched = touched_.data(), *const again = again_.data();
   uint8_t* const above = above_.data();
   for (int64_t t = 0, used = n_touched_; t < used; ++t) above[touched[t]] = 0;
   n_touched_ = 0;
@@ -338,10 +344,21 @@ void SignRow::make(int64_t feature) {
   // from this rank on, S = 1 where n_ij > 0: nothing is counted
   const int64_t positive = first_above(ranks, dense, ranks.ones[rank_], source_.n_rows);
   const int32_t *const entries = lists.entries, *const ones = ranks.ones;
-  int64_t used = 0, kept = 0, sum = -source_.ones_of_rare;
-  for (int32_t e = lists.feature_begin[rank_]; e < lists.feature_begin[rank_ + 1]; ++e) {
-    const int32_t r = lists.row[e], end = lists.begin[r + 1];
-    int32_t p = rare ? lists.begin[r] : lists.dense_end[r];
+  const int32_t *const begin = lists.begin, *const row = lists.row;
+  const int32_t* const first_entry = rare ? begin : lists.dense_end;
+  // the ones of all that is visited are known by row: those of what was met before come off again,
+  // so that the counts of most features are not looked up
+  int64_t used = 0, kept = 0, met_again = 0, visited_ones = 0;
+  const auto take_off = [&] {
+    for (int64_t t = 0; t < met_again; ++t) visited_ones -= ones[again[t]];
+    met_again = 0;
+  };
+  const int32_t to = lists.feature_begin[rank_ + 1];
+  for (int32_t e = lists.feature_begin[rank_]; e < to; ++e) {
+    if (e + kAhead < to) prefetch_row(entries + first_entry[row[e + kAhead]]);
+    const int32_t r = row[e], end = begin[r + 1];
+    visited_ones += source_.ones_of_row[r];
+    int32_t p = first_entry[r];
     for (; p < end && entries[p] < positive; ++p) {
       const int32_t j = entries[p];
       counted[used] = j;
@@ -353,14 +370,18 @@ void SignRow::make(int64_t feature) {
       above[j] = 2;
       touched[kept] = j;
       kept += first;
-      sum += 2 * (ones[j] & -first);
+      again[met_again] = j;
+      met_again += 1 - first;
     }
+    if (met_again > ranks.active) take_off();
   }
+  take_off();
   const int64_t n = source_.n_rows, n_i = ranks.ones[rank_];
   const auto sign = [&](int64_t j) {
     const int64_t v = n * pairs_[j] - n_i * ranks.ones[j];
     return (v > 0) - (v < 0);
   };
+  int64_t sum = -source_.ones_of_rare;
   if (dense > 0 && rare) {
     planes_[0] = signs_.data();
     planes_[1] = signs_.data() + w;
@@ -382,6 +403,7 @@ void SignRow::make(int64_t feature) {
   for (int64_t t = 0; t < used; ++t) {
     const int32_t j = counted[t];
     if (j >= dense) {
+      visited_ones -= pairs[j] * static_cast<int64_t>(ones[j]);
       above[j] = static_cast<uint8_t>(sign(j) + 1);
       sum += above[j] * static_cast<int64_t>(ones[j]);
       touched[kept++] = j;
@@ -389,6 +411,7 @@ void SignRow::make(int64_t feature) {
     pairs[j] = 0;
   }
   n_touched_ = kept;
+  sum += 2 * visited_ones;
   // S_ii = 0: one more than the -1 that every entry of a row is taken for
   if (rare) {
     sum += (1 - above_[rank_]) * n_i;
@@ -398,7 +421,7 @@ void SignRow::make(int64_t feature) {
 }
 
 void SignRow::add_dense(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const {
-  if (source_.ranks.dense == 0 || count == 0) return;
+  if (rank_ < 0 || source_.ranks.dense == 0 || count == 0) return;
   SignCounts s{};
   s.words = n_words(source_.ranks.dense);
   s.rows_stride = s.words;
@@ -411,26 +434,27 @@ void SignRow::add_dense(int64_t first, const uint16_t* index, int64_t count, int
   kernels().sign_counts(s);
 }
 
-void SignRow::listed(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const {
+void SignRow::listed(const int32_t* row, int64_t count, int32_t* out) const {
   if (rank_ < 0) {
     std::fill_n(out, count, 0);
     return;
   }
-  constexpr int64_t kAhead = 4;
   const RowLists& rows = source_.at_hand;
-  const int32_t *const begin = rows.begin + first, *const dense_end = rows.dense_end + first;
+  const int32_t *const begin = rows.begin, *const dense_end = rows.dense_end;
   const int32_t* const entries = rows.entries;
   const uint8_t* const above = above_.data();
   for (int64_t e = 0; e < count; ++e) {
-    if (e + kAhead < count) __builtin_prefetch(entries + dense_end[index[e + kAhead]]);
-    const int64_t r = index[e];
-    const int32_t from = dense_end[r], to = begin[r + 1];
-    int32_t sum = from - to;
+    if (e + kAhead < count) prefetch_row(entries + dense_end[row[e + kAhead]]);
+    const int32_t from = dense_end[row[e]], to = begin[row[e] + 1];
+    int32_t sum = from - to, other = 0, p = from;
 #pragma GCC unroll 4
-    for (int32_t p = from; p < to; ++p) sum += above[entries[p]];
-    out[e] = sum;
+    for (; p + 1 < to; p += 2) {
+      sum += above[entries[p]];
+      other += above[entries[p + 1]];
+    }
+    if (p < to) sum += above[entries[p]];
+    out[e] = sum + other;
   }
-  add_dense(first, index, count, out);
 }
 
 // Row by row, or feature by feature that is on together with this one: whichever visits less.

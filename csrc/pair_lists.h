@@ -68,10 +68,11 @@ class ListedSigns {
               int64_t n_rows);
 
   const Ranks ranks;
-  const RowLists counted;  // rows that the signs are of
-  const RowLists at_hand;  // rows that the products are of
-  const int64_t n_rows;    // N of the statistics
-  int64_t ones_of_rare;    // summed over features that are not dense
+  const RowLists counted;            // rows that the signs are of
+  const RowLists at_hand;            // rows that the products are of
+  const int64_t n_rows;              // N of the statistics
+  int64_t ones_of_rare;              // summed over features that are not dense
+  std::vector<int64_t> ones_of_row;  // the same over those that are on in a row that is counted
   // row-packed bits of dense features in the rows at hand, and the signs of their pairs
   std::optional<Tensor> bits, planes;
 };
@@ -86,19 +87,21 @@ class SignRow {
   // n^T S of the feature.
   double counts_signs() const { return counts_signs_; }
 
-  // out[e] = (B S) of row first + index[e].
-  void listed(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const;
+  // out[e] = (B S) of row[e] over features that are not dense.
+  void listed(const int32_t* row, int64_t count, int32_t* out) const;
+
+  // Adds that over dense features, of row first + index[e], or first + e without index.
+  void add_dense(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const;
 
   // out[row] = (B S) of every row at hand.
   void all(int32_t* out) const;
 
  private:
-  void add_dense(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const;
-
   const ListedSigns& source_;
   std::vector<int32_t> pairs_;    // n_ij by rank of j; zero between calls
   std::vector<int32_t> counted_;  // ranks j with n_ij > 0 that were counted
   std::vector<int32_t> touched_;  // ranks j with n_ij > 0 that are not dense
+  std::vector<int32_t> again_;    // ranks j that were met before
   int64_t n_touched_ = 0;
   std::vector<uint8_t> above_;   // S_ij + 1 by rank of j that is not dense
   std::vector<uint32_t> signs_;  // planes of dense j

@@ -88,6 +88,44 @@ void for_each_bit(const uint32_t* words, int64_t n, Add add) {
   }
 }
 
+// The set bits of rows by their names, one row after the other, by blocks of rows.
+struct FoundBits {
+  static constexpr int64_t kRows = 64;
+  std::vector<std::vector<int32_t>> blocks;
+  std::vector<int32_t> length;  // of each row
+  int64_t total = 0;
+};
+
+// name(j) of every set bit j, where it is not negative, of `n` words a row. Rows with `keep` false
+// have none. Where there are more than `most`, what was found is not complete.
+template <typename Name>
+FoundBits find_bits(const Tensor& words, int64_t n, const bool* keep, int64_t most, Name name) {
+  constexpr int64_t kRows = FoundBits::kRows;
+  const int64_t rows = words.size(0), stride = row_stride(words);
+  const uint32_t* const in = data<uint32_t>(words);
+  FoundBits out;
+  out.blocks.resize((rows + kRows - 1) / kRows);
+  out.length.assign(rows, 0);
+  std::atomic<int64_t> total{0};
+  parallel_for(0, static_cast<int64_t>(out.blocks.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to && total <= most; ++b) {
+      std::vector<int32_t>& found = out.blocks[b];
+      for (int64_t r = b * kRows; r < std::min(rows, (b + 1) * kRows); ++r) {
+        if (keep != nullptr && !keep[r]) continue;
+        const size_t before = found.size();
+        for_each_bit(in + r * stride, n, [&](int64_t j) {
+          const int32_t named = name(j);
+          if (named >= 0) found.push_back(named);
+        });
+        out.length[r] = static_cast<int32_t>(found.size() - before);
+      }
+      total += static_cast<int64_t>(found.size());
+    }
+  });
+  out.total = total;
+  return out;
+}
+
 // The width of strips, a multiple of kStrip up to `widest`, that leaves threads the least idle.
 inline int64_t strip_width(int64_t columns, int64_t widest) {
   const int64_t threads = get_num_threads();

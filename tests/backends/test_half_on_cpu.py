@@ -122,8 +122,9 @@ def test_the_density_decides_in_half_precision(native, dtype, monkeypatch):
     x, W = normal(200, 4).to(dtype), normal(4, 960)
     for share in (0.8, 1.2):
         window = pack_rows(random_bits(200, 960, share * table[extension.simd()]))
-        assert cpp_sparse.is_sparse(x, W, window, 1) == (share < 1)
-        assert not cpp_sparse.is_sparse(x, W, window, 2)
+        listed = cpp_sparse.listed_window(x, W, window, None, 1)
+        assert (listed is not None) == (share < 1)
+        assert cpp_sparse.listed_window(x, W, window, None, 2) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

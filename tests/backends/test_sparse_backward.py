@@ -203,6 +203,37 @@ def test_few_entries_read_rows_where_they_lie(dtype, always):
     assert_same(actual, expected, 1e-12 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize(("n", "k"), [(70_000, 40), (3, 2**18 + 70)])
+def test_few_entries_of_many_rows_or_columns(n, k, always):
+    """More rows than an index names, and more columns than a span has; rows of no whole line."""
+    g = torch.Generator().manual_seed(0)
+    d, few = 5, 900
+    rows, columns = torch.randint(n, (few,), generator=g), torch.randint(k, (few,), generator=g)
+    rows[:2], columns[:2] = torch.tensor([0, n - 1]), torch.tensor([k - 1, 0])
+    window = torch.zeros(n, -(-k // 32) * 32, dtype=torch.bool)
+    window[rows, columns] = True
+    rows, columns = window.nonzero().t()
+    keep = torch.rand(n, generator=g) < 0.8
+    x, grad = (torch.randn(n, d, generator=g, dtype=torch.float64) for _ in range(2))
+    W_enc, W_dec = (torch.randn(d, k, generator=g, dtype=torch.float64) for _ in range(2))
+    packed = pack_rows(window)
+    got = CPP.ops["encoder_backward"](
+        x, W_enc, W_enc[0], W_dec.t().contiguous(), torch.zeros_like(packed), packed, keep, grad,
+        W_dec[1], None, None, None, None, torch.ones(k, dtype=torch.int64), torch.tensor(n),
+        "rectangle", 0.25, 1, [True, True, True],
+    )  # fmt: skip
+    assert always
+    rows, columns = rows[keep[rows]], columns[keep[rows]]
+    value = (grad[rows] * W_dec.t()[columns]).sum(1) + W_dec[1, columns]
+    expected = [torch.zeros_like(t) for t in (x, W_enc.t(), W_dec[1])]
+    expected[0].index_add_(0, rows, value[:, None] * W_enc.t()[columns])
+    expected[1].index_add_(0, columns, value[:, None] * x[rows])
+    expected[2].index_add_(0, columns, value)
+    expected[1] = expected[1].t()
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
 def operands(dtype, n=530, d=200, k=300, density=0.1, seed=0):
     """Arguments of the operator with a window of given density, whatever the pre-activations."""
     g = torch.Generator().manual_seed(seed)
@@ -274,7 +305,7 @@ def test_the_density_of_the_window_decides(level):
 
     def decided(density, n_bits=1):
         window = pack_rows(torch.arange(n * k).view(n, k) < density * n * k)
-        return sparse_backward.is_sparse(x, W_enc, window, n_bits)
+        return sparse_backward.listed_window(x, W_enc, window, None, n_bits) is not None
 
     assert decided(limit * 0.99)
     assert not decided(limit * 1.01)

@@ -186,6 +186,7 @@ def listed_operators(n, k, pad):
     words, counts = strided(pack_rows(bits), pad), bits.sum(0)
     at_hand = strided(pack_rows(torch.rand(n + 3, k) < 0.3), pad)
     window = pack_rows(torch.rand(n + 3, k) < 0.2)
+    thin = pack_rows(torch.rand(n + 3, k) < 0.001)
     found = 0
     for cost, all_rows in itertools.product((1e-9, 6.0), (False, True)):
         shape = f"N {n}, K {k}, rows {pad} words apart, cost {cost}"
@@ -208,12 +209,17 @@ def listed_operators(n, k, pad):
             )  # fmt: skip
             d = start % 3 * 8 + 16 if start else 5  # rows of whole cache lines are read in place
             empty = torch.empty(0, dtype=dtype)
+            keep = torch.rand(n + 3) < 0.7 if all_rows else None
+            entries = check(
+                f"list_window: {shape}, keep {all_rows}",
+                op("list_window"), thin if start else window, keep, (n + 3) * k,
+            )  # fmt: skip
             check(
                 f"sparse_backward from lists {dtype}: {shape}, d {d}",
                 op("sparse_backward"),
-                window, torch.rand(n + 3) < 0.7 if all_rows else None, at_hand,
-                torch.randn(n + 3, d, dtype=dtype), torch.randn(k, d, dtype=dtype),
-                None, None, True, None, None, ranks, counted, here, counts, n, None, 0.25,
+                entries, at_hand, torch.randn(n + 3, d, dtype=dtype),
+                torch.randn(k, d, dtype=dtype), None, None, True, None, None, ranks, counted, here,
+                counts, n, None, 0.25,
                 strided(torch.randn(n + 3, d, dtype=dtype), pad), torch.randn(d, k, dtype=dtype),
                 torch.zeros(n + 3, d, dtype=dtype) if all_rows else empty,
                 torch.zeros(d, k, dtype=dtype), torch.zeros(k, dtype=torch.float64),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import are_lists, dense_rows, kept_lists, pair_lists
 from bae_fast.backends.cpp.extension import empty_gradient, op
-from bae_fast.backends.cpp.sparse_backward import is_sparse, sparse_backward
+from bae_fast.backends.cpp.sparse_backward import listed_window, sparse_backward
 from bae_fast.backends.cpp.units import operand, unit_digits
 from bae_fast.ops.products import (
     HALF,
@@ -119,7 +119,8 @@ def encoder_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     column_sum = torch.empty(W_enc.shape[1], dtype=torch.float64)
     words = dense_rows(given.words)
     inside = dense_rows(given.window) if surrogate == "rectangle" else None
-    sparse = inside is not None and is_sparse(x, W_enc, inside, n_bits)
+    keep = None if given.row_mask is None else given.row_mask.contiguous()
+    entries = None if inside is None else listed_window(x, W_enc, inside, keep, n_bits)
     terms = _Terms(
         words=words,
         shift=None if given.grad_columns is None else given.grad_columns.to(wide).contiguous(),
@@ -131,22 +132,22 @@ def encoder_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             given.stats_counts,
             int(given.stats_n_rows),
             words,
-            not sparse,
+            entries is None,
         ),
         window=inside,
-        keep=None if given.row_mask is None else given.row_mask.contiguous(),
+        keep=keep,
     )
-    dtype = wide if sparse else product_dtype(x.dtype, x.device)
+    dtype = product_dtype(x.dtype, x.device) if entries is None else wide
     x = x.to(dtype)
     grad_recon = None if grad_recon is None else grad_recon.to(dtype)
-    if sparse and terms.window is not None:
+    if entries is not None:
         out = grad_W
         if need_W and grad_W.dtype != wide:
             out = empty_gradient(grad_W.shape[0], grad_W.shape[1], wide)
         sparse_backward(
-            terms.window, terms.keep, terms.words, grad_recon,
-            W_dec if grad_recon is None else W_dec.to(wide), terms.shift,
-            terms.curvature, terms.statistics, x, W_enc.to(wide) if need_x else W_enc,
+            entries, terms.words, grad_recon,
+            W_dec if grad_recon is None else W_dec.to(wide), terms.shift, terms.curvature,
+            terms.statistics, x, W_enc.to(wide) if need_x else W_enc,
             grad_x, out, column_sum,
         )  # fmt: skip
         if out is not grad_W:

@@ -52,9 +52,12 @@ _SCHEMAS = (
     " Tensor? at_hand, Tensor counts, int n_rows, Tensor? digits,"
     " float scale, Tensor? window, Tensor? factor, Tensor? keep, bool official,"
     " Tensor(b!) column_sum) -> ()",
-    # the same for the entries inside the window, with the products on both sides of it; an empty
-    # grad_x or grad_W is not asked for, grad_x is added to
-    "cpp_sparse_backward(Tensor window, Tensor? keep, Tensor words, Tensor? grad_recon,"
+    # int32: where each row begins, then the columns of its ones, none where `keep` is false; empty
+    # where they are more than `most`
+    "cpp_list_window(Tensor window, Tensor? keep, int most) -> Tensor",
+    # cpp_backward for entries that cpp_list_window found, with the products on both sides of it;
+    # an empty grad_x or grad_W is not asked for, grad_x is added to
+    "cpp_sparse_backward(Tensor entries, Tensor words, Tensor? grad_recon,"
     " Tensor W_dec, Tensor? shift, Tensor? curvature, bool covariance, Tensor? signs,"
     " Tensor? columns, Tensor? ranks, Tensor? counted, Tensor? at_hand, Tensor counts, int n_rows,"
     " Tensor? digits, float scale, Tensor x, Tensor W_enc, Tensor(a!) grad_x,"

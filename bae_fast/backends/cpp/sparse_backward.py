@@ -10,6 +10,7 @@ at a smaller one where the dense products would be of native bfloat16.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,18 +31,24 @@ SPARSE_BELOW = {"scalar": 0.12, "avx2": 0.2, "avx512": 0.3, "neon": 0.1, "amx": 
 SPARSE_BELOW_NATIVE = {"scalar": 0.02, "avx2": 0.04, "avx512": 0.06, "neon": 0.02, "amx": 0.045}
 
 
-def is_sparse(x: Tensor, W_enc: Tensor, window: Tensor, n_bits: int) -> bool:
-    """Whether listing the window's entries is the faster way, and there is such a way."""
+def listed_window(
+    x: Tensor, W_enc: Tensor, window: Tensor, keep: Tensor | None, n_bits: int
+) -> Tensor | None:
+    """The window's entries in rows that count, where listing them is the faster way; else None.
+
+    int32: where each row begins ``[N + 1]``, then the columns, rising in each row.
+    """
     if n_bits > 1:
-        return False
+        return None
     native = product_dtype(x.dtype, x.device) == torch.bfloat16
     below = (SPARSE_BELOW_NATIVE if native else SPARSE_BELOW)[extension.simd()]
-    return op("count_ones")(window) < below * x.shape[0] * W_enc.shape[1]
+    most = math.ceil(below * x.shape[0] * W_enc.shape[1]) - 1
+    entries: Tensor = op("list_window")(window, keep, most)
+    return entries if entries.numel() else None
 
 
 def sparse_backward(
-    window: Tensor,
-    keep: Tensor | None,
+    entries: Tensor,
     words: Tensor,
     grad_recon: Tensor | None,
     W_dec: Tensor,
@@ -57,11 +64,10 @@ def sparse_backward(
     """Fill grad_W and column_sum (float64, db_enc) and add to grad_x; empty is not asked for.
 
     Of one dtype: all numbers but those of an input that is not read (W_enc without grad_x).
-    ``statistics`` as in ``encoder_backward._Terms``.
+    ``entries`` as from :func:`listed_window`, ``statistics`` as in ``encoder_backward._Terms``.
     """
     op("sparse_backward")(
-        window,
-        keep,
+        entries,
         words,
         None if grad_recon is None else dense_rows(grad_recon),
         dense_rows(W_dec),
