@@ -36,7 +36,8 @@ test-matrix: $(VENV)/.installed
 
 test-all: test test-long test-matrix
 
-# SAELens in an environment of its own, for it decides on other versions of transformers.
+# SAELens in an environment of its own, for it decides on other versions of transformers. It brings
+# datasets along.
 $(VENV)-saelens/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-saelens
 	grep -E '^(torch|setuptools|ninja|pytest)==' constraints.txt >$(VENV)-saelens/constraints.txt
@@ -49,6 +50,7 @@ $(VENV)-saelens/.installed: pyproject.toml constraints.txt
 
 test-saelens: $(VENV)-saelens/.installed
 	$(VENV)-saelens/bin/python -m pytest -o addopts=-q tests/layer/test_saelens.py \
+		tests/lm/test_datasets.py \
 		"tests/package/test_examples.py::test_training_in_sae_lens"
 
 # delphi in an environment of its own, without what it asks for and reading a cache does not use:

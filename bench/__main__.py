@@ -23,6 +23,7 @@ from bench import (
     device,
     documents,
     estimate,
+    jobs,
     launches,
     levels,
     memory,
@@ -35,6 +36,7 @@ from bench import (
     supply,
     tables,
     versions,
+    wide,
 )
 from bench.inputs import simd
 from bench.timing import SECONDS
@@ -53,16 +55,16 @@ MEASURED: dict[str, Any] = {
 }
 # its largest case takes minutes a side where bfloat16 is not native: only by name
 LARGE: dict[str, Any] = {"rival": rival}
-# these train for an hour and more: only by name
-TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation}
+# these train, some for an hour and more: only by name
+TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation, "wide": wide}
 # of the covariance of sparse codes; only by name
 LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
 # of a GPU, without one: what a step starts, what its kernels become, its time by arithmetic
 COUNTED: dict[str, Any] = {"launches": launches, "compiled": compiled, "estimate": estimate}
 # of real language models, which have to be named; only by name
 MODELS: dict[str, Any] = {"models": models}
-# of where rows come from; a case writes 5 GB: only by name
-ROWS: dict[str, Any] = {"supply": supply}
+# of where rows come from, and who shares them; a case writes 5 GB: only by name
+ROWS: dict[str, Any] = {"supply": supply, "jobs": jobs}
 # with commands and options of their own: a GPU, and environments of their own
 OWN: dict[str, Any] = {"device": device, "versions": versions}
 SUITES = MEASURED | LARGE | TRAINED | LISTS | COUNTED | MODELS | ROWS

@@ -2,8 +2,7 @@
 
     python -m bench.scale
 
-prints the table of docs/guide/scale.md, and with ``--jobs`` times eight jobs on the same batches
-against eight runs. The table is arithmetic and nothing in it was measured: products
+prints the table of docs/guide/scale.md. It is arithmetic and nothing in it was measured: products
 at 60 % of an H100's 989 TFLOP/s in bfloat16, memory at 2.85 TB/s, 360 GB/s among the 8 GPUs of a
 machine and 45 GB/s a GPU between machines. What a rank sends is tested against the tensors that
 torch.distributed is given (tests/training/test_mesh.py).
@@ -11,16 +10,7 @@ torch.distributed is given (tests/training/test_mesh.py).
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from typing import NamedTuple
-
-import torch
-
-from bae_fast import BinaryAutoencoder
-from bae_fast.training import Job, JobTrainer, MemorySupply, TrainingConfig
 
 # doubles in the control word: three flags, and four numbers a job
 FLAGS, NUMBERS = 3, 4
@@ -78,6 +68,7 @@ def sent_bytes(
     covariance: bool = False,
     jobs: int = 1,
     itemsize: int = 4,
+    shard_optimizer: bool = False,
 ) -> Traffic:
     """Bytes that a rank sends in one step without a line of the log, a revival or a checkpoint.
 
@@ -88,10 +79,13 @@ def sent_bytes(
         covariance: whether the covariance has a weight: then bits travel.
         jobs: modules that are trained on the batch.
         itemsize: bytes of a parameter.
+        shard_optimizer: whether moments are divided: then updated matrices travel.
     """
     n, f = batch // data, d_sae // feature
     parameters = 2 * f * d_in + f + d_in
     over_data = ring(8 * f, data, 2) + ring(itemsize * parameters, data, 2)
+    if shard_optimizer:
+        over_data += ring(itemsize * 2 * f * d_in, data)
     over_feature = ring(itemsize * n * d_in, feature, 2)
     if covariance:
         over_feature += ring(n * d_sae / 8, feature)
@@ -132,63 +126,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-# -- several jobs at once ----------------------------------------------------------------------
-
-
-def compare_jobs(steps: int, n_rows: int, d_in: int, d_sae: int, batch: int) -> dict[str, float]:
-    """Seconds of eight jobs, two hooks by four settings, together and one run after the other.
-
-    Rows lie in memory, so what is shared is the drawing of batches alone; where a language model
-    makes the rows, its passes are shared too. Both sides alternate, three times; medians.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows = {
-        hook: torch.randn(n_rows, 16, generator=generator)
-        @ torch.randn(16, d_in, generator=generator)
-        for hook in ("first", "second")
-    }
-
-    def jobs() -> list[Job]:
-        torch.manual_seed(0)
-        found = []
-        for hook, x in rows.items():
-            for weight in (0.0, 1e-4, 3e-4, 1e-3):
-                config = TrainingConfig(
-                    steps=steps, batch_size=batch, entropy_weight=weight, refit=False
-                )
-                bae = BinaryAutoencoder(d_in, d_sae).fit_normalization_(x)
-                found.append(Job(f"{hook} {weight}", bae, config, hook))
-        return found
-
-    def seconds(runs: list[list[Job]]) -> float:
-        start = time.perf_counter()
-        for one in runs:
-            JobTrainer(one, MemorySupply(rows, streams=8)).fit()
-        return time.perf_counter() - start
-
-    together, apart = [], []
-    for _ in range(3):
-        together.append(seconds([jobs()]))
-        apart.append(seconds([[job] for job in jobs()]))
-    sides = statistics.median(together), statistics.median(apart)
-    return {"together": sides[0], "apart": sides[1], "ratio": sides[0] / sides[1]}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Print the table, or measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", action="store_true", help="time eight jobs against eight runs")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--d", type=int, default=128)
-    parser.add_argument("--f", type=int, default=512)
-    parser.add_argument("--n", type=int, default=256)
-    given = parser.parse_args(arguments)
-    if not given.jobs:
-        print(table())
-        return
-    print(json.dumps(compare_jobs(given.steps, given.rows, given.d, given.f, given.n)))
-
-
 if __name__ == "__main__":
-    main()
+    print(table())

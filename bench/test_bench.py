@@ -18,6 +18,7 @@ from bench import (
     exact,
     imports,
     inputs,
+    jobs,
     levels,
     memory,
     models,
@@ -28,6 +29,7 @@ from bench import (
     tables,
     timing,
     versions,
+    wide,
 )
 from bench.__main__ import MEASURED, OWN, RESULTS, ROOT, SUITES, TRAINED, environment, main
 from bench.inputs import TINY
@@ -395,6 +397,44 @@ def test_the_probe_knows_the_level_in_use(quick):
     assert found["copy"] > 0
     if ceilings._probe() is not None and inputs.simd() in ("scalar", "avx2", "avx512", "amx"):
         assert found["bit_macs"][inputs.simd()] > 0
+
+
+def test_eight_jobs_and_eight_runs_learn_the_same(monkeypatch):
+    """Both sides do the same work, and neither has more to do before it."""
+    for name, small in (("ROUNDS", 1), ("WIDTH", 8), ("N_ROWS", 1024), ("BATCH", 64)):
+        monkeypatch.setattr(jobs, name, small)
+    learned, made = [], []
+
+    class Kept(jobs.JobTrainer):
+        def __init__(self, given, supply):
+            made.append(len(given))
+            super().__init__(given, supply)
+
+        def fit(self):
+            super().fit()
+            found = {name: one.model.state_dict() for name, one in self.learners.items()}
+            learned.append(found)
+
+    monkeypatch.setattr(jobs, "JobTrainer", Kept)
+    row = {"case": "memory", "steps": 3, **jobs.memory_case(3), "ratio": 0.5}
+    assert sorted(made) == [1] * 8 + [8]
+    together = next(found for found in learned if len(found) == 8)
+    apart = {name: state for found in learned if len(found) == 1 for name, state in found.items()}
+    assert together.keys() == apart.keys()
+    for name, state in apart.items():
+        assert all(torch.equal(together[name][key], value) for key, value in state.items())
+    place = {"cpu": "a", "threads": 1, "torch": "2"}
+    assert "| 0.50 |" in jobs.table({"rows": [row], "environment": place})
+
+
+def test_both_rules_of_the_density_agree_up_to_sixteen_features_a_dimension():
+    rows = torch.randn(1200, 12, generator=torch.Generator().manual_seed(0))
+    split = wide.principal(rows[:1000], rows[1000:], 4)
+    assert split[0].shape == (1000, 4)
+    narrow = [wide.train_one(16, rule, *split, 2) for rule in wide.RULES]
+    assert {**narrow[0], "rule": ""} == {**narrow[1], "rule": ""}
+    first = [wide.train_one(64, rule, *split, 2)["first_ones"] for rule in wide.RULES]
+    assert first[1] > 3 * first[0]
 
 
 # -- the documents -----------------------------------------------------------------------------

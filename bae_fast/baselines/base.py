@@ -8,10 +8,11 @@ methods are in :mod:`bae_fast.baselines.methods`; a further one is a subclass of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from bae_fast.autoencoder import (
     check_sizes,
     register_architecture,
 )
+from bae_fast.training.pool import ALONE, Pool
 
 # how fast lambda follows L0 to its target, in units of log(lambda) a step
 _LAMBDA_RATE = 0.02
@@ -92,6 +94,9 @@ class SparseAutoencoder(Autoencoder):
     ``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_out]``, ``b_dec`` (and ``threshold``
     where there is one) are named and shaped as in SAELens. Rows of W_dec have unit norm;
     W_enc starts as its transpose.
+
+    Attributes:
+        pool: the processes that a training batch is spread over, see :meth:`pooled`.
     """
 
     # whether lambda is steered to the target L0
@@ -113,6 +118,7 @@ class SparseAutoencoder(Autoencoder):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.pool = ALONE
         config.check(type(self).__name__)
         self.config = config
         d_in, f, d_out = config.d_in, config.d_sae, config.d_out
@@ -250,10 +256,20 @@ class SparseAutoencoder(Autoencoder):
         values = torch.where(top.values > 0, top.values, 0)
         features = torch.zeros_like(pre).scatter(-1, top.indices, values.to(pre.dtype))
         found = (features @ self.W_dec).to(error.dtype)
-        share = (error - found).square().mean() / error.square().mean().clamp_min(1e-12)
+        energy = self.pool.mean(error.square().mean(), "error")
+        share = (error - found).square().mean() / energy.clamp_min(1e-12)
         return torch.where(dead.any(), share, 0.0)
 
     # -- training ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def pooled(self, pool: Pool) -> Iterator[None]:
+        """Within it, ``training_loss`` is of this process's part of a batch: see ``Poolable``."""
+        self.pool = pool
+        try:
+            yield
+        finally:
+            self.pool = ALONE
 
     def training_loss(
         self, x: Tensor, target: Tensor | None, *, dead: Tensor, done: float
@@ -265,10 +281,10 @@ class SparseAutoencoder(Autoencoder):
             done: share of the steps done.
         """
         out = self(x, target, dead=dead, warmup=min(done / _LAMBDA_WARMUP, 1.0))
-        counts = (out.features.detach() > 0).flatten(0, -2).sum(0)
+        counts = self.pool.sum((out.features.detach() > 0).flatten(0, -2).sum(0), "counts")
         if self.steered and done >= _LAMBDA_WARMUP:
             # dual ascent: lambda rises while there are too many features, falls while too few
-            l0 = counts.sum().float() / x[..., 0].numel()
+            l0 = counts.sum().float() / (x[..., 0].numel() * self.pool.parts)
             step = (l0 / self.config.k).log().clamp(-1, 1) * _LAMBDA_RATE
             self.sparsity_weight.mul_(step.nan_to_num(neginf=-_LAMBDA_RATE).exp())
         return out.loss, out.parts, counts

@@ -140,12 +140,12 @@ class BatchTopK(SparseAutoencoder):
     def activate(self, pre: Tensor) -> Tensor:
         if not self.training:
             return torch.where(pre > self.threshold.clamp_min(0), pre, 0)
-        n = self.config.k * pre[..., 0].numel()
+        n = self.config.k * pre[..., 0].numel() * self.pool.parts
         flat = pre.flatten()
-        top = flat.topk(n)
+        top = self.pool.largest(flat, n, "largest activations")
         with torch.no_grad():
             # the mean over batches of the smallest activation kept
-            least = top.values[-1].relu().to(self.threshold.dtype)
+            least = top.least.relu().to(self.threshold.dtype)
             first = self.threshold < 0
             self.threshold.copy_(
                 torch.where(first, least, self.threshold.lerp(least, _THRESHOLD_RATE))

@@ -31,6 +31,7 @@ TRAINING = dataclasses.replace(
     init="none",
     revive_until=0.6,
     refit=False,
+    wide_from=0.0,
     precision="float32",
 )
 

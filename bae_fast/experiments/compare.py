@@ -273,7 +273,8 @@ def settings_of(
     seed: int,
 ) -> dict[str, Any]:
     """All that a run's result depends on; kept runs are known by it."""
-    constants = training_config(config, method, variant, seed)
+    d_sae = config.expansion * d
+    constants = training_config(config, method, variant, seed).for_sizes(d, d_sae)
     names = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
     data = {name: facts[name] for name in names} | {
         "tokens": facts["tokens"],
@@ -286,7 +287,7 @@ def settings_of(
     return {
         "method": method,
         "k": k,
-        "d_sae": config.expansion * d,
+        "d_sae": d_sae,
         "value_bits": config.value_bits,
         "training": constants.settings(),
         "data": data,

@@ -102,7 +102,7 @@ def run(config: Config) -> runs.Result:
             "torch": torch.__version__,
             "heldout": result,
             "training": {
-                **constants.settings(),
+                **trainer.config.settings(),
                 "precision": precision,
                 "threads": torch.get_num_threads(),
                 "rows_per_second": constants.batch_size * _steps_per_second(log),

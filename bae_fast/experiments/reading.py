@@ -123,7 +123,9 @@ def open_documents(config: Reading) -> Documents | None:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError("dataset needs the package datasets: pip install datasets") from error
+        raise ImportError(
+            "dataset needs the package datasets: pip install 'bae-fast[datasets]'"
+        ) from error
     say(f"== stream {config.dataset}")
     data = load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
     name = " ".join(filter(None, (config.dataset, config.subset, config.split)))

@@ -49,6 +49,8 @@ class Config(RowsFrom, Training):
         streams: The number of streams that the order of the rows is made of; a run goes on with any
             number of processes along data that divides it.
         micro_batches: The number of parts that each process computes a batch in.
+        shard_optimizer: The moments of Adam are divided among the processes along data, which saves
+            memory, and each step sends the parameters.
         log_every: The number of steps between two lines of the log.
         checkpoint_every: The number of steps between two checkpoints; 0 writes one only when the
             run is stopped.
@@ -71,6 +73,7 @@ class Config(RowsFrom, Training):
     feature: int = 1
     streams: int = 8
     micro_batches: int = 1
+    shard_optimizer: bool = False
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
@@ -104,6 +107,7 @@ def run(config: Config) -> runs.Result:
         evaluate_every=config.evaluate_every,
         patience=config.patience,
         micro_batches=config.micro_batches,
+        shard_optimizer=config.shard_optimizer,
         trackers=tuple(config.trackers),
         peak_flops=config.peak_flops,
     )

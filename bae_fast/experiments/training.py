@@ -46,7 +46,10 @@ class Training:
         entropy_from: The entropy has no weight before this share of the steps.
         init: How features start: rows is along rows of the data, density is at random with a
             given share of ones, none leaves the module as it is.
-        density: The share of ones at the start.
+        density: The share of ones at the start, up to the width of wide_from.
+        wide_from: The number of features a dimension, F / d, beyond which the density and both
+            shares of the revival fall as 1 / F, so that a row starts with no more ones than there;
+            0 keeps them for every width.
         decoder_norm: The norm of the decoder's rows at the start, for init rows.
         bank_batches: The number of past batches that are counted together with each batch.
         multilinear: Bits get exact differences of the error instead of slopes.
@@ -78,6 +81,7 @@ class Training:
     entropy_from: float | None = None
     init: Literal["rows", "density", "none"] | None = None
     density: float | None = None
+    wide_from: float | None = None
     decoder_norm: float | None = None
     bank_batches: int | None = None
     multilinear: bool | None = None

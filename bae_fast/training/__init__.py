@@ -15,6 +15,7 @@ from bae_fast.training.objective import (
     Step,
     Trainable,
 )
+from bae_fast.training.pool import Pool, Poolable
 from bae_fast.training.recipe import init_from_rows_, refit_decoder_, revive_
 from bae_fast.training.shards import ShardSupply
 from bae_fast.training.supply import MemorySupply, Rows, Supply, merge_states
@@ -35,6 +36,8 @@ __all__ = [
     "Loss",
     "MemorySupply",
     "Objective",
+    "Pool",
+    "Poolable",
     "Rows",
     "RunConfig",
     "ShardSupply",

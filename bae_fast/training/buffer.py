@@ -28,14 +28,21 @@ class _Slots:
         self.n = 0
 
     def add(self, slots: Tensor) -> None:
-        self.numbers[self.n : self.n + len(slots)] = slots
-        self.n += len(slots)
+        n = slots.shape[0]
+        self.numbers[self.n : self.n + n] = slots
+        self.n += n
+
+    def pop(self, n: int) -> Tensor:
+        """Remove the last n."""
+        self.n -= n
+        return self.numbers[self.n : self.n + n].clone()
 
     def take(self, places: Tensor) -> Tensor:
         """Remove what stands at some places, and close the gaps with the last ones."""
         taken = self.numbers[places]
-        left = self.n - len(places)
-        last = torch.ones(len(places), dtype=torch.bool)
+        n = places.shape[0]
+        left = self.n - n
+        last = torch.ones(n, dtype=torch.bool)
         last[places[places >= left] - left] = False
         self.numbers[places[places < left]] = self.numbers[left : self.n][last]
         self.n = left
@@ -83,7 +90,7 @@ class Buffer:
     def put(self, x: dict[str, Tensor], ids: Tensor, *, coming: bool = False) -> None:
         """Add rows, at most :attr:`room`; ``coming``: of the next epoch."""
         n = len(ids)
-        slots = self._free.take(torch.arange(self._free.n - n, self._free.n))
+        slots = self._free.pop(n)
         self.ids[slots] = ids
         for hook, rows in x.items():
             self.x[hook][slots] = rows

@@ -1,7 +1,7 @@
 """Folders of checkpoints: every tensor by torch.distributed.checkpoint, plain values as JSON.
 
 A state is a tree of dictionaries, lists, tensors and plain values. Its tensors are written by all
-ranks, each its own features, into ``step-N.tmp``, which is renamed when every rank has written: a
+ranks, each its own parts, into ``step-N.tmp``, which is renamed when every rank has written: a
 folder under its final name is whole. Written with R ranks, it is read with any other number.
 Nothing in it is unpickled but torch's own table of contents.
 
@@ -35,9 +35,9 @@ _PREFIX, _UNFINISHED = "step-", ".tmp"
 # keys of the JSON that stand for something else than an object of JSON
 _TENSOR, _ITEMS, _TUPLE = "tensor", "items", "tuple"
 
-# path of a tensor within the state -> dimension along which ranks have features of their own, or
-# None where every rank has the same
-FeatureDim = Callable[[tuple[Any, ...]], int | None]
+# path of a tensor within the state -> dimensions in which ranks along "data" and along "feature"
+# have parts of their own, or None where all ranks of the axis have the same
+Dims = Callable[[tuple[Any, ...]], tuple[int | None, int | None]]
 
 
 def flatten(state: Any, path: tuple[Any, ...] = ()) -> tuple[Any, dict[tuple[Any, ...], Tensor]]:
@@ -116,9 +116,7 @@ class Checkpoints:
             for path in self.folder.glob(_PREFIX + "*" + _UNFINISHED):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(
-        self, state: dict[str, Any], step: int, feature_dim: FeatureDim, *, best: bool = False
-    ) -> None:
+    def save(self, state: dict[str, Any], step: int, dims: Dims, *, best: bool = False) -> None:
         """Copy a state and write it in the background; a collective.
 
         An earlier save is waited for. A save that fails leaves the folders before it as they are;
@@ -127,27 +125,26 @@ class Checkpoints:
         Args:
             state: of this rank, see the module.
             step: names the folder.
-            feature_dim: which tensors are of this rank's features alone.
+            dims: which tensors are a part of this rank's alone.
             best: that this one stays, whatever comes after.
         """
         self.wait()
         values, tensors = flatten(state)
         copies = {
-            "/".join(map(str, path)): self._as_global(tensor.detach().clone(), feature_dim(path))
+            "/".join(map(str, path)): self._as_global(tensor.detach().clone(), dims(path))
             for path, tensor in tensors.items()
         }
         snapshot = _Snapshot(step, {"step": step, "best": best, "state": values}, copies, best)
         self._pending = self._worker.submit(self._write, snapshot)
 
-    def _as_global(self, tensor: Tensor, dim: int | None) -> Tensor:
+    def _as_global(self, tensor: Tensor, dims: tuple[int | None, int | None]) -> Tensor:
         mesh = self.mesh
-        if mesh is None or mesh.feature == 1 or dim is None:
+        if mesh is None or mesh.world == 1 or dims == (None, None):
             return tensor
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        return DTensor.from_local(
-            tensor, mesh.device_mesh, [Replicate(), Shard(dim)], run_check=False
-        )
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+        return DTensor.from_local(tensor, mesh.device_mesh, placements, run_check=False)
 
     def _write(self, snapshot: _Snapshot) -> None:
         from torch.distributed import checkpoint
@@ -217,8 +214,8 @@ class Checkpoints:
         found = checkpoints(self.folder)
         return found[-1][1] if found else None
 
-    def load(self, path: Path, feature_dim: FeatureDim) -> dict[str, Any]:
-        """A state from a folder, of this rank's features; a collective.
+    def load(self, path: Path, dims: Dims) -> dict[str, Any]:
+        """A state from a folder, of this rank's parts; a collective.
 
         Raises:
             FileNotFoundError: no such checkpoint.
@@ -233,7 +230,7 @@ class Checkpoints:
         wanted: dict[str, Tensor] = {}
         try:
             for name, entry in reader.read_metadata().state_dict_metadata.items():
-                wanted[name] = self._room(entry, feature_dim(tuple(name.split("/"))))
+                wanted[name] = self._room(entry, dims(tuple(name.split("/"))))
             with _quiet():
                 checkpoint.load(
                     wanted,
@@ -248,13 +245,13 @@ class Checkpoints:
         state: dict[str, Any] = unflatten(values["state"], local)
         return state
 
-    def _room(self, entry: Any, dim: int | None) -> Tensor:
+    def _room(self, entry: Any, dims: tuple[int | None, int | None]) -> Tensor:
         shape, dtype = list(entry.size), entry.properties.dtype
-        mesh = self.mesh
-        if mesh is None or mesh.feature == 1 or dim is None:
-            return torch.empty(shape, dtype=dtype)
-        shape[dim] //= mesh.feature
-        return self._as_global(torch.empty(shape, dtype=dtype), dim)
+        if self.mesh is not None:
+            for dim, processes in zip(dims, (self.mesh.data, self.mesh.feature), strict=True):
+                if dim is not None:
+                    shape[dim] //= processes
+        return self._as_global(torch.empty(shape, dtype=dtype), dims)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 from bae_fast.training.recipe import MAX_REFIT_FEATURES
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from bae_fast.autoencoder import Autoencoder
     from bae_fast.training.objective import Objective
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 STARTS = ("rows", "density", "none")
+
+# features a dimension beyond which a dictionary is wide, see TrainingConfig
+WIDE_FROM = 16.0
 
 
 def check_integers(config: object, least: dict[str, int]) -> None:
@@ -99,6 +104,10 @@ class LoopConfig:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be auto, bfloat16 or float32; got {self.precision!r}")
 
+    def for_sizes(self, d_in: int, d_sae: int) -> Self:
+        """The constants that hold for rows of that width and that many features."""
+        return self
+
     def objective(self, model: Autoencoder) -> Objective:
         """The objective that these constants belong to, for a module.
 
@@ -132,7 +141,12 @@ class TrainingConfig(LoopConfig):
         entropy_from: share of the steps before which a_e is zero (step schedule).
         init: "rows" (features start along rows of the data), "density" (random weights, bits on
             in ``density`` of the rows) or "none" (as the module is).
-        density: share of ones at the start.
+        density: share of ones at the start, for up to ``wide_from`` d features.
+        wide_from: features a dimension, F / d, beyond which a dictionary is wide. The shares of
+            rows that belong to one feature (``density``, ``dead_below`` and
+            1 - ``revive_quantile``) are then multiplied by ``wide_from`` d / F, so that a row
+            starts with as many ones as at F = ``wide_from`` d, by default 0.32 d; see
+            :meth:`for_sizes`. 0: they hold for any F.
         decoder_norm: norm of the decoder's rows at the start, for ``init="rows"``.
         bank_batches: past batches counted together with each batch by the entropy and the
             covariance.
@@ -155,6 +169,7 @@ class TrainingConfig(LoopConfig):
     entropy_from: float = 0.0
     init: str = "rows"
     density: float = 0.02
+    wide_from: float = WIDE_FROM
     decoder_norm: float = 1.44
     bank_batches: int = 32
     multilinear: bool = True
@@ -177,6 +192,7 @@ class TrainingConfig(LoopConfig):
                 "decoder_norm": positive,
                 "entropy_from": share,
                 "density": share,
+                "wide_from": positive,
                 "revive_until": share,
                 "dead_below": share,
                 "revive_quantile": share,
@@ -185,6 +201,34 @@ class TrainingConfig(LoopConfig):
         )
         if self.init not in STARTS:
             raise ValueError(f"init must be rows, density or none; got {self.init!r}")
+
+    def for_sizes(self, d_in: int, d_sae: int) -> Self:
+        """The constants with the shares of a dictionary of that width, and ``wide_from`` 0.
+
+        Up to ``wide_from`` d_in features nothing else differs.
+
+        Args:
+            d_in: width of the rows.
+            d_sae: features of the whole dictionary, over all processes.
+        """
+        scale = 1.0
+        if self.wide_from:
+            scale = min(1.0, self.wide_from * d_in / d_sae)
+        if scale == 1.0:  # 1 - (1 - quantile) would be rounded
+            return dataclasses.replace(self, wide_from=0.0)
+        return dataclasses.replace(
+            self,
+            wide_from=0.0,
+            density=scale * self.density,
+            dead_below=scale * self.dead_below,
+            revive_quantile=1 - scale * (1 - self.revive_quantile),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        values = super().settings()
+        if self.wide_from in (0.0, WIDE_FROM):  # as without the constant, see for_sizes
+            del values["wide_from"]
+        return values
 
     def check_size(self, d_sae: int) -> None:
         """Raise ValueError where the refit cannot serve that many features."""

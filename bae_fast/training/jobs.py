@@ -22,11 +22,12 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.distributed import Mesh
+from bae_fast.files import write_json
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import progress_bar
 from bae_fast.training.checkpoints import Checkpoints
 from bae_fast.training.config import LoopConfig, check_integers
-from bae_fast.training.feature_shards import FEATURE_DIM, gather_features, shard_features
+from bae_fast.training.feature_shards import gather_features, shard_features
 from bae_fast.training.learner import Learner, learning
 from bae_fast.training.objective import BinaryTrainable, Loss
 from bae_fast.training.supply import Rows, Supply, differences, merge_states
@@ -35,6 +36,9 @@ from bae_fast.training.trainer import append_line, drop_later_lines
 
 # after so many steps, or saves, that failed one after the other the run ends
 FAILURES = 3
+
+# file of a job's constants
+CONSTANTS = "training.json"
 
 # floating-point operations a row, feature and dimension: encoder and decoder, forward and backward
 OPERATIONS = 10
@@ -73,6 +77,8 @@ class RunConfig:
             compared is the held-out FVU, plus a_e times the entropy in bits.
         micro_batches: parts that each process computes its batch in; rows are encoded once, and
             the statistics are those of the whole batch.
+        shard_optimizer: divide Adam's moments among the processes along "data": 8 bytes a
+            parameter become 8 / R_d, and each step sends the parameters.
         refit_rows: rows drawn for what an objective does at the end.
         trackers: of "tensorboard", "wandb" and "trackio".
         peak_flops: operations a second that the MFU in the log is a share of, for all processes
@@ -86,6 +92,7 @@ class RunConfig:
     evaluate_every: int = 0
     patience: int = 0
     micro_batches: int = 1
+    shard_optimizer: bool = False
     refit_rows: int = 131072
     trackers: tuple[str, ...] = ()
     peak_flops: float = 0.0
@@ -141,17 +148,6 @@ class _Part:
         self.skipped, self.looks, self.stopped = state["skipped"], state["looks"], state["stopped"]
         self.best = math.inf if state["best"] is None else state["best"]
 
-    def feature_dim(self, path: tuple[Any, ...]) -> int | None:
-        """Where the features lie in a tensor of the learner's state, by its path."""
-        parts = tuple(map(str, path))
-        if parts[0] == "model":
-            return FEATURE_DIM.get(parts[1])
-        if parts[0] == "optimizer":
-            name = self.learner.optimized[int(parts[2])]
-            return None if parts[-1] == "step" else FEATURE_DIM.get(name)
-        own = parts == ("last_fired",) or parts == ("objective", "fired")
-        return 0 if own or parts[-1] == "counts" else None
-
 
 class JobTrainer:
     """Trains jobs on the batches of a supply.
@@ -163,7 +159,8 @@ class JobTrainer:
         trainer.resume()
         trainer.fit()
 
-    Results lie in ``out/<job>``: ``cfg.json``, ``sae_weights.safetensors`` and ``log.jsonl``.
+    Results lie in ``out/<job>``: ``cfg.json``, ``sae_weights.safetensors``, ``log.jsonl`` and
+    ``training.json``, the constants as they hold for the job's sizes.
 
     A batch whose gradients are not finite changes nothing, on no process: its rows are named in the
     log, and three such steps in a row end the run.
@@ -220,15 +217,20 @@ class JobTrainer:
 
     def _begin(self, job: Job) -> _Part:
         module = job.module
-        if self.mesh is not None and self.mesh.feature > 1:
-            module = shard_features(_binary(module), self.mesh)
+        if self.mesh is not None and isinstance(module, BinaryTrainable):
+            module = shard_features(cast(BinaryAutoencoder, module), self.mesh)
 
         def draw(n: int, generator: torch.Generator) -> Tensor:
             rows = self.supply.sample(n, generator)
             return rows.x[job.hook]
 
         learner = Learner(
-            module, job.config, draw, mesh=self.mesh, micro_batches=self.run.micro_batches
+            module,
+            job.config,
+            draw,
+            mesh=self.mesh,
+            micro_batches=self.run.micro_batches,
+            shard_optimizer=self.run.shard_optimizer,
         )
         learner.start()
         return _Part(job, learner)
@@ -386,6 +388,7 @@ class JobTrainer:
             return
         for part in self._parts:
             (out / part.name).mkdir(parents=True, exist_ok=True)
+            write_json(out / part.name / CONSTANTS, part.learner.config.settings())
             if self.step:
                 drop_later_lines(self._log_file(part), self.step)
             else:
@@ -506,7 +509,7 @@ class JobTrainer:
         learner = self.learners[name]
         if self.mesh is None or self.mesh.feature == 1:
             return learner.model
-        return gather_features(_binary(learner.model), self.mesh)
+        return gather_features(cast(BinaryAutoencoder, learner.model), self.mesh)
 
     # -- resume --------------------------------------------------------------------------------
 
@@ -552,10 +555,10 @@ class JobTrainer:
             found |= {f"{part.name}.{name}": value for name, value in values.items()}
         return found
 
-    def _feature_dim(self, path: tuple[Any, ...]) -> int | None:
+    def _dims(self, path: tuple[Any, ...]) -> tuple[int | None, int | None]:
         if path[0] != "jobs" or path[2] != "learner":
-            return None
-        return next(p for p in self._parts if p.name == path[1]).feature_dim(path[3:])
+            return None, None
+        return self.learners[path[1]].dims(tuple(map(str, path[3:])))
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint in the background; a collective.
@@ -565,7 +568,7 @@ class JobTrainer:
         """
         if self._store is None:
             raise ValueError("out must be a folder for checkpoints; got None")
-        self._store.save(self.state_dict(), self.step, self._feature_dim, best=best)
+        self._store.save(self.state_dict(), self.step, self._dims, best=best)
 
     def resume(self, path: str | os.PathLike[str] | None = None) -> bool:
         """Go on from a checkpoint, or from the last whole one where there is any.
@@ -581,7 +584,7 @@ class JobTrainer:
         found = self._store.latest() if path is None else Path(path)
         if found is None:
             return False
-        self.load_state_dict(self._store.load(found, self._feature_dim))
+        self.load_state_dict(self._store.load(found, self._dims))
         return True
 
     def close(self) -> None:
@@ -589,20 +592,6 @@ class JobTrainer:
         if self._store is not None:
             self._store.close()
         self.supply.close()
-
-
-def _binary(module: Any) -> BinaryAutoencoder:
-    """The module as one whose features can be divided.
-
-    Raises:
-        TypeError: any other.
-    """
-    if not isinstance(module, BinaryTrainable):
-        raise TypeError(
-            "a module whose features are divided must be a BinaryAutoencoder; got "
-            f"{type(module).__name__}"
-        )
-    return cast(BinaryAutoencoder, module)
 
 
 def _check_jobs(jobs: Sequence[Job], supply: Supply) -> None:

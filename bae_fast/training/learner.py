@@ -21,8 +21,10 @@ from bae_fast.devices import has_bfloat16
 from bae_fast.distributed import Mesh
 from bae_fast.statistics import entropy_bits
 from bae_fast.training.config import LoopConfig
+from bae_fast.training.feature_shards import FEATURE_DIM
 from bae_fast.training.graph import CapturedStep, Graphs
 from bae_fast.training.objective import Capturable, Loss, Step
+from bae_fast.training.sharded_adam import WIDTH_DIM, ShardedAdam
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
@@ -56,6 +58,7 @@ class Learner(Generic[Config]):
 
     Attributes:
         model: the caller's module, or this rank's part of it.
+        config: the constants, for the sizes of the whole module.
         trained: the module whose parameters the optimizer changes: a float32 copy, or the same.
         objective: what is minimised.
         step: steps done.
@@ -74,6 +77,7 @@ class Learner(Generic[Config]):
         mesh: Mesh | None = None,
         micro_batches: int = 1,
         graphs: Graphs | None = None,
+        shard_optimizer: bool = False,
     ) -> None:
         """Prepare the start of the features and the optimizer.
 
@@ -85,6 +89,7 @@ class Learner(Generic[Config]):
             mesh: the processes; the module is this rank's part of the features.
             micro_batches: parts that a batch of this process is computed in.
             graphs: how a step is captured where the configuration asks for it; None: it is not.
+            shard_optimizer: divide Adam's moments among the processes along "data".
 
         Raises:
             TypeError, ValueError: see :class:`bae_fast.training.Trainer`.
@@ -93,6 +98,8 @@ class Learner(Generic[Config]):
             raise TypeError(
                 f"config must be a TrainingConfig or a SparseConfig; got {type(config).__name__}"
             )
+        features = model.d_sae * (1 if mesh is None else mesh.feature)
+        config = config.for_sizes(model.d_in, features)
         with learning():
             self.model, self.config, self.mesh = model, config, mesh
             narrow = any(p.element_size() < 4 for p in model.parameters())
@@ -121,6 +128,8 @@ class Learner(Generic[Config]):
             self._captured: CapturedStep | None = None
             self._constants: tuple[float, ...] = ()
             self._names: tuple[str, ...] = ()
+            # the processes that moments are divided among
+            self._moments = mesh if shard_optimizer and mesh and mesh.data > 1 else None
 
     def _against_capture(self) -> str | None:
         config, objective = self.config, self.objective
@@ -154,15 +163,39 @@ class Learner(Generic[Config]):
                 {"params": rest, "scale": 1.0},
                 {"params": decoder, "scale": config.decoder_lr_scale},
             ]
-            self.optimizer = torch.optim.Adam(
-                [group for group in groups if group["params"]],
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                fused=self.device.type in ("cpu", "cuda"),
-                capturable=self.uncaptured is None,
-            )
+            groups = [group for group in groups if group["params"]]
+            options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+            if self._moments is None:
+                self.optimizer = torch.optim.Adam(
+                    groups,
+                    fused=self.device.type in ("cpu", "cuda"),
+                    capturable=self.uncaptured is None,
+                    **options,
+                )
+            else:
+                by_parameter = {p: n for n, p in self.trained.named_parameters()}
+                self.optimizer = ShardedAdam(groups, by_parameter, self._moments, **options)
             self.publish()
+
+    def dims(self, path: tuple[str, ...]) -> tuple[int | None, int | None]:
+        """Dimensions in which processes along "data" and "feature" have parts of a tensor.
+
+        Args:
+            path: the tensor's place in :meth:`live_state`.
+
+        Returns:
+            For either axis the dimension, or None where all of its processes have the same.
+        """
+        if path[0] == "model":
+            return None, FEATURE_DIM.get(path[1])
+        if path[0] == "optimizer":
+            if path[-1] == "step":
+                return None, None
+            name = self.optimized[int(path[2])]
+            width = WIDTH_DIM.get(name) if self._moments is not None else None
+            return width, FEATURE_DIM.get(name)
+        own = path == ("last_fired",) or path == ("objective", "fired")
+        return None, 0 if own or path[-1] == "counts" else None
 
     @torch.no_grad()
     def publish(self) -> None:

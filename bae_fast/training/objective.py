@@ -27,6 +27,7 @@ from bae_fast.statistics import CodeStatistics, entropy_bits
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.config import LoopConfig, TrainingConfig
 from bae_fast.training.feature_shards import gather_features
+from bae_fast.training.pool import Pool, Poolable
 from bae_fast.training.recipe import (
     START_ROWS,
     init_from_rows_,
@@ -589,6 +590,47 @@ class SparseObjective(Objective):
         self.model: Autoencoder = cast(Autoencoder, model)
         self.trainable: Trainable = model
         self.n_columns = self.model.d_sae
+        self.pool: Pool | None = None
+
+    def spread(self, mesh: Mesh | None, micro_batches: int) -> None:
+        name = type(self.model).__name__
+        if micro_batches > 1:
+            raise ValueError(
+                f"micro_batches must be 1 for {name}, whose loss needs the whole batch at once; "
+                f"got {micro_batches}"
+            )
+        if mesh is None or mesh.world == 1:
+            return
+        if mesh.feature > 1:
+            raise ValueError(
+                f"feature must be 1 for {name}: only the features of a BinaryAutoencoder can be "
+                f"divided among processes; got {mesh.feature}"
+            )
+        if not isinstance(self.model, Poolable):
+            raise ValueError(
+                f"data must be 1 for {name}, which has no method pooled (see "
+                f"bae_fast.training.Poolable); got {mesh.data}"
+            )
+        self.pool = Pool(mesh)
+
+    def backward(self, x: Tensor, target: Tensor | None, step: Step, precision: Precision) -> Loss:
+        """As the loss of the rows of all processes: gradients are this one's part of it."""
+        if self.pool is None:
+            return super().backward(x, target, step, precision)
+        pool = self.pool
+        with cast(Poolable, self.trainable).pooled(pool), precision():
+            total, parts, counts = self.trainable.training_loss(
+                x, target, dead=step.dead, done=step.done
+            )
+        (total / pool.parts).backward()
+        others = {name: value for name, value in parts.items() if name != "mse"}
+        found = {"mse": parts["mse"] / pool.parts}  # the log adds the processes' up
+        if others:
+            means = pool.mean(torch.stack([v.double() for v in others.values()]), "parts")
+            found |= dict(zip(others, means.unbind(), strict=True))
+        n_rows = torch.full_like(counts[:1].sum(), len(x) * pool.parts)
+        found["entropy_bits"] = entropy_bits(counts, n_rows)
+        return Loss(total / pool.parts, found, counts)
 
     def loss(self, x: Tensor, target: Tensor | None, step: Step) -> Loss:
         total, parts, counts = self.trainable.training_loss(

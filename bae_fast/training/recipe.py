@@ -14,6 +14,9 @@ from bae_fast.pairs import pair_counts
 # rows decoded or encoded densely at a time
 _ROW_BLOCK = 8192
 
+# columns whose pre-activations are computed at a time at the start: 1 GiB of float32
+_COLUMN_BLOCK = 65536
+
 # rows over which the start's deviation and density are taken
 START_ROWS = 4096
 
@@ -71,7 +74,11 @@ def init_from_rows_(
     x, rows = x[:START_ROWS], rows[:START_ROWS]
     bae.W_dec.copy_(directions * decoder_norm)
     columns = directions.T.repeat_interleave(bae.config.n_bits, dim=1)
-    bae.W_enc.copy_(columns / (rows @ columns).std(0).clamp_min(1e-6))
+    # by columns: the pre-activations of a very wide dictionary do not fit into memory
+    for some, own_columns in zip(
+        columns.split(_COLUMN_BLOCK, 1), bae.W_enc.split(_COLUMN_BLOCK, 1), strict=True
+    ):
+        own_columns.copy_(some / (rows @ some).std(0).clamp_min(1e-6))
     bae.b_dec.zero_()
     bae.init_density_(x, density)
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ class Trainer(Generic[Config]):
             ValueError: rows of another width, fewer rows than a batch, targets that do not fit,
                 a module without a parameter to train, or a constant that does not fit the module.
         """
-        self.model, self.config = model, config
         self.learner = Learner(model, config, self._sample, graphs=graphs or CudaGraphs())
+        self.model, self.config = model, cast(Config, self.learner.config)
         if model.is_transcoder != (targets is not None):
             raise ValueError(
                 f"targets must {'be given' if model.is_transcoder else 'be None'}: d_out decides"

@@ -83,7 +83,10 @@ def test_a_dataset_is_streamed(place, tmp_path, monkeypatch):
         (("--tokens", "0"), "--tokens must be at least 1; got 0"),
         (("--context", "1"), "--context must be at least 2; got 1"),
         (("--text", "a", "--dataset", "b"), "--dataset must not be given together with --text"),
-        (("--dataset", "b"), "dataset needs the package datasets: pip install datasets"),
+        (
+            ("--dataset", "b"),
+            "dataset needs the package datasets: pip install 'bae-fast[datasets]'",
+        ),
         (("--hooks", "model.layers.9"), "hook='model.layers.9' is not a module of this model"),
     ],
 )

@@ -104,6 +104,26 @@ def test_numerator_and_gradient_equal_numpy(shape, cost, impl, monkeypatch):
     assert np.array_equal(got.numpy(), expected * window.numpy())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lists_and_bits_agree_on_two_hundred_codes(impl, monkeypatch):
+    draw = np.random.default_rng(0)
+    for seed in range(200):
+        n, k = int(draw.integers(2, 97)), int(draw.integers(2, 161))
+        bits = codes(n, k, float(draw.uniform(0.1, k / 4)), int(draw.integers(0, k)), seed)
+        words, counts = pack_rows(bits), bits.sum(0)
+        found = []
+        for cost in (COSTS[0], NEVER):
+            set_cost(monkeypatch, cost)
+            numerator, signs = registry.BACKENDS[impl].ops["covariance"](
+                words, counts, torch.tensor(n), True
+            )
+            assert (signs.numel() == 0) == (cost != NEVER)  # by lists, and by bits
+            gradient = gradient_of_bits(impl, words, words, counts, n)
+            found.append((int(numerator), gradient))
+        assert found[0][0] == found[1][0], seed
+        assert torch.equal(found[0][1], found[1][1]), seed
+
+
 @pytest.mark.skipif(CPP.unavailable is not None, reason=f"cpp: {CPP.unavailable}")
 @pytest.mark.parametrize("cost", COSTS)
 def test_kept_lists_give_the_gradient_of_lists_made_again(cost, monkeypatch):

@@ -25,6 +25,7 @@ from sparse_rows import synthetic
 from torch import Tensor
 
 import bae_fast as bf
+from bae_fast.baselines import TRAINING, make_baseline
 from bae_fast.distributed import Mesh
 from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, TrainingConfig
 
@@ -100,22 +101,54 @@ def exact(mesh: Mesh | None) -> dict[str, Any]:
     }
 
 
-def steps(mesh: Mesh | None, micro_batches: int = 1, **changes: Any) -> dict[str, Any]:
+def steps(
+    mesh: Mesh | None, micro_batches: int = 1, shard_optimizer: bool = False, **changes: Any
+) -> dict[str, Any]:
     """A whole training: its parameters, last line and the counts of the last batch."""
-    run = trainer(mesh, dataclasses.replace(CONFIG, **changes), micro_batches=micro_batches)
+    options = {"micro_batches": micro_batches, "shard_optimizer": shard_optimizer}
+    run = trainer(mesh, dataclasses.replace(CONFIG, **changes), **options)
     line = run.fit()["a"]
     counts = run.learners["a"].objective.bank.counts[-1][1]
     if mesh is not None:
         counts = mesh.gather(counts, "feature", "counts")
-    return {"parameters": parameters(run), "line": line, "counts": counts}
+    moments = [
+        list(value.shape)
+        for state in run.learners["a"].optimizer.state.values()
+        for name, value in state.items()
+        if name == "exp_avg"
+    ]
+    return {"parameters": parameters(run), "line": line, "counts": counts, "moments": moments}
 
 
-def sent(mesh: Mesh, covariance: bool) -> dict[str, Any]:
+def baseline(mesh: Mesh | None, method: str) -> dict[str, Any]:
+    """A whole training of a baseline, with features that die: parameters, buffers, last line."""
+    x = synthetic(d=D).double()
+    torch.manual_seed(0)
+    sizes = {"d_out": D} if method == "transcoder" else {}
+    sae = make_baseline(method, D, F, k=8, dtype=torch.float64, **sizes)
+    with torch.no_grad():
+        for bias in (getattr(sae, name, None) for name in ("b_enc", "b_gate")):
+            if bias is not None:
+                bias[: F // 4] -= 3  # dead until AuxK revives them
+    targets = {"targets": x.roll(1, 1)} if sizes else {}
+    sae.fit_normalization_(x, *targets.values())
+    rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data)
+    supply = MemorySupply({"rows": x, **targets}, seed=3, streams=STREAMS, rank=rank, world=world)
+    config = dataclasses.replace(TRAINING, steps=12, batch_size=N, precision="float32", lr=1e-2)
+    job = Job("a", sae, config, "rows", next(iter(targets), None))
+    run = JobTrainer([job], supply, RunConfig(log_every=1), mesh=mesh)
+    learner = run.learners["a"]
+    learner.last_fired -= 1000 * (torch.arange(F) < F // 4)  # dead from the first step
+    line = run.fit()["a"]
+    return {"parameters": parameters(run), "line": line, "counts": learner.last_fired}
+
+
+def sent(mesh: Mesh, covariance: bool, shard_optimizer: bool = False) -> dict[str, Any]:
     """Bytes that a rank sends in a step by ring algorithms: of what torch.distributed is given."""
     config = dataclasses.replace(
         CONFIG, init="none", revive_every=0, covariance_weight=1e-4 * covariance
     )
-    run = trainer(mesh, config)
+    run = trainer(mesh, config, shard_optimizer=shard_optimizer)
     run.train_step()
     total = 0.0
     reduce, gather = dist.all_reduce, dist.all_gather
@@ -170,24 +203,28 @@ def not_finite(mesh: Mesh) -> dict[str, Any]:
 def stopped(mesh: Mesh, folder: str, rank: int, step: int) -> dict[str, Any]:
     """SIGTERM to one rank in the middle of a step: where every rank ends."""
     run = trainer(mesh, out=Path(folder))
-    backward = run.learners["a"].backward
+    backward, sent_at = run.learners["a"].backward, 0.0
 
     def interrupted(x, target):
-        if run.step + 1 == step and dist.get_rank() == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+        nonlocal sent_at
+        if run.step + 1 == step:
+            sent_at = time.monotonic()
+            if dist.get_rank() == rank:
+                os.kill(os.getpid(), signal.SIGTERM)
         return backward(x, target)
 
     run.learners["a"].backward = interrupted
     try:
         run.fit()
     except StoppedError as error:
-        return {"step": run.step, "text": str(error), "signal": error.signal}
+        seconds = time.monotonic() - sent_at
+        return {"step": run.step, "text": str(error), "signal": error.signal, "seconds": seconds}
     return {"step": run.step}
 
 
-def ids(mesh: Mesh | None, folder: str, n: int) -> dict[str, Any]:
+def ids(mesh: Mesh | None, folder: str, n: int, **options: Any) -> dict[str, Any]:
     """Go on for n steps from the last checkpoint, and leave another: the rows of every step."""
-    run = trainer(mesh, out=Path(folder))
+    run = trainer(mesh, out=Path(folder), **options)
     run.resume()
     give, seen = run.supply.next, []
 
@@ -232,14 +269,17 @@ def asleep(mesh: Mesh, rank: int, seconds: float) -> dict[str, Any]:
     if dist.get_rank() == rank:
         time.sleep(seconds)
         return {}
+    start = time.monotonic()
     try:
         run.train_step()
     except RuntimeError as error:
-        return {"text": str(error)}
+        return {"text": str(error), "seconds": time.monotonic() - start}
     return {"text": ""}
 
 
-CASES = {f.__name__: f for f in (exact, steps, sent, not_finite, stopped, ids, trained, asleep)}
+CASES = {
+    f.__name__: f for f in (exact, steps, baseline, sent, not_finite, stopped, ids, trained, asleep)
+}
 
 
 # -- processes ------------------------------------------------------------------------------------

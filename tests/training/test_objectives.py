@@ -345,3 +345,44 @@ def test_a_numpy_array_can_be_trained_on_as_the_message_says():
     assert isinstance(x, np.ndarray)
     rows = torch.from_numpy(x)
     assert Trainer(module(rows), rows, dataclasses.replace(SMALL, steps=2)).fit()
+
+
+# -- wide dictionaries -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_sae", [64, 256])
+def test_up_to_sixteen_features_a_dimension_no_constant_changes(d_sae):
+    preset = PRESETS["sparse"]
+    found = preset.for_sizes(16, d_sae)
+    assert found == dataclasses.replace(preset, wide_from=0.0)
+    assert found.settings() == preset.settings()
+
+
+def test_shares_of_a_wide_dictionary_fall_as_one_over_its_features():
+    preset = PRESETS["sparse"]
+    wide = preset.for_sizes(576, 262144)
+    scale = 16 * 576 / 262144
+    assert wide.density * 262144 == pytest.approx(0.02 * 16 * 576)
+    assert wide.dead_below == pytest.approx(scale * 3e-4)
+    assert 1 - wide.revive_quantile == pytest.approx(scale * 0.01)
+    changed = {k for k, v in wide.settings().items() if v != preset.settings()[k]}
+    assert changed == {"density", "dead_below", "revive_quantile"}
+    assert wide.for_sizes(576, 262144) == wide
+    kept = dataclasses.replace(preset, wide_from=0.0).for_sizes(576, 262144)
+    assert kept.settings() == preset.settings()
+    assert dataclasses.replace(preset, wide_from=4).for_sizes(16, 128).density == 0.01
+    with pytest.raises(ValueError, match="wide_from must not be negative"):
+        TrainingConfig(wide_from=-1.0)
+
+
+def test_a_wide_dictionary_starts_with_the_ones_of_sixteen_features_a_dimension():
+    x = synthetic()
+    ones = []
+    for f in (256, 1024):
+        torch.manual_seed(0)
+        config = dataclasses.replace(SMALL, refit=False)
+        trainer = Trainer(module(x, f), x, config)
+        # 0.02 and a quarter of it, of 1,500 rows: 30 and 8 (7.5, rounded) for every feature
+        ones.append(trainer.bae.encode(x).counts().unique().tolist())
+        assert trainer.config.density * f == pytest.approx(0.32 * 16)
+    assert ones == [[30], [8]]

@@ -100,7 +100,7 @@ def _hub_task(config: Config, dataset: str) -> Task:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ImportError("--dataset needs datasets: pip install datasets") from None
+        raise ImportError("--dataset needs datasets: pip install 'bae-fast[datasets]'") from None
     name, _, configuration = dataset.partition(":")
     found = load_dataset(name, configuration or None, split=config.split)
     label = found.features.get(config.label_column)
