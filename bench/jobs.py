@@ -18,19 +18,19 @@ from bae_fast import BinaryAutoencoder
 from bae_fast.lm import load_language_model, standard_library_text, windows
 from bae_fast.training import Job, JobTrainer, LiveSupply, MemorySupply, Supply, TrainingConfig
 from bench import tables
-from bench.supply import BATCH_WINDOWS, HOOKS, in_turns
+from bench.supply import HOOKS, in_turns
 
 WEIGHTS = (0.0, 1e-4, 3e-4, 1e-3)
 ROUNDS = 3
 # of the rows in memory
 WIDTH, N_ROWS = 128, 8192
 EXPANSION = 4
-BATCH = 512
-# rows that a live supply draws its batches from
-BUFFER = 4096
+BATCH = 256
+# of a live supply: rows that batches are drawn from, streams, windows of a pass
+BUFFER, STREAMS, BATCH_WINDOWS = 1024, 2, 2
 
 # (case, steps of every job)
-CASES = [("memory", 40), ("live", 16)]
+CASES = [("memory", 40), ("live", 8)]
 
 # opens a supply of some hooks for each run, whose rows are the same
 Opened = Callable[[list[str]], contextlib.AbstractContextManager[Supply]]
@@ -80,7 +80,7 @@ def memory_case(steps: int) -> dict[str, Any]:
     def opened(hooks: list[str]) -> contextlib.AbstractContextManager[Supply]:
         return contextlib.nullcontext(MemorySupply({h: rows[h] for h in hooks}, streams=8))
 
-    return in_turns(sides(opened, list(rows), steps, BATCH // 2), ROUNDS)
+    return in_turns(sides(opened, list(rows), steps, BATCH), ROUNDS)
 
 
 def live_case(steps: int) -> dict[str, Any]:
@@ -90,7 +90,9 @@ def live_case(steps: int) -> dict[str, Any]:
     @contextlib.contextmanager
     def opened(hooks: list[str]) -> Iterator[Supply]:
         with contextlib.closing(
-            LiveSupply(lm, tokens, hooks, buffer_rows=BUFFER, batch_size=BATCH_WINDOWS)
+            LiveSupply(
+                lm, tokens, hooks, buffer_rows=BUFFER, streams=STREAMS, batch_size=BATCH_WINDOWS
+            )
         ) as supply:
             yield supply
 

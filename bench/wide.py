@@ -1,6 +1,6 @@
 """What the start's share of ones does in wide dictionaries: as in narrow ones, or falling as 1 / F.
 
-The demo's rows on their first 64 principal axes, so that F = 256 d fits beside them: 500 steps of
+The demo's rows on their first 64 principal axes, so that F = 256 d fits beside them: 200 steps of
 the preset without the refit, held-out rows as in :mod:`bench.recipe`. ``constant`` keeps the
 preset's density of 0.02 for every F, ``1 / F`` is the rule of
 :meth:`bae_fast.training.TrainingConfig.for_sizes`, which begins at F = 16 d. One seed.
@@ -21,7 +21,7 @@ from bench import tables
 from bench.recipe import rows
 
 WIDTH = 64
-STEPS = 500
+STEPS = 200
 EXPANSIONS = (16, 64, 256)
 RULES: dict[str, dict[str, Any]] = {"1 / F": {}, "constant": {"wide_from": 0.0}}
 

@@ -496,10 +496,11 @@ class JobTrainer:
     def _finish(self) -> None:
         """What the objectives do at the end, and the files."""
         for part in self._parts:
-            with learning():
-                rows = self.supply.sample(self.run.refit_rows, part.learner.config.seed)
-                part.learner.objective.finish(rows.x[part.hook])
-                part.learner.publish()
+            if part.learner.objective.finishes:  # rows of a running model cost its passes
+                with learning():
+                    rows = self.supply.sample(self.run.refit_rows, part.learner.config.seed)
+                    part.learner.objective.finish(rows.x[part.hook])
+                    part.learner.publish()
             model = self.whole(part.name)
             if self.run.out is not None and self.is_first:
                 model.eval().save_pretrained(self.run.out / part.name)

@@ -98,8 +98,9 @@ class Learner(Generic[Config]):
             raise TypeError(
                 f"config must be a TrainingConfig or a SparseConfig; got {type(config).__name__}"
             )
-        features = model.d_sae * (1 if mesh is None else mesh.feature)
-        config = config.for_sizes(model.d_in, features)
+        if isinstance(model, Autoencoder):  # the objective refuses what is none
+            features = model.d_sae * (1 if mesh is None else mesh.feature)
+            config = config.for_sizes(model.d_in, features)
         with learning():
             self.model, self.config, self.mesh = model, config, mesh
             narrow = any(p.element_size() < 4 for p in model.parameters())
@@ -164,7 +165,7 @@ class Learner(Generic[Config]):
                 {"params": decoder, "scale": config.decoder_lr_scale},
             ]
             groups = [group for group in groups if group["params"]]
-            options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+            options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
             if self._moments is None:
                 self.optimizer = torch.optim.Adam(
                     groups,

@@ -134,6 +134,11 @@ class Objective(ABC):
     ) -> None:
         """After the optimizer's step; ``step`` is the number of steps done."""
 
+    @property
+    def finishes(self) -> bool:
+        """Whether :meth:`finish` does anything: rows for it are drawn only then."""
+        return True
+
     def finish(self, rows: Tensor) -> None:  # noqa: B027
         """After the last step, with all raw rows."""
 
@@ -495,11 +500,15 @@ class BinaryObjective(Objective):
         recon, code = reconstruct(model, model.normalize(x.to(model.W_enc.dtype)), self.mesh)
         return model.denormalize(recon), code.counts()
 
+    @property
+    def finishes(self) -> bool:
+        return self.config.refit and not self.model.is_transcoder
+
     @torch.no_grad()
     def finish(self, rows: Tensor) -> None:
         """Refit the decoder."""
         model, mesh = self.model, self.mesh
-        if not self.config.refit or model.is_transcoder:
+        if not self.finishes:
             return
         if mesh is None or mesh.feature == 1:
             refit_decoder_(model, rows)

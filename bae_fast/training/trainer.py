@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Trainer(Generic[Config]):
                 a module without a parameter to train, or a constant that does not fit the module.
         """
         self.learner = Learner(model, config, self._sample, graphs=graphs or CudaGraphs())
-        self.model, self.config = model, cast(Config, self.learner.config)
+        self.model, self.config = model, self.learner.config
         if model.is_transcoder != (targets is not None):
             raise ValueError(
                 f"targets must {'be given' if model.is_transcoder else 'be None'}: d_out decides"

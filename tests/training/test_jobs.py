@@ -293,6 +293,21 @@ def test_the_log_has_rates_and_the_trackers_get_the_numbers(tmp_path, monkeypatc
         JobTrainer(jobs(x, "a"), supply(x), missing).fit()
 
 
+def test_rows_for_the_end_are_drawn_only_where_they_are_used():
+    x = synthetic()
+    for refit in (False, True):
+        trainer = JobTrainer(jobs(x, "a", refit=refit), supply(x), RunConfig(refit_rows=777))
+        asked, sample = [], trainer.supply.sample
+
+        def noted(n, seed, asked=asked, sample=sample):
+            asked.append(n)
+            return sample(n, seed)
+
+        trainer.supply.sample = noted
+        trainer.fit()
+        assert asked == [777] * refit
+
+
 def test_jobs_that_do_not_fit_are_refused():
     x = synthetic()
     a, b = jobs(x, "ab")
