@@ -193,6 +193,8 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "compare": _markdown_of("compare/compare"),
     "covariance": _first_table_of("covariance/compare"),
     "rate": _first_table_of("rate/compare"),
+    "gemma": _first_table_of("gemma/compare"),
+    "gemma-metric": _first_table_of("gemma_metric/compare"),
     "compress": _first_table_of("compress/compress"),
     "synthetic": synthetic,
     "layers": layers_excerpt,

