@@ -116,7 +116,8 @@ def test_the_configuration_is_printed(capsys):
 
 
 def test_every_constant_of_training_is_an_option():
-    constants = {field.name for field in dataclasses.fields(TrainingConfig)}
+    # but for how a step is started, which waits until a device has shown it
+    constants = {field.name for field in dataclasses.fields(TrainingConfig)} - {"cuda_graph"}
     assert constants <= {field.name for field in dataclasses.fields(Training)}
 
 
