@@ -299,8 +299,7 @@ def test_pairs_are_read_by_keys_and_by_everybody(tab, pairs, dark):
     tab.wait("document.documentElement.dataset.feature === '4'")
     assert tab.run("document.activeElement.id") == "detail"
     # what is open is scrolled, and the list stays where it is
-    tab.press("End")
-    tab.wait("document.getElementById('detail').scrollTop > 0")
+    tab.press_until("End", "document.getElementById('detail').scrollTop > 0")
     assert tab.run("document.documentElement.dataset.feature") == "4"
     tab.press("j")
     tab.wait("document.documentElement.dataset.feature === '5'")

@@ -176,6 +176,18 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
+    def press_until(self, key: str, condition: str, seconds: float = 60) -> None:
+        """Press a key that does no more twice than once, until an expression holds.
+
+        A page whose layout is not done yet, as on a busy machine, scrolls by no key.
+        """
+        end = time.monotonic() + seconds
+        while not self.run(condition):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{condition} did not come true; errors: {self.errors}")
+            self.press(key)
+            time.sleep(0.05)
+
     def point(self, left: float, top: float, press: bool = False) -> None:
         """Move the pointer to a point of the window, and press there."""
         at = {"x": left, "y": top}
