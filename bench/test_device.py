@@ -145,11 +145,11 @@ def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys
 
 @pytest.mark.long
 def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "STALL", 8.0)
+    monkeypatch.setattr(device, "STALL", 30.0)
     assert command(tmp_path, fault="hangs") == 1
     rows = read_json(tmp_path / "device.json")["rows"]
     hung = [row["sides"]["torch bf16"] for row in rows if row["case"].get("operator") == "decode"]
-    assert hung == [{"refused": "no answer within 8 s"}]
+    assert hung == [{"refused": "no answer within 30 s"}]
     assert rows[-1]["case"] != hung
     assert len(rows) == 3
 
