@@ -494,7 +494,6 @@ INTERPRETED = """
 import sys
 from bench import device, operators
 import torch
-from recorded_graph import RecordedGraphs
 device.check_layer("triton", torch.bfloat16, 34, 9, 70, surrogate="rectangle", surrogate_width=2.5)
 for name in operators.OPERATORS:
     plain = name.startswith("covariance")
