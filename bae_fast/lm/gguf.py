@@ -143,6 +143,8 @@ class _Header:
         self._data, self._path, self._at, self._order = data, path, len(_MAGIC), "<"
 
     def check(self) -> None:
+        from gguf import GGML_QUANT_SIZES
+
         version = self._number("I")
         if not version & 0xFFFF:  # written on a machine of the other order of bytes
             self._order, self._at = ">", len(_MAGIC)
@@ -160,7 +162,8 @@ class _Header:
             self._value(kind)
             if key == b"general.alignment" and kind == _UINT32:
                 (alignment,) = struct.unpack_from(f"{self._order}I", self._data, at)
-        ends = [self._tensor() for _ in range(n_tensors)]
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        ends = [self._tensor(sizes) for _ in range(n_tensors)]
         start = -(-self._at // max(alignment, 1)) * alignment
         missing = start + max(ends, default=0) - len(self._data)
         if missing > 0:
@@ -206,14 +209,15 @@ class _Header:
                 "which GGUF lacks"
             )
 
-    def _tensor(self) -> int:
-        """Where a tensor ends, in bytes after the header; its start if the kind is unknown."""
-        from gguf import GGML_QUANT_SIZES
+    def _tensor(self, sizes: dict[int, tuple[int, int]]) -> int:
+        """Where a tensor ends, in bytes after the header; its start if the kind is unknown.
 
+        Args:
+            sizes: numbers and bytes of a block, by kind.
+        """
         self._string()
         n_dimensions = self._number("I")
         start = self._skip(8 * n_dimensions)
         shape = struct.unpack_from(f"{self._order}{n_dimensions}Q", self._data, start)
-        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         block, n_bytes = sizes.get(self._number("I"), (1, 0))
         return self._number("Q") + math.prod(shape) // block * n_bytes

@@ -151,12 +151,13 @@ class Browser:
             raise RuntimeError(json.dumps(found["exceptionDetails"])[:500])
         return found["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
-        """Until an expression holds."""
+    def wait(self, condition: str, seconds: float = 30, meanwhile=lambda: None) -> None:
+        """Until an expression holds; ``meanwhile`` is called as long as it does not."""
         end = time.monotonic() + seconds
         while not self.run(condition):
             if time.monotonic() > end:
                 raise TimeoutError(f"{condition} did not come true; errors: {self.errors}")
+            meanwhile()
             time.sleep(0.02)
 
     def open(self, page: Path | str, state: str = "") -> None:
@@ -181,12 +182,7 @@ class Browser:
 
         A page whose layout is not done yet, as on a busy machine, scrolls by no key.
         """
-        end = time.monotonic() + seconds
-        while not self.run(condition):
-            if time.monotonic() > end:
-                raise TimeoutError(f"{condition} did not come true; errors: {self.errors}")
-            self.press(key)
-            time.sleep(0.05)
+        self.wait(condition, seconds, lambda: self.press(key))
 
     def point(self, left: float, top: float, press: bool = False) -> None:
         """Move the pointer to a point of the window, and press there."""
