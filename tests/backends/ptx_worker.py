@@ -98,12 +98,18 @@ class Interpreter(compiling.Recorder):
                 values.append(struct.unpack("<I", struct.pack("<f", value))[0])
             elif signature[name] != "constexpr":
                 values.append(int(value))
-        found = ptx.run(
-            ptx.parse(text), grid, values, store, threads=32 * options["num_warps"],
-            shared_bytes=shared, late=self.late, apart=self.apart,
-        )  # fmt: skip
         self.started.append(kernel.fn.__name__)
-        self.faults += [f"{kernel.fn.__name__} {f.line}: {f.what}: {f.text}" for f in found]
+        try:
+            found = ptx.run(
+                ptx.parse(text), grid, values, store, threads=32 * options["num_warps"],
+                shared_bytes=shared, late=self.late, apart=self.apart,
+            )  # fmt: skip
+        except ptx.PtxError as error:
+            if self.fault is None:
+                raise
+            self.faults.append(f"{kernel.fn.__name__} ended: {error}")  # found all the same
+        else:
+            self.faults += [f"{kernel.fn.__name__} {f.line}: {f.what}: {f.text}" for f in found]
 
 
 # -- cases: what was wrong in them, by name; nothing where all is right ---------------------------
@@ -238,6 +244,8 @@ CASES = {
 
 def main(chip, case, *modes):
     torch.set_num_threads(1)
+    # what no kernel has written is the largest integer or NaN, not what the memory happened to hold
+    torch.use_deterministic_algorithms(True, warn_only=True)
     interpreter = Interpreter(chip, "apart" in modes)
     launch.start = interpreter
     launch.family = launch._chip = lambda device: chip
