@@ -8,11 +8,13 @@
 // outside address and a bank conflict of ldmatrix end the program with a message.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -42,9 +44,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context{};
-  std::vector<char> stack;
-  bool done = false;
+  ucontext_t start{};
+  jmp_buf place;  // where it goes on, once it has started
+  bool started = false, done = false;
   const int64_t* watched = nullptr;  // it waits while this number is `before`
   int64_t before = 0;
   std::vector<Copy> copies;
@@ -56,7 +58,7 @@ struct Block {
   std::vector<Meeting> warps;
   std::vector<unsigned> shared;
   Meeting all;
-  ucontext_t scheduler{};
+  jmp_buf scheduler;
   std::function<void()> body;
   int thread = 0, index = 0;
   bool early = false;
@@ -71,17 +73,34 @@ struct Block {
 
 inline Block* block = nullptr;
 
+// The stacks of all fibers; they stay for the next kernel.
+inline std::vector<std::unique_ptr<char[]>> stacks;
+
+// A context starts a fiber. From then on jumps go to and fro: they leave the mask of signals alone,
+// which costs a call of the system at every change of a context. Neither function is ever inlined,
+// for it uses setjmp, so what their callers hold in registers is theirs.
+inline void leave(Fiber& fiber) {
+  if (_setjmp(fiber.place) == 0) _longjmp(block->scheduler, 1);
+}
+
+inline void enter(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
 // Ends the kernel: this fiber never runs again, nor does any other.
 inline void stop(const char* why) {
   block->error = why;
-  swapcontext(&block->fibers[block->thread].context, &block->scheduler);
+  leave(block->fibers[block->thread]);
 }
 
 inline void wait_for(const int64_t& number) {
   Fiber& fiber = block->fibers[block->thread];
   fiber.watched = &number;
   fiber.before = number;
-  swapcontext(&fiber.context, &block->scheduler);
+  leave(fiber);
 }
 
 // The last of `count` to arrive does the work for all of them.
@@ -131,8 +150,9 @@ inline void start_copy(unsigned* to, const int* from, int size, int bytes) {
 
 inline void start_fiber() {
   block->body();
-  block->fibers[block->thread].done = true;
-  swapcontext(&block->fibers[block->thread].context, &block->scheduler);
+  Fiber& fiber = block->fibers[block->thread];
+  fiber.done = true;
+  leave(fiber);
 }
 
 // Runs `body` as every thread of every block; what stopped it, or null.
@@ -144,7 +164,7 @@ inline const char* run(int blocks, int threads, int shared_bytes, uint64_t seed,
   here.early = early;
   here.random = seed * 2654435761u + 88172645463325252ull;
   here.fibers.resize(threads);
-  for (Fiber& fiber : here.fibers) fiber.stack.resize(kStack);
+  while (stacks.size() < here.fibers.size()) stacks.emplace_back(new char[kStack]);
   std::vector<int> order(threads);
   for (int t = 0; t < threads; ++t) order[t] = t;
   for (here.index = 0; here.index < blocks; ++here.index) {
@@ -152,15 +172,16 @@ inline const char* run(int blocks, int threads, int shared_bytes, uint64_t seed,
     here.all = {};
     here.shared.resize(shared_bytes / 4);
     for (unsigned& word : here.shared) word = static_cast<unsigned>(here.next_random());
-    for (Fiber& fiber : here.fibers) {
-      fiber.done = false;
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = here.fibers[t];
+      fiber.started = fiber.done = false;
       fiber.watched = nullptr;
       fiber.copies.clear();
       fiber.group = 0;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = kStack;
-      makecontext(&fiber.context, start_fiber, 0);
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = stacks[t].get();
+      fiber.start.uc_stack.ss_size = kStack;
+      makecontext(&fiber.start, start_fiber, 0);
     }
     for (int t = threads - 1; t > 0; --t) {
       std::swap(order[t], order[here.next_random() % (t + 1)]);
@@ -173,7 +194,7 @@ inline const char* run(int blocks, int threads, int shared_bytes, uint64_t seed,
         moved = true;
         fiber.watched = nullptr;
         here.thread = t;
-        swapcontext(&here.scheduler, &fiber.context);
+        enter(fiber);
         if (here.error != nullptr) return here.error;
         if (fiber.done) --left;
       }

@@ -5,7 +5,7 @@
 // of a sanitized one, or of a cross compiler under an emulator. It lies with the tests because
 // csrc/ holds what is built into the extension, and nothing else.
 //
-//     kernels_driver heap|front|back [level ...]      all levels of this CPU if none is named
+//     kernels_driver heap|front|back[,...] [level ...]    all levels of this CPU if none is named
 //
 //     heap    buffers end with their block on the heap, where AddressSanitizer looks
 //     back    buffers end at a page that faults: this also sees what AddressSanitizer does not,
@@ -25,6 +25,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -86,7 +88,9 @@ uint64_t random_bits() {  // splitmix64
 }
 
 int64_t random_between(int64_t low, int64_t high) {
-  return low + static_cast<int64_t>(random_bits() % static_cast<uint64_t>(high - low + 1));
+  // ranges are below 2^32: a product takes the place of a slow remainder
+  const uint64_t range = static_cast<uint64_t>(high - low + 1);
+  return low + static_cast<int64_t>((random_bits() >> 32) * range >> 32);
 }
 
 // `size` elements and not one more, filled with random bits or with zeros.
@@ -127,7 +131,10 @@ class Buffer {
 
   void fill() {
     unsigned char* to = reinterpret_cast<unsigned char*>(data_);
-    for (size_t i = 0; i < bytes_; ++i) to[i] = static_cast<unsigned char>(random_bits());
+    for (size_t i = 0; i < bytes_; i += sizeof(uint64_t)) {
+      const uint64_t bits = random_bits();
+      memcpy(to + i, &bits, std::min(bytes_ - i, sizeof(bits)));
+    }
   }
   void zero() const {
     for (int64_t i = 0; i < size_; ++i) data_[i] = 0;
@@ -296,21 +303,15 @@ void test_threshold(const char* level, const char* dtype,
   }
 }
 
-struct Statistics {
+// Bits and what follows from them, by plain loops: made once, for every level and place.
+struct Pairs {
   Bits bits;
   int64_t stride;  // whole strips of columns
-  Buffer<uint32_t> columns;
-  Buffer<int32_t> counts;
+  std::vector<int32_t> counts;
   std::vector<int64_t> v;  // [stride, stride]
 
-  Statistics(int64_t n, int64_t k)
-      : bits(n, k),
-        stride(round_up(k, kStrip)),
-        columns(n_words(n) * stride),
-        counts(stride),
-        v(stride * stride) {
-    bits.pack_columns(columns, stride);
-    counts.zero();
+  Pairs(int64_t n, int64_t k)
+      : bits(n, k), stride(round_up(k, kStrip)), counts(stride), v(stride * stride) {
     std::vector<std::vector<uint8_t>> of(k, std::vector<uint8_t>(n));
     for (int64_t c = 0; c < k; ++c) {
       for (int64_t r = 0; r < n; ++r) {
@@ -326,6 +327,31 @@ struct Statistics {
             n * both - static_cast<int64_t>(counts[i]) * counts[j];
       }
     }
+  }
+
+  static const Pairs& of(int64_t n, int64_t k) {
+    static std::map<std::pair<int64_t, int64_t>, Pairs> made;
+    return made.try_emplace({n, k}, n, k).first->second;
+  }
+};
+
+struct Statistics {
+  const Pairs& pairs;
+  const Bits& bits;
+  int64_t stride;
+  Buffer<uint32_t> columns;
+  Buffer<int32_t> counts;
+  const std::vector<int64_t>& v;
+
+  Statistics(int64_t n, int64_t k)
+      : pairs(Pairs::of(n, k)),
+        bits(pairs.bits),
+        stride(pairs.stride),
+        columns(n_words(n) * stride),
+        counts(stride),
+        v(pairs.v) {
+    bits.pack_columns(columns, stride);
+    for (int64_t c = 0; c < stride; ++c) counts[c] = pairs.counts[c];
   }
 };
 
@@ -445,21 +471,27 @@ void backward_strip(const Kernels& k, const char* dtype, void (*kernel)(const Ba
   for (int64_t j = 0; j < curvature.size(); ++j) {
     curvature[j] = static_cast<T>(random_between(-4, 4));
   }
-  Bits plus(columns, K), minus(columns, K), ones(n_digits, K);
+  std::vector<double> want(n * columns), sum(columns), size(columns);
+  std::vector<int8_t> signs(o.covariance ? columns * K : 0);
   if (o.covariance) {
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t i = 0; i < K; ++i) {
-        const int64_t sign = random_between(-1, 1);
-        plus.at(j, i) = sign > 0;
-        minus.at(j, i) = sign < 0;
-      }
+    Bits plus(columns, K), minus(columns, K), ones(n_digits, K);
+    for (int64_t at = 0; at < columns * K; ++at) {
+      signs[at] = static_cast<int8_t>(random_between(-1, 1));
+      plus.bit[at] = signs[at] > 0;
+      minus.bit[at] = signs[at] < 0;
     }
     for (uint8_t& bit : ones.bit) bit = random_between(0, 1) != 0;
     plus.pack_rows(above, plane_words);
     minus.pack_rows(below, plane_words);
     ones.pack_rows(digits, words);
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t b = 0; b < n_digits; ++b) {
+        for (int64_t i = 0; i < K; ++i) {
+          sum[j] += ones.at(b, i) * signs[j * K + i] * static_cast<double>(int64_t{1} << b);
+        }
+      }
+    }
   }
-  std::vector<double> want(n * columns), sum(columns), size(columns);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t j = 0; j < columns; ++j) {
       const bool dropped = (o.window && inside.at(r, j) == 0) || (o.keep && !keep[r]);
@@ -473,16 +505,11 @@ void backward_strip(const Kernels& k, const char* dtype, void (*kernel)(const Ba
         out += bits.at(r, before + j) != 0 ? -c : c;
       }
       if (o.covariance) {
-        int64_t product = 0, counted = 0;
-        for (int64_t i = 0; i < K; ++i) {
-          const int64_t sign = plus.at(j, i) - minus.at(j, i);
-          product += bits.at(r, i) * sign;
-          if (r > 0) continue;
-          for (int64_t b = 0; b < n_digits; ++b)
-            counted += ones.at(b, i) * sign * (int64_t{1} << b);
-        }
-        if (r == 0) sum[j] = static_cast<double>(counted);
-        out += (n_rows * static_cast<double>(product) - sum[j]) * scale;
+        const uint8_t* const row = &bits.bit[r * K];
+        const int8_t* const sign = &signs[j * K];
+        int32_t product = 0;
+        for (int64_t i = 0; i < K; ++i) product += row[i] * sign[i];
+        out += (n_rows * product - sum[j]) * scale;
       }
       if (o.official) out *= 1 - out;
       if (o.factor) out *= static_cast<double>(factor[r * stride + j]);
@@ -807,16 +834,20 @@ void test_level(const Kernels& k) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const char* const places[] = {"heap", "front", "back"};
-  int chosen = -1;
-  for (int i = 0; i < 3 && argc > 1; ++i) {
-    if (strcmp(argv[1], places[i]) == 0) chosen = i;
+  const char* const names[] = {"heap", "front", "back"};
+  std::vector<Place> places;
+  for (char* name = argc > 1 ? strtok(argv[1], ",") : nullptr; name; name = strtok(nullptr, ",")) {
+    const auto found = std::find_if(names, names + 3, [&](auto one) { return !strcmp(name, one); });
+    if (found == names + 3) {
+      places.clear();
+      break;
+    }
+    places.push_back(static_cast<Place>(found - names));
   }
-  if (chosen < 0) {
-    fprintf(stderr, "usage: %s heap|front|back [level ...]\n", argv[0]);
+  if (places.empty()) {
+    fprintf(stderr, "usage: %s heap|front|back[,...] [level ...]\n", argv[0]);
     return 64;
   }
-  place = static_cast<Place>(chosen);
   for (int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) signal(number, on_signal);
   int64_t found = 0;
   for (Simd level : {Simd::kScalar, Simd::kAvx2, Simd::kAvx512, Simd::kNeon, Simd::kAmx}) {
@@ -825,7 +856,10 @@ int main(int argc, char** argv) {
     bool asked = argc == 2;
     for (int i = 2; i < argc; ++i) asked = asked || strcmp(argv[i], kernels().name) == 0;
     if (!asked) continue;
-    test_level(kernels());
+    for (const Place one : places) {
+      place = one;
+      test_level(kernels());
+    }
     ++found;
   }
   if (argc > 2 && found != argc - 2) {
