@@ -30,9 +30,15 @@ from bae_fast.report.series import Panel, plot_panels
 # -- sets of known entropy ---------------------------------------------------------------------
 
 
+def patterns(bits):
+    """How often each pattern of at most 62 columns occurs, in any order."""
+    numbers = bits.numpy().astype(np.int64) @ (np.int64(1) << np.arange(bits.shape[1]))
+    return np.unique(numbers, return_counts=True)[1]
+
+
 def pattern_entropy(bits):
     """Entropy of whole rows, from how often each pattern occurs."""
-    _, counts = np.unique(bits.numpy(), axis=0, return_counts=True)
+    counts = patterns(bits)
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
 
@@ -170,7 +176,7 @@ def conditional(bits, j, given):
     """H(b_j | given) and its Miller-Madow term, from how often patterns occur."""
     columns = bits[:, [j, *given]]
     rest = bits[:, list(given)] if given else torch.zeros(len(bits), 1, dtype=torch.bool)
-    extra = len(np.unique(columns.numpy(), axis=0)) - len(np.unique(rest.numpy(), axis=0))
+    extra = len(patterns(columns)) - len(patterns(rest))
     return pattern_entropy(columns) - pattern_entropy(rest), extra
 
 

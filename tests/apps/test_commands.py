@@ -680,10 +680,10 @@ def own(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["rows.npy", "rows.safetensors"])
-def test_the_entropy_of_ones_own_rows(own, tmp_path, name, capsys):
+@pytest.mark.parametrize(("name", "more"), [("rows.npy", []), ("rows.safetensors", ["--no-bound"])])
+def test_the_entropy_of_ones_own_rows(own, tmp_path, name, more, capsys):
     options = ["--states", str(own / name), "--seeds", "0", "--out", str(tmp_path)]
-    assert main(["entropy", "rows", *options]) == 0
+    assert main(["entropy", "rows", *options, *more]) == 0
     estimate = json.loads((tmp_path / "rows.json").read_text())["runs"][0]["estimate"]
     assert estimate["fvu"] < 0.01
     assert estimate["chain"] == pytest.approx(8, abs=0.2)

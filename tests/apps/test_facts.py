@@ -32,13 +32,13 @@ def test_burstiness_is_the_share_that_follows_over_that_of_independence(g, reach
     bits = torch.rand(211, 37, generator=g) < torch.rand(37, generator=g) * 0.4
     windows = torch.sort(torch.randint(0, 9, (211,), generator=g)).values
     found = facts.burstiness(code_of(bits), windows, reach=reach)
-    p = bits.double().mean(0)
+    p, on, of = bits.double().mean(0).tolist(), bits.tolist(), windows.tolist()
     for f in range(37):
         follow, expected = 0, 0.0
         for t in range(211):
-            before = [s for s in range(max(t - reach, 0), t) if windows[s] == windows[t]]
-            follow += bool(bits[t, f]) and any(bool(bits[s, f]) for s in before)
-            expected += 1 - (1 - float(p[f])) ** len(before)
+            before = [s for s in range(max(t - reach, 0), t) if of[s] == of[t]]
+            follow += on[t][f] and any(on[s][f] for s in before)
+            expected += 1 - (1 - p[f]) ** len(before)
         assert float(found.observed[f]) == pytest.approx(follow / int(bits[:, f].sum()))
         assert float(found.expected[f]) == pytest.approx(expected / 211)
 

@@ -1,5 +1,7 @@
 """The covariance from lists: the integers and the gradients of the form by bits, and of NumPy."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -53,12 +55,32 @@ def codes(n, k, mean, dense=0, seed=0):
     return bits
 
 
+def product(left, right):
+    """Of integers whose sums of products are below 2^53: NumPy hands float64 to BLAS alone."""
+    return (left.astype(np.float64) @ right.astype(np.float64)).astype(np.int64)
+
+
 def exact(bits):
     b = bits.numpy().astype(np.int64)
     counts = b.sum(0)
-    v = len(b) * (b.T.astype(np.float64) @ b).astype(np.int64) - np.outer(counts, counts)
+    v = len(b) * product(b.T, b) - np.outer(counts, counts)
     np.fill_diagonal(v, 0)
     return torch.from_numpy(counts), v
+
+
+def exact_gradient(bits, counts, v, n_rows):
+    """N (B S) - n^T S for S the signs of V."""
+    s = np.sign(v)
+    return n_rows * product(bits.numpy(), s) - product(counts.numpy(), s)
+
+
+@functools.cache
+def exact_case(shape):
+    """Of one of ``SHAPES``: words, counts, sum |V| and N (B S) - n^T S."""
+    bits = codes(*shape)
+    counts, v = exact(bits)
+    gradient = exact_gradient(bits, counts, v, shape[0])
+    return pack_rows(bits), counts, int(np.abs(v).sum()), gradient
 
 
 def gradient_of_bits(impl, words, counted, counts, n_rows, window=None, signs=None):
@@ -87,17 +109,13 @@ SHAPES = [
 def test_numerator_and_gradient_equal_numpy(shape, cost, impl, monkeypatch):
     set_cost(monkeypatch, cost)
     n, k = shape[:2]
-    bits = codes(*shape)
-    words = pack_rows(bits)
-    counts, v = exact(bits)
+    words, counts, total, expected = exact_case(shape)
     numerator, signs = registry.BACKENDS[impl].ops["covariance"](
         words, counts, torch.tensor(n), True
     )
-    assert int(numerator) == int(np.abs(v).sum())
+    assert int(numerator) == total
     if cost == COSTS[0]:
         assert signs.numel() == 0  # it was by lists
-    s, b = np.sign(v), bits.numpy().astype(np.int64)
-    expected = n * (b @ s) - counts.numpy() @ s
     assert np.array_equal(gradient_of_bits(impl, words, words, counts, n).numpy(), expected)
     window = torch.rand(n, k) < 0.1
     got = gradient_of_bits(impl, words, words, counts, n, pack_rows(window))
@@ -140,8 +158,7 @@ def test_kept_lists_give_the_gradient_of_lists_made_again(cost, monkeypatch):
                 "cpp", words if at_hand is bits else pack_rows(others), counted, counts, 300,
                 None if window is None else pack_rows(window), kept,
             )  # fmt: skip
-            b = at_hand.numpy().astype(np.int64)
-            want = 300 * (b @ np.sign(v)) - counts.numpy() @ np.sign(v)
+            want = exact_gradient(at_hand, counts, v, 300)
             want = want if window is None else want * window.numpy()
             assert np.array_equal(got.numpy(), want)
 
@@ -196,9 +213,8 @@ def test_degenerate_codes(kind, impl, monkeypatch):
     counts, v = exact(bits)
     numerator, _ = registry.BACKENDS[impl].ops["covariance"](words, counts, torch.tensor(40), True)
     assert int(numerator) == int(np.abs(v).sum())
-    s, b = np.sign(v), bits.numpy().astype(np.int64)
     got = gradient_of_bits(impl, words, words, counts, 40)
-    assert np.array_equal(got.numpy(), 40 * (b @ s) - counts.numpy() @ s)
+    assert np.array_equal(got.numpy(), exact_gradient(bits, counts, v, 40))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -209,8 +225,7 @@ def test_rows_at_hand_may_be_others_than_those_counted(cost, impl, monkeypatch):
     bits = codes(300, 200, 6, dense=5)
     counts, v = exact(bits)
     others = torch.rand(33, 200) < 0.1
-    s = np.sign(v)
-    expected = 300 * (others.numpy().astype(np.int64) @ s) - counts.numpy() @ s
+    expected = exact_gradient(others, counts, v, 300)
     for window in (None, torch.rand(33, 200) < 0.2):
         got = gradient_of_bits(
             impl, pack_rows(others), pack_rows(bits), counts, 300,

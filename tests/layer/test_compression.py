@@ -430,10 +430,12 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
 
 @pytest.fixture(scope="module", params=["columns", "tree"])
 def sound(tmp_path_factory, request):
+    """A code of three blocks and its file, small enough to be damaged at every byte."""
     path = tmp_path_factory.mktemp("sound") / "code"
-    code = mixed(150, 70) if request.param == "columns" else dependent(150, 40)
-    size = compress(code, path, block_rows=64, coder=request.param, metadata={"hook": "layers.1"})
+    code = mixed(75, 40) if request.param == "columns" else dependent(75, 24)
+    size = compress(code, path, block_rows=32, coder=request.param, metadata={"hook": "layers.1"})
     assert (size.edges > 0) == (request.param == "tree")
+    assert CompressedCode.open(path).n_blocks == 3
     return code, path.read_bytes()
 
 

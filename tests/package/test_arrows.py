@@ -70,8 +70,9 @@ MODULES = modules()
 
 
 @functools.cache
-def tree(name: str) -> ast.Module:
-    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+def nodes(path: Path) -> list[ast.AST]:
+    """All that is in a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def source(name: str, node: ast.ImportFrom) -> str:
@@ -84,13 +85,19 @@ def source(name: str, node: ast.ImportFrom) -> str:
     return f"{package}.{node.module}" if node.module else package
 
 
-def imports(name: str) -> set[str]:
+def imports(name: str) -> frozenset[str]:
     """Modules of ours that one module imports.
 
     ``from bae_fast import BinaryAutoencoder`` counts as ``bae_fast``, the whole public face.
     """
+    return imports_of(name, MODULES[name])
+
+
+@functools.cache
+def imports_of(name: str, path: Path) -> frozenset[str]:
+    """The same of what a file holds, as the module of that name."""
     found: set[str] = set()
-    for node in ast.walk(tree(name)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -102,7 +109,9 @@ def imports(name: str) -> set[str]:
             found |= {text for text in called_with(node) if text in MODULES}
         elif isinstance(node, ast.Assign):
             found |= {text for text in texts(node.value) if "." in text and text in MODULES}
-    return {target for target in found if target.partition(".")[0] in ("bae_fast", "bench")}
+    return frozenset(
+        target for target in found if target.partition(".")[0] in ("bae_fast", "bench")
+    )
 
 
 def texts(node: ast.expr) -> list[str]:
@@ -129,7 +138,7 @@ def breaches(name: str) -> set[tuple[str, str, str]]:
         if LEVEL[part(target)] < LEVEL[part(name)]
     }
     free_to_ask = part(name) in ("model", "baselines") or name == "bae_fast.experiments.compress"
-    for node in ast.walk(tree(name)):
+    for node in nodes(MODULES[name]):
         if isinstance(node, ast.Import):
             outer = {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -218,11 +227,7 @@ def test_a_planted_breach_is_found(monkeypatch, tmp_path, name, text, breach):
     path = tmp_path / "planted.py"
     path.write_text(text)
     monkeypatch.setitem(MODULES, name, path)
-    tree.cache_clear()
-    try:
-        assert {rule for rule, _, _ in breaches(name)} == {breach}
-    finally:
-        tree.cache_clear()
+    assert {rule for rule, _, _ in breaches(name)} == {breach}
 
 
 def test_no_backend_imports_another():
