@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -24,12 +25,17 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def bare():
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))},
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def process(*command, **variables):
     """Run python in a process that sees the repository and no choice of backend."""
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
-    }
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    environment = bare() | variables
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -51,25 +57,22 @@ def in_the_interpreter(*arguments):
     assert "skipped" not in done.stdout
 
 
-# about half of the time of them all, by words in their names
-HALF = "every or rows or signs or sizes or tile or tuning"
-
-
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [HALF, f"not ({HALF})"], ids=["one half", "the other"])
-def test_the_kernels_in_the_interpreter(names):
-    in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "not long", "-k", names)
+def test_the_kernels_in_the_interpreter():
+    in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "not long")
 
 
 @needs_triton
 @pytest.mark.long
+@pytest.mark.slow
 def test_every_kind_of_step_in_the_interpreter():
     in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "long")
 
 
 @needs_triton
 @pytest.mark.long
+@pytest.mark.slow
 def test_its_operators_pass_opcheck_in_the_interpreter():
     in_the_interpreter("tests/layer/test_compile.py", "-k", "triton")
 
@@ -99,30 +102,42 @@ def test_every_reason_against_a_request_is_said(request_, reason):
     assert any(reason in text for text in registry.reasons_against("triton", request_))
 
 
-@needs_triton
-def test_triton_is_imported_by_the_first_call_and_not_before():
-    program = (
-        "import sys, torch, bae_fast as bf\n"
-        "bf.info()\n"
-        "assert 'triton' not in sys.modules\n"
-        "code = bf.encode(torch.ones(2, 3), torch.ones(3, 4), torch.zeros(4), impl='triton')\n"
-        "assert 'triton' in sys.modules\n"
-        "print(code.to_dense().all().item())\n"
-    )
-    done = process("-c", program, TRITON_INTERPRET="1")
-    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+# each begins in a process that has imported torch, and neither this package nor triton
+PROGRAMS = {
+    "the first call": """
+os.environ["TRITON_INTERPRET"] = "1"
+assert not {"triton", "bae_fast"} & set(sys.modules)
+import bae_fast as bf
+bf.info()
+assert "triton" not in sys.modules
+code = bf.encode(torch.ones(2, 3), torch.ones(3, 4), torch.zeros(4), impl="triton")
+assert "triton" in sys.modules
+print(code.to_dense().all().item())
+""",
+    "without the package": """
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            raise ImportError("blocked")
+
+sys.meta_path.insert(0, Blocked())
+import bae_fast as bf
+print(bf.info()["backends"]["triton"])
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What each of the programs prints."""
+    return dict(zip(PROGRAMS, processes.forked(*PROGRAMS.values(), env=bare()), strict=True))
 
 
 @needs_triton
-def test_without_the_package_the_reason_is_its_absence():
-    program = (
-        "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'triton': raise ImportError('blocked')\n"
-        "sys.meta_path.insert(0, Blocked())\n"
-        "import bae_fast as bf\n"
-        "print(bf.info()['backends']['triton'])\n"
-    )
-    done = process("-c", program)
-    assert "the package triton is not installed" in done.stdout, done.stderr
+def test_triton_is_imported_by_the_first_call_and_not_before(printed):
+    assert printed["the first call"] == "True"
+
+
+@needs_triton
+def test_without_the_package_the_reason_is_its_absence(printed):
+    assert "the package triton is not installed" in printed["without the package"]

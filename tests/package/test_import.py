@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import processes
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,47 +30,60 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def fresh(program: str) -> str:
-    """What a program prints in a fresh process that sees the repository."""
+# each begins where torch has been imported behind the block
+PROGRAMS = {
+    "the block": f"""
+import importlib
+
+passed = []
+for name in {BLOCKED!r} + ("safetensors.torch",):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert "is blocked" in str(error)
+    else:
+        passed.append(name)
+print(json.dumps(passed))
+""",
+    "a step": """
+import bae_fast as bf
+
+bae = bf.BinaryAutoencoder(6, 40, preset="paper")
+x = torch.randn(20, 6)
+out = bae.fit_normalization_(x).init_density_(x, 0.3)(x)
+(bae.mse(out, x) + out.entropy + out.covariance).backward()
+assert all(p.grad.isfinite().all() and p.grad.any() for p in bae.parameters())
+code = bae.encode(x)
+assert bae.decode(code).shape == x.shape
+bf.info()
+print(int(code.counts().sum()))
+""",
+    "an import": """
+del sys.meta_path[0]  # whatever is there may be imported
+before = set(sys.modules)
+import bae_fast
+
+print(json.dumps(sorted(set(sys.modules) - before)))
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What each of the programs prints that sees the repository."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BAE_FAST_")}
     environment.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    found = processes.forked(*PROGRAMS.values(), first=BLOCK, env=environment)
+    return dict(zip(PROGRAMS, found, strict=True))
 
 
-def test_the_block_is_real():
-    """Otherwise the tests below would pass without saying anything."""
-    program = BLOCK + (
-        "import importlib\n"
-        f"for name in {BLOCKED!r} + ('safetensors.torch',):\n"
-        "    try: importlib.import_module(name)\n"
-        "    except ImportError as error: assert 'is blocked' in str(error)\n"
-        "    else: print(name)\n"
-    )
-    assert fresh(program) == ""
+def test_the_block_is_real(printed):
+    """Otherwise the test below would pass without saying anything."""
+    assert json.loads(printed["the block"]) == []
 
 
-def test_the_layer_trains_with_every_optional_package_blocked():
-    program = BLOCK + (
-        "import torch, bae_fast as bf\n"
-        "bae = bf.BinaryAutoencoder(6, 40, preset='paper')\n"
-        "x = torch.randn(20, 6)\n"
-        "out = bae.fit_normalization_(x).init_density_(x, 0.3)(x)\n"
-        "(bae.mse(out, x) + out.entropy + out.covariance).backward()\n"
-        "assert all(p.grad.isfinite().all() and p.grad.any() for p in bae.parameters())\n"
-        "code = bae.encode(x)\n"
-        "assert bae.decode(code).shape == x.shape\n"
-        "bf.info()\n"
-        "print(int(code.counts().sum()))\n"
-    )
-    assert int(fresh(program)) > 0
+def test_the_layer_trains_with_every_optional_package_blocked(printed):
+    assert int(printed["a step"]) > 0
 
 
 def test_saving_without_safetensors_says_which_package_is_missing(tmp_path):
@@ -87,14 +99,8 @@ def test_saving_without_safetensors_says_which_package_is_missing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_importing_loads_neither_optional_packages_nor_the_compiler():
-    program = (
-        "import json, sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import bae_fast\n"
-        "print(json.dumps(sorted(set(sys.modules) - before)))\n"
-    )
-    new = json.loads(fresh(program))
+def test_importing_loads_neither_optional_packages_nor_the_compiler(printed):
+    new = json.loads(printed["an import"])
     heavy = {name.partition(".")[0] for name in new} & {*BLOCKED, "sympy"}
     assert heavy == set()
     assert [name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))] == []

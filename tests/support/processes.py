@@ -3,9 +3,9 @@
 To import torch takes two seconds of processor time, and its compiler, which the first optimizer
 imports, two more. Many tests need a process: for its environment, for a signal that kills it, or to
 stand beside another. Here a server imports both once for all of them, and each program runs in a
-fork of it, with an environment, folder, arguments and streams of its own. A test of imports, of
-memory, of Triton's interpreter, which has to be asked for before the compiler is imported, or of
-the start itself takes ``subprocess``.
+fork of it, with an environment, folder, arguments and streams of its own. Tests of imports share a
+process that has torch alone (:func:`forked`). A test of memory, of Triton's interpreter, which has
+to be asked for before the compiler is imported, or of the start itself takes ``subprocess``.
 """
 
 import atexit
@@ -89,6 +89,44 @@ def run(*command, env=None, cwd=ROOT, timeout=280.0):
             process.kill()
         texts = [path.read_text(errors="replace") for path in (output, errors)]
     return subprocess.CompletedProcess([sys.executable, *command], status, *texts)
+
+
+# what comes first, torch, and then each program in a fork
+_FORKS = """
+import json, os, sys
+
+first, *programs = json.loads(sys.argv[1])
+exec(first)
+import torch
+
+for program in programs:
+    child = os.fork()
+    if child == 0:
+        exec(program)
+        break
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit(1)
+"""
+
+
+def forked(*programs, first="", env=None):
+    """What each of some programs prints, a line each.
+
+    Each begins where a new process has run ``first`` and has imported torch: unlike those of
+    :func:`run` it finds nothing else imported, torch's compiler neither.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS, json.dumps([first, *programs])],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(programs), done.stdout
+    return lines
 
 
 def _program(command, streams, environment, path, folder):
