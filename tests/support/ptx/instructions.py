@@ -66,14 +66,16 @@ def compiled(machine, instruction):
     if not touched and not written:
         return kind, run
 
+    rows = [(machine.tracked[name], name in written) for name in touched | written]
+
     def guarded(mask):
-        for name in touched | written:
-            flying = machine.in_flight[name] if mask is None else machine.in_flight[name][mask]
+        for row, is_written in rows:
+            flying = machine.in_flight[row] if mask is None else machine.in_flight[row][mask]
             if flying.any():
-                what = "write to" if name in written else "read of"
+                what = "write to" if is_written else "read of"
                 machine.fault(f"{what} a register of a product in flight", instruction)
-        for name in written:
-            machine.written[name][slice(None) if mask is None else mask] = machine.steps
+            if is_written:
+                machine.written[row][slice(None) if mask is None else mask] = machine.steps
         return run(mask)
 
     return kind, guarded

@@ -78,12 +78,18 @@ class Machine:
             start = -(-self.shared_bytes // align) * align
             self.symbols[name] = memory.SHARED_BASE + start
             self.shared_bytes = start + (shared_bytes if size is None else size)
-        self.registers = {}
+        # registers of one width are rows of one array: a product takes many of them at once
+        names = {}
         for name, kind in kernel.registers.items():
             if kind not in TYPES:
                 raise PtxError(f"register type {kind} is not known")
-            dtype = np.bool_ if kind == "pred" else unsigned(TYPES[kind])
-            self.registers[name] = np.zeros(threads, dtype)
+            dtype = np.dtype(np.bool_) if kind == "pred" else unsigned(TYPES[kind])
+            names.setdefault(dtype, []).append(name)
+        self.banks = {dtype: np.zeros((len(some), threads), dtype) for dtype, some in names.items()}
+        self.rows = {name: row for some in names.values() for row, name in enumerate(some)}
+        self.registers = {
+            name: self.banks[dtype][self.rows[name]] for dtype in names for name in names[dtype]
+        }
         self.special = {
             f"%{name}.{axis}": np.zeros(threads, np.uint32)
             for name in ("tid", "ntid", "ctaid", "nctaid")
@@ -102,6 +108,9 @@ class Machine:
             self.parts = [self.index // unit == at for at in range(-(-threads // unit))][::-1]
         # registers of asynchronous products: which are in flight, and when they were written last
         self.accumulators, self.lefts = instructions.asynchronous_registers(kernel)
+        self.tracked = {
+            name: row for row, name in enumerate(sorted(self.accumulators | self.lefts))
+        }
         self.program = [self._compiled(each) for each in kernel.body]
 
     # -- operands, for the instructions ----------------------------------------------------------
@@ -221,11 +230,11 @@ class Machine:
         """Run the CTA of these coordinates to its end."""
         for axis, at in zip("xyz", (*block, 0, 0, 0), strict=False):
             self.special[f"%ctaid.{axis}"][:] = at
-        for array in self.registers.values():  # nothing is zero by itself
-            array[...] = (
+        for bank in self.banks.values():  # nothing is zero by itself
+            bank[...] = (
                 True
-                if array.dtype == np.bool_
-                else 0xA5A5A5A5A5A5A5A5 & ((1 << 8 * array.itemsize) - 1)
+                if bank.dtype == np.bool_
+                else 0xA5A5A5A5A5A5A5A5 & ((1 << 8 * bank.itemsize) - 1)
             )
         self.clocks = memory.Clocks(self.warps + MBARRIERS)
         self.shared = memory.Shared(self.shared_bytes, self.piece, self.clocks, self.fault)
@@ -355,10 +364,9 @@ class Machine:
         self.products = [[] for _ in range(n)]  # (group, product) in order
         self.product_groups = [0] * n
         self.bulk = []
-        zeros = lambda: np.zeros(self.threads, np.int64)  # noqa: E731
-        self.written = {name: zeros() for name in self.accumulators | self.lefts}
-        self.in_flight = {name: zeros() for name in self.accumulators | self.lefts}
-        self.fenced = zeros()
+        self.written = np.zeros((len(self.tracked), self.threads), np.int64)
+        self.in_flight = np.zeros_like(self.written)
+        self.fenced = np.zeros(self.threads, np.int64)
 
     def copies_left(self):
         return any(len(copy[3]) for copy in self.copies)

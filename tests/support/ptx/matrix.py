@@ -13,6 +13,8 @@ import numpy as np
 from .memory import ANY, SHARED_BASE
 from .parse import Immediate, Vector
 
+# what a register of a product is
+WORD = np.dtype(np.uint32)
 # bits of a number, and how its bits become one
 _WIDTH = {"b1": 1, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "tf32": 32}
 
@@ -217,55 +219,46 @@ class Product:
     """One wgmma.mma_async of one warpgroup, from its start to its end."""
 
     def __init__(self, machine, threads, plan, instruction):
-        self.machine, self.threads, self.plan = machine, threads, plan
-        self.instruction, shared = instruction, machine.shared
+        self.machine, self.plan, self.instruction = machine, plan, instruction
+        self.threads = slice(threads[0], threads[-1] + 1)
         self.warps = np.unique(machine.warp_of[threads])
-        self.pieces = []
+        self.pieces, self.places, shared = [], [], machine.shared
         self.scale = bool(plan.scale()[threads[0]])
         for operand in (plan.left, plan.right):
-            if operand.registers is None:
-                descriptor = np.broadcast_to(operand.descriptor(), machine.threads)[threads]
-                if (descriptor != descriptor[0]).any():
-                    raise instruction.error("lanes name different operands")
-                at = operand_offsets(
-                    int(descriptor[0]), operand.rows, 32, operand.transposed, instruction
-                )
-                self.pieces.append(shared.offsets(at, 2, instruction))
-            else:
+            if operand.registers is not None:
                 self.pieces.append(None)
-        self.places = [
-            np.unique(each // shared.piece)[:, None] for each in self.pieces if each is not None
-        ]
-        for places in self.places:
-            for warp in self.warps:
-                self._by(warp, places, shared.check_read, instruction)
+                continue
+            descriptor = np.broadcast_to(operand.descriptor(), machine.threads)[threads]
+            if (descriptor != descriptor[0]).any():
+                raise instruction.error("lanes name different operands")
+            offsets, places = operand.found(int(descriptor[0]), shared, instruction)
+            self.pieces.append(offsets)
+            self.places.append(places)
+            self._by_all(places, shared.check_read, instruction)
             if shared.unfenced[places].any():
                 machine.fault(
                     "an asynchronous product reads what was written without a proxy fence",
                     instruction,
                 )
-            np.add.at(shared.pending_reads, places.ravel(), 1)
+            shared.pending_reads[places] += 1
         self._check_registers()
 
-    def _by(self, warp, places, call, *more):
+    def _by_all(self, places, call, *more):
+        """For every warp, each of which reads all of it."""
         n = len(places)
-        call(places, np.full(n, warp), np.full(n, ANY), *more)
+        agents = np.repeat(self.warps, n)
+        call(np.tile(places, (len(self.warps), 1)), agents, np.full(len(agents), ANY), *more)
 
     def _check_registers(self):
         """wgmma.fence before the first, and behind every write to a register (9.7.15.7.1)."""
-        machine, threads = self.machine, self.threads
-        names = self.plan.names_of_left + self.plan.names_of_result
-        for name in names:
-            behind = machine.written[name][threads] > machine.fenced[threads]
-            if behind.any() or not machine.fenced[threads].all():
-                machine.fault(
-                    "no fence between a product and what wrote its registers", self.instruction
-                )
-                break
-        for name in self.plan.names_of_left:
-            machine.in_flight[name][threads] += 1
-        for name in self.plan.names_of_result:
-            machine.in_flight[name][threads] += 1
+        machine, plan = self.machine, self.plan
+        fenced = machine.fenced[self.threads]
+        behind = machine.written[plan.tracked, self.threads] > fenced
+        if behind.any() or not fenced.all():
+            machine.fault(
+                "no fence between a product and what wrote its registers", self.instruction
+            )
+        np.add.at(machine.in_flight, (plan.tracked, self.threads), 1)
 
     def compute(self):
         """Read the operands, write the accumulators."""
@@ -273,35 +266,42 @@ class Product:
         matrices = []
         for operand, at in zip((plan.left, plan.right), self.pieces, strict=True):
             if at is None:
-                words = np.stack([machine.registers[name][threads] for name in operand.registers])
+                words = machine.banks[WORD][operand.registers, threads]
                 matrices.append(left_matrix(words, plan.kind).reshape(64, -1))
             else:
                 raw = machine.shared.data[at[..., None] + np.arange(2)]
                 raw = np.ascontiguousarray(raw).reshape(operand.rows, -1)
                 matrices.append(numbers(raw.view(np.uint32), plan.kind).reshape(operand.rows, -1))
         product = (matrices[0] @ matrices[1].T).reshape(4, 16, -1)
-        names = plan.names_of_result
-        before = np.stack([machine.registers[name][threads] for name in names])
+        before = machine.banks[WORD][plan.result, threads]
         before = np.ascontiguousarray(result_matrix(before))
         total = _added(product, before if self.scale else np.zeros_like(before), plan.accumulator)
-        for name, values in zip(names, result_registers(total), strict=True):
-            machine.registers[name][threads] = values
+        machine.banks[WORD][plan.result, threads] = result_registers(total)
 
     def finish(self):
         """A wait has covered it."""
         machine, shared = self.machine, self.machine.shared
         for places in self.places:
-            np.subtract.at(shared.pending_reads, places.ravel(), 1)
-            for warp in self.warps:
-                self._by(warp, places, shared.note_read)
-        for name in (*self.plan.names_of_left, *self.plan.names_of_result):
-            machine.in_flight[name][self.threads] -= 1
+            shared.pending_reads[places] -= 1
+            self._by_all(places, shared.note_read)
+        np.subtract.at(machine.in_flight, (self.plan.tracked, self.threads), 1)
 
 
 class _Operand:
+    """A matrix in registers, of which it has the rows of their bank, or in shared memory."""
+
     def __init__(self, rows, registers=None, descriptor=None, transposed=False):
         self.rows, self.registers = rows, registers
         self.descriptor, self.transposed = descriptor, transposed
+        self.known = {}
+
+    def found(self, descriptor, shared, instruction):
+        """Of a descriptor, offsets of each 16 bits and the pieces of shared memory they are in."""
+        if descriptor not in self.known:
+            at = operand_offsets(descriptor, self.rows, 32, self.transposed, instruction)
+            offsets = shared.offsets(at, 2, instruction)
+            self.known[descriptor] = offsets, np.unique(offsets // shared.piece)[:, None]
+        return self.known[descriptor]
 
 
 class _Plan:
@@ -323,13 +323,13 @@ class _Plan:
         if len(flags) != expected or any(each != 1 for each in flags[:2]):
             raise instruction.error("signs or layouts are not known")
         turned = [bool(each) for each in flags[2:]]
-        self.names_of_result = [each.name for each in result.items]
-        if len(self.names_of_result) != int(n) // 2:
+        self.result, self.tracked = self._words(machine, result, instruction)
+        if len(self.result) != int(n) // 2:
             raise instruction.error("registers do not fit the product")
-        self.names_of_left = []
         if in_registers:
-            self.names_of_left = [each.name for each in left.items]
-            self.left = _Operand(64, registers=self.names_of_left)
+            rows, tracked = self._words(machine, left, instruction)
+            self.left = _Operand(64, registers=rows)
+            self.tracked = np.concatenate([tracked, self.tracked])
         else:
             self.left = self._shared(machine, left, 64, turned[:1], instruction)
         self.right = self._shared(machine, right, int(n), turned[-1:], instruction)
@@ -338,6 +338,15 @@ class _Plan:
             self.scale = lambda: value
         else:
             self.scale = machine.reader(scale, "pred", instruction)
+
+    @staticmethod
+    def _words(machine, operand, instruction):
+        """Of registers of 32 bits their rows in the bank, and among those that are tracked."""
+        names = [each.name for each in operand.items]
+        if any(machine.registers[name].dtype != WORD for name in names):
+            raise instruction.error("registers of a product are not of 32 bits")
+        rows, tracked = ([of[name] for name in names] for of in (machine.rows, machine.tracked))
+        return np.array(rows), np.array(tracked)
 
     @staticmethod
     def _shared(machine, operand, rows, turned, instruction):

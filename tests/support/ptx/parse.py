@@ -6,6 +6,7 @@ declared in them. Calls, tables of branches and global variables are refused whe
 """
 
 import dataclasses
+import functools
 import re
 import struct
 
@@ -119,6 +120,9 @@ def _matching(text, start):
 
 def _split(text):
     """At commas outside of brackets and braces."""
+    if not set(text) & set("[{("):
+        parts = [part.strip() for part in text.split(",")]
+        return parts if parts[-1] else parts[:-1]
     parts, depth, part = [], 0, ""
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
@@ -256,8 +260,9 @@ def shared_variable(text):
     return name, int(align or size), total
 
 
+@functools.lru_cache(maxsize=64)
 def parse(text: str, name: str | None = None) -> Kernel:
-    """The kernel ``name`` of a PTX file, or its only one."""
+    """The kernel ``name`` of a PTX file, or its only one. One object a text: not to be changed."""
     bare = _bare(text)
     entries = {m.group(1): m for m in re.finditer(r"\.entry\s+([\w$]+)\s*\(", bare)}
     if name is None and len(entries) == 1:
