@@ -26,13 +26,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# The long proofs: sanitizers, and the hardest variants of kernels for every chip.
+# The long proofs: sanitizers, and the hardest variants of kernels for every chip. What shares what is
+# dear to make stays together.
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "long and not matrix" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "long and not matrix" $(ARGS)
 
 # What is longer still: every variant of the Triton kernels, for every chip, by two versions of Triton.
 test-matrix: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m matrix $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m matrix $(ARGS)
 
 test-all: test test-long test-matrix
 

@@ -1,26 +1,27 @@
-"""Cases of the comparisons: tiny and untimed, or with --benchmark-enable those of the suites."""
+"""Cases of the comparisons: tiny and untimed, or with --benchmark-enable those of the suites.
 
-import functools
-
-from bench import eager, operators, step, tables
-from bench.inputs import SHAPES, TINY
-
-build = {
-    "operator": functools.lru_cache(maxsize=1)(operators.build),
-    "step": functools.lru_cache(maxsize=1)(step.build),
-}
+What imports torch is imported where it is used: the process that hands out tests to others reads
+this file too.
+"""
 
 
 def timed(config):
     return config.getoption("benchmark_enable")
 
 
-def pytest_configure(config):
-    if not timed(config):
+def pytest_collection_finish(session):
+    if not timed(session.config):
+        from bench import eager
+
         eager.COMPILER = "eager"  # torch.compile's front end alone: no C++ compiler, no minutes
 
 
 def pytest_generate_tests(metafunc):
+    if not {"operator_case", "step_case"} & set(metafunc.fixturenames):
+        return
+    from bench import operators, step
+    from bench.inputs import SHAPES, TINY
+
     if "operator_case" in metafunc.fixturenames:
         shapes = SHAPES if timed(metafunc.config) else TINY
         cases = [(c, s) for c in operators.cases(shapes) for s in operators.sides_of(c[0])]
@@ -32,4 +33,6 @@ def pytest_generate_tests(metafunc):
 
 
 def _ids(cases):
+    from bench import tables
+
     return [f"{tables.name(case)}-{side}".replace(" ", "_") for case, side in cases]

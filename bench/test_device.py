@@ -98,6 +98,7 @@ CHECK = case("check", operator="decode", density=0.5)
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys):
     begin = time.time()
     assert command(tmp_path) == 0, capsys.readouterr()
@@ -129,6 +130,7 @@ def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys)
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys):
     assert command(tmp_path, fault="dies") == 1
     result = read_json(tmp_path / "device.json")
@@ -144,6 +146,7 @@ def test_a_process_that_dies_costs_one_side_and_the_run_goes_on(tmp_path, capsys
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "STALL", 30.0)
     assert command(tmp_path, fault="hangs") == 1
@@ -269,6 +272,7 @@ print(registry.BACKENDS["triton"].unavailable, registry.BACKENDS["cuda"].unavail
     importlib.util.find_spec("triton") is None, reason="needs triton, which kernels import"
 )
 @pytest.mark.long
+@pytest.mark.slow
 def test_kernels_are_found_in_a_plain_checkout(tmp_path):
     """Without the installed package: site's hooks off, the libraries' folder on the path."""
     for folder in ("bae_fast", "bench", *checkout.PACKAGES.values()):
@@ -509,6 +513,7 @@ print("right")
     registry.BACKENDS["triton"].unavailable is not None, reason="triton cannot run here"
 )
 @pytest.mark.long
+@pytest.mark.slow
 def test_the_checks_pass_for_triton_in_its_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"},

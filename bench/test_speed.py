@@ -5,8 +5,15 @@ a group a case (``-k`` picks). A side that is wrong fails and gets no figure. Si
 after the other here: the README's figures come from ``python -m bench``, where they take turns.
 """
 
-from bench.conftest import build
+import functools
+
+from bench import operators, step
 from bench.timing import LEAST, verify
+
+build = {
+    "operator": functools.lru_cache(maxsize=1)(operators.build),
+    "step": functools.lru_cache(maxsize=1)(step.build),
+}
 
 
 def timed(benchmark, comparison, name):

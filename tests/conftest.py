@@ -1,4 +1,8 @@
-"""Shared fixtures: a fixed seed, one thread, no environment that changes the choice of backend."""
+"""Shared fixtures: a fixed seed, one thread, no environment that changes the choice of backend.
+
+torch is imported where it is used: the process that hands out tests to others reads this file too,
+and starts them that much sooner.
+"""
 
 import atexit
 import functools
@@ -9,7 +13,6 @@ import os
 import sys
 
 import pytest
-import torch
 
 
 @atexit.register
@@ -23,8 +26,24 @@ def _last_words():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+@functools.cache
+def _seed_everywhere():
+    """``torch.manual_seed``, or the same for the CPU alone where there is no other device.
+
+    For each kind of device that has not been started torch keeps the whole stack of the caller,
+    which takes more time than most tests.
+    """
+    import torch
+
+    if torch.accelerator.is_available():
+        return torch.manual_seed
+    return torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
+    import torch
+
     for name in (
         "BAE_FAST_IMPL",
         "BAE_FAST_SCRATCH_MB",
@@ -32,7 +51,7 @@ def _same_start(monkeypatch):
         "BAE_FAST_CUDA_PAIRS",
     ):
         monkeypatch.delenv(name, raising=False)
-    torch.manual_seed(0)
+    _seed_everywhere()(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,8 +92,11 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; torch sees none")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device; torch sees none")
 
 
 def _cost_of_lists(monkeypatch, cost):

@@ -17,7 +17,7 @@ import ptx
 import pytest
 import torch
 from count_digits import count_digits, from_digits
-from triton_process import printed
+from triton_process import cache_of_run, printed
 
 from bae_fast.ops import registry
 from bae_fast.packing import columns_to_features, pack_rows, rows_to_columns, unpack_rows
@@ -272,8 +272,8 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Triton's cache: what one case has compiled, others read."""
-    return tmp_path_factory.mktemp("triton")
+    """What one case has compiled, others read."""
+    return cache_of_run(tmp_path_factory, "ptx")
 
 
 def worker(*arguments, folder, oldest=False):

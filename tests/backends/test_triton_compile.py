@@ -11,7 +11,7 @@ of an hour: ``make test-matrix``.
 
 import machine_code
 import pytest
-from triton_process import OLDEST, printed
+from triton_process import OLDEST, cache_of_run, printed
 
 from bae_fast.ops import registry
 
@@ -50,8 +50,8 @@ def instruction(chip, kernel, oldest):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Triton's cache: empty at first, so that everything is compiled, but once."""
-    return tmp_path_factory.mktemp("triton")
+    """Empty at first, so that everything is compiled, but once."""
+    return cache_of_run(tmp_path_factory, "compiled")
 
 
 def worker(*arguments, folder, oldest=False):

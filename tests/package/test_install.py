@@ -109,6 +109,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux's")
 def test_the_wheel_is_built_without_torch_and_works_outside_the_checkout(source):
     """From the sdist to numbers, as a user gets them: tagged, its symbols read, then run."""

@@ -14,6 +14,17 @@ OLDEST = "3.6"
 OLDEST_FOLDER = Path(sys.prefix) / f"triton-{OLDEST}"
 
 
+def cache_of_run(tmp_path_factory, name):
+    """Triton's cache for the tests of one file, empty at the start of a run of any processes.
+
+    Not of several files: what one finds compiled, its assembler says nothing about.
+    """
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"triton-{name}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def printed(script, *arguments, folder, oldest=False):
     """The JSON that a script of tests/backends prints; ``folder`` is triton's cache.
 

@@ -54,9 +54,9 @@ def four(tmp_path_factory):
 def on_grids(pairs, fours):
     """A test of two processes, and of four as a long proof."""
     marks = [pytest.param(grid, "two", id="x".join(map(str, grid))) for grid in pairs]
+    together = [pytest.mark.long, pytest.mark.slow, pytest.mark.xdist_group("four")]
     marks += [
-        pytest.param(grid, "four", id="x".join(map(str, grid)), marks=pytest.mark.long)
-        for grid in fours
+        pytest.param(grid, "four", id="x".join(map(str, grid)), marks=together) for grid in fours
     ]
     return pytest.mark.parametrize(("grid", "ranks"), marks)
 
@@ -208,6 +208,7 @@ def test_four_processes_then_one_then_two_see_the_rows_of_one(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_run_of_four_goes_on_to_the_bit_and_logs_each_step_once(tmp_path):
     grid, draw = [2, 2], random.Random(0)
     whole = {"folder": str(tmp_path / "whole")}
