@@ -25,12 +25,14 @@ from bae_fast.causal.substitution import (
     SubstitutionTest,
     divergence,
 )
+from bae_fast.causal.tail import InPlaceDivergence, Tail, TailConfig, TailObjective
 
 __all__ = [
     "Differences",
     "Divergence",
     "FeatureDifference",
     "FeatureEffect",
+    "InPlaceDivergence",
     "Matching",
     "Prompt",
     "PromptChange",
@@ -38,6 +40,9 @@ __all__ = [
     "Splice",
     "Substitution",
     "SubstitutionTest",
+    "Tail",
+    "TailConfig",
+    "TailObjective",
     "divergence",
     "feature_differences",
     "generate",

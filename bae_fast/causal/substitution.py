@@ -177,6 +177,72 @@ class FeatureEffect:
     gained: list[tuple[int, float]]
 
 
+class JudgedText(NamedTuple):
+    """Windows of text, and at which of their tokens next-token distributions are compared.
+
+    Attributes:
+        windows: token ids, int64 ``[n_windows, length]`` on the CPU.
+        mask: bool of that shape, false at padding; None: there is none.
+        exclude_tokens: ids that are no text.
+        judged: bool of that shape, tokens of text behind the first ones of their window.
+        has_next: bool of that shape, tokens with a known next one.
+    """
+
+    windows: Tensor
+    mask: Tensor | None
+    exclude_tokens: list[int]
+    judged: Tensor
+    has_next: Tensor
+
+
+def judged_text(
+    lm: LanguageModel,
+    windows: Tensor,
+    *,
+    mask: Tensor | None = None,
+    exclude_tokens: Iterable[int] | None = None,
+    drop_positions: int = 1,
+) -> JudgedText:
+    """Check windows and find the tokens that count.
+
+    Args:
+        lm, windows, mask, exclude_tokens, drop_positions: see :class:`SubstitutionTest`.
+
+    Raises:
+        TypeError: windows that are no integers.
+        ValueError: windows or a mask of another shape, ids or a length that the model does not
+            take, or no token of text with a known next one.
+    """
+    if not isinstance(windows, Tensor) or windows.is_floating_point():
+        raise TypeError("windows must be an integer tensor [n_windows, length]")
+    if windows.dim() != 2 or len(windows) < 1 or windows.shape[1] < drop_positions + 2:
+        raise ValueError(
+            f"windows must be [n_windows, length], length at least {drop_positions + 2}; "
+            f"got {list(windows.shape)}"
+        )
+    windows = windows.to("cpu", torch.int64)
+    check_ids(lm.model, windows, "windows")
+    check_length(lm.model, windows.shape[1], "windows")
+    excluded = excluded_tokens(lm.tokenizer, exclude_tokens)
+    mask = padding_mask(lm.tokenizer, windows) if mask is None else mask
+    text = text_mask(lm.tokenizer, windows, mask=mask, exclude_tokens=excluded)
+    place = torch.arange(windows.shape[1]).expand(windows.shape)
+    real = torch.ones_like(windows, dtype=torch.bool)
+    if mask is not None:
+        mask = real = mask.cpu() != 0
+        place = place - mask.int().argmax(1, keepdim=True)
+    judged = place >= drop_positions
+    if text is not None:
+        judged = judged & text
+    has_next = torch.nn.functional.pad(real[:, 1:], (0, 1), value=False)
+    if not bool((judged & has_next).any()):
+        raise ValueError(
+            "windows must hold a token of text whose next token is known, behind the first "
+            f"{drop_positions} of its window; got only padding and special tokens"
+        )
+    return JudgedText(windows, mask, excluded, judged, has_next)
+
+
 class SubstitutionTest:
     """One language model and held-out windows, on which any number of autoencoders are judged.
 
@@ -212,56 +278,24 @@ class SubstitutionTest:
             ValueError: windows or a mask of another shape, a batch size below 1, or no token of
                 text with a known next one.
         """
-        if not isinstance(windows, Tensor) or windows.is_floating_point():
-            raise TypeError("windows must be an integer tensor [n_windows, length]")
-        if windows.dim() != 2 or len(windows) < 1 or windows.shape[1] < drop_positions + 2:
-            raise ValueError(
-                f"windows must be [n_windows, length], length at least {drop_positions + 2}; "
-                f"got {list(windows.shape)}"
-            )
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1; got {batch_size!r}")
+        text = judged_text(
+            lm, windows, mask=mask, exclude_tokens=exclude_tokens, drop_positions=drop_positions
+        )
         self.lm = lm
-        self.windows = windows.to("cpu", torch.int64)
+        self.windows = text.windows
         self.batch_size = batch_size
         self.drop_positions = drop_positions
         self.max_norm_ratio = max_norm_ratio
-        check_ids(lm.model, self.windows, "windows")
-        check_length(lm.model, self.windows.shape[1], "windows")
-        self.exclude_tokens = excluded_tokens(lm.tokenizer, exclude_tokens)
-        self._mask = padding_mask(lm.tokenizer, self.windows) if mask is None else mask
-        text = text_mask(
-            lm.tokenizer, self.windows, mask=self._mask, exclude_tokens=self.exclude_tokens
-        )
-        if self._mask is not None:
-            self._mask = self._mask.cpu() != 0
-        self._text = self._is_judged(text)
+        self.exclude_tokens = text.exclude_tokens
+        self._mask, self._text, self._has_next = text.mask, text.judged, text.has_next
         self._padding = Padding(lm.model)
         self._functions = _users_functions(lm)
         self.original = self._final_states(self.windows, self._mask)
         # behind the pass: the frequencies of some ropes follow from the longest text so far
         self._revision = lm.current_revision()
         self._ablated: dict[Any, float] = {}
-
-    def _is_judged(self, text: Tensor | None) -> Tensor:
-        """Tokens of text behind the dropped ones, bool ``[n_windows, length]``."""
-        place = torch.arange(self.windows.shape[1]).expand(self.windows.shape)
-        if self._mask is not None:
-            place = place - self._mask.int().argmax(1, keepdim=True)
-        judged = place >= self.drop_positions
-        if text is not None:
-            judged = judged & text
-        if not bool((judged & self._has_next()).any()):
-            raise ValueError(
-                "windows must hold a token of text whose next token is known, behind the first "
-                f"{self.drop_positions} of its window; got only padding and special tokens"
-            )
-        return judged
-
-    def _has_next(self) -> Tensor:
-        """Tokens with a known next one, bool ``[n_windows, length]``."""
-        real = torch.ones_like(self.windows, dtype=torch.bool) if self._mask is None else self._mask
-        return torch.nn.functional.pad(real[:, 1:], (0, 1), value=False)
 
     # -- the model -----------------------------------------------------------------------------
 
@@ -304,7 +338,7 @@ class SubstitutionTest:
         length = self.windows.shape[1]
         original = self.original[window, position]
         after = self.windows[window, (position + 1).clamp_max(length - 1)]
-        targets = torch.where(self._has_next()[window, position], after, -1)
+        targets = torch.where(self._has_next[window, position], after, -1)
         step = self.lm.head.rows_at_a_time
         parts = [
             divergence(self.lm.head(p), self.lm.head(q), t)
@@ -326,7 +360,7 @@ class SubstitutionTest:
 
     def _tokens(self) -> tuple[Tensor, Tensor]:
         """Tokens with a known next one, beyond those left out: (window, position)."""
-        window, position = (self._text & self._has_next()).nonzero(as_tuple=True)
+        window, position = (self._text & self._has_next).nonzero(as_tuple=True)
         return window, position
 
     # -- what is measured ----------------------------------------------------------------------
@@ -530,7 +564,7 @@ class SubstitutionTest:
         effects = []
         for j in feature_ids:
             on = ((code.words[..., j // 32] >> (j % 32)) & 1).bool()
-            on &= self._has_next()
+            on &= self._has_next
             windows = on.any(1).nonzero()[:, 0][:max_windows]
             if len(windows) == 0:
                 effects.append(FeatureEffect(j, 0, None, None, [], []))

@@ -39,6 +39,7 @@ from bae_fast.progress import Stages, say
 from bae_fast.training import Trainer
 
 if TYPE_CHECKING:
+    from bae_fast.causal import InPlaceDivergence
     from bae_fast.lm import ActivationCache
 
 # rows reconstructed at a time
@@ -49,6 +50,9 @@ _SAME_FVU = 1e-3
 
 # what a Binary Autoencoder may be trained with several values of, as the others are with several k
 VARIED = {"entropy_weight": "a_e", "covariance_weight": "a_c", "bank_batches": "past"}
+
+# what stands in a variant for the steps of a tail, and in the name of a run
+TAIL, TAIL_SIGN = "kl_tail", "tail"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Config(JudgeOptions, Data):
             is the same for all, std the standard deviation, robust a scale that outliers do not
             move, sensitivity how little the language model's next token depends on the dimension.
             A power may follow, as in std^0.5. The table's FVU is in raw units for any metric.
+        kl_tail: The numbers of further steps, after the others, in which the reconstruction stands
+            in the language model and the divergence of its next token takes the place of half of
+            the squared error. Every method is trained with each number, and 0 leaves the tail out.
         lr: The learning rate of the sparse autoencoders; null keeps their papers'.
         value_bits: The number of bits that a feature's value counts for.
         precision: The precision of the products; auto is bfloat16 where it is native.
@@ -104,6 +111,7 @@ class Config(JudgeOptions, Data):
     steps: int = 2000
     batch_size: int = 512
     metric: str = "none"
+    kl_tail: tuple[int, ...] = (0,)
     lr: float | None = None
     value_bits: int = 5
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -146,6 +154,7 @@ def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
+    runs.check_at_least(config, 0, "kl_tail")
     check_metric(config)
     _check_variants(config)
     cache_of(config)
@@ -170,6 +179,7 @@ def train_all(config: Config) -> dict[str, Any]:
         caches = [hook_rows(hook) for hook in transcoder_hooks(config)]
         pair = transcoder_rows(caches, cache, split.train.stop, split.heldout.start)
     metrics = _Metrics(config, stages, cache, split.train.stop)
+    context = Context(config, stages, cache, tokenizer, transcoder_hooks(config), pair, hook_rows)
     done = []
     with stages.stage("train and evaluate"):
         for seed in config.seeds:
@@ -177,10 +187,9 @@ def train_all(config: Config) -> dict[str, Any]:
                 ks = config.k if methods.method(method).takes_k else [None]
                 for k, variant in itertools.product(ks, variants(config, method)):
                     done.append(
-                        one(config, facts, method, k, variant, seed, train, heldout, pair, metrics)
+                        one(context, facts, method, k, variant, seed, train, heldout, metrics)
                         | {"method": method, "k": k, "variant": variant, "seed": seed}
                     )
-    context = Context(config, stages, cache, tokenizer, transcoder_hooks(config), pair, hook_rows)
     scorers = [scorer for make in scorer_makers() for scorer in make(context)]
     if scorers:
         with stages.stage("score"):
@@ -203,7 +212,9 @@ def variants(config: Config, method: str) -> list[dict[str, Any]]:
     asked = {
         name: getattr(config, name) for name in VARIED if name in own and getattr(config, name)
     }
-    return [dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())]
+    found = [dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())]
+    tails = [{TAIL: steps} if steps else {} for steps in config.kl_tail]
+    return [{**one, **tail} for one, tail in itertools.product(found, tails)]
 
 
 def _check_variants(config: Config) -> None:
@@ -291,13 +302,14 @@ def settings_of(
         "value_bits": config.value_bits,
         "training": constants.settings(),
         "data": data,
-        # runs that were made without it keep their name
+        # runs that were made without them keep their name
         **({} if config.metric == "none" else {"metric": config.metric}),
+        **({"tail": _tail_settings(variant[TAIL])} if TAIL in variant else {}),
     }
 
 
 def training_config(config: Config, method: str, variant: dict[str, Any], seed: int) -> Any:
-    """The constants of a method's training."""
+    """The constants of a method's training on rows."""
     known = methods.method(method)
     constants = dataclasses.replace(
         known.training,
@@ -305,15 +317,25 @@ def training_config(config: Config, method: str, variant: dict[str, Any], seed: 
         batch_size=config.batch_size,
         seed=seed,
         precision=config.precision,
-        **variant,
+        **_without_tail(variant),
     )
     if config.lr is not None and not known.own_lr:
         constants = dataclasses.replace(constants, lr=config.lr)
     return constants
 
 
+def _tail_settings(steps: int) -> dict[str, Any]:
+    from bae_fast.causal import Tail
+
+    return dataclasses.asdict(Tail(steps))
+
+
+def _without_tail(variant: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in variant.items() if name != TAIL}
+
+
 def one(
-    config: Config,
+    context: Context,
     facts: dict[str, Any],
     method: str,
     k: int | None,
@@ -321,36 +343,57 @@ def one(
     seed: int,
     train: Tensor,
     heldout: Tensor,
-    pair: dict[str, Tensor],
     metrics: _Metrics,
 ) -> dict[str, Any]:
-    """Train and evaluate one method."""
-    d = train.shape[1]
+    """Train and evaluate one method; a tail goes on from the model of the run without it."""
+    config, pair, d = context.config, context.pair, train.shape[1]
     settings = settings_of(config, facts, d, method, k, variant, seed)
     parts = [method, *([] if k is None else [f"k{k}"])]
-    parts += [f"{VARIED[name]}{value:g}" for name, value in variant.items()]
+    signs = {**VARIED, TAIL: TAIL_SIGN}
+    parts += [f"{signs[name]}{value:g}" for name, value in variant.items()]
     name = "-".join([*parts, f"s{seed}"])
 
-    def make() -> dict[str, Any]:
-        from bae_fast.analysis.evaluation import evaluate
-
+    def new(x: Tensor, y: Tensor | None) -> Any:
         units = metrics.of(method, pair)
         torch.manual_seed(seed)
-        options: dict[str, Any] = {"metadata": settings["data"], "device": pick_device(config)}
-        x, y, x_held, y_held = train, None, heldout, None
-        if method == "transcoder":
-            x, y, x_held, y_held = (
-                pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
-            )
         model: Any = methods.method(method).make(
             x.shape[1],
             settings["d_sae"],
             k=k,
             d_out=None if y is None else y.shape[1],
-            **options,
+            metadata=settings["data"],
+            device=pick_device(config),
         )
-        model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
-        trainer = Trainer(model, x, training_config(config, method, variant, seed), targets=y)
+        return model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
+
+    def ordinary() -> Any:
+        before = _without_tail(variant)
+        kept = one(context, facts, method, k, before, seed, train, heldout, metrics)
+        try:
+            return saved_model(context, {**kept, "method": method})
+        except _NoModelError as error:
+            raise runs.ConfigError(
+                TAIL, f"must have the model of the run without it; {error}: take another --out"
+            ) from error
+
+    def make() -> dict[str, Any]:
+        from bae_fast.analysis.evaluation import evaluate
+        from bae_fast.causal import Tail, TailConfig
+
+        x, y, x_held, y_held = train, None, heldout, None
+        if method == "transcoder":
+            x, y, x_held, y_held = (
+                pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
+            )
+        constants = training_config(config, method, variant, seed)
+        if TAIL in variant:
+            model = ordinary()
+            constants = TailConfig.after(
+                constants, _divergence(context, method), Tail(variant[TAIL])
+            )
+        else:
+            model = new(x, y)
+        trainer = Trainer(model, x, constants, targets=y)
         say(f"   {name}")
         unfinished = config.out / "runs" / f"{name}-{runs.digest(settings)}"
         log = runs.fit(trainer, unfinished, log=unfinished / "log.jsonl", progress=config.progress)
@@ -366,6 +409,14 @@ def one(
         }
 
     return runs.once(config.out / "runs", name, settings, make)
+
+
+def _divergence(context: Context, method: str) -> InPlaceDivergence:
+    """What the language model loses on the text that methods are trained on."""
+    from bae_fast.causal import InPlaceDivergence
+
+    path, source = context.place(method)
+    return InPlaceDivergence(context.lm(), context.training_windows(), path, source=source)
 
 
 def scores(
@@ -393,7 +444,7 @@ def scores(
                 "found"
             ]
         except _NoModelError as error:
-            say(f"   {scorer.name}-{name}: {error}")
+            say(f"   {scorer.name}-{name}: {error}; not scored")
     return found
 
 
@@ -409,7 +460,7 @@ def saved_model(context: Context, kept: dict[str, Any]) -> Any:
     """
     folder: Path = context.config.out / kept["model"]
     if not folder.is_dir():
-        raise _NoModelError(f"{folder} is gone; not scored")
+        raise _NoModelError(f"{folder} is gone")
     model: Any = load_autoencoder(folder, device=pick_device(context.config))
     rows = context.cache.rows[context.heldout.start : context.heldout.stop]
     x, y = rows, rows

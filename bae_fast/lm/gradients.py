@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import find_module, first_part, in_own_dtype, running
+from bae_fast.lm.hooks import find_module, first_part, frozen, in_own_dtype, running
 from bae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def sensitivity(
         with (
             running(lm.model),
             in_own_dtype(lm.device),
-            _frozen(lm.model),
+            frozen(lm.model),
             torch.enable_grad(),
             progress_bar(
                 windows.numel(), what="gradients at the hook", unit="tok", show=progress
@@ -98,16 +96,3 @@ def sensitivity(
     if total is None or n_states == 0:
         raise ValueError("windows must hold a state that is looked at; all were left out")
     return total / n_states
-
-
-@contextlib.contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No parameter has a gradient: nothing is kept of what lies before the hook."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)

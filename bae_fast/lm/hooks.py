@@ -99,6 +99,20 @@ def in_own_dtype(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter has a gradient: autograd keeps nothing of what lies before the first state that
+    asks for one."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
 # -- names -------------------------------------------------------------------------------------
 
 _BLOCKS = re.compile(r"blocks\.(\d+)\.(\w+(?:\.\w+)?)")

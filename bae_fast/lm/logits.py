@@ -116,7 +116,7 @@ class Head:
         table = self.model.get_input_embeddings().weight
         ids = torch.arange(1, 5, device=device)[None] % table.shape[0]
         with torch.no_grad(), running(self.model), in_own_dtype(device):
-            whole = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            whole = _wide(self.model(input_ids=ids, use_cache=False).logits[0])
             states = self._body(input_ids=ids, use_cache=False)
             final = getattr(states, "last_hidden_state", None)
             if final is None:
@@ -141,7 +141,8 @@ class Head:
             )
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits, float32 ``[n, V]`` on the model's device, of final states ``[n, d]``."""
+        """Logits ``[n, V]`` on the model's device of final states ``[n, d]``, which are
+        differentiable in these: float32, or float64 for a model of float64."""
         real: Any = self._body
         states = states.to(next(real.parameters()).device)
         shell = object.__new__(type(self.model))
@@ -153,9 +154,13 @@ class Head:
         # not the shell's call: hooks of the whole model are for its whole forward
         with in_own_dtype(states.device):
             out = type(self.model).forward(shell, input_ids=ids, use_cache=False)
-        return (out[0] if isinstance(out, tuple) else out.logits)[0].float()
+        return _wide((out[0] if isinstance(out, tuple) else out.logits)[0])
 
     @property
     def rows_at_a_time(self) -> int:
         """Tokens whose logits fit into a block of bounded size."""
         return max(_BLOCK_ELEMENTS // self.vocabulary, 1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -27,6 +27,7 @@ VARIANTS = {
     "entropy_weight": "a_e={:g}",
     "covariance_weight": "a_c={:g}",
     "bank_batches": "{} past batches",
+    "kl_tail": "KL tail {}",
 }
 
 
@@ -102,6 +103,15 @@ def table(result: dict[str, Any]) -> str:
     metric = first.get("metric")
     if metric is not None:
         lines[-1] += f" Trained with dimensions in the unit {metric}; every FVU is in raw units."
+    tails = [
+        one_run["settings"]["tail"] for one_run in result["runs"] if "tail" in one_run["settings"]
+    ]
+    if tails:
+        lines[-1] += (
+            " KL tail: so many further steps with the reconstruction in the language model, on "
+            f"{tails[0]['windows']} window{'s' if tails[0]['windows'] > 1 else ''} of text each, in which the KL divergence takes the place of "
+            f"{tails[0]['kl_share']:.0%} of the squared error."
+        )
     tokens = {
         one_run["scores"]["substitution"]["n_tokens"]
         for one_run in result["runs"]

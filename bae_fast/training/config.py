@@ -108,6 +108,11 @@ class LoopConfig:
         """The constants that hold for rows of that width and that many features."""
         return self
 
+    def going_on(self) -> Self:
+        """The constants of the same objective for a module that it has trained: what belongs to a
+        start or to an end is off."""
+        return self
+
     def objective(self, model: Autoencoder) -> Objective:
         """The objective that these constants belong to, for a module.
 
@@ -223,6 +228,9 @@ class TrainingConfig(LoopConfig):
             dead_below=scale * self.dead_below,
             revive_quantile=1 - scale * (1 - self.revive_quantile),
         )
+
+    def going_on(self) -> Self:
+        return dataclasses.replace(self, entropy_from=0.0, init="none", revive_every=0, refit=False)
 
     def settings(self) -> dict[str, Any]:
         values = super().settings()

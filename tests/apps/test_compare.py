@@ -1,6 +1,8 @@
 """``bae-fast compare`` on a tiny language model."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import bae_fast as bf
 from bae_fast.analysis import description_length, fvu
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.baselines.base import SparseAutoencoder
-from bae_fast.causal import SubstitutionTest
+from bae_fast.causal import SubstitutionTest, Tail
 from bae_fast.cli import main
 from bae_fast.experiments import compare, methods, runs, scorers
 from bae_fast.experiments.scorers import description, intruder, probing
@@ -200,6 +202,39 @@ def test_weights_of_the_binary_autoencoder_are_varied_as_k_is(arguments, tmp_pat
     assert "| TopK k=3 |" in text
 
 
+def test_a_tail_goes_on_from_the_run_without_it(arguments, tmp_path, monkeypatch, capsys):
+    methods = ["bae", "topk", "transcoder"]
+    change = ["--methods", *methods, "--no-description", "--substitution-tokens", "0"]
+    change += ["--out", str(tmp_path)]
+    assert main([*arguments, *change, "--kl-tail", "0", "4"]) == 0
+    done = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    assert [run["variant"] for run in done] == [{}, {"kl_tail": 4}] * 3
+    for before, after in zip(done[::2], done[1::2], strict=True):
+        tail = {"tail": dataclasses.asdict(Tail(4))}
+        assert after["settings"] == {**before["settings"], **tail}
+        assert after["last_line"]["step"] == 4
+        assert after["last_line"]["kl_bits"] > 0
+        assert after["heldout"]["fvu"] != before["heldout"]["fvu"]
+        first, second = (load_autoencoder(tmp_path / run["model"]) for run in (before, after))
+        assert torch.equal(first.x_mean, second.x_mean)
+        assert not torch.equal(first.W_dec, second.W_dec)
+    text = (tmp_path / "compare.md").read_text()
+    assert "| TopK k=3 KL tail 4 |" in text
+    assert "KL tail: so many further steps" in text
+    assert "kl_tail: [0, 4]" in (tmp_path / "resolved.yaml").read_text()
+
+    def fail(*_arguments, **_options):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Trainer, "fit", fail)
+        assert main([*arguments, *change, "--kl-tail", "4"]) == 0
+    shutil.rmtree(tmp_path / "models" / "topk-k3-s0")
+    capsys.readouterr()
+    assert main([*arguments, *change, "--methods", "topk", "--kl-tail", "5"]) == 1
+    assert "--kl-tail must have the model of the run without it" in capsys.readouterr().err
+
+
 def test_probes_stand_in_the_table_and_in_files_of_their_own(arguments, monkeypatch, tmp_path):
     def by_word(_tokenizer, tokens):
         return {"low": tokens < 30, "never": tokens < 0}
@@ -360,6 +395,7 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
         (["--encoder", "nowhere"], "--encoder must be the folder of a sentence encoder"),
         (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity"),
         (["--k", "0"], "--k must be at least 1; got [0]"),
+        (["--kl-tail", "-1"], "--kl-tail must be at least 0; got [-1]"),
         (
             ["--bank-batches", "4"],
             "bank_batches is of the Binary Autoencoder, and methods",

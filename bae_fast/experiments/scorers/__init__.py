@@ -79,7 +79,9 @@ class Context:
         self.stages = stages
         self.cache = cache
         self.tokenizer = tokenizer
-        self.heldout = cache.split(N_HELDOUT).heldout
+        split = cache.split(N_HELDOUT)
+        self.heldout = split.heldout
+        self._last_trained = split.train.stop - 1
         self.transcoder_hooks = transcoder_hooks
         self.pair = pair
         self._hook_rows = hook_rows
@@ -93,6 +95,18 @@ class Context:
         if self._source is None:
             self._source = self._hook_rows(self.transcoder_hooks[0])
         return self._source
+
+    def place(self, method: str) -> tuple[str, str | None]:
+        """The module whose output a method's reconstruction stands for, and the one that it reads
+        where that is another."""
+        if method != "transcoder":
+            return self.config.hook, None
+        source, path = self.transcoder_hooks
+        return path, source
+
+    def training_windows(self) -> Tensor:
+        """The windows that methods are trained on."""
+        return self.cache.tokens[: int(self.cache.row_window[self._last_trained]) + 1].long()
 
     def windows(self, n_tokens: int) -> Tensor:
         """Held-out windows of at least so many tokens if there are, from the first."""

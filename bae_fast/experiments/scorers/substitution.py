@@ -27,9 +27,7 @@ def make(context: Context) -> list[Scorer]:
             lm = context.lm()
             with context.stages.stage("the language model as it is"):
                 made.append(SubstitutionTest(lm, windows))
-        path, source = config.hook, None
-        if method == "transcoder":
-            source, path = context.transcoder_hooks
+        path, source = context.place(method)
         return made[0].run(path, model, source=source).summary()
 
     columns = [
