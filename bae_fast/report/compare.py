@@ -108,9 +108,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     if tails:
         lines[-1] += (
-            " KL tail: so many further steps with the reconstruction in the language model, on "
-            f"{tails[0]['windows']} window{'s' if tails[0]['windows'] > 1 else ''} of text each, in which the KL divergence takes the place of "
-            f"{tails[0]['kl_share']:.0%} of the squared error."
+            " KL tail: so many further steps with the reconstruction in the language model, in "
+            f"which the KL divergence on windows of text, {tails[0]['windows']} a step, takes the "
+            f"place of {tails[0]['kl_share']:.0%} of the squared error."
         )
     tokens = {
         one_run["scores"]["substitution"]["n_tokens"]
