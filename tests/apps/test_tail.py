@@ -216,7 +216,7 @@ def trained(lm, kind, rows):
 
 
 @pytest.mark.parametrize("kind", ["bae", "topk"])
-def test_a_tail_lowers_what_the_model_loses_and_holds_the_rate(lm, kind):
+def test_a_tail_loses_less_than_as_many_steps_on_rows_at_the_same_rate(lm, kind):
     windows = text(150)
     rows = rows_of(lm, windows)
     model = trained(lm, kind, rows)
@@ -228,18 +228,17 @@ def test_a_tail_lowers_what_the_model_loses_and_holds_the_rate(lm, kind):
         entropy = torch.special.entr(p) + torch.special.entr(1 - p)
         return test.run(PATH, model.eval()).kl_bits, float(entropy.sum())
 
-    kl, rate = measured(model)
     divergence = InPlaceDivergence(lm, windows, PATH)
-    after = {}
+    found = []
     for share in (0.0, 0.5):
-        tail = Tail(steps=120, windows=24, kl_share=share)
+        tail = Tail(steps=40, windows=16, kl_share=share, lr_scale=1.0)
         going_on = copy.deepcopy(model)
         Trainer(going_on, rows, TailConfig.after(CONSTANTS[kind], divergence, tail)).fit()
-        after[share] = measured(going_on)
-    assert after[0.5][0] < 0.95 * kl
-    # as many steps on rows alone do less
-    assert after[0.5][0] < 0.95 * after[0.0][0]
-    assert after[0.5][1] == pytest.approx(rate, rel=0.1)
+        found.append(measured(going_on))
+    (on_rows, rate), (in_place, rate_in_place) = found
+    assert in_place < 0.97 * on_rows
+    assert in_place < 0.95 * measured(model)[0]
+    assert rate_in_place == pytest.approx(rate, rel=0.1)
 
 
 def test_without_a_share_it_is_the_ordinary_training_going_on(lm):
