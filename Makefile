@@ -3,6 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Where an environment says that Python keeps no compiled modules, each of the tests' many processes
+# would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-long test-matrix test-saelens test-delphi lint docs bench format clean
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch

@@ -49,7 +49,7 @@ def process(*command, **variables):
 def in_the_interpreter(*arguments):
     """Tests in a process of their own with Triton's interpreter."""
     done = process(
-        "-m", "pytest", *arguments, "-x", "-o", "addopts=", "-p", "no:cacheprovider",
+        "-m", "pytest", *arguments, "-x", "-o", "addopts=-p no:logging", "-p", "no:cacheprovider",
         TRITON_INTERPRET="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -54,10 +54,11 @@ def halves(data, source, target, rounding):
 @pytest.fixture(scope="session", autouse=True)
 def faster():
     """Triton's interpreter without what costs half of its time and changes no result."""
-    interpreter = triton.runtime.interpreter
+    interpreter, core = triton.runtime.interpreter, triton.language.core
+    block_parts, tensor_parts = core.block_type.__init__, core.tensor.__init__
     builder, replace = interpreter.InterpreterBuilder, interpreter._patch_lang
     product, np_dtype = builder.create_dot, interpreter._get_np_dtype
-    replaced, np_dtypes = [], {}
+    replaced, np_dtypes, blocks, shapes = [], {}, {}, {}
 
     def once(function):
         """At every call of a kernel it looks for Triton's functions, replaces them and puts them
@@ -74,6 +75,23 @@ def faster():
             np_dtypes[name] = np_dtype(kind)
         return np_dtypes[name]
 
+    def block(self, element_ty, shape):
+        """Types of one shape and of the same elements have the same parts."""
+        key = (element_ty.name, *shape)
+        if key in blocks:
+            self.__dict__.update(blocks[key])
+        else:
+            block_parts(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+
+    def tensor(self, handle, kind):
+        """Tensors of one type have the same shape."""
+        if kind.name not in shapes:
+            tensor_parts(self, handle, kind)
+            shapes[kind.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.shape, self.numel = shapes[kind.name]
+
     def create_dot(self, a, b, c, *options):
         """NumPy multiplies integers one by one; float64 goes to BLAS, and is exact here."""
         if not (a.data.dtype == b.data.dtype == np.int8 and c.data.dtype == np.int32):
@@ -86,6 +104,8 @@ def faster():
         patch.setattr(interpreter, "_get_np_dtype", of_table)
         patch.setattr(interpreter, "_convert_float", halves)
         patch.setattr(builder, "create_dot", create_dot)
+        patch.setattr(core.block_type, "__init__", block)
+        patch.setattr(core.tensor, "__init__", tensor)
         overflow_is_watched(patch, False)
         yield
 
