@@ -18,7 +18,7 @@ from bae_fast import BinaryAutoencoder
 from bae_fast.lm import load_language_model, standard_library_text, windows
 from bae_fast.training import Job, JobTrainer, LiveSupply, MemorySupply, Supply, TrainingConfig
 from bench import tables
-from bench.supply import HOOKS, in_turns
+from bench.supply import HOOKS, in_turns, medians
 
 WEIGHTS = (0.0, 1e-4, 3e-4, 1e-3)
 ROUNDS = 3
@@ -80,7 +80,7 @@ def memory_case(steps: int) -> dict[str, Any]:
     def opened(hooks: list[str]) -> contextlib.AbstractContextManager[Supply]:
         return contextlib.nullcontext(MemorySupply({h: rows[h] for h in hooks}, streams=8))
 
-    return in_turns(sides(opened, list(rows), steps, BATCH), ROUNDS)
+    return medians(in_turns(sides(opened, list(rows), steps, BATCH), ROUNDS))
 
 
 def live_case(steps: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def live_case(steps: int) -> dict[str, Any]:
         ) as supply:
             yield supply
 
-    return in_turns(sides(opened, HOOKS, steps, BATCH), 1)
+    return medians(in_turns(sides(opened, HOOKS, steps, BATCH), 1))
 
 
 RUNS: dict[str, Callable[[int], dict[str, Any]]] = {"memory": memory_case, "live": live_case}

@@ -29,6 +29,8 @@ from bae_fast.training.supply import (
     streams_of,
 )
 
+# passes that wait for the trainer where the model has a device of its own
+_AHEAD = 2
 # how long a thread that waits for room looks away from being told to end, in seconds
 _LOOK = 0.05
 
@@ -92,13 +94,16 @@ class _Turn:
 
 
 class LiveSupply:
-    """Runs a language model over a text in a thread and gives out the rows of its modules.
+    """Runs a language model over a text and gives out the rows of its modules.
 
     Every forward pass takes the next ``batch_size`` windows; pass g belongs to stream g mod V,
-    whose buffer its rows go through, so that a batch holds rows of many texts. The thread works
-    ahead of the trainer by a bounded number of passes. Where the text ends it begins again. After
-    a resume the passes whose rows were in the buffers are run again, in their old batches, so the
-    rows are the same ones to the bit on the same machine.
+    whose buffer its rows go through, so that a batch holds rows of many texts. Where the text ends
+    it begins again. After a resume the passes whose rows were in the buffers are run again, in
+    their old batches, so the rows are the same ones to the bit on the same machine.
+
+    On a GPU the model runs in a thread, ahead of the trainer by a bounded number of passes. On a
+    CPU a pass and a training step would fight for the same cores, and both together take longer
+    than one after the other: there the model runs when rows are asked for. The rows are the same.
 
     Rows are dropped as :func:`bae_fast.lm.harvest_shards` drops them. Their numbers count on where
     the text begins again.
@@ -123,7 +128,7 @@ class LiveSupply:
         *,
         buffer_rows: int = 1 << 16,
         batch_size: int = 8,
-        ahead: int = 2,
+        ahead: int | None = None,
         n_heldout: int = 0,
         drop_positions: int = 1,
         max_norm_ratio: float = MAX_NORM_RATIO,
@@ -142,11 +147,14 @@ class LiveSupply:
             hooks: modules whose outputs are given out.
             buffer_rows: rows of all streams and all ranks that batches are drawn from.
             batch_size: windows a forward pass.
-            ahead: passes that may wait for the trainer, beside those of a batch.
+            ahead: passes that may wait for the trainer, beside those of a batch; 0: no thread, the
+                model runs within :meth:`next`. None: 2, and 0 for a model on a CPU without
+                ``threads``.
             n_heldout: windows at the beginning of the text that are held out.
             drop_positions, max_norm_ratio, exclude_tokens: see
                 :func:`bae_fast.lm.harvest_shards`.
-            threads: of torch in the thread, on a CPU; None: as many as the caller has.
+            threads: of torch in the model's thread, on a CPU, where some cores are left to the
+                trainer; None: as many as the caller has.
             seed: of the draws.
             streams, rank, world: see :class:`bae_fast.training.Supply`.
 
@@ -159,7 +167,7 @@ class LiveSupply:
         for name, value, least in (
             ("buffer_rows", buffer_rows, streams),
             ("batch_size", batch_size, 1),
-            ("ahead", ahead, 1),
+            ("ahead", 0 if ahead is None else ahead, 0),
             ("n_heldout", n_heldout, 0),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -176,6 +184,8 @@ class LiveSupply:
             for _ in range(2)
         )
         self.text: Windows = TokenWindows(text) if isinstance(text, Tensor) else text
+        if ahead is None:
+            ahead = 0 if lm.device.type == "cpu" and threads is None else _AHEAD
         self.batch_size, self.ahead, self.n_heldout = batch_size, ahead, n_heldout
         self.threads, self.seed, self.buffer_rows = threads, seed, buffer_rows
         check_length(lm.model, self.text.context_size, "text")
@@ -200,12 +210,14 @@ class LiveSupply:
         self._dtype = next(iter(found.values())).dtype
         self._streams = {v: self._stream(v) for v in own}
         self.limits: dict[str, float] = {}
-        self._from: tuple[int, dict[str, Any]] = (0, self._start)  # what the thread begins with
-        self._known = self._from  # the pass behind the last one that came, and the text before it
+        # the pass behind the last one that came, and the text before it
+        self._known: tuple[int, dict[str, Any]] = (0, self._start)
         self._turn = _Turn()  # whoever has it may use the text and the model
         self._model = f"{lm.name} {lm.current_revision()}"  # reads every weight: once
         self._sampled: tuple[int, Rows] | None = None
         self._thread: threading.Thread | None = None
+        self._made: Iterator[_Item] | None = None  # without a thread
+        self._stop = threading.Event()
         self._closed = False
 
     def _stream(self, v: int) -> _Stream:
@@ -219,11 +231,9 @@ class LiveSupply:
             check_ids(self.capture.lm.model, tokens, "text")
         return tokens
 
-    # -- the thread --------------------------------------------------------------------------
+    # -- forward passes, in a thread or not ----------------------------------------------------
 
     def _ensure_thread(self, n_ahead: int) -> None:
-        if self._closed:
-            raise ValueError("supply must be open; close() was called")
         if self._thread is None:
             self._stop = threading.Event()
             self._credits = threading.Semaphore(n_ahead)
@@ -242,7 +252,7 @@ class LiveSupply:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
             with self.capture.engine:
-                for item in self._passes(*self._from):
+                for item in self._passes(*self._known):
                     while not self._credits.acquire(timeout=_LOOK):
                         if self._stop.is_set():
                             return
@@ -309,13 +319,31 @@ class LiveSupply:
 
     # -- the caller --------------------------------------------------------------------------
 
-    def _receive(self) -> None:
-        """Take the next pass, or raise what ended the thread."""
+    def _from_thread(self) -> _Item:
+        """The next pass, or what ended the thread."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             self._queue.put(item)  # for a second call
             raise RuntimeError(f"supply: the language model's thread ended: {item}") from item
         self._credits.release()
+        return item
+
+    def _from_here(self) -> _Item:
+        """Run the model until the next pass is there; after an error the same pass comes again."""
+        if self._made is None:
+            self._made = self._passes(*self._known)
+        try:
+            with self.capture.engine:
+                return next(self._made)
+        except Exception as error:
+            self._made = None
+            raise RuntimeError(f"supply: the language model failed: {error}") from error
+        except BaseException:
+            self._made = None
+            raise
+
+    def _receive(self) -> None:
+        item = self._from_thread() if self.ahead else self._from_here()
         self._known = (item.number + 1, item.after)
         self._streams[item.number % self.streams].waiting.append(item)
 
@@ -346,8 +374,10 @@ class LiveSupply:
         """See :meth:`bae_fast.training.Supply.next`.
 
         Raises:
-            RuntimeError: what ended the thread is its cause.
+            RuntimeError: the language model failed, for the reason that is its cause.
         """
+        if self._closed:
+            raise ValueError("supply must be open; close() was called")
         each = rows_of_a_stream(n, self.streams)
         capacity = self.buffer_rows // self.streams
         if each > capacity:
@@ -358,7 +388,8 @@ class LiveSupply:
         total = each * len(self._streams)
         a_pass = self.batch_size * (self.text.context_size - self.capture.drop_positions)
         # a pass fills one stream, so that all streams' passes come due at nearly the same batch
-        self._ensure_thread(self.ahead + max(-(-total // a_pass), len(self._streams)))
+        if self.ahead:
+            self._ensure_thread(self.ahead + max(-(-total // a_pass), len(self._streams)))
         self._fill()
         x = {h: torch.empty(total, d, dtype=self._dtype) for h, d in self.widths.items()}
         ids = torch.empty(total, dtype=torch.int64)
@@ -371,7 +402,7 @@ class LiveSupply:
     def pause(self) -> Iterator[None]:
         """See :meth:`bae_fast.training.Supply.pause`: the forward pass in hand is finished.
 
-        In the block no rows can be asked for beyond those that are there already.
+        Where a thread runs the model, the block can ask for no more rows than are there already.
         """
         with self._turn:
             yield
@@ -502,7 +533,7 @@ class LiveSupply:
                 begin.append((own["from"], own["text"]))
                 ids = stream.buffer.load_state_dict(own["buffer"])
                 self._run_again(stream, ids)
-        self._from = self._known = min(begin, key=lambda pair: pair[0])
+        self._known = min(begin, key=lambda pair: pair[0])
 
     def _run_again(self, stream: _Stream, ids: Tensor) -> None:
         """Fill a buffer's places with the rows of these numbers."""
@@ -525,6 +556,7 @@ class LiveSupply:
                 stream.buffer.x[hook][slots] = x[at]
 
     def _end_thread(self) -> None:
+        self._made = None
         if self._thread is not None:
             self._at_exit()
             self._thread = None

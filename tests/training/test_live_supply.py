@@ -14,11 +14,12 @@ CONTEXT = 17
 
 @pytest.fixture
 def supplies():
-    """Makes supplies, and closes them at the end."""
+    """Makes supplies whose model runs in a thread, and closes them at the end."""
     made = []
 
     def make(text=None, lm=None, **options):
-        settings = {"buffer_rows": 256, "batch_size": 2, "streams": 4, "seed": 3, **options}
+        settings = {"buffer_rows": 256, "batch_size": 2, "streams": 4, "seed": 3, "ahead": 2}
+        settings |= options
         made.append(
             LiveSupply(lm or places_lm(), text or windows(), ["first", "second"], **settings)
         )
@@ -73,12 +74,13 @@ def test_every_row_is_given_out_once_a_pass_of_the_text(supplies):
     assert early * 2 * (CONTEXT - 1) - 256 <= out <= early * 2 * (CONTEXT - 1)
 
 
-def test_world_sizes_see_the_same_batches_and_go_on_from_each_other(supplies, tmp_path):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_world_sizes_see_the_same_batches_and_go_on_from_each_other(supplies, tmp_path, ahead):
     n, parts = 64, (4, 1, 2)
     want = taken(supplies(), n, 30)
     got, state = [], None
     for world in parts:
-        ranks = [supplies(rank=rank, world=world) for rank in range(world)]
+        ranks = [supplies(rank=rank, world=world, ahead=ahead) for rank in range(world)]
         for supply in ranks:
             if state is not None:
                 supply.load_state_dict(state)
@@ -89,12 +91,13 @@ def test_world_sizes_see_the_same_batches_and_go_on_from_each_other(supplies, tm
 
 
 @pytest.mark.parametrize("done", [0, 1, 13, 40])
-def test_a_state_brings_the_same_rows_back_to_the_bit(supplies, done):
-    supply = supplies()
+@pytest.mark.parametrize(("ahead", "later"), [(2, 2), (0, 0), (0, 2), (2, 0)])
+def test_a_state_brings_the_same_rows_back_to_the_bit(supplies, done, ahead, later):
+    supply = supplies(ahead=ahead)
     for _ in range(done):
         supply.next(64)
     state = supply.state_dict()
-    other = supplies()
+    other = supplies(ahead=later)
     other.next(64)
     other.load_state_dict(state)
     for _ in range(20):
@@ -124,6 +127,42 @@ def test_a_changed_text_is_noticed_when_a_state_is_loaded(supplies):
     taken(supply, 64, 5)
     with pytest.raises(ValueError, match="state must be of the same rows; it is of text"):
         supplies(windows(seed=1)).load_state_dict(supply.state_dict())
+
+
+def test_on_a_cpu_the_model_runs_when_rows_are_asked_for(supplies):
+    lm = places_lm()
+    supply = supplies(lm=lm, ahead=None, max_norm_ratio=float("inf"))  # no passes are kept aside
+    supply.next(64)
+    assert not [t for t in threading.enumerate() if t.name == "live-supply"]
+    before = lm.model.calls
+    with supply.pause():  # takes nothing away from the caller
+        taken(supply, 64, 10)
+    assert lm.model.calls > before
+    assert not lm.model.second._forward_hooks
+    assert supplies(ahead=None, threads=1).ahead == 2  # cores are left to the trainer
+
+
+def test_an_error_of_the_model_has_its_cause_and_the_same_rows_come_after_it(supplies):
+    lm = places_lm()
+    supply, want = supplies(lm=lm, ahead=0), supplies()
+    assert torch.equal(taken(supply, 64, 2), taken(want, 64, 2))
+
+    def fail(*_):
+        raise error
+
+    for error in (FloatingPointError("the card is gone"), KeyboardInterrupt()):
+        handle = lm.model.second.register_forward_pre_hook(fail)
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as raised:
+            taken(supply, 64, 50)
+        if isinstance(error, Exception):
+            assert str(raised.value) == "supply: the language model failed: the card is gone"
+            assert raised.value.__cause__ is error
+        handle.remove()
+        # batches before the failed one were given out: the next are found by their numbers
+        got, seen = supply.next(64).ids, want.next(64).ids
+        while not torch.equal(got, seen):
+            seen = want.next(64).ids
+        assert torch.equal(taken(supply, 64, 9), taken(want, 64, 9))
 
 
 def test_the_model_runs_while_the_caller_works(supplies):
@@ -246,7 +285,7 @@ def test_after_close_nothing_is_given_out(supplies):
     [
         ({"buffer_rows": 3}, "buffer_rows must be an int >= 4; got 3"),
         ({"batch_size": 0}, "batch_size must be an int >= 1; got 0"),
-        ({"ahead": 0}, "ahead must be an int >= 1; got 0"),
+        ({"ahead": -1}, "ahead must be an int >= 0; got -1"),
         ({"n_heldout": 60}, "text must have a window behind the 60 that are held out"),
         ({"drop_positions": CONTEXT}, f"drop_positions must be below context_size={CONTEXT}"),
         ({"world": 3}, "world must divide the number of streams, 4"),
