@@ -396,8 +396,8 @@ bool unit_product(const UnitStrip& s, float* out, int64_t stride, bool add) {
                        : product_strip<1>(s, out, stride, add);
 }
 
-constexpr Units kUnits = {kUnitSide, kUnitColumns, kUnitScratch, panel_bytes,
-                          pack,      unit_encode,  unit_product};
+constexpr Units kUnits = {kUnitSide,   kUnitColumns, kUnitScratch, true,
+                          panel_bytes, pack,         unit_encode,  unit_product};
 
 // ---- bits x floats ------------------------------------------------------------------------------
 

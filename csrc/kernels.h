@@ -82,14 +82,14 @@ struct Matrix {
   Element element;
 };
 
-// One strip of columns of a product on matrix units. The left side is packed before, for all
-// threads; the right side is read where it lies.
+// One strip of columns of a product. The left side is packed before, for all threads; the right side
+// is read where it lies.
 struct UnitStrip {
   const uint8_t* left;  // panels of Units::pack
   Matrix right;         // (k, column)
   int64_t rows, depth;
   int64_t columns;   // at most Units::columns
-  int64_t digits;    // 3: as exact as fp32; 1: operands rounded to bf16
+  int64_t digits;    // where floats are split, 3: as exact as fp32; 1: operands rounded to bf16
   uint8_t* scratch;  // Units::scratch bytes, cache line aligned
 };
 
@@ -104,12 +104,13 @@ struct EncodeStrip {
   int64_t window_stride;
 };
 
-// Products of dense matrices, sums in fp32. A result is false where an operand of three digits is
-// not below 2^127 in size: then what was written is of no use.
+// Products of dense matrices, sums in fp32. Where floats are split, a result is false for an operand
+// of three digits that is not below 2^127 in size: then what was written is of no use.
 struct Units {
   int64_t rows;     // packed at once
   int64_t columns;  // of a strip
   int64_t scratch;
+  bool split;  // into digits; else numbers are multiplied as they are
   int64_t (*panel_bytes)(int64_t rows, int64_t depth, int64_t digits);
   // Packs `rows` rows from first, a multiple of `rows`, of [total, depth].
   bool (*pack)(const Matrix& left, int64_t first, int64_t total, int64_t depth, int64_t digits,

@@ -1,5 +1,5 @@
-// AVX2: pairs counted by look-ups of nibbles (vpshufb). Compiled with -mavx2
-// and -mfma.
+// AVX2: pairs counted by look-ups of nibbles (vpshufb), and dense products of its own
+// (fma_products.h). Compiled with -mavx2 and -mfma.
 //
 // The table of a nibble of signs, 16 bytes, is one of 81, three signs to the power of four: none is
 // ever built. Its number has the signs as digits to the base of three, 0, 1, 2 for 0, 1, -1.
@@ -198,6 +198,8 @@ struct Lookup {
 #include "kernels_sparse.h"
 // after what it is written with
 #include "kernels_lookup.h"
+// behind both
+#include "fma_products.h"
 
 namespace bae_fast {
 namespace {
@@ -358,6 +360,7 @@ constexpr Kernels make_avx2_kernels() {
   k.covariance_tile = covariance_tile;
   k.backward_strip_f32 = lookup_backward_strip_f32;
   k.backward_strip_f64 = lookup_backward_strip_f64;
+  k.units = &kFmaUnits;
   return k;
 }
 

@@ -21,7 +21,7 @@ int64_t simd(int64_t level) {
 void register_operators() {
   Library any("bae_fast", "CompositeExplicitAutograd");
   any.impl<&simd>("cpp_simd");
-  any.impl<&has_units>("cpp_has_units");
+  any.impl<&unit_kind>("cpp_unit_kind");
   any.impl<&new_gradient>("cpp_new_gradient");
   Library cpu("bae_fast", "CPU");
   cpu.impl<&rows_to_columns>("cpp_rows_to_columns");

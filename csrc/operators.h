@@ -31,7 +31,7 @@ Tensor listed_covariance(Tensor ranks, Tensor lists, int64_t n_features, int64_t
 // products.cpp
 void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> keep, double width,
                int64_t start, Tensor words, Tensor window);
-bool has_units();
+int64_t unit_kind();
 bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, double width,
                  int64_t digits, Tensor words, Tensor window);
 bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor out);

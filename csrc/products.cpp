@@ -63,9 +63,13 @@ void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> kee
   });
 }
 
-// ---- matrix units -------------------------------------------------------------------------------
+// ---- dense x dense ------------------------------------------------------------------------------
 
-bool has_units() { return kernels().units != nullptr; }
+// 0: none; 1: numbers are multiplied as they are; 2: in digits, on matrix units.
+int64_t unit_kind() {
+  const Units* const found = kernels().units;
+  return found == nullptr ? 0 : found->split ? 2 : 1;
+}
 
 // Bits and window of x W + b, as `threshold`, without ever holding x W. False, and nothing of use,
 // where the operands are too large for the digits.

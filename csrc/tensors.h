@@ -34,28 +34,12 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 
 inline int64_t row_stride(const Tensor& tensor) { return tensor.stride(0); }
 
-// Memory on a cache line, not set to anything.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes)
-      : memory_(bytes > 0 ? static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64)))
-                          : nullptr) {
-    check(bytes <= 0 || memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
-  uint8_t* get() const { return memory_; }
-
- private:
-  uint8_t* memory_;
-};
+constexpr int64_t kLargePage = int64_t{1} << 21;
 
 // A hint, for new memory about to be written whole: a page fault every 4 KiB of 64 MiB takes as
 // long as a product.
 inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kLargePage = int64_t{1} << 21;
   const int64_t begin = round_up(reinterpret_cast<intptr_t>(memory), kLargePage);
   const int64_t end = (reinterpret_cast<intptr_t>(memory) + bytes) / kLargePage * kLargePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -65,6 +49,26 @@ inline void prefer_large_pages(void* memory, int64_t bytes) {
 inline void prefer_large_pages(const Tensor& fresh) {
   prefer_large_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size());
 }
+
+// Memory on a cache line, not set to anything; from half a large page on, whole ones: packed panels
+// are read again and again, and the processor has few places for the addresses of small pages.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes <= 0) return;
+    const int64_t unit = bytes < kLargePage / 2 ? 64 : kLargePage;
+    memory_ = static_cast<uint8_t*>(std::aligned_alloc(unit, round_up(bytes, unit)));
+    check(memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
+    if (unit == kLargePage) prefer_large_pages(memory_, round_up(bytes, unit));
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+  uint8_t* get() const { return memory_; }
+
+ private:
+  uint8_t* memory_ = nullptr;
+};
 
 // Calls add with the number of every set bit. Sixteen words at a time are looked at first: nearly
 // all are zero in a sparse code.

@@ -1,6 +1,7 @@
 """impl="cpp": every instruction set gives the same integers."""
 
 import importlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -222,7 +223,57 @@ def test_products_of_bits_err_less_than_twice_a_dense_product(level, shape, dens
         assert (got.double() - exact).abs().max() <= allowed
 
 
-def test_the_whole_layer_gives_the_same_integers_and_nearly_the_same_gradients(level, threads):
+# beyond a group of rows, a vector of columns and a block of the depth; and all three whole
+DENSE = [(5, 3, 7), (7, 257, 17), (97, 255, 33), (13, 513, 300), (96, 256, 256), (6, 8, 16)]
+
+
+@pytest.mark.parametrize("shape", DENSE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_products_err_less_than_twice_torchs(level, shape, dtype):
+    from bae_fast.backends.cpp import extension
+
+    if extension.op("unit_kind")() != 1:
+        pytest.skip(f"{level} has no products of numbers as they are")
+    n, depth, columns = shape
+    left, right = torch.randn(n, depth).to(dtype), torch.randn(depth, columns).to(dtype)
+    left_by_columns, right_by_columns = left.t().contiguous().t(), right.t().contiguous().t()
+    exact = left.double() @ right.double()
+    allowed = 2 * (left.float() @ right.float() - exact).abs().max() + 2**-23 * exact.abs().max()
+    made = []
+    for a, b in itertools.product((left, left_by_columns), (right, right_by_columns)):
+        out = torch.full((n, columns + 3), 9.0)[:, :columns]
+        extension.op("unit_product")(a, b, 3, False, out)
+        made.append(out)
+        assert (out - exact).abs().max() <= allowed
+    assert all(torch.equal(out, made[0]) for out in made)
+    # a row alone, and with half of the columns, has the same bits
+    alone = torch.empty(1, columns - columns // 2)
+    extension.op("unit_product")(left[2:3], right[:, columns // 2 :], 3, False, alone)
+    assert torch.equal(alone[0], made[0][2, columns // 2 :])
+    extension.op("unit_product")(left, right, 3, True, made[0])
+    assert (made[0] - 2 * exact).abs().max() <= 2 * allowed
+
+
+def test_numbers_that_are_not_finite_reach_their_row_and_column_alone(level):
+    """A panel is padded with zeros, and zero times infinity is NaN."""
+    n, d, k = 70, 9, 150
+    x, W = torch.randn(n, d), torch.randn(d, k)
+    want = CPP.ops["encode"](x, W, torch.zeros(k), None, 0.5)
+    x[68, 3], x[5, 0], W[2, 149], W[1, 64] = torch.inf, torch.nan, -torch.inf, torch.nan
+    got = CPP.ops["encode"](x, W, torch.zeros(k), None, 0.5)
+    pre = x @ W
+    assert torch.equal(unpack_rows(got[0], k)[[5, 68]], pre[[5, 68]] > 0)
+    assert torch.equal(unpack_rows(got[0], k)[:, [64, 149]], pre[:, [64, 149]] > 0)
+    for mine, before in zip(got[:2], want[:2], strict=True):
+        differs = unpack_rows(mine, k) != unpack_rows(before, k)
+        differs[[5, 68]], differs[:, [64, 149]] = False, False
+        assert not differs.any()
+
+
+@pytest.mark.parametrize("surrogate", ["sigmoid", "identity"])
+def test_the_whole_layer_gives_the_same_integers_and_nearly_the_same_gradients(
+    level, threads, surrogate
+):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(130, 17, generator=g)
     parameters = [torch.randn(s, generator=g) * 0.3 for s in ((17, 300), (300,), (300, 17), (17,))]
@@ -230,7 +281,7 @@ def test_the_whole_layer_gives_the_same_integers_and_nearly_the_same_gradients(l
     def run(impl):
         leaves = [t.clone().requires_grad_() for t in parameters]
         out = bf.binary_autoencoder(
-            x, *leaves, impl=impl, covariance=True, surrogate="sigmoid", multilinear=True
+            x, *leaves, impl=impl, covariance=True, surrogate=surrogate, multilinear=True
         )
         loss = ((out.recon - x) ** 2).mean() + 0.01 * out.entropy + 0.01 * out.covariance
         (loss + 0.1 * out.variance).backward()

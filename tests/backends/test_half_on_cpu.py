@@ -9,6 +9,7 @@ import torch
 from bae_fast.backends import cpp
 from bae_fast.backends.cpp import decode as cpp_decode
 from bae_fast.backends.cpp import sparse_backward as cpp_sparse
+from bae_fast.backends.cpp.units import has_matrix_units
 from bae_fast.ops import products, registry
 from bae_fast.packing import bit_weights, n_words, pack_rows, unpack_rows
 
@@ -89,7 +90,7 @@ def test_what_is_not_finite_reaches_the_rows_that_have_it(ops, native, dtype):
     recon = ops["decode"](pack_rows(bits), W, torch.zeros(8), 1, dtype)
     # a dense product of bf16 numbers makes NaN of 0 x infinity; adding rows does not
     assert torch.equal(recon[3].isinf(), torch.ones(8, dtype=torch.bool))
-    if ops is registry.BACKENDS["cpp"].ops and not extension.op("has_units")():
+    if ops is registry.BACKENDS["cpp"].ops and not has_matrix_units():
         assert torch.equal(recon.isinf().all(1), bits[:, 7])
 
 
@@ -109,7 +110,7 @@ def test_the_density_decides_in_half_precision(native, dtype, monkeypatch):
         return run
 
     monkeypatch.setattr(cpp_decode, "op", spy)
-    units = dtype == torch.bfloat16 and extension.op("has_units")()
+    units = dtype == torch.bfloat16 and has_matrix_units()
     below = cpp_decode.GATHER_BELOW_UNITS if units else cpp_decode.GATHER_BELOW[extension.simd()]
     for share, adds in ((0.8 * below, True), (1.2 * below, False)):
         gathered.clear()
@@ -201,7 +202,7 @@ def test_encode_by_widened_operands_has_the_bits_of_float64(ops, shape, dtype, m
     monkeypatch.setattr(products, "cpu_has_bfloat16", lambda: False)
     n, k = shape
     x, W, b = normal(n, 24).to(dtype), normal(24, k, seed=1), normal(k, seed=2)
-    if extension.op("has_units")() and dtype == torch.bfloat16:
+    if has_matrix_units() and dtype == torch.bfloat16:
         W = W.to(dtype).float()
     words, window, counts, _ = ops["encode"](x, W, b, None, 0.5)
     pre = x.double() @ W.double() + b.double()

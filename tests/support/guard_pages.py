@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from bae_fast.backends.cpp import extension
+from bae_fast.backends.cpp import extension, units
 from bae_fast.ops import registry
 from bae_fast.packing import pack_rows
 
@@ -261,7 +261,11 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
     if n_rows > 1:
         _, signs = check(f"covariance: {shape}", ops["covariance"], words, counts, n_rows, True)
     kept = signs is not None and signs.numel() > 0  # lists keep none
-    for surrogate, stored in (("rectangle", True), ("sigmoid", False), ("official", True)):
+    for surrogate, stored, need_x in (
+        ("rectangle", True, True),
+        ("sigmoid", False, True),
+        ("official", True, False),
+    ):
         covariance = signs is not None
         check(
             f"encoder_backward: {shape}, {surrogate}, covariance {covariance}, stored {stored}",
@@ -271,7 +275,7 @@ def raw_operators(n, k, d, pad, n_bits, dtype):
             torch.ones((), dtype=wide) if covariance else None,
             signs if kept and stored else None,
             words if covariance and not (kept and stored) else None,
-            counts, n_rows, surrogate, 0.5, n_bits, [True, True, True], exact=False,
+            counts, n_rows, surrogate, 0.5, n_bits, [need_x, True, True], exact=False,
         )  # fmt: skip
 
 
@@ -286,6 +290,7 @@ SHAPES = [
 def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    units.LEAST_ROWS = units.LEAST_COLUMNS = 1  # small sizes too
     listed = 0
     shapes = SHAPES[::2] if "some" in sys.argv[1:] else SHAPES
     for i, (n, k, d) in enumerate(shapes):

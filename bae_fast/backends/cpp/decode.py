@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import empty_gradient, op, simd
-from bae_fast.backends.cpp.units import operand, unit_digits
+from bae_fast.backends.cpp.units import has_matrix_units, operand
 from bae_fast.ops.products import (
     decode_by_chunks,
     decoder_gradient_by_chunks,
@@ -51,7 +51,7 @@ def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype
         return None
     n, f = words.shape[0], W_dec.shape[0]
     recon = b_dec.float().expand(n, -1).clone()
-    units = dtype == torch.bfloat16 and unit_digits(dtype) == 1
+    units = dtype == torch.bfloat16 and has_matrix_units()
     gather = _adds_rows(op("count_ones")(words), n, f, units)
     if units and not gather:
         op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
@@ -86,7 +86,7 @@ def _gradient_of_bits(
     if torch.float64 in (dtype, grad_recon.dtype):
         return None
     n, d_out = grad_recon.shape
-    units = grad_recon.dtype == torch.bfloat16 and unit_digits(torch.bfloat16) == 1
+    units = grad_recon.dtype == torch.bfloat16 and has_matrix_units()
     gather = _adds_rows(op("count_ones")(words), n, n_columns, units)
     features = op("rows_to_features")(words, n_columns)
     grad_W = empty_gradient(n_columns, d_out, torch.float32)

@@ -10,9 +10,10 @@ curvature per column, S the signs of the covariance, N and n the counted rows an
 The signs S are planes of bits, kept or made again, or come from lists of the rows (``covariance``).
 
 Three ways. Where the rectangle's window is sparse, its entries alone (``sparse_backward``), in fp32
-for half precision too. On matrix units, both dense products and all between them strip by strip in
-C++. Else torch's products, and one pass in C++ over the chunk between them. B S is made of bits
-each time, and so is n^T S: the binary digits of n are further rows of bits.
+for half precision too. With products of the package's own (``units``), both dense products and all
+between them strip by strip in C++. Else torch's products, and one pass in C++ over the chunk
+between them. B S is made of bits each time, and so is n^T S: the binary digits of n are further
+rows of bits.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def _unit_backward(
     grad_W: Tensor,
     column_sum: Tensor,
 ) -> bool:
-    """Whether the matrix units filled grad_W and column_sum."""
-    digits = unit_digits(x.dtype)
+    """Whether products of the package's own filled grad_W and column_sum."""
+    digits = unit_digits(x.dtype, len(x), W_dec.shape[0])
     if not digits:
         return False
     out = grad_W

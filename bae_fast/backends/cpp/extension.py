@@ -66,9 +66,10 @@ _SCHEMAS = (
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
     # False, and nothing of use in out, where dense is not finite: only without `gather`, with AMX
     "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> bool",
-    # products of matrices on matrix units: 3 digits for fp32, 1 for bf16 operands, sums in fp32.
-    # False, and nothing of use written, where an operand of 3 digits is not below 2^127
-    "cpp_has_units() -> bool",
+    # dense products of the package's own, sums in fp32 -> 0: none; 1: of fp32 and bf16 numbers as
+    # they are; 2: on matrix units, 3 digits for fp32, 1 for bf16 operands. False, and nothing of
+    # use written, where an operand of 3 digits on matrix units is not below 2^127
+    "cpp_unit_kind() -> int",
     "cpp_unit_encode(Tensor x, Tensor W, Tensor bias, Tensor? keep, float width, int digits,"
     " Tensor(a!) words, Tensor(b!) window) -> bool",
     "cpp_unit_product(Tensor left, Tensor right, int digits, bool add, Tensor(a!) out) -> bool",

@@ -1,8 +1,11 @@
-"""Dense products on the CPU's matrix units, where it has them (AMX).
+"""Dense products of the package's own, where they are faster than torch's.
 
-A float is three bf16 digits, and six products of digits are as exact as one product in fp32 and
-faster; numbers of bf16 are one digit. Operators that use them say where they could not, because an
-operand is not finite or nearly so: then torch's own product serves.
+On matrix units (AMX) a float is three bf16 digits, and six products of digits are as exact as one
+product in fp32 and faster; numbers of bf16 are one digit. Operators that use them say where they
+could not, because an operand is not finite or nearly so: then torch's own product serves.
+
+With AVX2 numbers of fp32 and of bf16 are multiplied as they are, by fused multiply-adds. Either way
+what comes before and after a product is done strip by strip, without a matrix [N, F] in memory.
 """
 
 from __future__ import annotations
@@ -13,15 +16,33 @@ from torch import Tensor
 from bae_fast.backends.cpp.extension import op
 
 _DIGITS = {torch.float32: 3, torch.bfloat16: 1}
+# with AVX2: fewer rows cost more to prepare than they gain, and every thread needs a strip
+LEAST_ROWS = 32
+LEAST_COLUMNS = 64
 
 
-def unit_digits(dtype: torch.dtype) -> int:
-    """Digits of a number of the compute dtype; 0 where the units are missing or do not serve it."""
-    return _DIGITS.get(dtype, 0) if op("has_units")() else 0
+def has_matrix_units() -> bool:
+    """Whether the instruction set in use has matrix units."""
+    return bool(op("unit_kind")() == 2)
+
+
+def unit_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
+    """Digits of a number of the compute dtype; 0 where torch's product serves it better.
+
+    Args:
+        dtype: of both operands.
+        rows, columns: of the product.
+    """
+    kind = op("unit_kind")()
+    if kind == 2:
+        return _DIGITS.get(dtype, 0)
+    enough = rows >= LEAST_ROWS and columns >= LEAST_COLUMNS * torch.get_num_threads()
+    return 3 if kind == 1 and dtype in _DIGITS and enough else 0
 
 
 def operand(matrix: Tensor, digits: int) -> Tensor:
-    """A matrix as the units read it: fp32, with one digit also bf16; contiguous one way."""
-    if matrix.dtype != torch.float32 and (digits == 3 or matrix.dtype != torch.bfloat16):
+    """A matrix as the products read it: fp32, or bf16 where it may stay so; contiguous one way."""
+    may_stay = digits == 1 or not has_matrix_units()
+    if matrix.dtype != torch.float32 and not (may_stay and matrix.dtype == torch.bfloat16):
         matrix = matrix.to(torch.float32 if digits == 3 else torch.bfloat16)
     return matrix if matrix.stride(1) == 1 or matrix.stride(0) == 1 else matrix.contiguous()

@@ -684,7 +684,7 @@ void test_product(const Kernels& k, const char* name, Result (*kernel)(const Bit
   }
 }
 
-// ---- matrix units -------------------------------------------------------------------------------
+// ---- dense products -----------------------------------------------------------------------------
 
 // [rows, columns] of integers as the units read them, either way contiguous.
 struct Numbers {
@@ -801,14 +801,14 @@ void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns
 void test_units(const Kernels& k) {
   const int64_t columns[] = {1, 15, 16, 17, 31, 32, 33, 64, 65, 255, 256};
   int64_t turn = 0;
-  for (int64_t rows : {1, 31, 32, 33, 65, 130}) {
-    for (int64_t depth : {1, 16, 17, 31, 32, 33, 95, 96, 97, 127, 128, 129, 385, 500}) {
+  for (int64_t rows : {1, 5, 6, 7, 31, 32, 33, 65, 96, 97, 130}) {
+    for (int64_t depth : {1, 16, 17, 31, 33, 96, 97, 127, 129, 255, 256, 257, 385, 500}) {
       for (int64_t digits : {1, 3}) {
         ++turn;
         const Matrix::Element element =
             digits == 3 || turn % 3 == 0 ? Matrix::kFloat : Matrix::kBfloat16;
         unit_product(k, rows, depth, columns[turn % 11], digits, turn % 2 == 0, turn / 2 % 2 == 0,
-                     element, digits == 1 && turn % 5 == 0);
+                     element, k.units->split && digits == 1 && turn % 5 == 0);
       }
     }
   }

@@ -1,0 +1,243 @@
+// Products of dense matrices by fused multiply-adds, and what is done to a strip of them at once.
+//
+// Sums of 6 rows and 16 columns stay in 12 registers while k runs: a step reads two vectors of the
+// right side and broadcasts six numbers of the left one.
+//
+//     left   [block of k][6 rows]: number (k, row) at 6 k + row
+//     right  [16 columns] of one block of k: number (k, column) at 16 k + column
+//
+// 16 columns of a block of k, 16 KiB, stay in the innermost cache while rows stream by; 96 rows and
+// all columns of a strip stay in the next. A sum is that of k in rising order, block by block,
+// whatever the shape, the strip and the number of threads are.
+#pragma once
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace bae_fast {
+namespace {
+
+constexpr int64_t kFmaRows = 6, kFmaLanes = 8, kFmaColumns = 2 * kFmaLanes;
+constexpr int64_t kFmaDepth = 256;        // a block of k
+constexpr int64_t kFmaRowsInCache = 96;   // whole groups
+constexpr int64_t kFmaStrip = 256;        // columns
+constexpr int64_t kFmaRowsAtOnce = 1026;  // of an encode, whose sums rest in memory; whole groups
+constexpr int64_t kFmaLeft = kFmaRows * kFmaDepth, kFmaRight = kFmaColumns * kFmaDepth;
+constexpr int64_t kFmaRightPanel = kFmaStrip / kFmaColumns * kFmaRight;
+static_assert(kFmaRowsInCache % kFmaRows == 0 && kFmaRowsAtOnce % kFmaRows == 0 &&
+              kFmaStrip % kFmaColumns == 0);
+
+inline float number(float value) { return value; }
+inline float number(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+inline __m256 numbers(const float* from) { return _mm256_loadu_ps(from); }
+inline __m256 numbers(const uint16_t* from) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+// ---- panels -------------------------------------------------------------------------------------
+
+int64_t fma_panel_bytes(int64_t rows, int64_t depth, int64_t) {
+  const int64_t groups = (rows + kFmaRows - 1) / kFmaRows;
+  return groups * ((depth + kFmaDepth - 1) / kFmaDepth) * kFmaLeft * 4;
+}
+
+// The panel of a group of rows and the block that begins at k0.
+inline float* left_panel(uint8_t* panel, int64_t group, int64_t groups, int64_t k0) {
+  return reinterpret_cast<float*>(panel) + (k0 / kFmaDepth * groups + group) * kFmaLeft;
+}
+
+template <typename T>
+void pack_left_rows(const Matrix& m, int64_t first, int64_t total, int64_t depth, uint8_t* panel) {
+  const int64_t groups = (total + kFmaRows - 1) / kFmaRows;
+  const int64_t used = total - first < kFmaRows ? total - first : kFmaRows;
+  const T* const from = static_cast<const T*>(m.data) + first * m.row;
+  for (int64_t k0 = 0; k0 < depth; k0 += kFmaDepth) {
+    const int64_t k1 = depth - k0 < kFmaDepth ? depth : k0 + kFmaDepth;
+    float* to = left_panel(panel, first / kFmaRows, groups, k0);
+    for (int64_t k = k0; k < k1; ++k, to += kFmaRows) {
+      const T* const at = from + k * m.column;
+      for (int64_t r = 0; r < kFmaRows; ++r) to[r] = r < used ? number(at[r * m.row]) : 0.0f;
+    }
+  }
+}
+
+bool fma_pack(const Matrix& left, int64_t first, int64_t total, int64_t depth, int64_t,
+              uint8_t* panel) {
+  if (left.element == Matrix::kFloat) {
+    pack_left_rows<float>(left, first, total, depth, panel);
+  } else {
+    pack_left_rows<uint16_t>(left, first, total, depth, panel);
+  }
+  return true;
+}
+
+// Eight vectors, transposed.
+inline void transpose_8(__m256 (&v)[8]) {
+  __m256 pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+// Rows k0 .. k0 + depth of all columns of a strip.
+template <typename T>
+void pack_right(const Matrix& m, int64_t columns, int64_t k0, int64_t depth, float* panel) {
+  const T* const from = static_cast<const T*>(m.data) + k0 * m.row;
+  for (int64_t c = 0; c < columns; c += kFmaColumns, panel += kFmaRight) {
+    const int64_t used = columns - c < kFmaColumns ? columns - c : kFmaColumns;
+    const T* const at = from + c * m.column;
+    int64_t done = 0;  // of k, by vectors
+    if (used == kFmaColumns && m.column == 1) {
+      for (; done < depth; ++done) {
+        float* const to = panel + done * kFmaColumns;
+        _mm256_store_ps(to, numbers(at + done * m.row));
+        _mm256_store_ps(to + kFmaLanes, numbers(at + done * m.row + kFmaLanes));
+      }
+    } else if (used == kFmaColumns) {
+      for (; done + kFmaLanes <= depth; done += kFmaLanes) {
+        for (int64_t half = 0; half < kFmaColumns; half += kFmaLanes) {
+          __m256 block[8];
+          for (int64_t i = 0; i < kFmaLanes; ++i) {
+            block[i] = numbers(at + (half + i) * m.column + done);
+          }
+          transpose_8(block);
+          for (int64_t i = 0; i < kFmaLanes; ++i) {
+            _mm256_store_ps(panel + (done + i) * kFmaColumns + half, block[i]);
+          }
+        }
+      }
+    }
+    for (; done < depth; ++done) {
+      for (int64_t j = 0; j < kFmaColumns; ++j) {
+        panel[done * kFmaColumns + j] = j < used ? number(at[done * m.row + j * m.column]) : 0.0f;
+      }
+    }
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+// out [6, 16] (+)= left right over `depth` of k.
+inline void multiply_block(const float* left, const float* right, int64_t depth, float* out,
+                           int64_t stride, bool add) {
+  __m256 sum[kFmaRows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < kFmaRows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < depth; ++k, left += kFmaRows, right += kFmaColumns) {
+    const __m256 first = _mm256_load_ps(right), second = _mm256_load_ps(right + kFmaLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kFmaRows; ++r) {
+      const __m256 of_row = _mm256_broadcast_ss(left + r);
+      sum[r][0] = _mm256_fmadd_ps(of_row, first, sum[r][0]);
+      sum[r][1] = _mm256_fmadd_ps(of_row, second, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kFmaRows; ++r) {
+    float* const to = out + r * stride;
+    if (add) {
+      sum[r][0] = _mm256_add_ps(_mm256_loadu_ps(to), sum[r][0]);
+      sum[r][1] = _mm256_add_ps(_mm256_loadu_ps(to + kFmaLanes), sum[r][1]);
+    }
+    _mm256_storeu_ps(to, sum[r][0]);
+    _mm256_storeu_ps(to + kFmaLanes, sum[r][1]);
+  }
+}
+
+// The same where fewer rows or columns there are.
+inline void multiply_edge(const float* left, const float* right, int64_t depth, int64_t rows,
+                          int64_t columns, float* out, int64_t stride, bool add) {
+  alignas(32) float block[kFmaRows * kFmaColumns];
+  multiply_block(left, right, depth, block, kFmaColumns, false);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      float& to = out[r * stride + c];
+      to = add ? to + block[r * kFmaColumns + c] : block[r * kFmaColumns + c];
+    }
+  }
+}
+
+// Rows first .. last of a product; the first of them is the first of `out`, and of a group.
+void multiply_rows(const UnitStrip& s, int64_t first, int64_t last, float* out, int64_t stride,
+                   bool add) {
+  float* const panel = reinterpret_cast<float*>(s.scratch);
+  const int64_t groups = (s.rows + kFmaRows - 1) / kFmaRows;
+  for (int64_t k0 = 0; k0 < s.depth; k0 += kFmaDepth) {
+    const int64_t depth = s.depth - k0 < kFmaDepth ? s.depth - k0 : kFmaDepth;
+    if (s.right.element == Matrix::kFloat) {
+      pack_right<float>(s.right, s.columns, k0, depth, panel);
+    } else {
+      pack_right<uint16_t>(s.right, s.columns, k0, depth, panel);
+    }
+    const float* const left = left_panel(const_cast<uint8_t*>(s.left), 0, groups, k0);
+    for (int64_t m0 = first; m0 < last; m0 += kFmaRowsInCache) {
+      const int64_t m1 = last - m0 < kFmaRowsInCache ? last : m0 + kFmaRowsInCache;
+      for (int64_t c = 0; c < s.columns; c += kFmaColumns) {
+        const float* const right = panel + c / kFmaColumns * kFmaRight;
+        const int64_t columns = s.columns - c < kFmaColumns ? s.columns - c : kFmaColumns;
+        for (int64_t m = m0; m < m1; m += kFmaRows) {
+          const float* const rows = left + m / kFmaRows * kFmaLeft;
+          float* const to = out + (m - first) * stride + c;
+          if (columns == kFmaColumns && m + kFmaRows <= m1) {
+            multiply_block(rows, right, depth, to, stride, add || k0 > 0);
+          } else {
+            const int64_t used = m1 - m < kFmaRows ? m1 - m : kFmaRows;
+            multiply_edge(rows, right, depth, used, columns, to, stride, add || k0 > 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+bool fma_product(const UnitStrip& s, float* out, int64_t stride, bool add) {
+  multiply_rows(s, 0, s.rows, out, stride, add);
+  return true;
+}
+
+bool fma_encode(const UnitStrip& s, const EncodeStrip& e) {
+  float* const sums = reinterpret_cast<float*>(s.scratch) + kFmaRightPanel;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    if (row % kFmaRowsAtOnce == 0) {
+      const int64_t last = s.rows - row < kFmaRowsAtOnce ? s.rows : row + kFmaRowsAtOnce;
+      multiply_rows(s, row, last, sums, kFmaStrip, false);
+    }
+    uint32_t* const words = e.words + row * e.words_stride;
+    uint32_t* const window = e.window == nullptr ? nullptr : e.window + row * e.window_stride;
+    if (e.keep != nullptr && !e.keep[row]) {
+      for (int64_t w = 0; w < n_words(s.columns); ++w) words[w] = 0;
+      for (int64_t w = 0; window != nullptr && w < n_words(s.columns); ++w) window[w] = 0;
+      continue;
+    }
+    float* const pre = sums + row % kFmaRowsAtOnce * kFmaStrip;
+    for (int64_t c = 0; c < s.columns; ++c) pre[c] += e.bias[c];
+    threshold_f32(pre, s.columns, e.width, words, window);
+  }
+  return true;
+}
+
+constexpr int64_t kFmaScratch = (kFmaRightPanel + kFmaRowsAtOnce * kFmaStrip) * 4;
+
+constexpr Units kFmaUnits = {kFmaRows,        kFmaStrip, kFmaScratch, false,
+                             fma_panel_bytes, fma_pack,  fma_encode,  fma_product};
+
+}  // namespace
+}  // namespace bae_fast
