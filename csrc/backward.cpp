@@ -182,14 +182,17 @@ bool unit_backward(Tensor x, Tensor grad_recon, Tensor W_dec, int64_t digits_of_
   const LeftPanel rows(transposed(as_matrix(x)), weights ? d : 0, n, digits_of_numbers);
   if (!gradients.exact() || !rows.exact()) return false;
   const Matrix decoder = transposed(as_matrix(W_dec));
+  // of many rows narrower strips: every thread has one in memory
+  constexpr int64_t kStripNumbers = int64_t{1} << 22;
+  const int64_t widest = std::clamp(kStripNumbers / n / kStrip * kStrip, kStrip,
+                                    std::min(units.columns, kernels().strip));
   std::atomic<bool> exact{true};
   for_each_strip<float>(
-      b, n, k, std::min(units.columns, kernels().strip), kernels().backward_strip_f32,
-      kernels().backward_given_f32, [&] {
-        return [&, scratch = Scratch(units.scratch), memory = Scratch(n * units.columns * 4)](
+      b, n, k, widest, kernels().backward_strip_f32, kernels().backward_given_f32, [&] {
+        return [&, scratch = Scratch(units.scratch), memory = Scratch(n * widest * 4)](
                    BackwardStrip<float>& s, int64_t at, auto run) {
           s.g = reinterpret_cast<float*>(memory.get());
-          s.g_stride = units.columns;
+          s.g_stride = widest;
           const UnitStrip decode{gradients.get(),   from(decoder, 0, at), n, d_out, s.columns,
                                  digits_of_numbers, scratch.get()};
           if (!units.product(decode, s.g, s.g_stride, false)) exact = false;
