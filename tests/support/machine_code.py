@@ -6,6 +6,7 @@ else is undefined); a compiler that unrolls or pipelines may write them before. 
 the assembler's notes that it had to put such instructions one after the other.
 """
 
+import functools
 import re
 
 # of the operand A: 64 rows a warpgroup, 256 bits a row, in four registers a thread
@@ -30,6 +31,7 @@ def serialized(log):
     return [match.group(0) for match in _SERIALIZED.finditer(log)]
 
 
+@functools.cache
 def _written(text):
     """Registers that one instruction writes."""
     name, _, rest = text.partition(" ")
@@ -101,6 +103,7 @@ def rewritten_operands(sass):
     Every path through the code is followed, loops until nothing new is in flight.
     """
     pieces, after = _blocks(sass)
+    pieces = [[(*each, _MATRIX.match(each[1]), _WAIT.match(each[1])) for each in p] for p in pieces]
     found, seen, left = set(), set(), [(0, (), frozenset())]
     while left:
         state = left.pop()
@@ -108,8 +111,8 @@ def rewritten_operands(sass):
             continue
         seen.add(state)
         at, groups, started = state
-        for address, text in pieces[at]:
-            matrix, wait = _MATRIX.match(text), _WAIT.match(text)
+        flying = started.union(*groups)
+        for address, text, matrix, wait in pieces[at]:
             if matrix:
                 if matrix.group(4) is not None:
                     first = int(matrix.group(4))
@@ -119,13 +122,14 @@ def rewritten_operands(sass):
                     groups, started = (*groups, started), frozenset()
                     if len(groups) > MOST_GROUPS:
                         groups = (groups[0] | groups[1], *groups[2:])
+                flying = started.union(*groups)
             elif wait:
                 keep = int(wait.group(1), 16)
                 groups = groups[len(groups) - keep :] if 0 < keep < len(groups) else groups
                 groups = () if keep == 0 else groups
-            else:
-                written = _written(text)
-                for register, reader in frozenset().union(started, *groups):
+                flying = started.union(*groups)
+            elif flying and (written := _written(text)):
+                for register, reader in flying:
                     if register in written:
                         found.add(f"{address}: {text} while {reader} may read R{register}")
         left += [(to, groups, started) for to in after[at]]
