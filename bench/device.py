@@ -6,15 +6,16 @@ It runs from a plain checkout: the kernels are found in its folders where nothin
 
 Checks come first: each operator and the whole layer of each implementation in fp32, bf16 and fp16,
 on odd shapes, several densities, constant and equal columns, ties; decode again and again on one
-input, its bits compared; the pairs by wgmma, which wait for this, at the edges of their sizes; a
-training run with its steps in a CUDA graph, which has to be the run without, bit for bit. Then a
-step, its kernels by a profiler, and the small checks once more under ``compute-sanitizer``. Then,
-the most telling first, whole steps and operators against the dense program in bf16; the covariance
-against int8 products; steps replayed from a CUDA graph; the tests that need a device; last the
-compiled dense program. Every timed call is checked on its own inputs before, and one that is wrong
-has no figure; a side of which an operator was refused in the checks is timed all the same, and
-marked. Times are the device's, by events, the L2 cache overwritten before every call and the host
-ahead; peaks are above what is there between steps: x, parameters, gradients, optimizer.
+input, its bits compared; pairs and products with the signs by wgmma, which wait for this, at the
+edges of their sizes; a training run with its steps in a CUDA graph, which has to be the run
+without, bit for bit. Then a step, its kernels by a profiler, and the small checks once more under
+``compute-sanitizer``. Then, the most telling first, whole steps and operators against the dense
+program in bf16; the covariance against int8 products; steps replayed from a CUDA graph; the tests
+that need a device; last the compiled dense program. Every timed call is checked on its own inputs
+before, and one that is wrong has no figure; a side of which an operator was refused in the checks
+is timed all the same, and marked. Times are the device's, by events, the L2 cache overwritten
+before every call and the host ahead; peaks are above what is there between steps: x, parameters,
+gradients, optimizer.
 
 The whole ends within ``--seconds``: a case is not begun where its kind has shown that it would not
 fit, and one process watches another that works. A kernel that ends that process or hangs costs the
@@ -49,7 +50,7 @@ import bae_fast as bf
 from bae_fast.codes import ENV_SIGN_PLANES
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.ops import registry
-from bae_fast.ops.nvidia import ENV_PAIRS
+from bae_fast.ops.nvidia import ENV_PAIRS, ENV_SIGNS
 from bae_fast.ops.products import ENV_SCRATCH
 from bae_fast.packing import pack_rows
 from bae_fast.surrogates import SURROGATES
@@ -75,15 +76,21 @@ DEAD = 75
 SPARSE = 5e-4
 # a decode that is repeated on one input
 REPEATS = 50
-# the covariance of impl="cuda" with its pairs by wgmma, and (N, F) at which it is checked: one
-# feature, edges of panels and of tiles of 1024 rows, blocks with many tiles, the most rows; and how
-# often each is made
+# impl="cuda" with its pairs or its products with the signs by wgmma. (N, F) at which pairs are
+# checked: one feature, edges of panels and of tiles of 1024 rows, blocks with many tiles, the most
+# rows; and how often each is made
 PANELS = "cuda wgmma"
 PANEL_SHAPES = [
     (2, 1), (33, 129), (1024, 128), (1025, 300), (4096, 4096), (4097, 2500), (6000, 5000),
     (8192, 4096),
 ]  # fmt: skip
 PANEL_REPEATS = 5
+# (N, columns of S, F) at which products with the signs are checked: few of everything, edges of
+# results of 256 x 128 and of tiles of 1024 bits, stages used again, blocks with many results
+SIGN_SHAPES = [
+    (2, 1, 1), (256, 128, 1024), (257, 129, 1025), (300, 500, 3300), (4096, 3000, 4128),
+    (1025, 9000, 9000),
+]  # fmt: skip
 # cycles of a kernel that keeps the device busy while the host starts what is timed, half a
 # millisecond
 SLEEP = 1_000_000
@@ -177,7 +184,7 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
         for density in operators.DENSITIES
     ]
     if "cuda" in impls:
-        found += [{"kind": "panels"}]
+        found += [{"kind": "panels"}, {"kind": "sign panels"}]
     if device == "cuda":
         graphs = [impl for impl in impls if registry.BACKENDS[impl].capturable]
         found += [{"kind": "trainer", "impl": impl} for impl in graphs]
@@ -417,8 +424,45 @@ def check_panels(
     return len(shapes) * PANEL_REPEATS
 
 
+def check_sign_panels(
+    sign_product: Callable[..., Tensor],
+    digits_of: Callable[..., tuple[Tensor, Tensor]],
+    shapes: list[tuple[int, int, int]] = SIGN_SHAPES,
+) -> int:
+    """Products with the signs by wgmma, each several times; how many.
+
+    They are integers that are rounded once: equal to those of float64 to the last bit, and to those
+    by mma.sync.
+
+    Args:
+        sign_product: of the kernels of impl="cuda".
+        digits_of: :func:`bae_fast.kernels.counts.sign_operands`.
+
+    Raises:
+        WrongResultError: they are not.
+    """
+    for n, columns, f in shapes:
+        torch.manual_seed(n + columns + f)
+        dense, s = torch.rand(n, f) < torch.rand(f), torch.randint(-1, 2, (columns, f))
+        words, planes = pack_rows(dense), torch.stack([pack_rows(s > 0), pack_rows(s < 0)])
+        counts, n_rows = dense.sum(0), torch.tensor(n)
+        digits, scale = digits_of(counts, n_rows, torch.tensor(float(n * n)), n)
+        sums = n * (dense.double() @ s.double().t()) - counts.double() @ s.double().t()
+        right = sums.float() * scale  # below 2^53: exact until here
+        for form, times in (("mma", 1), ("wgmma", PANEL_REPEATS)):
+            for repeat in range(times):
+                with variables(**{ENV_SIGNS: form}):
+                    got = sign_product(words, planes, digits, n_rows, scale)
+                if not torch.equal(got, right):
+                    raise WrongResultError(
+                        f"B S by {form} of {n} rows, {columns} columns and {f} features, call "
+                        f"{repeat + 1}: {int((got != right).sum())} numbers of {right.numel()}"
+                    )
+    return len(shapes) * PANEL_REPEATS
+
+
 def panels_unavailable(device: str) -> str | None:
-    """Why impl="cuda" makes no pairs by wgmma here, or None."""
+    """Why impl="cuda" makes nothing by wgmma here, or None."""
     reasons = registry.reasons_against("cuda", request_of(device))
     if not reasons and torch.cuda.get_device_capability() != (9, 0):
         reasons = ["compute capability 9.0 alone has the instruction"]
@@ -426,6 +470,17 @@ def panels_unavailable(device: str) -> str | None:
 
 
 # -- comparisons -------------------------------------------------------------------------------
+
+
+def by_wgmma(side: Side, variable: str) -> Side:
+    """The same side with what the variable names made by wgmma."""
+
+    def run(*arguments: Any) -> Any:
+        with variables(**{variable: "wgmma"}):
+            return side.run(*arguments)
+
+    return side._replace(run=run)
+
 
 PAIRS_BLOCK = 8192
 
@@ -476,12 +531,7 @@ def pairs(n: int, f: int, density: float, impls: list[str]) -> Comparison:
     sides = {"int8": Side(numerator), "int8 counts": Side(only_counts)}
     sides |= {impl: packed(impl) for impl in impls}
     if "cuda" in impls and panels_unavailable(words.device.type) is None:
-
-        def by_panels() -> Any:
-            with variables(**{ENV_PAIRS: "wgmma"}):
-                return sides["cuda"].run()
-
-        sides[PANELS] = Side(by_panels)
+        sides[PANELS] = by_wgmma(sides["cuda"], ENV_PAIRS)
     case = {"n": n, "f": f, "density": density}
     return Comparison(case, sides, check, ours.work | {"bytes": 4.0 * words.numel()})
 
@@ -525,7 +575,11 @@ def build(case: Case, impls: list[str], device: str) -> Comparison:
         halves = [f"{impl} bf16" for impl in impls]
         if kind == "operator":
             names = impls if case["operator"].startswith("covariance") else halves
-            return operators.build(case["operator"], *shape, case["density"], ["autocast", *names])
+            found = operators.build(case["operator"], *shape, case["density"], ["autocast", *names])
+            signs = case["operator"] == "covariance_backward" and "cuda" in found.sides
+            if signs and panels_unavailable(device) is None:
+                found.sides[PANELS] = by_wgmma(found.sides["cuda"], ENV_SIGNS)
+            return found
         dense = ["autocast", "compile bf16"] if case.get("compiled") else ["autocast"]
         if shape == tuple(FULL.head) or device == "cpu":  # larger ones take it seconds
             halves = list(dict.fromkeys([*halves, "torch bf16"]))
@@ -913,6 +967,12 @@ def settled(sides: dict[str, Any]) -> dict[str, Any]:
     return {name: side for name, side in sides.items() if any(end in side for end in ends)}
 
 
+# the operator that other checks are of
+OF_OPERATORS = {
+    "panels": "covariance", "sign panels": "covariance_backward", "repeat": "decode"
+}  # fmt: skip
+
+
 def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
     """Sides that the checks refused, as far as a timed case depends on them: they are marked."""
     found = set()
@@ -920,12 +980,9 @@ def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
     needed = "covariance" if case["kind"] == "pairs" else case.get("operator")
     for row in rows:
         operator = row["case"].get("operator")
-        if row["case"]["kind"] not in ("layer", "check", "repeat", "panels"):
+        if row["case"]["kind"] not in ("layer", "check", *OF_OPERATORS):
             continue
-        if row["case"]["kind"] == "panels":
-            operator = "covariance"
-        if row["case"]["kind"] == "repeat":
-            operator = "decode"
+        operator = OF_OPERATORS.get(row["case"]["kind"], operator)
         if not (whole or operator == needed):
             continue
         wrong = {name for name, side in row["sides"].items() if "refused" in side}
@@ -933,6 +990,16 @@ def spoiled(rows: list[dict[str, Any]], case: Case) -> set[str]:
             wrong |= {f"{name} bf16" for name in wrong}
         found |= wrong
     return found
+
+
+def check_panels_of(kind: str) -> int:
+    """The checks of pairs or of products with the signs by wgmma; how many."""
+    if kind == "panels":
+        return check_panels(registry.BACKENDS["cuda"].ops["covariance"])
+    from bae_fast.kernels.counts import sign_operands
+    from bae_fast.kernels_cuda.covariance import sign_product
+
+    return check_sign_panels(sign_product, sign_operands)
 
 
 def refuse(row: Case, side: str, error: Exception) -> None:
@@ -967,7 +1034,7 @@ def run_case(
     elif kind == "tests":
         note("pytest")
         row["sides"]["pytest"] = run_tests(min(seconds_left() - 1, STALL - 10))
-    elif kind == "panels":
+    elif kind in ("panels", "sign panels"):
         note(PANELS)
         reason = panels_unavailable(machine.device)
         if reason is not None:
@@ -975,7 +1042,7 @@ def run_case(
             return True
         try:
             with torch.device(machine.device):
-                same = check_panels(registry.BACKENDS["cuda"].ops["covariance"])
+                same = check_panels_of(kind)
             row["sides"][PANELS] = {"checked": same}
         except Exception as error:
             refuse(row, PANELS, error)

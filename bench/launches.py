@@ -141,6 +141,7 @@ def recorded() -> Iterator[collections.Counter[str]]:
     with (
         mock.patch.object(launch, "start", triton),
         mock.patch.object(driver, "start", cuda),
+        mock.patch.object(driver, "arch", return_value=FAMILY),
         mock.patch.object(launch, "family", return_value=FAMILY),
         mock.patch.object(launch, "_chip", return_value=FAMILY),
         mock.patch.object(launch, "multiprocessors", return_value=MULTIPROCESSORS),

@@ -440,11 +440,70 @@ def test_wrong_pairs_by_wgmma_are_marked_where_they_are_timed():
     assert device.spoiled(rows, DECODE) == set()
 
 
-def test_where_no_device_has_wgmma_the_case_says_so(worked):
+def _sign_product(wrong=0.0, asked=None):
+    """A stand-in for the launcher of impl="cuda"; ``wrong`` is added to what wgmma makes."""
+
+    def sign_product(words, signs, digits, n_rows, scale):
+        form = os.environ.get("BAE_FAST_CUDA_SIGNS")
+        if asked is not None:
+            asked.append(form)
+        k = 32 * words.shape[1]
+        above, below = unpack_rows(signs, k, torch.int64)
+        s, dense = (above - below).t(), unpack_rows(words, k, torch.int64)
+        weights = 2 ** torch.arange(len(digits))
+        exact = n_rows * (dense @ s) - weights @ unpack_rows(digits, k, torch.int64) @ s
+        product = exact.float() * scale
+        if form == "wgmma":
+            product[-1, -1] += wrong
+        return product
+
+    return sign_product
+
+
+def _digits(counts, n_rows, grad, n_bound):
+    places = torch.arange(n_bound.bit_length())[:, None]
+    return pack_rows(counts >> places & 1), (grad * 2 / (n_rows * (n_rows - 1))).float()
+
+
+def test_products_with_the_signs_by_wgmma_are_checked_against_exact_ones_and_against_mma():
+    shapes, asked = [(2, 1, 1), (33, 129, 70), (300, 40, 65)], []
+    done = device.check_sign_panels(_sign_product(asked=asked), _digits, shapes)
+    assert done == 3 * device.PANEL_REPEATS
+    assert asked == (["mma"] + ["wgmma"] * device.PANEL_REPEATS) * 3
+    assert "BAE_FAST_CUDA_SIGNS" not in os.environ
+    with pytest.raises(device.WrongResultError, match=r"B S by wgmma of 2 rows, .*: 1 numbers"):
+        device.check_sign_panels(_sign_product(1.0), _digits, shapes)
+
+
+def test_wrong_products_with_the_signs_by_wgmma_are_marked_where_they_are_timed():
+    rows = [{"case": {"kind": "sign panels"}, "sides": {device.PANELS: {"refused": "off"}}}]
+    backward = case("operator", operator="covariance_backward", density=0.5)
+    assert device.spoiled(rows, backward) == {device.PANELS}
+    assert device.spoiled(rows, case("pairs", density=0.5)) == set()
+
+
+def test_products_with_the_signs_by_wgmma_are_timed_beside_the_others(monkeypatch):
+    seen = []
+
+    def build(operator, *shape):
+        run = lambda: seen.append(os.environ.get("BAE_FAST_CUDA_SIGNS"))  # noqa: E731
+        return device.Comparison({}, {"cuda": device.Side(run)}, None, {})
+
+    monkeypatch.setattr(device.operators, "build", build)
+    monkeypatch.setattr(device, "panels_unavailable", lambda device: None)
+    backward = case("operator", operator="covariance_backward", density=0.5)
+    for side in device.build(backward, ["cuda"], "cpu").sides.values():
+        side.run()
+    assert seen == [None, "wgmma"]
+    assert list(device.build(DECODE, ["cuda"], "cpu").sides) == ["cuda"]
+
+
+@pytest.mark.parametrize("kind", ["panels", "sign panels"])
+def test_where_no_device_has_wgmma_the_case_says_so(kind, worked):
     kinds = [each["kind"] for each in device.cases(device.FULL, ["triton", "cuda"], "cuda")]
-    assert kinds.index("panels") < kinds.index("pairs")
-    assert "panels" not in [each["kind"] for each in device.cases(device.FULL, ["triton"], "cuda")]
-    _, result = worked({"kind": "panels"})
+    assert kinds.index(kind) < kinds.index("pairs")
+    assert kind not in [each["kind"] for each in device.cases(device.FULL, ["triton"], "cuda")]
+    _, result = worked({"kind": kind})
     (row,) = result["rows"]
     assert row["sides"][device.PANELS]["unavailable"]
 

@@ -46,6 +46,8 @@ def test_the_estimate_adds_up_and_says_what_it_assumes():
     triton, cuda, panels = (row["parts"] for row in result["rows"])
     assert triton["products"] == cuda["products"] == panels["products"]
     assert triton["pairs"] > cuda["pairs"] > panels["pairs"]
+    assert cuda["B S"] > panels["B S"]
+    assert cuda["moved"] < panels["moved"]  # planes are made into tiles
     (small,) = estimate.run(only="triton-512-1024-4096")["rows"]
     assert small["graph"] < small["started"]
     dense, lists = estimate.run(only="triton")["rows"][-2:]
@@ -53,6 +55,25 @@ def test_the_estimate_adds_up_and_says_what_it_assumes():
     assert lists["parts"]["B S"] < dense["parts"]["B S"] / 10
     assert lists["parts"]["products"] == dense["parts"]["products"]
     assert "by arithmetic, not run on a device" in estimate.table(result)
+
+
+def test_the_form_of_the_products_with_the_signs_that_is_built_gains():
+    """A form that did not gain by the estimate would not be worth its code."""
+    rows = estimate.run(only="none of the steps")["forms"]
+    assert rows == []
+    rows = estimate.run(only="B S-4096-2048-65536")["forms"]
+    took = [sum(row["parts"].values()) for row in rows]
+    assert [row["form"] for row in rows] == list(estimate.FORMS)
+    mma, int8, bits, fused = took
+    assert fused < bits < mma < int8
+    assert mma - bits > 5 * (bits - fused)
+
+
+def test_asynchronous_products_start_what_makes_their_tiles(monkeypatch):
+    monkeypatch.setenv("BAE_FAST_CUDA_SIGNS", "wgmma")
+    kernels = launches.count("cuda", 512, 2048, 16384)["kernels"]
+    assert kernels["row_tiles"] == kernels["sign_tiles"] == kernels["sign_panel_product"] == 1
+    assert kernels["sign_product"] == 0
 
 
 def test_what_autograd_itself_starts_is_counted():

@@ -49,6 +49,7 @@ def _same_start(monkeypatch):
         "BAE_FAST_SCRATCH_MB",
         "BAE_FAST_SIGN_PLANES_MB",
         "BAE_FAST_CUDA_PAIRS",
+        "BAE_FAST_CUDA_SIGNS",
     ):
         monkeypatch.delenv(name, raising=False)
     _seed_everywhere()(0)

@@ -27,8 +27,8 @@ _MODULES = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_BITS = 30  # their weights are int32
 
-# how impl="cuda" makes pairs on compute capability 9.0: mma or wgmma
-ENV_PAIRS = "BAE_FAST_CUDA_PAIRS"
+# how impl="cuda" makes pairs, and products with the signs, on compute capability 9.0: mma or wgmma
+ENV_PAIRS, ENV_SIGNS = "BAE_FAST_CUDA_PAIRS", "BAE_FAST_CUDA_SIGNS"
 
 # Products of bits that the dense covariance makes in the time of one step of a counter: 2e15 a
 # second of 1-bit matrix instructions, 2e10 atomic additions in the L2 cache. Assumed, not measured.

@@ -26,14 +26,6 @@ struct Barriers {
   }
 };
 
-// A stage, and the parity of its phase.
-struct Place {
-  int stage, parity;
-  __device__ __forceinline__ void step(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
 // V of a tile: the thread's sum of |V|; its bits go to `signs` in shared memory where `keep`.
 template <bool Diagonal>
 __device__ __forceinline__ unsigned take_tile(const int (&sums)[2][64], int n,

@@ -6,6 +6,7 @@
 // int64 and rounded to fp32 once, before it is scaled. n^T S is the same product with the binary
 // digits of n as rows (`digit_product`): few rows, kept as integers.
 #include "product.cuh"
+#include "signs.cuh"
 
 namespace bae_fast {
 
@@ -49,37 +50,6 @@ __device__ __forceinline__ void signed_sums(const int* bits, long long bits_stri
     }
   }
 }
-
-struct StoreScaled {
-  float* out;
-  long long stride;
-  const long long* counts_signs;
-  long long n_rows;
-  float scale;
-  int at = 0;
-  bool two = false;
-  long long n_t_s[2] = {0, 0};
-
-  __device__ __forceinline__ void column(int first, bool both) {
-    at = first;
-    two = both;
-    n_t_s[0] = counts_signs[first];
-    n_t_s[1] = both ? counts_signs[first + 1] : 0;
-  }
-  __device__ __forceinline__ float value(int sum, long long of_counts) const {
-    return static_cast<float>(n_rows * sum - of_counts) * scale;
-  }
-  __device__ __forceinline__ void pair(int row, int first, int second) const {
-    float* const to = out + row * stride + at;
-    const float a = value(first, n_t_s[0]), b = value(second, n_t_s[1]);
-    if (two && stride % 2 == 0) {
-      store2(to, a, b);
-    } else {
-      to[0] = a;
-      if (two) to[1] = b;
-    }
-  }
-};
 
 struct StoreIntegers {
   int* out;

@@ -1,4 +1,5 @@
-// What kernels that write planes of signs share: 32 x 32 bits turned, and where the planes lie.
+// What kernels that write or multiply planes of signs share: 32 x 32 bits turned, where the planes
+// lie, and what a product with them becomes.
 #pragma once
 
 #include "instructions.cuh"
@@ -23,6 +24,39 @@ struct Signs {
   int* planes;  // or null: none are kept
   long long plane_stride, stride;
   int words;  // of a row
+};
+
+// Takes N (B S) - n^T S of two columns side by side, row by row: exact in int64, rounded to fp32
+// once, then scaled.
+struct StoreScaled {
+  float* out;
+  long long stride;
+  const long long* counts_signs;
+  long long n_rows;
+  float scale;
+  int at = 0;
+  bool two = false;
+  long long n_t_s[2] = {0, 0};
+
+  __device__ __forceinline__ void column(int first, bool both) {
+    at = first;
+    two = both;
+    n_t_s[0] = counts_signs[first];
+    n_t_s[1] = both ? counts_signs[first + 1] : 0;
+  }
+  __device__ __forceinline__ float value(int sum, long long of_counts) const {
+    return static_cast<float>(n_rows * sum - of_counts) * scale;
+  }
+  __device__ __forceinline__ void pair(int row, int first, int second) const {
+    float* const to = out + row * stride + at;
+    const float a = value(first, n_t_s[0]), b = value(second, n_t_s[1]);
+    if (two && stride % 2 == 0) {
+      store2(to, a, b);
+    } else {
+      to[0] = a;
+      if (two) to[1] = b;
+    }
+  }
 };
 
 }  // namespace bae_fast

@@ -181,4 +181,24 @@ constexpr int kPanelBarriers = 2 * kMostStages + 2 + kConsumers;
 constexpr int kPanelSharedBytes = 4 * (kPanelBarriersAt + 2 * kPanelBarriers) + 1024;
 static_assert(kPanelSharedBytes <= 227 * 1024, "a block of compute capability 9.0");
 
+// ---- operands of asynchronous products with the signs (sign_panels.cu)
+// ------------------------------------------------
+
+// Lines of bits in tiles of 256 lines x 1024 bits, in the order of feature tiles. The lines of a
+// left tile are rows of B. Those of a right one are 128 columns of the plane of V > 0, then the
+// same columns of the other plane's complement.
+constexpr int kLines = 256;
+constexpr int kSignColumns = kLines / 2;
+constexpr int kLineTileWords = kLines * kTileRowWords;
+constexpr int kLineTileBytes = 4 * kLineTileWords;  // 32 KiB
+constexpr int kLineWarps = 8;                       // of a block that fills tiles, a line each
+static_assert(kLines % kLineWarps == 0, "lines of a block are of one tile");
+
+// Shared memory of a block: stages of one left and one right tile, then barriers.
+constexpr int kLineStages = 3;
+constexpr int kLineStageBytes = 2 * kLineTileBytes;
+constexpr int kLineBarriersAt = kLineStages * kLineStageBytes;  // in bytes
+constexpr int kLineSharedBytes = kLineBarriersAt + 8 * 2 * kLineStages + 1024;
+static_assert(kLineSharedBytes <= 227 * 1024, "a block of compute capability 9.0");
+
 }  // namespace bae_fast

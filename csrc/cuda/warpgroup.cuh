@@ -41,6 +41,14 @@ __device__ __forceinline__ void wait_for_phase(unsigned at, int parity) {
   } while (ended == 0);
 }
 
+// A stage, and the parity of its phase.
+struct Place {
+  int stage, parity;
+  __device__ __forceinline__ void step(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
 // Barrier of the 128 threads of one warpgroup; 0 is that of the block.
 __device__ __forceinline__ void synchronize_warpgroup(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");

@@ -3,8 +3,9 @@
 Names, arguments and results are those of :mod:`bae_fast.kernels.covariance`; the numbers are the
 same to the last bit. Tile sizes and shared memory repeat ``csrc/cuda/tiles.cuh``; a test compares.
 
-The pairs have a second form for compute capability 9.0, by asynchronous products. No device has
-shown it, so that it is taken where ``BAE_FAST_CUDA_PAIRS`` says ``wgmma`` and nowhere else.
+Pairs and products with the signs have a second form for compute capability 9.0, by asynchronous
+products. No device has shown it, so that it is taken where ``BAE_FAST_CUDA_PAIRS`` or
+``BAE_FAST_CUDA_SIGNS`` says ``wgmma`` and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bae_fast.kernels.covariance import INT32_ROWS
 from bae_fast.kernels.launch import cdiv, dense_rows, multiprocessors
 from bae_fast.kernels_cuda import driver
 from bae_fast.kernels_cuda.driver import Kernel
-from bae_fast.ops.nvidia import ENV_PAIRS
+from bae_fast.ops.nvidia import ENV_PAIRS, ENV_SIGNS
 from bae_fast.packing import n_words
 
 # rows and columns of a block's tile, its shared memory in bytes and its threads
@@ -30,6 +31,11 @@ COUNT_DIGITS = (64, 128, 61440, 256)
 PANELS = (128, 32, 207008, 384)
 # rows of a panel that stays in shared memory
 PANEL_ROWS = 8192
+# lines of a tile of rows or of planes, words of a line in it, shared memory in bytes, threads
+LINES = (256, 32, 197680, 384)
+# lines that a block fills, and the bytes that tiles of planes may take at once
+LINE_WARPS = 8
+TILES_BYTES = 2**28
 
 _PAIRS = "pqilllpqqiiiip"
 COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE = (
@@ -41,7 +47,12 @@ DIGIT_PRODUCT = Kernel("sign_product.cu", "digit_product", *COUNT_DIGITS[2:], "p
 KERNELS = (COVARIANCE, COVARIANCE_WIDE, SLAB, SLAB_WIDE, SIGN_PRODUCT, DIGIT_PRODUCT)
 FEATURE_TILES = Kernel("panels.cu", "feature_tiles", 0, 256, "pqiiipp", "a")
 PANEL_COVARIANCE = Kernel("panels.cu", "panel_covariance", *PANELS[2:], "plllpqqiiiip", "a")
-PANEL_KERNELS = (FEATURE_TILES, PANEL_COVARIANCE)
+ROW_TILES = Kernel("sign_panels.cu", "row_tiles", 0, 32 * LINE_WARPS, "pqiiiippp", "a")
+SIGN_TILES = Kernel("sign_panels.cu", "sign_tiles", 0, 32 * LINE_WARPS, "pqqiiiipp", "a")
+SIGN_PANEL_PRODUCT = Kernel(
+    "sign_panels.cu", "sign_panel_product", *LINES[2:], "ppipiiillffqp", "a"
+)
+PANEL_KERNELS = (FEATURE_TILES, PANEL_COVARIANCE, ROW_TILES, SIGN_TILES, SIGN_PANEL_PRODUCT)
 
 
 def triangle_tiles(k: int) -> int:
@@ -82,15 +93,18 @@ def _pairs(
     )
 
 
-def asynchronous(device: torch.device) -> bool:
-    """Whether the pairs are to be asynchronous products where they can be, on this device.
+def asynchronous(variable: str, device: torch.device) -> bool:
+    """Whether asynchronous products are asked for, and can be made on this device.
+
+    Args:
+        variable: the environment variable that asks for them.
 
     Raises:
-        ValueError: the environment variable has another value than mma or wgmma.
+        ValueError: it has another value than mma or wgmma.
     """
-    given = os.environ.get(ENV_PAIRS) or "mma"
+    given = os.environ.get(variable) or "mma"
     if given not in ("mma", "wgmma"):
-        raise ValueError(f"{ENV_PAIRS} must be 'mma' or 'wgmma'; got {given!r}")
+        raise ValueError(f"{variable} must be 'mma' or 'wgmma'; got {given!r}")
     return given == "wgmma" and driver.arch(device) == "sm_90"
 
 
@@ -147,7 +161,7 @@ def covariance(
         unless: int32 of one element; where it is not zero on the device, nothing is made.
     """
     rows = max(n_bound, 32 * features.shape[1])
-    if rows <= PANEL_ROWS and asynchronous(features.device):
+    if rows <= PANEL_ROWS and asynchronous(ENV_PAIRS, features.device):
         return panel_covariance(features, counts, n_rows, keep_signs, unless)
     k = counts.shape[0]
     sums = torch.empty(triangle_tiles(k), dtype=torch.int64, device=features.device)
@@ -219,6 +233,48 @@ def _start_product(
     return out
 
 
+def panel_sign_product(
+    words: Tensor,
+    signs: Tensor,
+    counts_signs: Tensor,
+    n_rows: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    unless: Tensor | None = None,
+) -> Tensor:
+    """:func:`sign_product` by asynchronous products, given n^T S, int64 ``[slab]``, into ``out``.
+
+    Tiles of planes are made for so many columns at a time that they take ``TILES_BYTES``.
+    """
+    words = dense_rows(words)
+    (n, width), (lines, line_words) = words.shape, LINES[:2]
+    chunks, rows, half = cdiv(width, line_words), cdiv(n, lines), lines // 2
+    lefts = words.new_empty(rows, chunks, lines, line_words)
+    ones = words.new_empty(rows * lines)
+    driver.start(
+        ROW_TILES, rows * lines // LINE_WARPS,
+        words, words.stride(0), width, n, chunks, int(_aligned(words)), lefts, ones, unless,
+    )  # fmt: skip
+    panels = cdiv(signs.shape[1], half)
+    most = min(max(TILES_BYTES // (4 * lefts[0].numel()), 1), panels)
+    rights = words.new_empty(most, chunks, lines, line_words)
+    for first in range(0, panels, most):
+        span = slice(first * half, (first + most) * half)
+        planes, to = signs[:, span], out[:, span]
+        k = planes.shape[1]
+        driver.start(
+            SIGN_TILES, cdiv(k, half) * lines // LINE_WARPS,
+            planes, *planes.stride()[:2], width, k, chunks, int(_aligned(planes)), rights, unless,
+        )  # fmt: skip
+        blocks = min(rows * cdiv(k, half), multiprocessors(words.device))
+        driver.start(
+            SIGN_PANEL_PRODUCT, blocks,
+            lefts, ones, n, rights, k, chunks, blocks, counts_signs[span], n_rows, scale, to,
+            to.stride(0), unless,
+        )  # fmt: skip
+    return out
+
+
 def sign_product(
     words: Tensor,
     signs: Tensor,
@@ -241,4 +297,6 @@ def sign_product(
     _start_product(DIGIT_PRODUCT, COUNT_DIGITS, digits, signs, (), raw, unless)
     rest = (from_digits(raw), n_rows, scale)
     out = torch.empty(words.shape[0], slab, dtype=torch.float32, device=words.device)
+    if asynchronous(ENV_SIGNS, words.device):
+        return panel_sign_product(words, signs, *rest, out, unless)
     return _start_product(SIGN_PRODUCT, SIGNS, words, signs, rest, out, unless)

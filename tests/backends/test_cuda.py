@@ -336,6 +336,74 @@ def test_asynchronous_pairs_are_made_where_they_are_asked_for(
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("given", "chip", "started"),
+    [
+        (None, "sm_90", ["digit_product", "sign_product"]),
+        ("mma", "sm_90", ["digit_product", "sign_product"]),
+        ("wgmma", "sm_80", ["digit_product", "sign_product"]),
+        ("wgmma", "sm_89", ["digit_product", "sign_product"]),
+        (
+            "wgmma",
+            "sm_90",
+            ["digit_product", "row_tiles", *2 * ["sign_tiles", "sign_panel_product"]],
+        ),
+    ],
+)
+def test_asynchronous_products_with_the_signs_are_made_where_they_are_asked_for(
+    given, chip, started, monkeypatch
+):
+    """In parts of as many columns as tiles of planes may take at once; pointers are right."""
+    calls = []
+
+    def start(kernel, blocks, *args):
+        calls.append((kernel, blocks, args, driver.pack(kernel, args)))
+
+    monkeypatch.setattr(driver, "start", start)
+    monkeypatch.setattr(driver, "arch", lambda device: chip)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(kernels, "from_digits", lambda raw: raw.sum(0))
+    monkeypatch.setattr(kernels, "TILES_BYTES", 5 * 2**15)  # two panels of 1,100 bits a line
+    if given is not None:
+        monkeypatch.setenv("BAE_FAST_CUDA_SIGNS", given)
+    dense, s = codes(600, 1100), torch.randint(-1, 2, (300, 1100))
+    planes = torch.stack([pack_rows(s > 0), pack_rows(s < 0)])
+    out = kernels.sign_product(
+        pack_rows(dense), planes, count_digits(dense.sum(0)), torch.tensor(600), torch.tensor(1.0)
+    )
+    assert [kernel.name for kernel, *_ in calls] == started
+    if len(started) > 2:
+        # lines by eight; 3 x 2 results and 3 x 1 on three multiprocessors
+        assert [blocks for _, blocks, *_ in calls[1:]] == [96, 64, 3, 32, 3]
+        *_, last = calls
+        assert last[2][4] == 44  # columns of the last part
+        assert last[2][10].data_ptr() == out.data_ptr() + 4 * 256
+        assert last[2][3].shape == (2, 2, 256, 32)
+
+
+@needs_kernels
+def test_pointers_of_asynchronous_products_are_checked():
+    """Of another dtype or device they would be an illegal access."""
+    bits, sums = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    number = torch.zeros(1)
+    rest = (bits, bits, 1, bits, 1, 1, 1, sums, sums, number, number, 1, None)
+    driver.pack(kernels.SIGN_PANEL_PRODUCT, rest)
+    for at, other in ((1, sums), (3, number), (7, bits), (8, bits), (9, sums), (10, bits)):
+        with pytest.raises(TypeError, match=f"argument {at} of sign_panel_product must be torch."):
+            driver.pack(kernels.SIGN_PANEL_PRODUCT, (*rest[:at], other, *rest[at + 1 :]))
+        changed = (*rest[:at], rest[at].to("meta"), *rest[at + 1 :])
+        with pytest.raises(ValueError, match=f"argument {at} .* must be on cpu; got meta"):
+            driver.pack(kernels.SIGN_PANEL_PRODUCT, changed)
+
+
+@needs_kernels
+def test_another_form_of_the_products_with_the_signs_is_refused(monkeypatch):
+    monkeypatch.setenv("BAE_FAST_CUDA_SIGNS", "b1")
+    with pytest.raises(ValueError, match="BAE_FAST_CUDA_SIGNS must be 'mma' or 'wgmma'; got 'b1'"):
+        kernels.asynchronous("BAE_FAST_CUDA_SIGNS", torch.device("cpu"))
+
+
+@needs_kernels
 def test_another_form_of_pairs_is_refused(monkeypatch):
     monkeypatch.setenv("BAE_FAST_CUDA_PAIRS", "WGMMA")
     dense = codes(40, 9)
@@ -448,7 +516,7 @@ def test_places_of_tiles_fragments_and_signs(tmp_path):
     assert done.returncode == 0, done.stderr
     if CUDA.unavailable is None:
         sizes = {"pairs": kernels.PAIRS, "signs": kernels.SIGNS, "digits": kernels.COUNT_DIGITS}
-        sizes["panels"] = kernels.PANELS
+        sizes |= {"panels": kernels.PANELS, "lines": kernels.LINES}
         for line in done.stdout.splitlines():
             name, *numbers = line.split()
             assert sizes.pop(name) == tuple(map(int, numbers))

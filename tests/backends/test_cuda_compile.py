@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import machine_code
 import pytest
@@ -149,39 +150,58 @@ def test_every_kernel_compiles_to_bit_instructions_without_spills(compiler, chip
     assert all(kernel.shared_bytes <= CHIPS[chip] for kernel in KERNELS)
 
 
+class Panels(NamedTuple):
+    """The kernel that multiplies in a source for sm_90a.
+
+    Attributes:
+        products: of a stage of 1024 bits.
+        stage: most instructions from the first to the last of them, they included.
+    """
+
+    kernel: str
+    products: int
+    stage: int
+
+
+PANELS = {
+    "panels.cu": Panels("panel_covariance", 8, 110),
+    "sign_panels.cu": Panels("sign_panel_product", 16, 220),
+}
+
+
+@pytest.mark.parametrize("source", PANELS)
 @pytest.mark.parametrize(
     "compiler",
     [by_nvrtc, *([pytest.param(by_nvcc, marks=pytest.mark.long)] * (BY_CHIP is by_nvcc))],
 )
-def test_panels_compile_to_asynchronous_products_that_follow_one_another(compiler, tmp_path):
-    """Eight products a loop with nothing that waits between them; what by_nvcc says besides."""
+def test_panels_compile_to_asynchronous_products_that_follow_one_another(
+    compiler, source, tmp_path
+):
+    """Products of a stage with nothing that waits between them; what by_nvcc says besides."""
     from bae_fast.kernels_cuda.covariance import PANEL_KERNELS
 
-    compiler("panels.cu", "sm_90a", tmp_path / "panels.cubin")
+    compiler(source, "sm_90a", tmp_path / "panels.cubin")
     rows = kernels_of(tmp_path / "panels.cubin")
-    assert rows.keys() == {kernel.name for kernel in PANEL_KERNELS}
-    check_panels(rows)
+    assert rows.keys() == {kernel.name for kernel in PANEL_KERNELS if kernel.source == source}
+    check_panels(rows, PANELS[source])
+    assert {kernel.source for kernel in PANEL_KERNELS} == PANELS.keys()
     assert all(kernel.shared_bytes <= CHIPS["sm_90"] for kernel in PANEL_KERNELS)
 
 
-# instructions from the first to the last product of a stage of 1024 bits, products included
-STAGE = 110
-
-
-def check_panels(rows):
+def check_panels(rows, panels):
     for name, row in rows.items():
         assert row["STACK"] == row["LOCAL"] == 0, name
         assert not re.search(r"\b(?:STL|LDL|ATOM|RED|ATOMG)\b", row["sass"]), name
-    row = rows["panel_covariance"]
+    row = rows[panels.kernel]
     text = row["sass"]
     assert row["REG"] * 384 <= REGISTERS
-    # both m64n128k256, sums in place, operands by descriptors
+    # all m64n128k256, sums in place, operands by descriptors
     products = re.findall(r"\bBGMMA\.64x128x256\.AND\.POPC R(\d+), gdesc\[UR\d+\], R\1\b", text)
-    assert len(products) == len(re.findall("GMMA", text)) == 8
+    assert len(products) == len(re.findall("GMMA", text)) == panels.products
     assert len(set(products)) == 2
     first, last = text.index("BGMMA"), text.rindex("BGMMA")
     assert "WARPGROUP" not in text[first:last]
-    assert text[first:last].count(";") <= STAGE
+    assert text[first:last].count(";") <= panels.stage
     assert len(re.findall(r"\bWARPGROUP\.ARRIVE\b", text)) == 1
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", text) == ["0x1", "0x0"]
     assert len(re.findall(r"\bUBLKCP\b", text)) == 2
@@ -191,12 +211,13 @@ def check_panels(rows):
 
 
 @pytest.mark.long
-def test_without_the_fence_the_products_of_panels_are_found_to_wait(tmp_path):
+@pytest.mark.parametrize("name", PANELS)
+def test_without_the_fence_the_products_of_panels_are_found_to_wait(name, tmp_path):
     """What the check of the machine code and the assembler's notes are for."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    text = (ROOT / "csrc" / "cuda" / "panels.cu").read_text()
-    source = tmp_path / "panels.cu"
+    text = (ROOT / "csrc" / "cuda" / name).read_text()
+    source = tmp_path / name
     source.write_text(text.replace("fence_products();", "wait_products<0>();"))
     assert source.read_text() != text
     said = output(
@@ -205,7 +226,7 @@ def test_without_the_fence_the_products_of_panels_are_found_to_wait(tmp_path):
     )  # fmt: skip
     rows = kernels_of(tmp_path / "panels.cubin")
     with pytest.raises(AssertionError):
-        check_panels(rows)
+        check_panels(rows, PANELS[name])
     assert machine_code.serialized(said), said
 
 
@@ -262,7 +283,7 @@ def test_arguments_are_those_of_the_sources():
     from bae_fast.kernels_cuda.covariance import KERNELS, PANEL_KERNELS
 
     folder = ROOT / "csrc" / "cuda"
-    sources = (*SOURCES, "panels.cu")
+    sources = (*SOURCES, *PANELS)
     text = "".join((folder / source).read_text() for source in sources).replace("\\\n", " ")
     for kernel in (*KERNELS, *PANEL_KERNELS):
         macro = "name" if kernel.source == "cooccurrence.cu" else kernel.name

@@ -398,7 +398,7 @@ def compiled(tmp_path_factory):
             source = folder / name
             source.write_text(changed)
         headers = f"-I{ROOT}/csrc/cuda"
-        chip = "compute_90a" if name == "panels.cu" else "compute_80"
+        chip = "compute_90a" if name.endswith("panels.cu") else "compute_80"
         command = ["nvcc", "-std=c++17", "-ptx", f"-arch={chip}", headers, source, "-o", target]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -642,3 +642,167 @@ def test_a_panel_without_the_swizzle_is_wrong(interpreted, by_panels):
     dense, features, v = codes(1100, 100)
     total, _ = by_panels(dense, features, 1, keep_signs=False)
     assert int(total) != int(v.abs().sum())
+
+
+# -- asynchronous products with the signs ---------------------------------------------------------
+
+
+def bits_and_signs(n, columns, k):
+    """Bits and signs, N beyond int32's products, n^T S of other rows, and N (B S) - n^T S."""
+    torch.manual_seed(n + columns + k)
+    dense, s = torch.rand(n, k) < torch.rand(k), torch.randint(-1, 2, (columns, k))
+    n_rows, of_counts = 2**24, torch.randint(0, 2**24, (k,)) @ s.t()
+    return dense, s, torch.tensor(n_rows), of_counts, n_rows * (dense.long() @ s.t()) - of_counts
+
+
+@pytest.fixture
+def by_sign_panels(interpreted, monkeypatch):
+    """A function: the product with the signs, and what it has to be."""
+    from bae_fast.kernels_cuda import covariance as kernels
+
+    def made(n, columns, k, processors, padding=0):
+        monkeypatch.setattr(kernels, "multiprocessors", lambda device: processors)
+        dense, s, n_rows, of_counts, exact = bits_and_signs(n, columns, k)
+        words, planes = pack_rows(dense), torch.stack([pack_rows(s > 0), pack_rows(s < 0)])
+        if padding:  # words behind the width, all ones, which are not to be read
+            pad = lambda t: torch.nn.functional.pad(t, (0, padding), value=-1)  # noqa: E731
+            words, planes = (pad(t)[..., : t.shape[-1]] for t in (words, planes))
+        scale, out = torch.tensor(1 / 3), torch.full((n, columns), torch.nan)
+        got = kernels.panel_sign_product(words, planes, of_counts, n_rows, scale, out)
+        return got, exact.float() * scale
+
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "columns", "k", "processors", "padding", "late", "apart"),
+    [
+        (70, 41, 1100, 1, 0, True, False),
+        # one of everything; edges of words, of tiles and of 1024 bits; a stage more than there are;
+        # blocks that take several results; lines that start on 16 bytes, with a width that does not
+        pytest.param(1, 1, 1, 132, 0, True, True, marks=pytest.mark.long),
+        pytest.param(256, 128, 1024, 132, 0, False, True, marks=pytest.mark.long),
+        pytest.param(257, 129, 1025, 3, 0, True, True, marks=pytest.mark.long),
+        pytest.param(300, 130, 1100, 1, 1, False, False, marks=pytest.mark.long),
+        pytest.param(40, 60, 4100, 1, 0, True, True, marks=pytest.mark.long),
+        pytest.param(257, 20, 2100, 2, 2, True, False, marks=pytest.mark.long),
+    ],
+)
+def test_the_product_by_sign_panels_is_exact(
+    n, columns, k, processors, padding, late, apart, interpreted, by_sign_panels
+):
+    interpreted["options"] = {"late": late, "apart": apart}
+    got, exact = by_sign_panels(n, columns, k, processors, padding)
+    assert interpreted["faults"] == []
+    assert torch.equal(got, exact)
+
+
+@pytest.mark.long
+def test_tiles_of_planes_are_made_for_some_columns_at_a_time(
+    interpreted, by_sign_panels, monkeypatch
+):
+    from bae_fast.kernels_cuda import covariance as kernels
+
+    monkeypatch.setattr(kernels, "TILES_BYTES", 2 * 2**15)  # two panels of 300 bits a line
+    got, exact = by_sign_panels(20, 300, 300, 2)
+    assert interpreted["faults"] == []
+    assert torch.equal(got, exact)
+
+
+@pytest.mark.long
+def test_both_forms_of_the_product_are_one_to_the_last_bit(interpreted, monkeypatch):
+    from bae_fast.kernels_cuda import covariance as kernels
+    from bae_fast.kernels_cuda import driver
+
+    monkeypatch.setattr(driver, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 2)
+    dense, features, _ = codes(70, 100)
+    counts, n_rows = dense.sum(0), torch.tensor(70)
+    signs = kernels.sign_slab(features, counts, n_rows, 30, 90, 70)
+    given = (pack_rows(dense), signs, count_digits(counts, 70), n_rows, torch.tensor(0.1))
+    found = []
+    for form in ("mma", "wgmma"):
+        monkeypatch.setenv("BAE_FAST_CUDA_SIGNS", form)
+        found.append(kernels.sign_product(*given))
+    assert interpreted["faults"] == []
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
+# changes of sign_panels.cu, and what each is found by
+FAULTS_OF_SIGN_PANELS = {
+    "no fence before the products": ([("fence_products();", "")], "no fence between a product"),
+    "a wait one short": (
+        [("wait_products<1>", "wait_products<2>")],
+        "that an asynchronous product still reads",
+    ),
+    "sums read too early": (
+        [("wait_products<0>", "wait_products<1>")],
+        "read of a register of a product in flight",
+    ),
+    "a stage used again too early": (
+        [("wait_for_phase(ring.empty(place.stage), place.parity ^ 1);", "")],
+        "write to shared memory|more threads arrive",
+    ),
+    "a stage read too early": (
+        [("wait_for_phase(ring.full(place.stage), place.parity);", "")],
+        "read of shared memory",
+    ),
+    "a stage of which only the rows are waited for": (
+        [("ring.full(place.stage), kLineStageBytes", "ring.full(place.stage), kLineTileBytes")],
+        "read of shared memory",
+    ),
+    "a warp hands on what others still read": (
+        [
+            ("ring.empty(stage), 4 * kConsumers", "ring.empty(stage), kConsumers"),
+            ("if (lane == 0) arrive(", "if (thread == 0) arrive("),
+        ],
+        "without a barrier behind a read",
+    ),
+    "barriers not published": ([("publish_barriers();", "")], "no fence has published"),
+    "barriers used before they start": (
+        [(STARTED + "  synchronize();", STARTED)],
+        "mbarrier",
+    ),
+    "no proxy fence behind ordinary writes": (
+        [(STARTED, STARTED + "shared_memory()[300 + thread_index()] = 0;")],
+        "a bulk copy to what was written without a proxy fence",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.startswith("no fence") else pytest.param(name, marks=pytest.mark.long)
+        for name in FAULTS_OF_SIGN_PANELS
+    ],
+)
+def test_planted_faults_of_sign_panels_are_found(name, interpreted, by_sign_panels):
+    changes, what = FAULTS_OF_SIGN_PANELS[name]
+    interpreted["changes"] = tuple(changes)
+    try:  # stages are used again within one result where bits are many
+        by_sign_panels(40, 20, 70 if name.startswith("no ") else 3100, 1)
+        found = [fault.what for fault in interpreted["faults"]]
+    except ptx.PtxError as error:  # where no fault came before
+        found = [str(error)]
+    assert any(re.search(what, each) for each in found), found
+
+
+# changes of sign_panels.cu that make other numbers
+WRONG_SIGN_PANELS = {
+    "no swizzle": ("tile_chunk_at(line, at % kTileChunks)", "at % kTileChunks * 4 + line * 32"),
+    "a plane is not complemented": ("-plane, line", "0, line"),
+    "ones of one lane": ("count += shuffle_xor(count, mask)", "count += 0"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WRONG_SIGN_PANELS)
+def test_other_tiles_make_other_numbers(name, interpreted, by_sign_panels):
+    """What lies in tiles is held by the numbers alone."""
+    interpreted["changes"] = (WRONG_SIGN_PANELS[name],)
+    got, exact = by_sign_panels(40, 20, 300, 1)
+    assert not torch.equal(got, exact)

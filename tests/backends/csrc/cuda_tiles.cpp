@@ -126,7 +126,7 @@ static void triangles(int k) {
 static void panels() {
   // every chunk of a tile has a place of its own, in the feature's 128 bytes; 8 rows of one chunk,
   // which a product reads at once, meet all banks
-  for (int row = 0; row < kPanelRows; ++row) {
+  for (int row = 0; row < kLines; ++row) {
     std::set<int> places;
     for (int chunk = 0; chunk < kTileChunks; ++chunk) {
       const int at = tile_chunk_at(row, chunk);
@@ -142,6 +142,9 @@ static void panels() {
     check(stages >= 4 && stages <= kMostStages && tiles + stages <= kPanelTiles, "stages", tiles);
   }
   printf("panels %d %d %d %d\n", kPanelRows, kTileRowWords, kPanelSharedBytes, kPanelThreads);
+  // halves and quarters of a tile of lines start where a swizzle does
+  check(kLineTileBytes / 4 % 1024 == 0, "lines of a warpgroup");
+  printf("lines %d %d %d %d\n", kLines, kTileRowWords, kLineSharedBytes, kPanelThreads);
 }
 
 static void groups(int rows, int columns) {
