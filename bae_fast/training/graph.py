@@ -69,6 +69,9 @@ class CapturedStep:
     kept in tensors. Everything else that is not a tensor is fixed by the capture, and whatever
     the optimizer's groups hold besides is checked. ``p.grad`` holds the gradients of the last call.
 
+    With ``update=False`` the optimizer's step is the caller's, who may look at the gradients first,
+    change them in place or leave it out.
+
     Attributes:
         captured: whether the step is replayed from now on.
     """
@@ -79,6 +82,7 @@ class CapturedStep:
         optimizer: torch.optim.Optimizer,
         *,
         warm_calls: int = WARM_CALLS,
+        update: bool = True,
         graphs: Graphs | None = None,
     ) -> None:
         """Prepare a step; nothing runs yet.
@@ -87,8 +91,10 @@ class CapturedStep:
             loss_of: gives the loss ``[]`` of a batch's tensors, or a tuple of tensors whose first
                 is the loss; autocast belongs inside. It may not wait for the device, and draws no
                 shape from a tensor's values: the operators of the GPU backends do neither.
-            optimizer: of all parameters, ``capturable=True`` where its class knows that.
+            optimizer: of all parameters, ``capturable=True`` where its class knows that and
+                ``update`` is set.
             warm_calls: calls that run without a graph, at least 1.
+            update: whether the optimizer's step is part of it.
             graphs: how a step is captured; None: by CUDA graphs.
 
         Raises:
@@ -103,16 +109,18 @@ class CapturedStep:
                 raise ValueError(f"optimizer must hold parameters in every group; got none in {at}")
             for parameter in group["params"]:
                 self._graphs.check(parameter.device)
-            if not group.get("capturable", True):
+            if update and not group.get("capturable", True):
                 raise ValueError(
                     f"optimizer must be capturable: {type(optimizer).__name__}(..., "
                     "capturable=True); got capturable=False"
                 )
         self._loss_of, self._optimizer, self._warm_calls = loss_of, optimizer, warm_calls
-        self._rates = [self._rate(group) for group in optimizer.param_groups]
+        self._update = update
+        self._rates = [self._rate(group) for group in optimizer.param_groups if update]
         self._constants: list[dict[str, Any]] = []  # at the capture
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, ...] = ()
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []  # where the graph writes them
         self._single = True
         self._replay: Replay | None = None
 
@@ -144,9 +152,12 @@ class CapturedStep:
                 the optimizer that changed after the capture.
         """
         self._set_inputs(inputs)
-        self._set_rates()
+        if self._update:
+            self._set_rates()
         if self._replay is not None:
             self._replay()
+            for parameter, gradient in self._gradients:  # whatever became of p.grad
+                parameter.grad = gradient
         elif self._warm_calls > 0:
             self._warm_calls -= 1
             with self._graphs.aside():
@@ -154,6 +165,11 @@ class CapturedStep:
         else:
             self._constants = self._other_constants()
             self._replay = self._graphs.capture(self._run)
+            self._gradients = [
+                (parameter, parameter.grad)
+                for group in self._optimizer.param_groups
+                for parameter in group["params"]
+            ]
             self._replay()
         found = tuple(output.clone() for output in self._outputs)
         return found[0] if self._single else found
@@ -164,7 +180,8 @@ class CapturedStep:
         self._single = isinstance(given, Tensor)
         outputs: Sequence[Tensor] = [given] if isinstance(given, Tensor) else given
         outputs[0].backward()
-        self._optimizer.step()
+        if self._update:
+            self._optimizer.step()
         self._outputs = tuple(output.detach() for output in outputs)
 
     def _set_inputs(self, inputs: tuple[Tensor, ...]) -> None:

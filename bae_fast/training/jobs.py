@@ -28,6 +28,7 @@ from bae_fast.progress import progress_bar
 from bae_fast.training.checkpoints import Checkpoints
 from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import gather_features, shard_features
+from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import Learner, learning
 from bae_fast.training.objective import BinaryTrainable, Loss
 from bae_fast.training.supply import Rows, Supply, differences, merge_states
@@ -177,6 +178,7 @@ class JobTrainer:
         run: RunConfig | None = None,
         *,
         mesh: Mesh | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         """Start every job's features.
 
@@ -185,6 +187,8 @@ class JobTrainer:
             supply: of their rows; on several processes, this rank's share along "data".
             run: see :class:`RunConfig`.
             mesh: the processes; None: this one alone.
+            graphs: how forward and backward of a job are captured where its ``cuda_graph`` asks for
+                it; None: by CUDA graphs.
 
         Raises:
             TypeError, ValueError: a job that its objective cannot train or that differs from the
@@ -192,6 +196,7 @@ class JobTrainer:
                 another number of processes.
         """
         self.run, self.supply, self.mesh = run or RunConfig(), supply, mesh
+        self._graphs = graphs or CudaGraphs()
         self.step = 0
         self.skipped: list[tuple[int, str, list[int]]] = []
         self._received: list[int] = []
@@ -230,6 +235,8 @@ class JobTrainer:
             draw,
             mesh=self.mesh,
             micro_batches=self.run.micro_batches,
+            graphs=self._graphs,
+            capture_update=False,  # whether gradients are finite is known to the host before it
             shard_optimizer=self.run.shard_optimizer,
         )
         learner.start()

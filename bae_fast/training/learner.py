@@ -77,6 +77,7 @@ class Learner(Generic[Config]):
         mesh: Mesh | None = None,
         micro_batches: int = 1,
         graphs: Graphs | None = None,
+        capture_update: bool = True,
         shard_optimizer: bool = False,
     ) -> None:
         """Prepare the start of the features and the optimizer.
@@ -89,6 +90,7 @@ class Learner(Generic[Config]):
             mesh: the processes; the module is this rank's part of the features.
             micro_batches: parts that a batch of this process is computed in.
             graphs: how a step is captured where the configuration asks for it; None: it is not.
+            capture_update: whether the optimizer's step is captured too; else only the gradients.
             shard_optimizer: divide Adam's moments among the processes along "data".
 
         Raises:
@@ -122,7 +124,8 @@ class Learner(Generic[Config]):
                 and self.dtype == torch.float32
             )
             self._draw = draw
-            self._graphs = graphs
+            self._graphs, self._capture_update = graphs, capture_update
+            self._alone = mesh is None and micro_batches == 1
             self.uncaptured = self._against_capture()
             if config.cuda_graph and self.uncaptured is not None:
                 warnings.warn(f"cuda_graph has no effect: {self.uncaptured}", stacklevel=3)
@@ -137,16 +140,22 @@ class Learner(Generic[Config]):
         if not config.cuda_graph:
             return "cuda_graph is False"
         if self._graphs is None:
-            return "steps of a run of jobs are not captured"
+            return "no way to capture a step was given"
+        if not self._alone:
+            return "micro_batches must be 1, and one process alone learn"
         try:
             self._graphs.check(self.device)
         except ValueError as error:
             return str(error)
-        if config.clip_norm:
+        if config.clip_norm and self._capture_update:
             return f"clip_norm must be 0: the host compares norms; got {config.clip_norm}"
         if not isinstance(objective, Capturable):
             return f"{type(objective).__name__} has numbers of the host in every step"
         return objective.against_capture(torch.bfloat16 if self.bfloat16 else self.dtype)
+
+    @property
+    def _captures_update(self) -> bool:
+        return self.uncaptured is None and self._capture_update
 
     def start(self) -> None:
         """Start the features and make the optimizer."""
@@ -170,7 +179,7 @@ class Learner(Generic[Config]):
                 self.optimizer = torch.optim.Adam(
                     groups,
                     fused=self.device.type in ("cpu", "cuda"),
-                    capturable=self.uncaptured is None,
+                    capturable=self._captures_update,
                     **options,
                 )
             else:
@@ -236,34 +245,41 @@ class Learner(Generic[Config]):
         return contextlib.nullcontext()
 
     def make(self, x: Tensor, target: Tensor | None) -> Loss:
-        """One step of one process: gradients, their limit, the optimizer's step and what follows.
-
-        A capture that fails is given up with a warning, and steps run as they are from then on.
-        """
-        if self.uncaptured is None:
-            try:
-                loss = self._replayed(x, target)
-            except RuntimeError as error:
-                if self._captured is not None and self._captured.captured:
-                    raise
-                self._give_up(error)
-            else:
-                self._updated(x, loss)
-                return loss
+        """One step of one process: gradients, their limit, the optimizer's step, what follows."""
+        if self._capture_update:
+            replayed = self._replayed_or_given_up(x, target)
+            if replayed is not None:
+                self._updated(x, replayed)
+                return replayed
         loss = self.backward(x, target)
         if self.config.clip_norm:
             self.clip(float(self.summary(loss).squares))
         self.update(x, loss)
         return loss
 
+    def _replayed_or_given_up(self, x: Tensor, target: Tensor | None) -> Loss | None:
+        """What a captured step gives; None where steps are not captured.
+
+        A capture that fails is given up with a warning, and steps run as they are from then on.
+        """
+        if self.uncaptured is not None:
+            return None
+        try:
+            return self._replayed(x, target)
+        except RuntimeError as error:
+            if self._captured is not None and self._captured.captured:
+                raise
+            self._give_up(error)
+            return None
+
     def _give_up(self, error: RuntimeError) -> None:
         said = str(error).splitlines()
         self.uncaptured = f"the step cannot be captured: {said[0] if said else 'no reason is said'}"
-        warnings.warn(f"cuda_graph has no effect: {self.uncaptured}", stacklevel=4)
+        warnings.warn(f"cuda_graph has no effect: {self.uncaptured}", stacklevel=5)
         self._captured = None
 
     def _replayed(self, x: Tensor, target: Tensor | None) -> Loss:
-        """Gradients and the optimizer's step, captured by one of the first calls."""
+        """Gradients, and the optimizer's step with them where it is captured too."""
         objective = self.objective
         assert isinstance(objective, Capturable)
         self._set_rates()
@@ -279,7 +295,9 @@ class Learner(Generic[Config]):
                 self._names = tuple(loss.parts)
                 return (loss.total, loss.counts, *loss.parts.values())
 
-            self._captured = CapturedStep(loss_of, self.optimizer, graphs=self._graphs)
+            self._captured = CapturedStep(
+                loss_of, self.optimizer, update=self._capture_update, graphs=self._graphs
+            )
         others = () if target is None else (target,)
         total, counts, *parts = self._captured(x, *others, *objective.given())
         loss = Loss(total, dict(zip(self._names, parts, strict=True)), counts)
@@ -293,6 +311,10 @@ class Learner(Generic[Config]):
 
     def backward(self, x: Tensor, target: Tensor | None) -> Loss:
         """The loss of a batch, after its gradients have been computed and added over "data"."""
+        if not self._capture_update:
+            replayed = self._replayed_or_given_up(x, target)
+            if replayed is not None:
+                return replayed
         config = self.config
         self._set_rates()
         at = Step(self.step, self.step / config.steps, self.is_dead(DEAD_WINDOW))
@@ -433,7 +455,7 @@ class Learner(Generic[Config]):
             self.optimizer.load_state_dict(state["optimizer"])
             self._captured = None  # it holds the memory of the state before
             for group in self.optimizer.param_groups:
-                group["capturable"] = self.uncaptured is None
+                group["capturable"] = self._captures_update
             for parameter, own in self.optimizer.state.items():
                 for name, value in own.items():
                     # the fused step reads both by the parameter's strides, which files do not keep

@@ -1,6 +1,7 @@
 """A captured step gives what the same calls without a graph give; no CUDA device is needed."""
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 
@@ -17,6 +18,7 @@ from bae_fast.training import (
     Job,
     JobTrainer,
     MemorySupply,
+    RunConfig,
     SparseConfig,
     Trainer,
     TrainingConfig,
@@ -302,14 +304,101 @@ def test_backends_that_never_wait_are_those_whose_launches_are_watched():
     assert {n for n, b in registry.BACKENDS.items() if b.capturable} <= {"triton", "cuda"}
     x = synthetic()
     assert reason(RUN, RecordedGraphs(), module(x, impl="torch")).endswith("got 'torch'")
-    with pytest.warns(UserWarning, match="steps of a run of jobs are not captured"):
-        JobTrainer([Job("a", module(x), RUN, hook="rows")], MemorySupply({"rows": x}))
+    jobs, supply = [Job("a", module(x), RUN, hook="rows")], MemorySupply({"rows": x})
+    with pytest.warns(UserWarning, match="must hold parameters on a CUDA device; got cpu"):
+        JobTrainer(jobs, supply)
+    with pytest.warns(UserWarning, match="micro_batches must be 1, and one process alone learn"):
+        JobTrainer(jobs, supply, RunConfig(micro_batches=2), graphs=RecordedGraphs())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         off = dataclasses.replace(RUN, cuda_graph=False)
         assert Trainer(module(x), x, off).learner.uncaptured == "cuda_graph is False"
     with pytest.raises(ValueError, match="cuda_graph must be a bool; got 1"):
         TrainingConfig(cuda_graph=1)
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+class Counted(RecordedGraphs):
+    """How often a step was captured, whatever it is of."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def capture(self, run):
+        self.made += 1
+        return super().capture(run)
+
+
+def trained_jobs(changes, graphs, bad=(), stop=0):
+    """Two jobs of different constants, some of their rows not finite; modules and what was left
+    out."""
+    x = synthetic()
+    x[list(bad)] = torch.nan
+    found = []
+    for name, change in changes.items():
+        torch.manual_seed(len(name))
+        bae = module(synthetic(), impl="torch")
+        config = dataclasses.replace(RUN, init="none", cuda_graph=graphs is not None, **change)
+        found.append(Job(name, bae, config, hook="rows"))
+
+    def trainer():
+        return JobTrainer(found, MemorySupply({"rows": x}), graphs=graphs)
+
+    one = trainer()
+    for _ in range(stop):
+        one.train_step()
+    if stop:
+        state = copy.deepcopy(one.state_dict())
+        one = trainer()
+        one.load_state_dict(state)
+    one.fit()
+    return one
+
+
+JOBS = {"a": {}, "bb": {"clip_norm": 0.05, "bank_batches": 0, "entropy_from": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("bad", "stop", "captures"),
+    [
+        ((), 0, 3),  # the entropy's weight of the first sets in: captured anew
+        (range(0, 1500, 150), 0, 3),  # batches whose updates are left out
+        ((), 7, 4),  # resumed: the memory of the state is another
+    ],
+)
+def test_jobs_whose_gradients_are_replayed_are_plain_ones(bad, stop, captures, capturable):
+    right, graphs = trained_jobs(JOBS, None, bad), Counted()
+    got = trained_jobs(JOBS, graphs, bad, stop)
+    assert graphs.made == captures
+    assert graphs.replays == 2 * RUN.steps - 3 * captures
+    assert bool(right.skipped) == bool(bad)
+    assert got.skipped == right.skipped
+    for name, learner in got.learners.items():
+        assert learner.uncaptured is None
+        assert not learner.optimizer.param_groups[0]["capturable"]
+        theirs = dict(right.learners[name].model.named_parameters())
+        for at, mine in learner.model.named_parameters():
+            assert torch.equal(mine, theirs[at]), (name, at)
+
+
+def test_gradients_of_a_captured_step_are_the_callers():
+    """They may be dropped or changed; the next call writes all of them again."""
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.Adam([weight])
+    step = CapturedStep(
+        lambda x: (weight * x).sum(), optimizer, warm_calls=1, update=False, graphs=RecordedGraphs()
+    )
+    for number in range(1, 6):
+        step(torch.full((2,), float(number)))
+        assert weight.grad.tolist() == [number, number]
+        weight.grad.mul_(7)
+        if number % 2:
+            optimizer.zero_grad(set_to_none=True)
+    assert step.captured
+    assert weight.tolist() == [1, 1]
 
 
 def test_a_capture_that_fails_ends_in_plain_steps(capturable):
