@@ -361,7 +361,8 @@ def one(
             settings["d_sae"],
             k=k,
             d_out=None if y is None else y.shape[1],
-            metadata=settings["data"],
+            # no part of what a run is known by: dataset_path names the files there
+            metadata=settings["data"] | {"text_files": facts["text_files"]},
             device=pick_device(config),
         )
         return model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])

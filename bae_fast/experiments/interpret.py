@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,8 @@ class Config(JudgeOptions, Beside, Source):
         hook: The path of the module whose output the model reads. Without it that is the module
             the model was trained on.
         context: The number of tokens in a window of text. Without it that is the training's.
+        text: The text files that the model reads. Without them that is the training's text, where
+            the saved model names it, and else the topics of Python's standard library.
         load: The folder of a Binary Autoencoder or a sparse autoencoder. Without it that is
             results/demo, trained as bae-fast demo does where there is none.
         steps: The number of optimizer steps, where a model is trained.
@@ -79,6 +82,7 @@ class Config(JudgeOptions, Beside, Source):
 
     hook: str | None = None
     context: int | None = None
+    text: tuple[str, ...] | None = None
     load: Path | None = None
     steps: int = 2000
     rows: Literal["heldout", "all"] = "heldout"
@@ -257,17 +261,19 @@ def find_model(config: Config) -> tuple[Autoencoder, Path, Data]:
     return model, folder, data
 
 
-def open_model(config: Any, folder: Path) -> tuple[Autoencoder, Data]:
+def open_model(config: Any, folder: Path, *, with_text: bool = True) -> tuple[Autoencoder, Data]:
     """A saved model and the hidden states that it reads.
 
-    Language model, hook and window are the model's own where the configuration leaves them open.
+    Language model, hook, window and text are the training's where the configuration leaves them
+    open.
 
     Args:
         config: a :class:`Source` with ``hook`` and ``context``, which may be None.
         folder: where the model is saved.
+        with_text: whether the text of the training is looked for.
 
     Raises:
-        ConfigError: the model was trained on another hook.
+        ConfigError: the model was trained on another hook, or on a text that is not here.
     """
     model = load_autoencoder(folder, device=pick_device(config))
     metadata = model.config.metadata
@@ -283,8 +289,32 @@ def open_model(config: Any, folder: Path) -> tuple[Autoencoder, Data]:
         model=metadata.get("model_name") if config.model is None else config.model,
         hook=config.hook or hooks[0],
         context=config.context or metadata.get("context_size"),
+        **(text_of(config, metadata) if with_text else {}),
     )
     return model, data
+
+
+def text_of(config: Source, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The text that a model was trained on, where a configuration names none.
+
+    Metadata without ``text_files`` does not say which text that was.
+
+    Raises:
+        ConfigError: one of the files is not here.
+    """
+    if config.text is not None or "text_files" not in metadata:
+        return {}
+    files = metadata["text_files"] or ()  # none are the topics of Python's standard library
+    for name in files:
+        if not Path(name).is_file():
+            raise runs.ConfigError(
+                "text", f"must be given: the model was trained on {name}, which is not here"
+            )
+    return {
+        "text": tuple(files) or None,
+        "tokens": metadata.get("tokens") if config.tokens is None else config.tokens,
+        "bos": metadata.get("prepend_bos") if config.bos is None else config.bos,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +377,7 @@ def open_beside(config: Any, folder: Path) -> Second | None:
     phrases = {}
     if config.beside_names is not None:
         phrases = read_names(config.beside_names, "beside_names")
-    model, _ = open_model(config, config.beside)
+    model, _ = open_model(config, config.beside, with_text=False)
     return Second(config.beside, model, (str(folder), str(config.beside)), phrases)
 
 

@@ -43,6 +43,8 @@ class Config(Beside, Source):
             the model was trained on.
         context: The number of tokens in a window of the text that features are looked at on.
             Without it that is the training's.
+        text: The text files that features are looked at on. Without them that is the training's
+            text, where the saved model names it, and else the topics of Python's standard library.
         names: The file features.jsonl of bae-fast interpret, whose names are shown.
         rows: The number of hidden states that features are looked at on, the last of the text.
         prompt: The text that the prompt holds at first.
@@ -54,6 +56,7 @@ class Config(Beside, Source):
     folder: Path | None = None
     hook: str | None = None
     context: int | None = None
+    text: tuple[str, ...] | None = None
     names: Path | None = None
     rows: int = N_HELDOUT
     prompt: str = "The old library opened its doors at noon, and the first readers came in."

@@ -235,7 +235,7 @@ def test_what_a_user_can_mend_is_one_line(folder, tmp_path, capsys, change, mess
     assert "\n" not in error
 
 
-def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monkeypatch):
+def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     arguments = command(folder, "out", "--steps", "20", "--model", str(folder / "lm"))
@@ -248,6 +248,19 @@ def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monke
     assert main([*arguments, "--hook", "model.layers.1", "--context", "16"]) == 0
     assert json.loads(Path("results/demo/metrics.json").read_text())["training"]["steps"] == 20
     assert read(Path("out"))[0]["counts"]["scored"] > 0
+
+    # the text of the training need not be named again, and is read no further than there
+    before = read(Path("out"))
+    at = arguments.index("--text")
+    del arguments[at : at + 2]
+    assert main(arguments) == 0
+    after = read(Path("out"))
+    assert after[0]["data"] == before[0]["data"]
+    assert after[1] == before[1]
+    text.unlink()
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert "--text must be given: the model was trained on" in capsys.readouterr().err
 
 
 def test_a_transcoder_is_read_where_it_reads(folder):
