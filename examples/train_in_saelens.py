@@ -1,11 +1,13 @@
 """A Binary Autoencoder beside TopK in SAELens' own trainer: train_in_saelens.py rows.npy
 
-Both have SAELens' defaults but for the learning rate of the Binary Autoencoder, and see the same
-rows in the same order. SAELens lives in an environment of its own; `make test-saelens` makes one.
+In place of the file it takes a folder of `bae-fast harvest`. All have SAELens' defaults but for the
+learning rates, and see the same rows in the same order. SAELens lives in an environment of its own;
+`make test-saelens` makes one.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +15,20 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
+from bae_fast.files import write_json
+from bae_fast.lm import ShardedCache
 from bae_fast.saelens import BinaryTrainingSAE, BinaryTrainingSAEConfig
+
+
+def read(path):
+    """Rows [n, d] of a .npy file, or of a harvest of one hook, in the order of the text."""
+    if not Path(path).is_dir():
+        return torch.from_numpy(np.load(path)).float()
+    cache = ShardedCache(path)
+    (hook,) = cache.widths
+    blocks = [cache.read_block(block)[hook] for block in range(cache.n_blocks)]
+    cache.close()
+    return torch.cat(blocks).float()
 
 
 def batches(rows, size, seed):
@@ -69,38 +84,48 @@ def measure(sae, rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", help="a .npy file of hidden states, [n, d]")
-    parser.add_argument("--features", type=int, help="default: four times the width")
-    parser.add_argument("--k", type=int, default=100, help="features on in a row, for TopK")
-    parser.add_argument("--deviation", type=float, help="scale the rows to this deviation")
+    parser.add_argument(
+        "rows", help="A .npy file of hidden states, [n, d], or a folder of bae-fast harvest."
+    )
+    parser.add_argument("--features", type=int, help="By default there are 4 for each dimension.")
+    parser.add_argument("--k", type=int, default=100, help="The features on in a row, for TopK.")
+    parser.add_argument("--deviation", type=float, help="Rows are scaled to this deviation.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument(
         "--lr", type=float, default=1e-3, help="The Binary Autoencoder's learning rate."
     )
-    parser.add_argument("--topk-lr", type=float, default=3e-4, help="The learning rate of TopK.")
+    parser.add_argument(
+        "--topk-lr",
+        type=float,
+        nargs="*",
+        default=[3e-4],
+        help="The learning rates of TopK, which is trained once with each.",
+    )
     parser.add_argument("--entropy", type=float, default=0.0, help="The weight of the entropy.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="A JSON file for what was found.")
     options = parser.parse_args(arguments)
 
-    rows = torch.from_numpy(np.load(options.rows)).float()
+    rows = read(options.rows)
     if options.deviation is not None:
         rows *= options.deviation / rows.std()
     train_rows, heldout = rows[: -len(rows) // 10], rows[-len(rows) // 10 :]
     sizes = {"d_in": rows.shape[1], "d_sae": options.features or 4 * rows.shape[1]}
-    found = {}
     binary = BinaryTrainingSAEConfig(**sizes, entropy_coefficient=options.entropy)
-    for name, make, lr in (
-        ("binary", lambda: BinaryTrainingSAE(binary), options.lr),
-        (
-            "topk",
-            lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=options.k)),
-            options.topk_lr,
-        ),
-    ):
+    topk = TopKTrainingSAEConfig(**sizes, k=options.k)
+    planned = [("binary", lambda: BinaryTrainingSAE(binary), options.lr)]
+    planned += [("topk", lambda: TopKTrainingSAE(topk), lr) for lr in options.topk_lr]
+    found = []
+    for method, make, lr in planned:
         torch.manual_seed(options.seed)
-        found[name] = measure(train(make(), train_rows, options, lr), heldout)
-        print(json.dumps({"method": name, **found[name]}), flush=True)
+        figures = measure(train(make(), train_rows, options, lr), heldout)
+        found.append({"method": method, "lr": lr, **figures})
+        print(json.dumps(found[-1]), flush=True)
+    if options.out is not None:
+        setting = {name: getattr(options, name) for name in ("k", "steps", "batch_size", "entropy")}
+        setting |= sizes | {"train_rows": len(train_rows), "heldout_rows": len(heldout)}
+        write_json(options.out, setting | {"runs": found})
     return found
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_lm import save_tiny_model
 
 import bae_fast as bf
+from bae_fast.files import read_json
+from bae_fast.lm import harvest_shards, load_language_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORDS = [f"w{i}" for i in range(40)]
@@ -84,14 +87,21 @@ def test_entropy_of_arrays(rows, capsys):
     assert f"{found['chain']:.2f} bits" in capsys.readouterr().out
 
 
-def test_training_in_sae_lens(rows):
+@pytest.mark.parametrize("kept", ["npy", "shards"])
+def test_training_in_sae_lens(kept, rows, model, tmp_path):
     pytest.importorskip("sae_lens", reason="SAELens is not installed (extra 'saelens')")
-    found = example("train_in_saelens")(
-        [rows, "--steps", "30", "--batch-size", "64", "--k", "4", "--deviation", "0.3"]
+    if kept == "shards":
+        lm = load_language_model(model)
+        tokens = torch.randint(len(WORDS), (40, 32))
+        rows = str(harvest_shards(lm, tokens, ["model.layers.0"], tmp_path / "cache").folder)
+    options = ["--steps", "30", "--batch-size", "64", "--k", "4", "--deviation", "0.3"]
+    binary, topk = example("train_in_saelens")(
+        [rows, *options, "--out", str(tmp_path / "out.json")]
     )
-    assert found["binary"]["dead"] < 0.1
-    assert found["binary"]["fvu"] < 1
-    assert found["topk"]["l0"] <= 4
+    assert binary["dead"] < 0.1
+    assert binary["fvu"] < 1
+    assert topk["l0"] <= 4
+    assert read_json(tmp_path / "out.json")["runs"] == [binary, topk]
 
 
 def test_from_a_model_to_features_and_back_into_the_model(model, tmp_path, capsys):
