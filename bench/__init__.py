@@ -15,6 +15,7 @@ results; ``recipe`` and ``ablation``, which train, run by name.
 | ``step.py``, ``operators.py``, ``levels.py``, ``memory.py`` | the suites |
 | ``rival.py`` | the recipe's step beside that of a plain TopK autoencoder |
 | ``models.py`` | real language models: loads, and what runs inside them, beside their own |
+| ``saebench.py`` | SAEBench's core evaluation of what is trained here |
 | ``versions.py``, ``abi.py`` | a wheel tried with given versions; what its symbols ask for |
 | ``test_*.py`` | the same comparisons under pytest: tiny and untimed, or with |
 | | ``pytest bench --benchmark-enable`` at full size by pytest-benchmark, a side at a time |

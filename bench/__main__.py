@@ -31,6 +31,7 @@ from bench import (
     operators,
     recipe,
     rival,
+    saebench,
     sparse,
     step,
     supply,
@@ -66,7 +67,7 @@ MODELS: dict[str, Any] = {"models": models}
 # of where rows come from, and who shares them; a case writes 5 GB: only by name
 ROWS: dict[str, Any] = {"supply": supply, "jobs": jobs}
 # with commands and options of their own: a GPU, and environments of their own
-OWN: dict[str, Any] = {"device": device, "versions": versions}
+OWN: dict[str, Any] = {"device": device, "saebench": saebench, "versions": versions}
 SUITES = MEASURED | LARGE | TRAINED | LISTS | COUNTED | MODELS | ROWS
 
 

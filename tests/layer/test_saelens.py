@@ -22,7 +22,9 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 import bae_fast.saelens
+from bae_fast.baselines import make_baseline
 from bae_fast.saelens import BinarySAE, BinaryTrainingSAE, BinaryTrainingSAEConfig
+from bench.saebench import in_sae_lens
 
 D, F = 12, 40
 
@@ -64,6 +66,16 @@ def test_a_folded_decoder_changes_no_bit_and_no_reconstruction(tmp_path):
     torch.testing.assert_close(folded(x), plain(x))
     folded.save_model(tmp_path / "folded")
     torch.testing.assert_close(SAE.load_from_disk(tmp_path / "folded")(x), plain(x))
+
+
+def test_topk_in_sae_lens_class_is_ours_on_raw_rows(tmp_path):
+    """As the benchmark with SAEBench carries it there."""
+    _, x = module()
+    torch.manual_seed(1)
+    sae = make_baseline("topk", D, F, k=5).fit_normalization_(x).eval()
+    theirs = in_sae_lens(sae, tmp_path / "topk-5")
+    torch.testing.assert_close(theirs(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(theirs.encode(x) > 0, sae.encode(x) > 0)
 
 
 def test_the_unit_of_each_dimension_goes_both_ways(tmp_path):
