@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -25,7 +26,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+# The machine that is built for. Where the compiler is a cross compiler, _PYTHON_HOST_PLATFORM names
+# it, for instance linux-aarch64, and Python and setuptools read that name too.
 MACHINE = platform.machine().lower()
+if sys.platform == "linux":
+    MACHINE = sysconfig.get_platform().rpartition("-")[2]
 
 # One file an instruction set, and flags for that file alone: with them on the whole target the
 # compiler would put wide instructions into the code that every CPU runs.

@@ -27,14 +27,17 @@ def source(tmp_path):
 
 
 def wheel(source, **environment):
-    """Build as an installer does, with the packages at hand; returns the one wheel."""
+    """Build as an installer does, with the packages at hand; returns the one wheel.
+
+    A variable that is None is not set.
+    """
     target = source.parent / "wheels"
     target.mkdir()
     program = f"import setuptools.build_meta as b; print(b.build_wheel({str(target)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=source,
-        env=os.environ | environment,
+        env={k: v for k, v in (os.environ | environment).items() if v is not None},
         capture_output=True,
         text=True,
         check=False,
@@ -46,8 +49,12 @@ def wheel(source, **environment):
 
 @pytest.mark.parametrize(
     "environment",
-    [{"CC": "/bin/false", "CXX": "/bin/false"}, {"BAE_FAST_BUILD_EXT": "0"}],
-    ids=["the compiler fails", "not wanted"],
+    [
+        {"CC": "/bin/false", "CXX": "/bin/false"},
+        {"CC": None, "CXX": None, "PATH": "/nowhere"},
+        {"BAE_FAST_BUILD_EXT": "0"},
+    ],
+    ids=["the compiler fails", "there is none", "not wanted"],
 )
 def test_a_wheel_without_the_extension_is_for_any_machine_and_works(source, environment):
     found, said = wheel(source, **environment)
@@ -158,13 +165,19 @@ def run(command, cwd=None, **environment):
     return done.stdout
 
 
-def test_a_wheel_with_the_extension_is_for_this_machine(source):
-    # stands for a compiler: the tag is under test, and a real build takes ten seconds
-    compiler = source.parent / "compiler"
+def stand_in(folder):
+    """It stands for a compiler and notes its commands: a real build takes ten seconds and more."""
+    compiler = folder / "compiler"
     compiler.write_text(
-        '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done; exit 0\n'
+        '#!/bin/sh\necho "$@" >>"$0.log"\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done; exit 0\n'
     )
     compiler.chmod(0o755)
+    return compiler
+
+
+def test_a_wheel_with_the_extension_is_for_this_machine(source):
+    compiler = stand_in(source.parent)
     found, _ = wheel(source, CC=str(compiler), CXX=str(compiler))
     assert "-cp310-abi3-" in found.name
     assert not found.name.endswith("-any.whl")
@@ -172,3 +185,22 @@ def test_a_wheel_with_the_extension_is_for_this_machine(source):
         assert "bae_fast/_C.abi3.so" in archive.namelist()
         info = next(n for n in archive.namelist() if n.endswith(".dist-info/WHEEL"))
         assert "Root-Is-Purelib: false" in archive.read(info).decode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cross compilers are called so on Linux")
+@pytest.mark.parametrize(
+    ("machine", "own", "foreign"),
+    [("aarch64", "kernels_neon", "kernels_avx2"), ("x86_64", "kernels_avx2", "kernels_neon")],
+)
+def test_a_cross_compiler_gets_the_kernels_of_its_machine(source, machine, own, foreign):
+    compiler = stand_in(source.parent)
+    found, _ = wheel(
+        source,
+        CC=str(compiler),
+        CXX=str(compiler),
+        _PYTHON_HOST_PLATFORM=f"linux-{machine}",
+    )
+    assert found.name.endswith(f"-cp310-abi3-linux_{machine}.whl")
+    commands = Path(f"{compiler}.log").read_text()
+    assert f"csrc/{own}.cpp" in commands
+    assert f"csrc/{foreign}.cpp" not in commands
