@@ -716,6 +716,11 @@ def test_the_capability_is_that_of_the_tensors_device(name, device, monkeypatch)
     request = registry.Request("cuda", torch.bfloat16, device_index=1)
     assert registry.reasons_against(name, request) == []
     assert registry.choose(name, "cuda", torch.bfloat16, 64, 1, 1) == name
+    with monkeypatch.context() as patch:  # nor where that one is too new
+        patch.setattr(
+            torch.cuda, "get_device_capability", lambda index=None: (9 if index == 1 else 12, 0)
+        )
+        assert registry.reasons_against(name, request) == []
     with pytest.raises(
         bf.BackendUnavailableError, match=r"needs compute capability 8\.0; got 7\.5"
     ):
