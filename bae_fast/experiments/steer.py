@@ -55,8 +55,8 @@ class Config(Training, Data):
         positive: A text file with a prompt a line, in place of the few-shot set.
         negative: A text file with a prompt a line, the set that is steered.
         features: The numbers of features that are set.
-        strengths: The strengths that are tried, times a feature's value. 1 changes little, 4 shows
-            the feature, 20 breaks the text.
+        strengths: The strengths that are tried, times a feature's value. As a rule of thumb 1
+            changes little, 8 shows what the feature stands for, and 20 breaks the text.
         mode: Whether a feature's value is set, clamp, or raised, add.
         controls: The number of draws of random features.
         examples: The number of continuations that are shown.
