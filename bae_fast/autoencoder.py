@@ -168,7 +168,11 @@ class Autoencoder(nn.Module):
     # -- features ------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> BinaryCode | Tensor:
-        """Features of raw x ``[..., d_in]``: a code, or floats ``[..., d_sae]``, none negative."""
+        """Features of raw x ``[..., d_in]``: a code, or floats ``[..., d_sae]``, none negative.
+
+        Raises:
+            NotImplementedError: a subclass that does not define it.
+        """
         raise NotImplementedError
 
     def decode(self, code: Any) -> Tensor:
@@ -205,7 +209,11 @@ class Autoencoder(nn.Module):
         return self.activations(x) if features is None else features
 
     def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
-        """What is compared with a threshold, ``[..., K]``, or only the given columns of it."""
+        """What is compared with a threshold, ``[..., K]``, or only the given columns of it.
+
+        Raises:
+            NotImplementedError: an autoencoder without pre-activations.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no pre-activation")
 
     def directions(self) -> Tensor | None:
@@ -278,7 +286,12 @@ class Autoencoder(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - x_mean) / (x_scale x_metric), ``[..., d_in]``, in x's dtype, or in the buffers'
-        where that is wider: rows of a bfloat16 cache go into a float32 layer."""
+        where that is wider: rows of a bfloat16 cache go into a float32 layer.
+
+        Raises:
+            TypeError: x is not a tensor of floats.
+            ValueError: x has another width, or lies on another device.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}")
         if x.shape[-1:] != self.x_mean.shape:

@@ -327,7 +327,11 @@ class BinaryCode:
         return torch.cat(parts)
 
     def equal(self, other: BinaryCode) -> bool:
-        """Whether shape, bits a feature, mask and every bit are the same."""
+        """Whether shape, bits a feature, mask and every bit are the same.
+
+        Raises:
+            TypeError: other is no code.
+        """
         if not isinstance(other, BinaryCode):
             raise TypeError(f"other must be a BinaryCode; got {type(other).__name__}")
         if self.shape != other.shape:

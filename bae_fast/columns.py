@@ -123,10 +123,10 @@ def covariance_of_columns(
         x: the rows ``[n, d_in]`` that the layer sees, in the dtype it computes in; constant.
         W_enc, b_enc: ``[d_in, K]``, ``[K]`` of the columns ``first .. first + K``; K and ``first``
             are multiples of 32.
-        encoded: of x by these columns, see :func:`bae_fast.functional.encode_rows`.
+        encoded: x encoded by these columns, see :func:`bae_fast.functional.encode_rows`.
         row_words: int32 ``[n, W]``, the bits of x in all columns.
-        stats: of the rows counted, in all columns, with words and numerator.
-        surrogate, surrogate_width: as of :func:`bae_fast.binary_autoencoder`; not "official".
+        stats: statistics of the rows counted, in all columns, with words and numerator.
+        surrogate, surrogate_width: see :func:`bae_fast.binary_autoencoder`; not "official".
         impl: the same.
 
     Returns:

@@ -114,7 +114,7 @@ class CompressedSize:
     Attributes:
         n_rows, n_columns: N (masked rows included) and K.
         file_bytes: the whole file.
-        header_bytes: of it, header, index and digests.
+        header_bytes: the bytes among them of header, index and digests.
         entropy_bits: N sum_j H2(p_j), the bound for independent columns; rows kept by the mask.
             A file along the tree may lie below it.
         differences: bits that differ from the prototype.
@@ -873,7 +873,7 @@ class CompressedCode:
 
     Attributes:
         path: the file.
-        shape: of the dense bits, ``[..., K]``.
+        shape: the shape of the dense bits, ``[..., K]``.
         n_bits: bits a feature.
         block_rows: rows decoded together, leading dimensions flattened.
         metadata: what :func:`compress` was given.

@@ -96,7 +96,7 @@ def check_place(path: str | os.PathLike[str], *, folder: bool = True) -> None:
     """Find out whether a folder, or a file, can be made where a path says, and make none.
 
     Args:
-        path: of the folder, or the file.
+        path: the folder, or the file.
         folder: whether it is a folder.
 
     Raises:
@@ -167,7 +167,7 @@ def publishing(
     of ``folder`` that the new folder lacks are left alone. The folder is locked meanwhile.
 
     Args:
-        folder: of the results.
+        folder: the folder of the results.
         wait: wait for another process that publishes here, where the block takes little time.
         fresh: begin with an empty folder, where the block does not go on with what a run left.
 

@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         words: int32 ``[n, ceil(K/32)]``, the bits, row-packed.
-        window: of the same shape, the packed window of the ``rectangle`` surrogate; empty else.
+        window: the same shape, the packed window of the ``rectangle`` surrogate; empty else.
         counts: int64 ``[K]``, ones in each column of the rows kept.
         n_rows: int64 ``[]``, the rows kept.
     """
@@ -431,7 +431,7 @@ def binary_autoencoder(
         encoded: what :func:`encode_rows` gave for this x and these parameters, mask and
             surrogate: the rows are not encoded again. Micro-batches and ranks encode first, add
             their counts, and go on from here.
-        recon_dtype: of recon, float32 or wider; None: the compute dtype. Sums of partial
+        recon_dtype: dtype of recon, float32 or wider; None: the compute dtype. Sums of partial
             reconstructions over processes want a wide one.
         impl: "auto", "reference", "torch", "cpp", "triton" or "cuda"; an explicit choice never
             falls back.

@@ -186,7 +186,7 @@ def write_run_card(
     Args:
         path: the card's.
         repo_id: where the modules will lie.
-        models: by subfolder, the content of ``cfg.json`` and the figures, as in :func:`write_card`.
+        models: subfolder -> the content of ``cfg.json`` and the figures, see :func:`write_card`.
         license: the Hub's short name of a licence; with None the card names none.
 
     Raises:

@@ -262,6 +262,10 @@ class BinaryAutoencoder(Autoencoder):
 
         Returns:
             self.
+
+        Raises:
+            TypeError: x is not a tensor of floats.
+            ValueError: a density outside of (0, 1), fewer than two rows, or x that is not finite.
         """
         if isinstance(density, str) or not 0 < density < 1:
             raise ValueError(f"density must lie between 0 and 1; got {density!r}")
@@ -312,6 +316,11 @@ class BinaryAutoencoder(Autoencoder):
 
         Returns:
             :class:`BAEOutput` with the raw reconstruction ``[..., d_out]``.
+
+        Raises:
+            TypeError: x is not a tensor of floats.
+            ValueError: x of another width or device, one row where the covariance is computed, or
+                what :func:`bae_fast.binary_autoencoder` refuses.
         """
         if covariance is None:
             covariance = self.config.covariance and self.training and torch.is_grad_enabled()
@@ -398,6 +407,10 @@ class BinaryAutoencoder(Autoencoder):
         Args:
             total: rows that the sum is divided by in place of the call's own: the rows of the whole
                 batch where the call has a part of it. The parts then add up to the mean.
+
+        Raises:
+            TypeError: target is no tensor.
+            ValueError: target has another shape than the reconstruction.
         """
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor; got {type(target).__name__}")
@@ -449,6 +462,9 @@ class BinaryAutoencoder(Autoencoder):
 
         Differentiable in W_dec and b_dec. Dense values are used as they are, so features may be
         scaled, ablated or added.
+
+        Raises:
+            ValueError: a code of another number of bits a feature.
         """
         if isinstance(code, BinaryCode) and code.n_bits != self.config.n_bits:
             raise ValueError(f"code must have n_bits={self.config.n_bits}; got {code.n_bits}")

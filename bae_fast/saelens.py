@@ -124,6 +124,9 @@ class BinaryTrainingSAEConfig(_Fields, TrainingSAEConfig):
             one at which the first batch is reconstructed best.
         revive_every: steps between revivals of dead features (0: never); SAELens' optimizer keeps
             what it knew of them.
+
+    Raises:
+        ValueError: a constant of another type or out of its range.
     """
 
     entropy_coefficient: float = 0.0

@@ -74,7 +74,11 @@ class CodeStatistics:
         return self.numerator / (n * (n - 1))
 
     def require_words(self) -> Tensor:
-        """The counted codes; raises ValueError where they were not kept."""
+        """The counted codes, int32 ``[N, ceil(K/32)]``, row-packed.
+
+        Raises:
+            ValueError: they were not kept.
+        """
         if self.words is None:
             raise ValueError("the covariance needs statistics that hold their words; got None")
         return self.words

@@ -40,7 +40,7 @@ class DescriptionLength:
 
     Attributes:
         bits: mean of the charged rows, bits a row.
-        model_bits: of the coder's probabilities and edges, once.
+        model_bits: bits of the coder's probabilities and edges, once for all rows.
         edges: columns that are coded given another.
         n_fitted, n_rows: rows that the coder was fitted to, and that were charged.
     """

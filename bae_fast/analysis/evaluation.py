@@ -107,7 +107,7 @@ def evaluate(
     """Encode and decode rows in the module's own dtype and measure the code.
 
     Args:
-        model: in eval mode where it has values (BatchTopK would look at whole batches).
+        model: an autoencoder; one with values in eval mode (else BatchTopK looks at batches).
         rows: raw hidden states ``[n, d_in]``, any floating dtype, n >= 2; read in blocks.
         targets: ``[n, d_out]``, of a transcoder.
         training_rows: ``[m, d_in]``, from which the quantiser of values takes its ranges; a code

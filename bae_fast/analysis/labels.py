@@ -31,10 +31,14 @@ def token_labels(tokenizer: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Labels of the tokens of windows that follow one another in a text.
 
     Args:
+        tokenizer: a transformers tokenizer; its special tokens have no label.
         tokens: token ids, int ``[n_windows, length]``.
 
     Returns:
         For each name of :data:`LABELS` bool ``[n_windows, length]``.
+
+    Raises:
+        ValueError: tokens of another number of dimensions.
     """
     if tokens.dim() != 2:
         raise ValueError(f"tokens must have shape [n_windows, length]; got {list(tokens.shape)}")

@@ -37,7 +37,7 @@ class Probe:
         accuracy: balanced accuracy of held-out rows.
         low, high: 95 % interval, groups drawn with replacement.
         missed: share of the held-out rows with the label that were told to be without.
-        share: of held-out rows with the label.
+        share: share of the held-out rows that have the label.
     """
 
     label: str
@@ -68,12 +68,12 @@ def sparse_probes(
     """Probe every label that both parts have enough rows of.
 
     Args:
-        model: in eval mode.
+        model: the autoencoder, in eval mode.
         train, heldout: raw rows ``[n, d_in]`` and ``[m, d_in]``.
         train_labels, heldout_labels: bool ``[n]`` and ``[m]`` by name.
         k: numbers of features.
         groups: int64 ``[m]``, which held-out rows are drawn together; None: each for itself.
-        seed: of the interval.
+        seed: the seed of the interval.
 
     Returns:
         For each k the probes of the labels, in their order.

@@ -26,6 +26,9 @@ def value_ranges(model: Autoencoder, rows: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two of ``[F]``; 0 and 0 where a feature is never on.
+
+    Raises:
+        ValueError: no rows.
     """
     low = high = None
     for block in model.blocks(rows):

@@ -32,15 +32,18 @@ class FeatureSpec:
     Attributes:
         d: width of a row.
         roots: features at the top.
-        children: of each root.
+        children: features below each root.
         p_root: share of rows that a root is on in.
         p_child: share of a root's rows that each of its children is on in.
         group: roots that tend to be on together.
-        correlation: of the Gaussians of a group, 0 to below 1.
+        correlation: correlation of the Gaussians of a group, 0 to below 1.
         spread: values of a feature that is on are uniform in 1 - spread to 1 + spread.
         noise: standard deviation of Gaussian noise of each dimension, over the length of a
             direction.
-        seed: of the directions.
+        seed: the seed of the directions.
+
+    Raises:
+        ValueError: a constant of another type or out of its range.
     """
 
     d: int = 64
@@ -86,7 +89,11 @@ class FeatureSpec:
         return torch.nn.functional.normalize(drawn, dim=1)
 
     def sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Rows float32 ``[n, d]`` and which true features are on in them, bool ``[n, T]``."""
+        """Rows float32 ``[n, d]`` and which true features are on in them, bool ``[n, T]``.
+
+        Raises:
+            ValueError: n below 1.
+        """
         if n < 1:
             raise ValueError(f"n must be at least 1; got {n}")
         generator = torch.Generator().manual_seed(seed)
@@ -138,7 +145,7 @@ def recovery(
     """Pair true features with found ones and score the pairs.
 
     Args:
-        model: in eval mode, trained on other rows of the same features.
+        model: an autoencoder in eval mode, trained on other rows of the same features.
         rows: ``[n, d]``, held out.
         on: bool ``[n, T]``, :meth:`FeatureSpec.sample`.
         directions: ``[T, d]``, :meth:`FeatureSpec.directions`.

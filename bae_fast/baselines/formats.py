@@ -100,7 +100,7 @@ def load_dictionary_learning(folder: str | os.PathLike[str]) -> SparseAutoencode
     """Read a folder of dictionary_learning.
 
     Args:
-        folder: with ``ae.pt`` and ``config.json``.
+        folder: the folder with ``ae.pt`` and ``config.json``.
 
     Returns:
         The module in eval mode, in the dtype of the file. Where the library scales features by the
@@ -243,7 +243,7 @@ def load_sparsify(folder: str | os.PathLike[str]) -> SparseAutoencoder:
     """Read a folder of sparsify: TopK, or a transcoder without a skip.
 
     Args:
-        folder: with ``cfg.json`` and ``sae.safetensors``.
+        folder: the folder with ``cfg.json`` and ``sae.safetensors``.
 
     Returns:
         The module in eval mode, in the dtype of the file.

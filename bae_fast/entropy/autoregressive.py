@@ -53,9 +53,9 @@ class AutoregressiveBound:
     """Cross-entropy of rows that nothing was fitted to, in bits a row.
 
     Attributes:
-        bits: of the model.
+        bits: held-out cross-entropy under the model, in bits a row.
         low, high: 95 % interval of ``bits``, by drawing documents with replacement.
-        tree_bits: of the tree that the model started as, on the same rows.
+        tree_bits: the same under the tree that the model started as, on the same rows.
         n_fitted, n_rows, n_documents: rows fitted to; rows and documents that were charged.
         steps: optimizer steps until the model that was taken; 0 if it is the tree.
     """
@@ -111,7 +111,7 @@ def autoregressive_bound(
         documents: int64 ``[N]``, the document each row is of; neighbouring rows are alike, so
             documents are fitted to or charged as a whole. Without it blocks of 256 rows, or N / 32
             where that is fewer.
-        seed: of the hidden units' weights, the batches and the interval.
+        seed: the seed of the hidden units' weights, the batches and the interval.
 
     Raises:
         ValueError: a row mask, fewer than 64 rows, documents of another length or fewer than 8 of

@@ -72,7 +72,11 @@ def independent_components(
 
 
 def rank(x: Tensor) -> int:
-    """Rank of the covariance of rows ``[n, d]``, n >= 2."""
+    """Rank of the covariance of rows ``[n, d]``, n >= 2.
+
+    Raises:
+        ValueError: fewer than two rows, or rows without variance.
+    """
     _, values, _ = _axes(x)
     return int((values > _RANK_BELOW * values[-1]).sum())
 
@@ -111,10 +115,13 @@ def init_from_components_(
 
     Args:
         x: raw rows ``[n, d_in]``, more than d_in of them.
-        density, decoder_norm: of the features beyond the components, see ``init_from_rows_``.
+        density, decoder_norm: for features beyond the components, see ``init_from_rows_``.
 
     Returns:
         How many features started along components.
+
+    Raises:
+        ValueError: several bits a feature, or rows that do not vary.
     """
     if bae.config.n_bits != 1:
         raise ValueError(f"bae must have n_bits=1; got {bae.config.n_bits}")

@@ -93,7 +93,7 @@ def measure(bae: BinaryAutoencoder, rows: Tensor, *, bound: bool = False) -> dic
     """FVU and the entropy estimates of the code of rows ``[n, d]``, for JSON.
 
     Args:
-        bound: with that of the autoregressive model.
+        bound: also give the bound of the autoregressive model.
     """
     rows = rows.to(bae.W_enc.dtype)
     with torch.no_grad():
@@ -108,7 +108,7 @@ class RowsEntropy:
 
     Attributes:
         bits: the tightest of the estimates of the chosen fit, in bits a row.
-        fvu: of held-out rows; where it is not near 0, the code does not tell the rows' bits.
+        fvu: FVU of held-out rows; where it is not near 0, the code does not tell their bits.
         d_sae: features of the chosen fit.
         estimate: all estimates, of held-out rows.
         model: the chosen fit.

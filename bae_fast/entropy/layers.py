@@ -51,12 +51,15 @@ def run_layer(
         positions: what the P are called.
         expansion: F / d.
         config: training; the preset's recipe with other steps, weights or seeds.
-        heldout_share: of the windows, from the end.
+        heldout_share: share of the windows that is held out, from the end.
         shared, own: which autoencoders to fit: one for all positions, one for each.
 
     Returns:
         For "shared" and "own" a list with an entry a position (see :func:`measure`), and
         ``"all"``: the shared code over all positions together.
+
+    Raises:
+        ValueError: another shape, a share out of range, or a position without rows of usual norm.
     """
     if states.dim() != 3 or states.shape[1] != len(positions):
         raise ValueError(

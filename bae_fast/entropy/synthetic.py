@@ -33,9 +33,12 @@ class SyntheticSpec:
         kind: one of :data:`KINDS`.
         r: bits; a multiple of ``group`` for ``copies`` and ``exclusive``.
         d: width of a vector.
-        p: of ``sparse``.
-        group, flip: g and e.
-        noise: of ``noise``, variance over that of the signal.
+        p: for ``sparse``, the share of ones.
+        group, flip: g and e of the module's text.
+        noise: for ``noise``, its variance over that of the signal.
+
+    Raises:
+        ValueError: an unknown kind, or a constant out of its range.
     """
 
     kind: str
@@ -81,7 +84,11 @@ class SyntheticSpec:
         return self.r * _h2(1 / self.group) if self.kind == "exclusive" else float(self.r)
 
     def sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw a set: (x float32 ``[n, d]``, c bool ``[n, r]``), the same for a seed everywhere."""
+        """Draw a set: (x float32 ``[n, d]``, c bool ``[n, r]``), the same for a seed everywhere.
+
+        Raises:
+            ValueError: n below 1.
+        """
         if n < 1:
             raise ValueError(f"n must be at least 1; got {n}")
         generator = torch.Generator().manual_seed(seed)

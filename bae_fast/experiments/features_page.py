@@ -133,7 +133,7 @@ def side_by_side(one: Looked, two: Looked, names: tuple[str, str]) -> Looked:
     on in most of the same rows.
 
     Args:
-        one, two: of the same rows.
+        one, two: what was seen of both models, on the same rows.
         names: what the two models are called.
     """
     from bae_fast.causal import match_codes, shuffled_rows

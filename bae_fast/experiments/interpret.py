@@ -365,7 +365,7 @@ def open_beside(config: Any, folder: Path) -> Second | None:
 
     Args:
         config: a :class:`Beside` and :class:`Source` with ``hook`` and ``context``.
-        folder: of the first model.
+        folder: the folder of the first model.
 
     Raises:
         ConfigError: names without a second model, or see :func:`open_model`.

@@ -37,7 +37,7 @@ def error_metric(
     """The scale of each dimension, ``[d]``; None for a configuration without a metric.
 
     Args:
-        config: with ``metric``, and for sensitivities the fields of a language model.
+        config: has ``metric``, and for sensitivities the fields of a language model.
         rows: those that are trained on.
         cache: the harvest that they are of, for sensitivities.
         last_row: number in the cache of the last row that is trained on.

@@ -49,6 +49,9 @@ class SalientTokens:
         salience: float32 ``[n]``, the magnitude of the feature in that row.
         k: features a row went to at most.
         n_rows: rows looked at; row numbers are below it.
+
+    Raises:
+        ValueError: shapes, dtypes or offsets that do not fit each other.
     """
 
     offsets: Tensor

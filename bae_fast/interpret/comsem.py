@@ -81,6 +81,9 @@ class ComSemConfig:
         seed: the seed of the choice of features (0: the middle of every part, else drawn), of
             negatives, of the shuffling and of the bootstrap.
         before, after: tokens of context shown.
+
+    Raises:
+        ValueError: a number of another type or out of its range, or an unknown order.
     """
 
     n_features: int = 100

@@ -38,7 +38,10 @@ class IntruderConfig:
         n_own: contexts of the feature in a draw.
         least: rows that a feature must be on in.
         before, after: tokens of a context.
-        seed: of all draws.
+        seed: the seed of all draws.
+
+    Raises:
+        ValueError: a number of another type or out of its range.
     """
 
     n_features: int = 100
@@ -61,7 +64,7 @@ class SentenceEncoder:
     """A sentence encoder of transformers: the mean of the last states of a text's tokens.
 
     Attributes:
-        folder: of the model and its tokenizer.
+        folder: the folder of the model and its tokenizer.
     """
 
     def __init__(self, folder: Path | str) -> None:

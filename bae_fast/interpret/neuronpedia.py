@@ -91,7 +91,7 @@ def write_neuronpedia_export(
 
     Args:
         folder: the one that holds all models.
-        model: in eval mode, one bit a feature.
+        model: the autoencoder, in eval mode, with one bit a feature.
         cache: harvested hidden states and their tokens; its manifest names the language model and
             the hook. Rows that it dropped have no features on.
         tokenizer: the language model's.

@@ -78,7 +78,7 @@ class Partner:
         agreement: the Jaccard index of the rows in which the two are on.
         kind: what the two are to each other, one of :data:`bae_fast.causal.matching.CLASSES`.
         back: the feature that is the partner's own best.
-        cosine: of their decoder directions, or None where there is none.
+        cosine: the cosine of their decoder directions, or None where there is none.
     """
 
     record: FeatureRecord

@@ -124,7 +124,7 @@ class Engine:
 
         Args:
             tokens: integers ``[batch, length]`` on any device.
-            mask: of that shape, false (or 0) at padding.
+            mask: the same shape, false (or 0) at padding.
 
         Returns:
             path -> ``[batch, length, d]`` on the model's device, in its dtype.

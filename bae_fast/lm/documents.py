@@ -129,7 +129,7 @@ class TextFiles:
 
         Args:
             paths: files and folders, in the order they are read.
-            field: of a line of a .jsonl file.
+            field: the field of a line of a .jsonl file that holds the text.
 
         Raises:
             ValueError: a path that is missing, or a folder without such a file.
@@ -246,7 +246,7 @@ class DatasetText:
 
         Args:
             dataset: has ``state_dict`` and ``load_state_dict`` (streamed), or a length and numbers.
-            field: of a row, the text.
+            field: the field of a row that holds the text.
             name: what it is called in manifests; None: as it calls itself.
 
         Raises:

@@ -35,7 +35,7 @@ def copy_of(path: Path, dtype: torch.dtype | None = None) -> Path | None:
 
     Args:
         path: the file.
-        dtype: of the weights; None: any, for the tokenizer alone.
+        dtype: the dtype of the weights; None: any, for the tokenizer alone.
     """
     try:
         _root()

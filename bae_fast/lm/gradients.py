@@ -35,7 +35,7 @@ def sensitivity(
         windows: token ids ``[n, length]``, of the text that is trained on.
         hook: the module's path.
         drop_positions, max_norm_ratio: states that are left out, as in :func:`bae_fast.lm.harvest`.
-        seed: of the tokens that are drawn.
+        seed: the seed of the tokens that are drawn.
 
     Raises:
         ValueError: windows of another shape, no such module, or no state that is looked at.

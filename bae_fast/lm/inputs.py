@@ -157,7 +157,7 @@ class Padding:
 
         Args:
             ids: token ids ``[batch, length]``.
-            mask: of that shape, false (or 0) at padding.
+            mask: the same shape, false (or 0) at padding.
 
         Raises:
             ValueError: padding before the text, and the model's states are other ones then.

@@ -48,8 +48,8 @@ def check_origin(metadata: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     one model of the hub and its commits differ.
 
     Args:
-        metadata: of the autoencoder's configuration.
-        facts: of the hidden states: ``model_name``, ``hook_name`` and ``model_revision``.
+        metadata: the metadata of the autoencoder's configuration.
+        facts: where the states come from: ``model_name``, ``hook_name`` and ``model_revision``.
 
     Raises:
         ValueError: naming both models, or both modules.
@@ -80,8 +80,8 @@ def mismatch(
     """What of the place an autoencoder is put differs from where it was trained; None: nothing.
 
     Args:
-        metadata: of its configuration: ``model_name`` and ``hook_name`` or ``transcoder_hooks``.
-        model_name: of the language model, None where it is not known.
+        metadata: its configuration's: ``model_name`` and ``hook_name`` or ``transcoder_hooks``.
+        model_name: the name of the language model, None where it is not known.
         model, path: the place, by its resolved path.
     """
     trained_on = metadata.get("model_name")

@@ -75,7 +75,7 @@ class Shard(NamedTuple):
     """What the manifest says of one shard.
 
     Attributes:
-        first_window, n_windows: of the text.
+        first_window, n_windows: which windows of the text it holds.
         first_row, n_rows: among all rows.
         files: path in the folder -> SHA-256 of the file.
     """
@@ -153,7 +153,7 @@ class ShardedCache:
         folder: where it lies.
         manifest: the contents of manifest.json.
         widths: hook -> d.
-        dtype: of the rows.
+        dtype: the dtype of the rows.
         shards: what lies in each shard.
         n_rows, n_windows, context_size: sizes of all.
         block_sizes: int64 ``[n_blocks]``, rows of each block.
@@ -409,7 +409,7 @@ def harvest_shards(
         lm: the model, without forward hooks of your own.
         text: token windows ``[n, context]``, or what reads them from documents.
         hooks: modules, see :func:`bae_fast.lm.harvest`.
-        folder: of this cache.
+        folder: the folder of this cache.
         shard_windows: windows a shard; None: those that hold 65,536 tokens.
         batch_size: windows a forward pass.
         drop_positions, max_norm_ratio, exclude_tokens: see :func:`bae_fast.lm.harvest`.

@@ -1,6 +1,6 @@
 """Small labelled tasks for in-context learning, made from word lists of our own.
 
-Every task is a list of (text, label) with a label word each, 1,500 examples or so, the same on
+Every task is a list of (text, label) with a label word each: 1,600 examples, the same on
 every machine. They are easy for a person and learnable from a few demonstrations; being made from
 templates they are poorer than natural text, which any Hugging Face dataset given by name is for.
 """
@@ -21,7 +21,7 @@ class Task:
     """Texts and labels.
 
     Attributes:
-        name: of the task.
+        name: the name of the task.
         text_name, label_name: what stands before the text and before the label in a prompt.
         examples: (text, label).
     """
@@ -212,7 +212,7 @@ def task_from_dataset(
     """A task of rows of any dataset.
 
     Args:
-        name: of the task.
+        name: the name of the task.
         rows: dicts, such as those of a Hugging Face dataset.
         label_names: words for integer labels; None: the labels as they are written.
         max_characters: longer texts are left out.

@@ -25,6 +25,9 @@ class CodeBank:
             n_batches: batches held.
             keep_codes: hold the codes too, N K / 8 bytes a batch, which the covariance needs;
                 otherwise only their counts, 8 K bytes a batch.
+
+        Raises:
+            ValueError: n_batches below 1.
         """
         if n_batches < 1:
             raise ValueError(f"n_batches must be at least 1; got {n_batches}")

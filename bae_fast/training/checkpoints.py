@@ -123,7 +123,7 @@ class Checkpoints:
         :meth:`wait` tells.
 
         Args:
-            state: of this rank, see the module.
+            state: the state of this rank, see the module.
             step: names the folder.
             dims: which tensors are a part of this rank's alone.
             best: that this one stays, whatever comes after.

@@ -52,12 +52,12 @@ class LoopConfig:
     Attributes:
         steps: optimizer steps.
         batch_size: rows a step, N.
-        lr, betas, eps: of Adam.
+        lr, betas, eps: learning rate, decay rates and epsilon of Adam.
         decoder_lr_scale: the learning rate of W_dec is lr times this.
         decay_from: share of the steps after which the learning rate falls to zero as a cosine;
             1 keeps it constant.
         precision: "bfloat16" (autocast), "float32", or "auto" (bfloat16 where it is native).
-        seed: of the draws of rows, start and revival.
+        seed: the seed of the draws of rows, of the start and of the revival.
         warmup_steps: steps over which the learning rate rises linearly from zero.
         clip_norm: the largest norm of all gradients together, to which a longer one is shortened;
             0: no limit.

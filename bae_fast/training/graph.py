@@ -91,7 +91,7 @@ class CapturedStep:
             loss_of: gives the loss ``[]`` of a batch's tensors, or a tuple of tensors whose first
                 is the loss; autocast belongs inside. It may not wait for the device, and draws no
                 shape from a tensor's values: the operators of the GPU backends do neither.
-            optimizer: of all parameters, ``capturable=True`` where its class knows that and
+            optimizer: updates all parameters; ``capturable=True`` where its class knows that and
                 ``update`` is set.
             warm_calls: calls that run without a graph, at least 1.
             update: whether the optimizer's step is part of it.

@@ -50,7 +50,7 @@ class Job:
     """One module to be trained.
 
     Attributes:
-        name: of its folder of results; no other job's.
+        name: the name of its folder of results; no other job has it.
         module: what is trained, normalised already; on several processes the same on each.
         config: its constants.
         hook: which of the supply's hidden states are its rows.
@@ -81,9 +81,13 @@ class RunConfig:
         shard_optimizer: divide Adam's moments among the processes along "data": 8 bytes a
             parameter become 8 / R_d, and each step sends the parameters.
         refit_rows: rows drawn for what an objective does at the end.
-        trackers: of "tensorboard", "wandb" and "trackio".
+        trackers: any of "tensorboard", "wandb" and "trackio".
         peak_flops: operations a second that the MFU in the log is a share of, for all processes
             together; 0: no MFU in the log.
+
+    Raises:
+        ValueError: a constant of another type or out of its range, an unknown tracker, or
+            checkpoints and trackers without a folder.
     """
 
     out: Path | None = None
@@ -184,7 +188,7 @@ class JobTrainer:
 
         Args:
             jobs: at least one; all of one batch size and number of steps.
-            supply: of their rows; on several processes, this rank's share along "data".
+            supply: gives their rows; on several processes, this rank's share along "data".
             run: see :class:`RunConfig`.
             mesh: the processes; None: this one alone.
             graphs: how forward and backward of a job are captured where its ``cuda_graph`` asks for

@@ -86,7 +86,7 @@ class Learner(Generic[Config]):
             model: what the configuration's objective can train, on its device.
             config: the constants.
             draw: gives raw rows for the start.
-            generator: of the start and the revival; None: one made from ``config.seed``.
+            generator: draws for start and revival; None: one made from ``config.seed``.
             mesh: the processes; the module is this rank's part of the features.
             micro_batches: parts that a batch of this process is computed in.
             graphs: how a step is captured where the configuration asks for it; None: it is not.
@@ -429,7 +429,7 @@ class Learner(Generic[Config]):
 
         Args:
             window: steps.
-            counts: of a step that is not counted yet.
+            counts: the counts of a step that is not counted yet.
         """
         if counts is None:
             return self.step - self.last_fired >= window

@@ -39,7 +39,7 @@ class _Item(NamedTuple):
     """Rows of one forward pass.
 
     Attributes:
-        number: of the pass, among those of all streams.
+        number: the number of the pass, among those of all streams.
         before, after: states of the text.
         x, ids: the rows that are kept.
     """
@@ -153,9 +153,9 @@ class LiveSupply:
             n_heldout: windows at the beginning of the text that are held out.
             drop_positions, max_norm_ratio, exclude_tokens: see
                 :func:`bae_fast.lm.harvest_shards`.
-            threads: of torch in the model's thread, on a CPU, where some cores are left to the
-                trainer; None: as many as the caller has.
-            seed: of the draws.
+            threads: torch's number of threads in the model's thread, on a CPU, where some cores are
+                left to the trainer; None: as many as the caller has.
+            seed: the seed of the draws.
             streams, rank, world: see :class:`bae_fast.training.Supply`.
 
         Raises:

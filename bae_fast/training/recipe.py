@@ -49,7 +49,7 @@ def init_from_rows_(
         x: raw rows ``[n, d_in]`` in random order, n >= 2; best at least d_sae of them.
         density: share of the rows in which each bit is on.
         decoder_norm: norm of the rows of W_dec, in normalised units.
-        generator: of the draws.
+        generator: draws the random numbers.
         part: (i, m): the module holds the i-th of m equal parts of the features, and gets what
             they get in the whole.
 

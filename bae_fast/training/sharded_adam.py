@@ -43,7 +43,7 @@ class ShardedAdam(torch.optim.Adam):
 
         Args:
             groups: parameters, the same on every process along "data".
-            names: of the parameters.
+            names: the names of the parameters.
             mesh: the processes.
             options: ``lr``, ``betas``, ``eps``.
 

@@ -137,7 +137,7 @@ class ShardSupply:
             buffer_rows: rows of all streams and all ranks that batches are drawn from.
             n_heldout: rows held out at the end, 0: none; see
                 :meth:`bae_fast.lm.ShardedCache.split`.
-            seed: of the order.
+            seed: the seed of the order.
             streams, rank, world: see :class:`bae_fast.training.Supply`.
 
         Raises:

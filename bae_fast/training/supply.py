@@ -246,7 +246,7 @@ class MemorySupply:
             rows: ``[n, d]`` of each hook, row by row of the same tokens, on any device; one tensor
                 is the hook "rows".
             heldout: rows that nothing is trained on, of the same hooks.
-            seed: of the order.
+            seed: the seed of the order.
             generator: draws the order of a single stream in place of one made from the seed.
             streams, rank, world: see :class:`Supply`.
 

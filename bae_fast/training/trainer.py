@@ -73,7 +73,7 @@ class Trainer(Generic[Config]):
                 :class:`TrainingConfig`, a :class:`Trainable` for a :class:`SparseConfig`.
             rows: raw hidden states ``[n, d_in]``, floating point and finite, on any device;
                 batches are moved to the module's.
-            targets: of a transcoder, ``[n, d_out]``, row by row.
+            targets: for a transcoder, its targets ``[n, d_out]``, row by row.
             graphs: how a step is captured where ``config.cuda_graph`` asks for it; None: by CUDA
                 graphs.
 

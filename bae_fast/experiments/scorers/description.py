@@ -52,7 +52,7 @@ def describe(model: Autoencoder, train: Tensor, held: Tensor, target: Tensor) ->
     small error at many bits is the aim in itself.
 
     Args:
-        model: in eval mode.
+        model: the autoencoder, in eval mode.
         train, held: raw rows ``[n, d_in]`` and ``[m, d_in]``.
         target: ``[m, d_out]``, what is reconstructed.
 
