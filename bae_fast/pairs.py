@@ -1,4 +1,4 @@
-"""Pairs of columns: exact counts of both on, mutual information, and the tree of the most of it."""
+"""Pairs of columns: counts of rows with both on, mutual information, the tree of the largest."""
 
 from __future__ import annotations
 

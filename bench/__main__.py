@@ -1,4 +1,4 @@
-"""Run suites, write their results, regenerate the documents' tables: see :mod:`bench`."""
+"""Run suites, write their results, regenerate the documents' tables (see the package's text)."""
 
 from __future__ import annotations
 
@@ -118,56 +118,57 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "suites",
         nargs="*",
-        help=f"of {', '.join(SUITES)}; default: {', '.join(MEASURED)}; device has its own options",
+        help=f"The suites to run, of {', '.join(SUITES)}. Without any these are "
+        f"{', '.join(MEASURED)}. device and versions have options of their own.",
     )
     parser.add_argument(
         "--tables",
         action="store_true",
-        help="only regenerate the tables and numbers in README.md and docs/",
+        help="Only regenerate the tables and numbers in README.md and docs/.",
     )
     parser.add_argument(
-        "--only", metavar="TEXT", help="only cases whose name holds it; prints, writes nothing"
+        "--only", metavar="TEXT", help="Only run cases whose name holds this, and write nothing."
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=SECONDS,
-        help="seconds that one comparison is timed for (4)",
+        help=f"The seconds that one comparison is timed for ({SECONDS:g}).",
     )
     parser.add_argument(
         "--model",
         action="append",
         metavar="NAME",
-        help="a language model for the suite models: a folder, a GGUF file or a Hugging Face id; "
-        "may be repeated",
+        help="A language model for the suite models: a folder, a GGUF file or a Hugging Face id. "
+        "It may be given several times.",
     )
     parser.add_argument(
-        "--dtype", default="auto", help="the dtype that the suite models runs them in (auto)"
+        "--dtype", default="auto", help="The dtype that the suite models runs them in (auto)."
     )
     parser.add_argument(
         "--windows",
         type=int,
         default=models.TIMED,
-        help="windows of 256 tokens that the suite models times (8)",
+        help=f"The windows of 256 tokens that the suite models times ({models.TIMED}).",
     )
     parser.add_argument(
         "--leave-out",
         nargs="+",
         default=[],
         metavar="SIDE",
-        help="sides that the suites step and operators leave out, such as compile",
+        help="The sides that the suites step and operators leave out, such as compile.",
     )
     parser.add_argument(
         "--machine",
         default="",
         metavar="NAME",
-        help="keep the results in this folder of bench/results, apart from those of another "
-        "machine",
+        help="Keep the results in this folder of bench/results, apart from those of another "
+        "machine.",
     )
     parser.add_argument(
         "--later-loads",
         action="store_true",
-        help="the suite models leaves out the first load of a GGUF file whose copy is kept already",
+        help="The suite models leaves out the first load of a GGUF file whose copy is kept.",
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.suites if name not in SUITES]

@@ -1,6 +1,6 @@
-"""Collection of the tokens that go to each feature, from packed codes against dense latents.
+"""Collection of the tokens that go to each feature, from packed codes against dense features.
 
-Ours takes all rows. The released program's way (dense latents, log2(|b - p| + 1e-6), topk of each
+Ours takes all rows. The released program's way (dense features, log2(|b - p| + 1e-6), topk of each
 row, an append a token in Python) and the plain torch way take the first rows only, and their
 seconds are multiplied up: both are linear in the rows. Every side is checked on those rows first.
 Bits are independent; features' densities are log-normal as a trained code's, some nearly always

@@ -1462,12 +1462,12 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m bench device", description=(__doc__ or "").splitlines()[0]
     )
-    found.add_argument("--out", type=Path, default=RESULTS, help="folder of device.json, .png")
+    found.add_argument("--out", type=Path, default=RESULTS, help="The folder of device.json and device.png.")
     found.add_argument(
-        "--seconds", type=float, default=SECONDS, help="seconds that the whole may take (540)"
+        "--seconds", type=float, default=SECONDS, help="The seconds that the whole may take (540)."
     )
-    found.add_argument("--impl", nargs="+", default=list(IMPLS), help="triton cuda")
-    found.add_argument("--report-only", action="store_true", help="table and plot of device.json")
+    found.add_argument("--impl", nargs="+", default=list(IMPLS), help="The backends (triton cuda).")
+    found.add_argument("--report-only", action="store_true", help="Only draw device.json.")
     hidden: dict[str, dict[str, Any]] = {
         "--device": {"default": "cuda", "choices": ["cuda", "cpu"]},  # for tests of this program
         "--tiny": {"action": "store_true"},

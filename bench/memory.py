@@ -145,13 +145,13 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--n", type=int, default=2048, help="rows")
-    parser.add_argument("--d", type=int, default=512, help="width of a row")
-    parser.add_argument("--f", type=int, default=16384, help="features")
-    parser.add_argument("--impl", default="torch", help="implementation of the packed side")
+    parser.add_argument("--n", type=int, default=2048, help="The number of rows.")
+    parser.add_argument("--d", type=int, default=512, help="The width of a row.")
+    parser.add_argument("--f", type=int, default=16384, help="The number of features.")
+    parser.add_argument("--impl", default="torch", help="The implementation of the packed side.")
     parser.add_argument("--objective", default="rectangle", choices=[*KNOWN])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--side", choices=SIDES, help="run this side only, in this process")
+    parser.add_argument("--side", choices=SIDES, help="Run this side alone, in this process.")
     a = parser.parse_args(arguments)
     if a.side:
         result = measure(a.side, a.n, a.d, a.f, a.impl, a.objective, a.threads)

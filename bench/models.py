@@ -1,6 +1,6 @@
 """Real language models: loads, and what stands inside a running model beside the model's own.
 
-Nothing here has a figure of its own making. Harvested rows are held against
+What is right comes from the model itself. Harvested rows are held against
 ``output_hidden_states``, and logits of the head, of a splice and of a substitution against those of
 the model's plain forward, window by window. The splice has two codes: the identity, which must
 change nothing, and one that halves every state, whose right result comes from a hook written here;

@@ -189,17 +189,17 @@ def table(result: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a test failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.versions", description=__doc__)
-    parser.add_argument("--python", default=sys.executable, help="the Python that is tried")
-    parser.add_argument("--torch", required=True, help="the version of torch that is tried")
-    parser.add_argument("--triton", help="the version of Triton that is tried (none)")
-    parser.add_argument("--wheel", type=Path, help="a wheel with kernels that is built already")
-    parser.add_argument("--pip", default="", help="options of pip for the installation of torch")
+    parser.add_argument("--python", default=sys.executable, help="The Python that is tried.")
+    parser.add_argument("--torch", required=True, help="The version of torch that is tried.")
+    parser.add_argument("--triton", help="The version of Triton that is tried (none).")
+    parser.add_argument("--wheel", type=Path, help="A wheel with kernels that is built already.")
+    parser.add_argument("--pip", default="", help="The options of pip for the installation of torch.")
     parser.add_argument(
         "--tests",
         nargs="+",
         choices=TESTS,
         default=list(TESTS),
-        help="the tests that run; with Triton, its kernels are compiled too (all)",
+        help="The tests that run (all); with Triton its kernels are compiled too.",
     )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:

@@ -12,11 +12,11 @@ from bae_fast.entropy.fit import STARTS
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", help="a .npy file of vectors, [n, d]")
+    parser.add_argument("rows", help="A .npy file of vectors, [n, d].")
     parser.add_argument(
-        "--features", type=int, required=True, help="about twice the dimensions that they span"
+        "--features", type=int, required=True, help="About twice the dimensions that they span."
     )
-    parser.add_argument("--steps", type=int, help="default: the start's own")
+    parser.add_argument("--steps", type=int, help="Without it: the start's own.")
     options = parser.parse_args(arguments)
 
     rows = torch.from_numpy(np.load(options.rows)).float()

@@ -21,15 +21,15 @@ from bae_fast.training import PRESETS, Trainer
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id or folder")
-    parser.add_argument("--hook", default="model.layers.11", help="after block 12: 0 counts")
-    parser.add_argument("--text", help="a text file; default: Python's documentation")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="The Hugging Face id, or a folder.")
+    parser.add_argument("--hook", default="model.layers.11", help="After block 12, as 0 counts.")
+    parser.add_argument("--text", help="A text file. Without it: Python's documentation.")
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--context", type=int, default=256, help="tokens in a window")
-    parser.add_argument("--heldout", type=int, default=4096, help="rows held out")
+    parser.add_argument("--context", type=int, default=256, help="The number of tokens in a window.")
+    parser.add_argument("--heldout", type=int, default=4096, help="The number of rows held out.")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--cache", help="folder of harvests; default: the user's cache folder")
-    parser.add_argument("--out", default="my_bae", help="folder of the trained model")
+    parser.add_argument("--cache", help="The folder of harvests. Without it: the user's cache.")
+    parser.add_argument("--out", default="my_bae", help="The folder of the trained model.")
     options = parser.parse_args(arguments)
 
     lm = load_language_model(options.model)

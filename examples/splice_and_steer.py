@@ -12,13 +12,13 @@ from bae_fast.lm import DEFAULT_MODEL, load_language_model
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bae", help="folder of a trained model")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id or folder")
+    parser.add_argument("bae", help="The folder of a trained model.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="The Hugging Face id, or a folder.")
     parser.add_argument("--hook", default="model.layers.11")
     parser.add_argument("--feature", type=int, default=0)
-    parser.add_argument("--strength", type=float, default=8.0, help="1 is the feature's own value")
+    parser.add_argument("--strength", type=float, default=8.0, help="1 is the feature's own value.")
     parser.add_argument("--prompt", default="The list holds")
-    parser.add_argument("--tokens", type=int, default=20, help="new tokens")
+    parser.add_argument("--tokens", type=int, default=20, help="The number of new tokens.")
     options = parser.parse_args(arguments)
 
     lm = load_language_model(options.model)

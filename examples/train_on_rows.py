@@ -13,10 +13,10 @@ from bae_fast.training import PRESETS, Trainer
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", help="a .npy file of hidden states, [n, d]")
-    parser.add_argument("--expansion", type=int, default=4, help="features over width, F / d")
+    parser.add_argument("rows", help="A .npy file of hidden states, [n, d].")
+    parser.add_argument("--expansion", type=int, default=4, help="Features over the width, F / d.")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--out", default="my_bae", help="folder of the trained model")
+    parser.add_argument("--out", default="my_bae", help="The folder of the trained model.")
     options = parser.parse_args(arguments)
 
     rows = torch.from_numpy(np.load(options.rows)).float()

@@ -1,8 +1,8 @@
 """In which unit each dimension's error is measured: what ``fit_normalization_(metric=)`` takes.
 
-An autoencoder's squared error counts every dimension alike. Hidden states have a few dimensions of
-huge variance that the error then is of, while the language model may read the others. Dividing
-each dimension by a scale s_i before training weighs its squared error by 1 / s_i^2:
+An autoencoder's squared error counts every dimension alike. In hidden states a few dimensions have
+most of the variance, so most of the error is theirs, while the language model may read others.
+Dividing each dimension by a scale s_i before training weighs its squared error by 1 / s_i^2:
 
 ``none``           s_i = 1
 ``std``            the standard deviation
@@ -25,8 +25,8 @@ from bae_fast.autoencoder import check_rows
 
 KINDS = ("std", "robust", "sensitivity")
 
-# scales are not below this share of their median: a dimension that hardly varies, or that nothing
-# reads, would else be all that counts, or nothing
+# scales are at least this share of their median: else a dimension that hardly varies would be all
+# that counts, and one that nothing reads would not count at all
 _LEAST = 1e-3
 
 _MEDIAN_TO_STD = 1.4826

@@ -1,4 +1,5 @@
-"""An autoencoder inside a running model: what it costs, what its features cause, whose they are."""
+"""An autoencoder inside a running model: what it costs, what its features cause, and which features
+of two models are the same."""
 
 from __future__ import annotations
 

@@ -65,6 +65,8 @@ def fit_bae(
 
     Args:
         rows: raw ``[n, d]``, any floating dtype; trained on in float32.
+        d_sae: number of features.
+        config: the constants of the training; :data:`STARTS` has those of either start.
         start: "components" (see :func:`init_from_components_`; ``config.init`` should be "none")
             or "random" (``config.init`` decides).
         progress: show how far the training is.
