@@ -163,6 +163,7 @@ class Autoencoder(nn.Module):
 
     @property
     def n_bits(self) -> int:
+        """Bits a feature."""
         return 1
 
     # -- features ------------------------------------------------------------------------------

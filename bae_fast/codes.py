@@ -149,6 +149,7 @@ class BinaryCode:
 
     @property
     def device(self) -> torch.device:
+        """Where the words lie."""
         return self.words.device
 
     @property

@@ -84,6 +84,7 @@ class BAEConfig:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields and the name of the architecture, as ``cfg.json`` has them."""
         return {"architecture": ARCHITECTURE, **dataclasses.asdict(self)}
 
     @classmethod

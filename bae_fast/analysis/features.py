@@ -301,6 +301,7 @@ def _lifts(n_on: Tensor, n_total: Tensor, n_rows: int, k: int) -> list[tuple[int
 
 
 def decode_tokens(tokenizer: Any, ids: list[int]) -> str:
+    """The text of token ids, special tokens included and blanks as they are."""
     if not ids:
         return ""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

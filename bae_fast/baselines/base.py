@@ -157,6 +157,7 @@ class SparseAutoencoder(Autoencoder):
 
     @property
     def dtype_and_device(self) -> dict[str, Any]:
+        """Keyword arguments that make a tensor like the parameters."""
         return {"dtype": self.W_enc.dtype, "device": self.W_enc.device}
 
     # -- the layer -----------------------------------------------------------------------------

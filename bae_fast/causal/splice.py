@@ -111,10 +111,12 @@ class Splice:
 
     @property
     def n_replaced(self) -> int:
+        """Tokens whose state was replaced."""
         return sum(replaced for replaced, _ in self._passes)
 
     @property
     def n_tokens(self) -> int:
+        """All tokens that passed."""
         return sum(tokens for _, tokens in self._passes)
 
 

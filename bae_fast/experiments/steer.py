@@ -54,7 +54,7 @@ class Config(Training, Data):
         prompts: The number of prompts of a task, both halves together.
         positive: A text file with a prompt a line, in place of the few-shot set.
         negative: A text file with a prompt a line, the set that is steered.
-        features: The numbers of features that are set.
+        features: How many features are set, one number or several to compare.
         strengths: The strengths that are tried, times a feature's value. As a rule of thumb 1
             changes little, 8 shows what the feature stands for, and 20 breaks the text.
         mode: Whether a feature's value is set, clamp, or raised, add.

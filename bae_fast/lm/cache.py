@@ -353,6 +353,11 @@ class RowsFile:
         return self.width * self.dtype.itemsize
 
     def append(self, rows: Tensor) -> None:
+        """Write further rows ``[n, d]``; the first ones decide dtype and width.
+
+        Raises:
+            ValueError: rows of a dtype that a cache does not keep, or unlike the first ones.
+        """
         if self.n_rows == 0:
             if rows.dtype not in DTYPE_NAMES:
                 allowed = ", ".join(DTYPE_NAMES.values())
@@ -445,5 +450,6 @@ def _read_tensors(
 
 
 def tokens_digest(tokens: Tensor) -> str:
+    """SHA-256 of token ids, the same for every integer dtype and device."""
     plain = tokens.to("cpu", torch.int32).contiguous()
     return hashlib.sha256(plain.numpy().astype("<i4").tobytes()).hexdigest()

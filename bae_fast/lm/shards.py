@@ -9,7 +9,7 @@
 
 A shard is a fixed range of windows. Its index is written behind its rows, and under its final name
 the shard is done. Any process can make a missing one, in one pass of the model for all hooks, and a
-process that is killed loses the shard in its hands. Rows stay in the order of the text.
+process that is killed loses the shard that it was making. Rows stay in the order of the text.
 """
 
 from __future__ import annotations

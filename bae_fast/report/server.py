@@ -87,6 +87,7 @@ class PageServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
+        """The address that a browser on this machine opens."""
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
 
