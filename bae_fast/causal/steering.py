@@ -255,7 +255,10 @@ def next_token(
 ) -> Tensor:
     """Log-probabilities of the token after each prompt, float32 ``[n, V]``, with an edit there.
 
-    Without one they are the model's own.
+    Args:
+        path, autoencoder, source: see :func:`bae_fast.causal.spliced`.
+        tokens: token ids of n prompts, as :func:`prompt_tokens` gives them.
+        edit: what changes the features of each last token; None: the numbers are the model's own.
     """
     with spliced(
         lm, path, autoencoder, edit, "last", add_error=True, source=source, exclude_tokens=()

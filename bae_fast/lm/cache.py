@@ -356,7 +356,7 @@ class RowsFile:
         """Write further rows ``[n, d]``; the first ones decide dtype and width.
 
         Raises:
-            ValueError: rows of a dtype that a cache does not keep, or unlike the first ones.
+            ValueError: first rows of a dtype that a cache does not keep.
         """
         if self.n_rows == 0:
             if rows.dtype not in DTYPE_NAMES:
