@@ -1462,7 +1462,9 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m bench device", description=(__doc__ or "").splitlines()[0]
     )
-    found.add_argument("--out", type=Path, default=RESULTS, help="The folder of device.json and device.png.")
+    found.add_argument(
+        "--out", type=Path, default=RESULTS, help="The folder of device.json and device.png."
+    )
     found.add_argument(
         "--seconds", type=float, default=SECONDS, help="The seconds that the whole may take (540)."
     )

@@ -193,7 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--torch", required=True, help="The version of torch that is tried.")
     parser.add_argument("--triton", help="The version of Triton that is tried (none).")
     parser.add_argument("--wheel", type=Path, help="A wheel with kernels that is built already.")
-    parser.add_argument("--pip", default="", help="The options of pip for the installation of torch.")
+    parser.add_argument(
+        "--pip", default="", help="The options of pip for the installation of torch."
+    )
     parser.add_argument(
         "--tests",
         nargs="+",

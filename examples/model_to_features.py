@@ -25,7 +25,9 @@ def main(arguments=None):
     parser.add_argument("--hook", default="model.layers.11", help="After block 12, as 0 counts.")
     parser.add_argument("--text", help="A text file. Without it: Python's documentation.")
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--context", type=int, default=256, help="The number of tokens in a window.")
+    parser.add_argument(
+        "--context", type=int, default=256, help="The number of tokens in a window."
+    )
     parser.add_argument("--heldout", type=int, default=4096, help="The number of rows held out.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--cache", help="The folder of harvests. Without it: the user's cache.")
