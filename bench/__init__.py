@@ -12,8 +12,18 @@ results; ``recipe`` and ``ablation``, which train, run by name.
 | ``exact.py`` | float64 and integers that every side is checked against before it is timed |
 | ``inputs.py``, ``timing.py`` | random inputs; checks, turns, medians, peaks, the roofline |
 | ``ceilings.py``, ``ceiling.cpp`` | what the machine can do at best |
-| ``step.py``, ``operators.py``, ``levels.py``, ``memory.py`` | the suites |
+| ``step.py``, ``operators.py`` | whole steps; every operator |
+| ``levels.py``, ``memory.py`` | the covariance by instruction set; peak memory of a step |
 | ``rival.py`` | the recipe's step beside that of a plain TopK autoencoder |
+| ``sparse.py``, ``lists.cpp`` | the covariance of sparse codes beside a floor program |
+| ``crossover.py`` | where lists of ones and bits take the same time |
+| ``recipe.py``, ``ablation.py`` | what training reaches, and what each part of it is worth |
+| ``wide.py`` | the start's share of ones in wide dictionaries |
+| ``supply.py``, ``jobs.py`` | where rows come from, and who shares them |
+| ``collect.py`` | the tokens that go to each feature |
+| ``launches.py``, ``compiled.py`` | of GPUs without one: what a step starts, its machine code |
+| ``estimate.py`` | the time of a step on a GPU by arithmetic |
+| ``device.py``, ``rate.cu`` | on a GPU: what is right, then times, kept case by case |
 | ``models.py`` | real language models: loads, and what runs inside them, beside their own |
 | ``saebench.py`` | SAEBench's core evaluation of what is trained here |
 | ``versions.py``, ``abi.py`` | a wheel tried with given versions; what its symbols ask for |

@@ -8,8 +8,8 @@ KL is KL(p | q) in nats, mean over tokens of some windows of the text that is tr
 next-token distribution of the model as it is and q that of the model with the autoencoder's
 reconstruction in its states' place. So a share s of the squared error gives its place to the
 divergence, scaled in every step to the error's size, as in Karvonen, arXiv 2503.17272. All other
-terms keep their weights, and an error of the same size is worth as many bits as before: the rate
-stays about where it was, whatever the language model and the method.
+terms keep their weights, and an error of the same size is worth as many bits as before. The rate is
+not held by more than that: look at it beside the loss.
 
 The ordinary part of the loss is that of the method's own objective, on batches of rows as before.
 Which states are replaced, and which tokens count, is as in
