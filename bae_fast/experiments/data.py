@@ -290,7 +290,7 @@ def harvest_rows(
         "context_size": config.context,
         "prepend_bos": begins_with_bos,
         "dataset_path": text_name,
-        "text_files": None if config.text is None else list(config.text),
+        "text_files": None if config.text is None else [str(name) for name in config.text],
         "tokens": windows.numel(),
         "rows": cache.n_rows,
         "harvest_tokens_per_second": tokens_per_second,
