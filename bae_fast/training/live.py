@@ -102,8 +102,8 @@ class LiveSupply:
     their old batches, so the rows are the same ones to the bit on the same machine.
 
     On a GPU the model runs in a thread, ahead of the trainer by a bounded number of passes. On a
-    CPU a pass and a training step would fight for the same cores, and both together take longer
-    than one after the other: there the model runs when rows are asked for. The rows are the same.
+    CPU a pass and a training step share the same cores, and a thread gains nothing: there the model
+    runs when rows are asked for. The rows are the same.
 
     Rows are dropped as :func:`bae_fast.lm.harvest_shards` drops them. Their numbers count on where
     the text begins again.
