@@ -82,8 +82,8 @@ struct Matrix {
   Element element;
 };
 
-// One strip of columns of a product. The left side is packed before, for all threads; the right side
-// is read where it lies.
+// One strip of columns of a product. The left side is packed before, for all threads; the right
+// side is read where it lies.
 struct UnitStrip {
   const uint8_t* left;  // panels of Units::pack
   Matrix right;         // (k, column)
@@ -104,8 +104,8 @@ struct EncodeStrip {
   int64_t window_stride;
 };
 
-// Products of dense matrices, sums in fp32. Where floats are split, a result is false for an operand
-// of three digits that is not below 2^127 in size: then what was written is of no use.
+// Products of dense matrices, sums in fp32. Where floats are split, a result is false for an
+// operand of three digits that is not below 2^127 in size: then what was written is of no use.
 struct Units {
   int64_t rows;     // packed at once
   int64_t columns;  // of a strip
