@@ -20,11 +20,10 @@ vocabulary exist for a block of tokens at a time.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,7 +148,7 @@ class InPlaceDivergence:
             in_own_dtype(lm.device),
             running(lm.model),
             frozen(lm.model),
-            _evaluating(autoencoder),
+            running(autoencoder),
         ):
             with torch.no_grad(), self._lower.recorded():
                 original = lm.body(**inputs).last_hidden_state[compared]
@@ -212,17 +211,6 @@ class _MeanKL(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[0]).to(gradient.dtype), None, None
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and afterwards in the mode it was in."""
-    mode = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(mode)
 
 
 # -- for the trainer ---------------------------------------------------------------------------
