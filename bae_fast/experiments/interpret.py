@@ -51,8 +51,9 @@ class Config(JudgeOptions, Beside, Source):
         hook: The path of the module whose output the model reads. Without it that is the module
             the model was trained on.
         context: The number of tokens in a window of text. Without it that is the training's.
-        text: The text files that the model reads. Without them that is the training's text, where
-            the saved model names it, and else the topics of Python's standard library.
+        text: Text files, files of JSON lines, and folders of them, which the model reads. Without
+            them that is the training's text, where the saved model names it, and else the topics
+            of Python's standard library.
         load: The folder of a Binary Autoencoder or a sparse autoencoder. Without it that is
             results/demo, trained as bae-fast demo does where there is none.
         steps: The number of optimizer steps, where a model is trained.
@@ -297,16 +298,20 @@ def open_model(config: Any, folder: Path, *, with_text: bool = True) -> tuple[Au
 def text_of(config: Source, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The text that a model was trained on, where a configuration names none.
 
-    Metadata without ``text_files`` does not say which text that was.
+    Metadata without ``text_files`` does not say which text that was: the standard library's is
+    read, and a line says so.
 
     Raises:
-        ConfigError: one of the files is not here.
+        ConfigError: one of the files or folders is not here.
     """
-    if config.text is not None or "text_files" not in metadata:
+    if config.text is not None:
+        return {}
+    if "text_files" not in metadata:
+        say("   the model does not say which text it was trained on; --text names another one")
         return {}
     files = metadata["text_files"] or ()  # none are the topics of Python's standard library
     for name in files:
-        if not Path(name).is_file():
+        if not Path(name).exists():
             raise runs.ConfigError(
                 "text", f"must be given: the model was trained on {name}, which is not here"
             )

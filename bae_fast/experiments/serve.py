@@ -43,8 +43,9 @@ class Config(Beside, Source):
             the model was trained on.
         context: The number of tokens in a window of the text that features are looked at on.
             Without it that is the training's.
-        text: The text files that features are looked at on. Without them that is the training's
-            text, where the saved model names it, and else the topics of Python's standard library.
+        text: Text files, files of JSON lines, and folders of them, on which features are looked
+            at. Without them that is the training's text, where the saved model names it, and else
+            the topics of Python's standard library.
         names: The file features.jsonl of bae-fast interpret, whose names are shown.
         rows: The number of hidden states that features are looked at on, the last of the text.
         prompt: The text that the prompt holds at first.

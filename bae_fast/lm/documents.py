@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,10 @@ from torch import Tensor
 
 from bae_fast.lm.cache import tokens_digest
 from bae_fast.lm.inputs import bos_to_prepend
+from bae_fast.lm.text import LINES, text_files, text_of_line
 
 # a file is read and tokenized in pieces of so many bytes, cut at white space
 _PIECE_BYTES = 1 << 20
-_LINES = (".jsonl", ".ndjson")
-_TEXTS = (".txt", ".md", ".rst", *_LINES)
 
 
 class Windows(Protocol):
@@ -135,28 +133,14 @@ class TextFiles:
             ValueError: a path that is missing, or a folder without such a file.
         """
         self.field = field
-        self.files: list[Path] = []
-        for path in [paths] if isinstance(paths, (str, Path)) else list(paths):
-            path = Path(path)
-            found = [path]
-            if path.is_dir():
-                inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _TEXTS)
-                found = [p for p in inside if p.is_file()]
-            if not found or not found[0].is_file():
-                state = (
-                    f"is a folder without {', '.join(_TEXTS)}" if path.is_dir() else "is missing"
-                )
-                raise ValueError(f"paths must name text files or folders of them; {path} {state}")
-            self.files += found
-        if not self.files:
-            raise ValueError("paths must name at least one file; got none")
+        self.files = text_files(paths)
         self._file = self._at = 0
         self._identity: dict[str, Any] | None = None
 
     def pieces(self) -> Iterator[Piece]:
         while self._file < len(self.files):
             path = self.files[self._file]
-            by_line = path.suffix.lower() in _LINES
+            by_line = path.suffix.lower() in LINES
             with path.open("rb") as file:
                 file.seek(self._at)
                 while data := (file.readline() if by_line else _cut(file)):
@@ -164,27 +148,12 @@ class TextFiles:
                     text = _decoded(data, path, self._at - len(data), first)
                     if by_line:
                         if text.strip():
-                            yield Piece(self._of_line(text, path), True)
+                            yield Piece(text_of_line(text, path, self._at, self.field), True)
                         continue
                     ends = not file.read(1)
                     file.seek(self._at)
                     yield Piece(text, ends)
             self._file, self._at = self._file + 1, 0
-
-    def _of_line(self, line: str, path: Path) -> str:
-        try:
-            text = json.loads(line)[self.field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} must hold an object with the field {self.field!r} in every line; the one "
-                f"before byte {self._at:,} has none ({type(error).__name__})"
-            ) from error
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{path} must hold text in the field {self.field!r}; got {type(text).__name__} "
-                f"before byte {self._at:,}"
-            )
-        return text
 
     def identity(self) -> dict[str, Any]:
         if self._identity is None:

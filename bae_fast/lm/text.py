@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ _MARGIN = 128
 # 200 bytes a character while it is made
 _PIECE = 2**18
 _OVERLAP = 2**12
+# endings of files of JSON lines, and of what is read in a folder
+LINES = (".jsonl", ".ndjson")
+_TEXTS = (".txt", ".md", ".rst", *LINES)
 
 
 def standard_library_text() -> str:
@@ -55,31 +59,101 @@ def standard_library_docstrings() -> str:
     return "\n\n".join(found)
 
 
-def read_text(path: str | Path | Sequence[str | Path]) -> str:
-    """Read one file, or several in the order given, as UTF-8; two line breaks between files.
+def text_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that paths name, in the order given; of folders all texts in them, sorted.
+
+    Texts in a folder are .txt, .md, .rst, .jsonl and .ndjson, in folders below it too.
 
     Raises:
-        ValueError: a path that is missing, a folder, not UTF-8, or without any text; no path.
+        ValueError: a path that is missing, a folder without such a file, or no path.
+    """
+    files: list[Path] = []
+    for path in [paths] if isinstance(paths, (str, Path)) else list(paths):
+        path = Path(path)
+        found = [path]
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _TEXTS)
+            found = [p for p in inside if p.is_file()]
+        if not found or not found[0].is_file():
+            state = f"is a folder without {', '.join(_TEXTS)}" if path.is_dir() else "is missing"
+            raise ValueError(f"paths must name text files or folders of them; {path} {state}")
+        files += found
+    if not files:
+        raise ValueError("paths must name at least one file; got none")
+    return files
+
+
+def text_of_line(line: str, path: Path, at: int, field: str = "text") -> str:
+    """The text of one line of a file of JSON lines.
+
+    Args:
+        line: the line.
+        path, at: the file and the byte behind the line, for the error.
+        field: the field that holds the text.
+
+    Raises:
+        ValueError: no JSON object, no such field, or no text in it.
+    """
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold an object with the field {field!r} in every line; the one "
+            f"before byte {at:,} has none ({type(error).__name__})"
+        ) from error
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{path} must hold text in the field {field!r}; got {type(text).__name__} "
+            f"before byte {at:,}"
+        )
+    return text
+
+
+def read_text(path: str | Path | Sequence[str | Path]) -> str:
+    """Read files, and folders of .txt, .md, .rst, .jsonl and .ndjson, in the order given, as UTF-8.
+
+    Two line breaks stand between files, and between the texts (field ``text``) of a file of JSON
+    lines. Files of a folder that hold no text are left out.
+
+    Raises:
+        ValueError: a path that is missing, a folder without any text, a file that is not UTF-8 or
+            without any text, a line without its field; no path.
     """
     paths = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
         raise ValueError("path=[] is not allowed: at least one text file is needed")
     texts = []
     for item in map(Path, paths):
-        if not item.is_file():
-            what = "a folder" if item.is_dir() else "missing"
-            raise ValueError(f"path={str(item)!r} is {what}: a UTF-8 text file is needed")
         try:
-            text = item.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"path={str(item)!r} is not UTF-8 text (byte {error.start}): "
-                "a UTF-8 text file is needed"
-            ) from error
-        if not text.strip():
+            files = text_files(item)
+        except ValueError as error:
+            state = str(error).rpartition(f"{item} ")[2]
+            raise ValueError(f"path={str(item)!r} {state}: a UTF-8 text file is needed") from error
+        found = [text for text in map(_file_text, files) if text.strip()]
+        if not found:
             raise ValueError(f"path={str(item)!r} holds no text: a UTF-8 text file is needed")
-        texts.append(text)
+        texts += found
     return "\n\n".join(texts)
+
+
+def _file_text(path: Path) -> str:
+    """The text of one file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"path={str(path)!r} is not UTF-8 text (byte {error.start}): "
+            "a UTF-8 text file is needed"
+        ) from error
+    if path.suffix.lower() not in LINES:
+        return text
+    at, found = 0, []
+    # only line feeds end a line: JSON may hold the other separators of lines as they are
+    for line in text.split("\n"):
+        at += len(line.encode()) + 1
+        if line.strip():
+            found.append(text_of_line(line, path, at))
+    return "\n\n".join(found)
 
 
 def windows(

@@ -13,6 +13,7 @@ from bae_fast.lm import (
     DEFAULT_MODEL,
     ActivationCache,
     LanguageModel,
+    TextFiles,
     cache_key,
     harvest,
     load_language_model,
@@ -369,9 +370,10 @@ def test_read_text_joins_files_and_names_what_it_cannot_read(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"ok \xff")
     (tmp_path / "empty.txt").write_text(" \n")
     assert read_text([tmp_path / "a.txt", str(tmp_path / "b.txt")]) == "één\n\ntwo"
+    (tmp_path / "none").mkdir()
     for name, message in [
         ("none.txt", "is missing"),
-        (".", "is a folder"),
+        ("none", "is a folder without .txt, .md"),
         ("bad.txt", r"not UTF-8 text \(byte 3\)"),
         ("empty.txt", "holds no text"),
     ]:
@@ -379,6 +381,26 @@ def test_read_text_joins_files_and_names_what_it_cannot_read(tmp_path):
             read_text(tmp_path / name)
     with pytest.raises(ValueError, match="at least one"):
         read_text([])
+
+
+def test_read_text_reads_folders_and_json_lines_as_a_harvest_of_documents_does(tmp_path):
+    deep = tmp_path / "notes" / "old"
+    deep.mkdir(parents=True)
+    (deep / "z.txt").write_text("last")
+    (deep.parent / "a.md").write_text("first")
+    (deep.parent / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two\u2028"}\n')
+    (deep.parent / "blank.txt").write_text(" \n")
+    (deep.parent / "picture.png").write_bytes(b"\xff")
+    joined = read_text([deep.parent, deep / "z.txt"])
+    assert joined == "first\n\none\n\ntwo\u2028\n\nlast\n\nlast"
+    pieces = [piece.text for piece in TextFiles(deep.parent).pieces()]
+    assert joined.removesuffix("\n\nlast") == "\n\n".join(p for p in pieces if p.strip())
+    (deep.parent / "b.jsonl").write_text('{"text": "one"}\n{"body": "two"}\n')
+    with pytest.raises(ValueError, match=r"b.jsonl must hold .* 'text' in every line; .* byte 32 "):
+        read_text(deep.parent)
+    (deep.parent / "b.jsonl").write_text('{"text": 1}')
+    with pytest.raises(ValueError, match="field 'text'; got int"):
+        read_text(deep.parent)
 
 
 def test_auto_dtype_follows_the_device_and_the_cpu(monkeypatch):

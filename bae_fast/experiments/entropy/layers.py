@@ -26,8 +26,8 @@ class Config(Fits):
 
     Attributes:
         hooks: The paths of the modules that are read; * stands for any one part of a path.
-        text: The text files that the model reads. Without them it reads the topics and docstrings
-            of Python's standard library.
+        text: Text files, files of JSON lines, and folders of them, which the model reads. Without
+            them it reads the topics and docstrings of Python's standard library.
         context: The number of tokens in a window of text.
         windows: The number of windows, evenly spaced in the text. Without it all are read.
         positions: The positions in a window, from 0. At 0 many models keep a state of outlying
