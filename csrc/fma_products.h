@@ -1,14 +1,22 @@
 // Products of dense matrices by fused multiply-adds, and what is done to a strip of them at once.
+// Written with a struct Fma of vectors of numbers:
 //
-// Sums of 6 rows and 16 columns stay in 12 registers while k runs: a step reads two vectors of the
-// right side and broadcasts six numbers of the left one.
+//     kLanes, kRows       numbers of a vector; rows of a block of sums
+//     Numbers             a vector
+//     zero, load, store, add      load takes floats, or bf16 numbers
+//     broadcast, multiply_add
+//     transpose(vectors)  kLanes vectors
 //
-//     left   [block of k][6 rows]: number (k, row) at 6 k + row
-//     right  [16 columns] of one block of k: number (k, column) at 16 k + column
+// Sums of kRows rows and two vectors of columns stay in registers while k runs: a step reads two
+// vectors of the right side and broadcasts kRows numbers of the left one. With AVX2 these are 6 and
+// 16, in 12 of 16 registers; with AVX-512 12 and 32, in 24 of 32.
 //
-// 16 columns of a block of k, 16 KiB, stay in the innermost cache while rows stream by; 96 rows and
-// all columns of a strip stay in the next. A sum is that of k in rising order, block by block,
-// whatever the shape, the strip and the number of threads are.
+//     left   [block of k][kRows rows]: number (k, row) at kRows k + row
+//     right  [kFmaColumns columns] of one block of k: number (k, column) at kFmaColumns k + column
+//
+// Two vectors of columns over a block of k, 16 or 32 KiB, stay in the innermost caches while rows
+// stream by; kFmaRowsInCache rows and all columns of a strip stay in the next. A sum is that of k
+// in rising order, block by block, whatever the shape, the strip and the number of threads are.
 #pragma once
 
 #include "kernels.h"
@@ -17,15 +25,15 @@
 namespace bae_fast {
 namespace {
 
-constexpr int64_t kFmaRows = 6, kFmaLanes = 8, kFmaColumns = 2 * kFmaLanes;
-constexpr int64_t kFmaDepth = 256;        // a block of k
-constexpr int64_t kFmaRowsInCache = 96;   // whole groups
-constexpr int64_t kFmaStrip = 256;        // columns
-constexpr int64_t kFmaRowsAtOnce = 1026;  // of an encode, whose sums rest in memory; whole groups
+constexpr int64_t kFmaRows = Fma::kRows, kFmaLanes = Fma::kLanes, kFmaColumns = 2 * kFmaLanes;
+constexpr int64_t kFmaDepth = 256;                             // a block of k
+constexpr int64_t kFmaRowsInCache = 96 / kFmaRows * kFmaRows;  // whole groups
+constexpr int64_t kFmaStrip = 256;                             // columns
+// of an encode, whose sums rest in memory; whole groups
+constexpr int64_t kFmaRowsAtOnce = 1026 / kFmaRows * kFmaRows;
 constexpr int64_t kFmaLeft = kFmaRows * kFmaDepth, kFmaRight = kFmaColumns * kFmaDepth;
 constexpr int64_t kFmaRightPanel = kFmaStrip / kFmaColumns * kFmaRight;
-static_assert(kFmaRowsInCache % kFmaRows == 0 && kFmaRowsAtOnce % kFmaRows == 0 &&
-              kFmaStrip % kFmaColumns == 0);
+static_assert(kFmaStrip % kFmaColumns == 0);
 
 inline float number(float value) { return value; }
 inline float number(uint16_t value) {
@@ -33,12 +41,6 @@ inline float number(uint16_t value) {
   float out;
   __builtin_memcpy(&out, &bits, sizeof(out));
   return out;
-}
-
-inline __m256 numbers(const float* from) { return _mm256_loadu_ps(from); }
-inline __m256 numbers(const uint16_t* from) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
 // ---- panels -------------------------------------------------------------------------------------
@@ -78,25 +80,6 @@ bool fma_pack(const Matrix& left, int64_t first, int64_t total, int64_t depth, i
   return true;
 }
 
-// Eight vectors, transposed.
-inline void transpose_8(__m256 (&v)[8]) {
-  __m256 pairs[8], quads[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
-    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
-  }
-}
-
 // Rows k0 .. k0 + depth of all columns of a strip.
 template <typename T>
 void pack_right(const Matrix& m, int64_t columns, int64_t k0, int64_t depth, float* panel) {
@@ -108,19 +91,19 @@ void pack_right(const Matrix& m, int64_t columns, int64_t k0, int64_t depth, flo
     if (used == kFmaColumns && m.column == 1) {
       for (; done < depth; ++done) {
         float* const to = panel + done * kFmaColumns;
-        _mm256_store_ps(to, numbers(at + done * m.row));
-        _mm256_store_ps(to + kFmaLanes, numbers(at + done * m.row + kFmaLanes));
+        Fma::store(to, Fma::load(at + done * m.row));
+        Fma::store(to + kFmaLanes, Fma::load(at + done * m.row + kFmaLanes));
       }
     } else if (used == kFmaColumns) {
       for (; done + kFmaLanes <= depth; done += kFmaLanes) {
         for (int64_t half = 0; half < kFmaColumns; half += kFmaLanes) {
-          __m256 block[8];
+          typename Fma::Numbers block[kFmaLanes];
           for (int64_t i = 0; i < kFmaLanes; ++i) {
-            block[i] = numbers(at + (half + i) * m.column + done);
+            block[i] = Fma::load(at + (half + i) * m.column + done);
           }
-          transpose_8(block);
+          Fma::transpose(block);
           for (int64_t i = 0; i < kFmaLanes; ++i) {
-            _mm256_store_ps(panel + (done + i) * kFmaColumns + half, block[i]);
+            Fma::store(panel + (done + i) * kFmaColumns + half, block[i]);
           }
         }
       }
@@ -135,37 +118,37 @@ void pack_right(const Matrix& m, int64_t columns, int64_t k0, int64_t depth, flo
 
 // ---- products -----------------------------------------------------------------------------------
 
-// out [6, 16] (+)= left right over `depth` of k.
+// out [kRows, kFmaColumns] (+)= left right over `depth` of k.
 inline void multiply_block(const float* left, const float* right, int64_t depth, float* out,
                            int64_t stride, bool add) {
-  __m256 sum[kFmaRows][2];
-#pragma GCC unroll 6
-  for (int r = 0; r < kFmaRows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+  typename Fma::Numbers sum[kFmaRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kFmaRows; ++r) sum[r][0] = sum[r][1] = Fma::zero();
   for (int64_t k = 0; k < depth; ++k, left += kFmaRows, right += kFmaColumns) {
-    const __m256 first = _mm256_load_ps(right), second = _mm256_load_ps(right + kFmaLanes);
-#pragma GCC unroll 6
+    const typename Fma::Numbers first = Fma::load(right), second = Fma::load(right + kFmaLanes);
+#pragma GCC unroll 16
     for (int r = 0; r < kFmaRows; ++r) {
-      const __m256 of_row = _mm256_broadcast_ss(left + r);
-      sum[r][0] = _mm256_fmadd_ps(of_row, first, sum[r][0]);
-      sum[r][1] = _mm256_fmadd_ps(of_row, second, sum[r][1]);
+      const typename Fma::Numbers of_row = Fma::broadcast(left + r);
+      sum[r][0] = Fma::multiply_add(of_row, first, sum[r][0]);
+      sum[r][1] = Fma::multiply_add(of_row, second, sum[r][1]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 16
   for (int r = 0; r < kFmaRows; ++r) {
     float* const to = out + r * stride;
     if (add) {
-      sum[r][0] = _mm256_add_ps(_mm256_loadu_ps(to), sum[r][0]);
-      sum[r][1] = _mm256_add_ps(_mm256_loadu_ps(to + kFmaLanes), sum[r][1]);
+      sum[r][0] = Fma::add(Fma::load(to), sum[r][0]);
+      sum[r][1] = Fma::add(Fma::load(to + kFmaLanes), sum[r][1]);
     }
-    _mm256_storeu_ps(to, sum[r][0]);
-    _mm256_storeu_ps(to + kFmaLanes, sum[r][1]);
+    Fma::store(to, sum[r][0]);
+    Fma::store(to + kFmaLanes, sum[r][1]);
   }
 }
 
 // The same where fewer rows or columns there are.
 inline void multiply_edge(const float* left, const float* right, int64_t depth, int64_t rows,
                           int64_t columns, float* out, int64_t stride, bool add) {
-  alignas(32) float block[kFmaRows * kFmaColumns];
+  alignas(64) float block[kFmaRows * kFmaColumns];
   multiply_block(left, right, depth, block, kFmaColumns, false);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {

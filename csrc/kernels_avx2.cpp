@@ -191,6 +191,42 @@ struct Lookup {
   }
 };
 
+// for fma_products.h
+struct Fma {
+  static constexpr int64_t kLanes = 8, kRows = 6;
+  using Numbers = __m256;
+
+  static Numbers zero() { return _mm256_setzero_ps(); }
+  static Numbers load(const float* from) { return _mm256_loadu_ps(from); }
+  static Numbers load(const uint16_t* from) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Numbers broadcast(const float* from) { return _mm256_broadcast_ss(from); }
+  static void store(float* to, Numbers v) { _mm256_storeu_ps(to, v); }
+  static Numbers add(Numbers a, Numbers b) { return _mm256_add_ps(a, b); }
+  static Numbers multiply_add(Numbers a, Numbers b, Numbers sum) {
+    return _mm256_fmadd_ps(a, b, sum);
+  }
+  static void transpose(Numbers (&v)[8]) {
+    __m256 pairs[8], quads[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+      quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+      v[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace bae_fast
 
@@ -198,7 +234,7 @@ struct Lookup {
 #include "kernels_sparse.h"
 // after what it is written with
 #include "kernels_lookup.h"
-// behind both
+// after the vectors and what sets thresholds
 #include "fma_products.h"
 
 namespace bae_fast {

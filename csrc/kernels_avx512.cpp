@@ -1,5 +1,6 @@
 // AVX-512 with VPOPCNTDQ and VBMI: pairs are counted by popcounts, B S by look-ups of six bits
-// (vpermb). Compiled with -mavx512{f,bw,dq,vl,vbmi,vpopcntdq}.
+// (vpermb), and dense products of its own (fma_products.h). Compiled with
+// -mavx512{f,bw,dq,vl,vbmi,vpopcntdq}.
 #include "kernels.h"
 #include "layout.h"
 
@@ -176,11 +177,38 @@ struct Lookup {
   }
 };
 
+// for fma_products.h
+struct Fma {
+  static constexpr int64_t kLanes = 16, kRows = 12;
+  using Numbers = __m512;
+
+  static Numbers zero() { return _mm512_setzero_ps(); }
+  static Numbers load(const float* from) { return _mm512_loadu_ps(from); }
+  static Numbers load(const uint16_t* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Numbers broadcast(const float* from) { return _mm512_set1_ps(*from); }
+  static void store(float* to, Numbers v) { _mm512_storeu_ps(to, v); }
+  static Numbers add(Numbers a, Numbers b) { return _mm512_add_ps(a, b); }
+  static Numbers multiply_add(Numbers a, Numbers b, Numbers sum) {
+    return _mm512_fmadd_ps(a, b, sum);
+  }
+  static void transpose(Numbers (&v)[16]) {
+    __m512i words[16];
+    for (int i = 0; i < 16; ++i) words[i] = _mm512_castps_si512(v[i]);
+    transpose_16(words);
+    for (int i = 0; i < 16; ++i) v[i] = _mm512_castsi512_ps(words[i]);
+  }
+};
+
 }  // namespace
 }  // namespace bae_fast
 
 // after the look-ups it is written with
 #include "kernels_lookup.h"
+// after the vectors and what sets thresholds
+#include "fma_products.h"
 
 namespace bae_fast {
 namespace {
@@ -192,6 +220,7 @@ constexpr Kernels make_avx512_kernels() {
   k.backward_scratch = lookup_backward_scratch;
   k.backward_strip_f32 = lookup_backward_strip_f32;
   k.backward_strip_f64 = lookup_backward_strip_f64;
+  k.units = &kFmaUnits;
   return k;
 }
 

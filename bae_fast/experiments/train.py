@@ -21,7 +21,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.metric import error_metric
 from bae_fast.experiments.reading import local_device
 from bae_fast.experiments.supplies import RowsFrom, Source, rows_for
-from bae_fast.experiments.training import Training, check, training_config
+from bae_fast.experiments.training import Training, check, features_of, training_config
 from bae_fast.files import check_writable, write_text
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages, say
@@ -232,7 +232,7 @@ def _job(name: str, one: Config, config: Config, source: Source) -> Job:
     torch.manual_seed(one.seed)
     bae = BinaryAutoencoder(
         width,
-        one.expansion * width,
+        features_of(one, width),
         preset=one.preset,
         impl=one.impl,
         metadata=source.metadata_of(one.hook),

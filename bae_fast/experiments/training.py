@@ -29,6 +29,7 @@ class Training:
         preset: The constants that hold where no option sets another: sparse is this package's
             recipe, paper the released program's.
         expansion: The number of features over the width of a row, F / d.
+        d_sae: The number of features, F, in place of the expansion.
         metric: The unit in which each dimension's error is measured: none is the same for all,
             std the standard deviation, robust a scale that outliers do not move, sensitivity how
             little the language model's next token depends on the dimension. A power may follow,
@@ -67,6 +68,7 @@ class Training:
 
     preset: Literal["sparse", "paper"] = "sparse"
     expansion: int = 4
+    d_sae: int | None = None
     metric: str = "none"
     impl: str = "auto"
     steps: int = 2000
@@ -124,6 +126,8 @@ def check(config: Any) -> TrainingConfig:
     """
     constants = training_config(config)
     check_at_least(config, 1, "expansion")
+    if config.d_sae is not None:
+        check_at_least(config, 1, "d_sae")
     check_metric(config)
     device = torch.device(pick_device(config))
     impl = check_impl(config.impl)
@@ -132,6 +136,11 @@ def check(config: Any) -> TrainingConfig:
         if reasons:
             raise ConfigError("impl", f"{impl} cannot run here: {'; '.join(reasons)}")
     return constants
+
+
+def features_of(config: Training, d_in: int) -> int:
+    """The number of features, F, for rows of a width."""
+    return config.expansion * d_in if config.d_sae is None else config.d_sae
 
 
 def new_autoencoder(
@@ -152,7 +161,7 @@ def new_autoencoder(
     d_in = rows.shape[1]
     return BinaryAutoencoder(
         d_in,
-        config.expansion * d_in,
+        features_of(config, d_in),
         preset=config.preset,
         impl=config.impl,
         metadata=metadata,

@@ -159,6 +159,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys)
         (["--hook", "model.layer.0"], "model.layers.0"),  # the near match is named
         (["--tokens", "3000"], "--tokens or --text must give at least"),
         (["--expansion", "0"], "--expansion must be at least 1; got 0"),
+        (["--d-sae", "0"], "--d-sae must be at least 1; got 0"),
         (["--device", "cuda:7"], "--device cuda:7: torch sees no CUDA device"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
         (["--text", "nowhere.txt"], "nowhere.txt"),

@@ -58,8 +58,9 @@ def test_jobs_of_a_file_are_trained_and_evaluated(states, listed, tmp_path, caps
 def test_a_run_that_was_stopped_goes_on_and_one_that_is_done_is_not_trained_again(
     states, tmp_path, monkeypatch, capsys
 ):
-    base = ["train", "--states", states, *SMALL, "--checkpoint-every", "3"]
+    base = ["train", "--states", states, *SMALL, "--checkpoint-every", "3", "--d-sae", "40"]
     assert main([*base, "--out", str(tmp_path / "whole")]) == 0
+    assert weights(tmp_path / "whole" / "bae")["W_enc"].shape == (16, 40)
     step, done, dies = JobTrainer.train_step, [], [11]
 
     def dying(self):

@@ -562,8 +562,8 @@ FULL_STAGE = "wait_for_phase(barriers.full(place.stage), place.parity);"
 READ = "synchronize_warpgroup(1 + me);  // counts are here"
 STARTED = "publish_barriers();\n  }\n"
 ZERO = "memory[thread_index()] = 0;"
-# changes of panels.cu, and what each is found by
-FAULTS_OF_PANELS = {
+# changes of asynchronous products and their barriers, and what each is found by
+FAULTS_OF_PRODUCTS = {
     "no fence before the products": ([("fence_products();", "")], "no fence between a product"),
     "a wait one short": (
         [("wait_products<1>", "wait_products<2>")],
@@ -573,6 +573,15 @@ FAULTS_OF_PANELS = {
         [("wait_products<0>", "wait_products<1>")],
         "read of a register of a product in flight",
     ),
+    "barriers not published": ([("publish_barriers();", "")], "no fence has published"),
+    "barriers used before they start": (
+        [(STARTED + "  synchronize();", STARTED)],
+        "mbarrier",
+    ),
+}
+# those of panels.cu
+FAULTS_OF_PANELS = {
+    **FAULTS_OF_PRODUCTS,
     "a stage used again too early": ([(EMPTY, "")], "write to shared memory|more threads arrive"),
     "a stage read too early": ([(FULL_STAGE, "")], "read of shared memory"),
     "a panel changed too early": (
@@ -586,11 +595,6 @@ FAULTS_OF_PANELS = {
             ("if (lane == 0) arrive(barrier);", "if (thread == 0) arrive(barrier);"),
         ],
         "without a barrier behind a read",
-    ),
-    "barriers not published": ([("publish_barriers();", "")], "no fence has published"),
-    "barriers used before they start": (
-        [(STARTED + "  synchronize();", STARTED)],
-        "mbarrier",
     ),
     "counts read before they are here": (
         [(READ, READ.partition(";")[2])],
@@ -730,17 +734,9 @@ def test_both_forms_of_the_product_are_one_to_the_last_bit(interpreted, monkeypa
     assert torch.equal(*found)
 
 
-# changes of sign_panels.cu, and what each is found by
+# those of sign_panels.cu
 FAULTS_OF_SIGN_PANELS = {
-    "no fence before the products": ([("fence_products();", "")], "no fence between a product"),
-    "a wait one short": (
-        [("wait_products<1>", "wait_products<2>")],
-        "that an asynchronous product still reads",
-    ),
-    "sums read too early": (
-        [("wait_products<0>", "wait_products<1>")],
-        "read of a register of a product in flight",
-    ),
+    **FAULTS_OF_PRODUCTS,
     "a stage used again too early": (
         [("wait_for_phase(ring.empty(place.stage), place.parity ^ 1);", "")],
         "write to shared memory|more threads arrive",
@@ -759,11 +755,6 @@ FAULTS_OF_SIGN_PANELS = {
             ("if (lane == 0) arrive(", "if (thread == 0) arrive("),
         ],
         "without a barrier behind a read",
-    ),
-    "barriers not published": ([("publish_barriers();", "")], "no fence has published"),
-    "barriers used before they start": (
-        [(STARTED + "  synchronize();", STARTED)],
-        "mbarrier",
     ),
     "no proxy fence behind ordinary writes": (
         [(STARTED, STARTED + "shared_memory()[300 + thread_index()] = 0;")],

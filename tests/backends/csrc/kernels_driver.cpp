@@ -801,8 +801,8 @@ void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns
 void test_units(const Kernels& k) {
   const int64_t columns[] = {1, 15, 16, 17, 31, 32, 33, 64, 65, 255, 256};
   int64_t turn = 0;
-  for (int64_t rows : {1, 5, 6, 7, 31, 32, 33, 65, 96, 97, 130}) {
-    for (int64_t depth : {1, 16, 17, 31, 33, 96, 97, 127, 129, 255, 256, 257, 385, 500}) {
+  for (int64_t rows : {1, 5, 6, 7, 11, 12, 13, 24, 31, 32, 33, 65, 96, 97, 130}) {
+    for (int64_t depth : {1, 16, 17, 31, 33, 96, 97, 127, 128, 129, 255, 256, 257, 385, 500}) {
       for (int64_t digits : {1, 3}) {
         ++turn;
         const Matrix::Element element =
