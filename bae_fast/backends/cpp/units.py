@@ -4,10 +4,10 @@ On matrix units (AMX) a float is three bf16 digits, and six products of digits a
 product in fp32 and faster; numbers of bf16 are one digit. Operators that use them say where they
 could not, because an operand is not finite or nearly so: then torch's own product serves.
 
-With AVX2 and AVX-512 numbers of fp32 and of bf16 are multiplied as they are, by fused multiply-adds;
-where the processor multiplies bf16 natively, torch's product of such numbers is faster. Either way
-what comes before and after a product of the package's own is done strip by strip, without a matrix
-[N, F] in memory.
+With AVX2 and AVX-512 numbers of fp32 and of bf16 are multiplied as they are, by fused
+multiply-adds; where the processor multiplies bf16 natively, torch's product of such numbers is
+faster. Either way what comes before and after a product of the package's own is done strip by
+strip, without a matrix [N, F] in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bae_fast.backends.cpp.extension import op
 from bae_fast.devices import cpu_has_bfloat16
 
 _DIGITS = {torch.float32: 3, torch.bfloat16: 1}
-# without matrix units: fewer rows cost more to prepare than they gain, and every thread needs a strip
+# without matrix units: fewer rows cost more to prepare than they gain; every thread needs a strip
 LEAST_ROWS = 32
 LEAST_COLUMNS = 64
 
