@@ -337,7 +337,8 @@ def test_the_identity_costs_nothing_and_recovers_everything(lm, windows):
     assert found.loss == found.loss_original
     assert found.n_tokens == 5 * 10
     assert found.replaced == pytest.approx(11 / 12)
-    assert float(test.last_token(PATH, Same()).js.max()) == 0
+    # windows that are cut: sums of another shape, rounded otherwise on some processors
+    assert float(test.last_token(PATH, Same()).js.max()) < 1e-12
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
