@@ -113,7 +113,9 @@ class BinaryTrainingSAEConfig(_Fields, TrainingSAEConfig):
 
     Attributes:
         entropy_coefficient, covariance_coefficient: weights beside the squared error summed over
-            dimensions.
+            dimensions. None for the entropy: d_in times the default of
+            :class:`bae_fast.training.TrainingConfig`, whatever the width and the scale of the
+            rows; without a weight nothing makes the code sparse.
         entropy_warm_up_steps: steps over which the entropy's weight rises from zero.
         start: what the first batch of training sets, in a module that was not loaded: "rows", the
             normalisation, the features' directions along rows and their density; "density", the
@@ -129,7 +131,7 @@ class BinaryTrainingSAEConfig(_Fields, TrainingSAEConfig):
         ValueError: a constant of another type or out of its range.
     """
 
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: float | None = None
     entropy_warm_up_steps: int = 0
     covariance_coefficient: float = 0.0
     start: str = "rows"
@@ -140,6 +142,8 @@ class BinaryTrainingSAEConfig(_Fields, TrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(self)
+        if self.entropy_coefficient is None:
+            self.entropy_coefficient = _DEFAULTS.entropy_weight * self.d_in
         if self.start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}; got {self.start!r}")
         check_integers(self, {"revive_every": 0})

@@ -114,12 +114,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["device"]:
         return device.main(arguments[1:], environment, SPEED)
+    if arguments[:1] and arguments[0] in ("saebench", "versions"):
+        made: int = OWN[arguments[0]].main(arguments[1:])
+        return made
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suites",
         nargs="*",
         help=f"The suites to run, of {', '.join(SUITES)}. Without any these are "
-        f"{', '.join(MEASURED)}. device and versions have options of their own.",
+        f"{', '.join(MEASURED)}. {', '.join(OWN)} have options of their own.",
     )
     parser.add_argument(
         "--tables",

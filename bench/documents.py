@@ -189,6 +189,28 @@ def synthetic(results: Path) -> str:
     return report.synthetic_table([row for one in runs for row in report.synthetic_rows(one)])
 
 
+def _in_saelens(name: str) -> Callable[[Path], str]:
+    """What SAELens' trainer reached, as examples/train_in_saelens.py kept it."""
+
+    def made(results: Path) -> str:
+        lines = []
+        for run in read_json(results / "saelens" / f"{name}.json")["runs"]:
+            topk = run["method"] == "topk"
+            entropy = f"entropy {run['entropy']:.3g}" if run.get("entropy") else "no entropy term"
+            lines.append(
+                [
+                    f"TopK, k = {run['k']}" if topk else f"binary, {entropy}",
+                    f"{run['lr']:.0e}".replace("e-0", "e-"),
+                    f"{run['fvu']:.3f}",
+                    f"{run['l0']:.0f}",
+                    f"{run['dead']:.0%}",
+                ]
+            )
+        return tables.markdown(["", "learning rate", "FVU", "on in a row", "dead"], lines)
+
+    return made
+
+
 EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "compare": _markdown_of("compare/compare"),
     "covariance": _first_table_of("covariance/compare"),
@@ -199,6 +221,8 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "synthetic": synthetic,
     "layers": layers_excerpt,
     "icl": icl_excerpt,
+    "saelens-smollm2": _in_saelens("smollm2"),
+    "saelens-qwen": _in_saelens("qwen"),
 }
 
 

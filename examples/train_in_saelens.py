@@ -1,12 +1,14 @@
 """A Binary Autoencoder beside TopK in SAELens' own trainer: train_in_saelens.py rows.npy
 
-In place of the file it takes a folder of `bae-fast harvest`. All have SAELens' defaults but for the
+In place of the file it takes a folder of `bae-fast harvest`. All have their defaults but for the
 learning rates, and see the same rows in the same order. SAELens lives in an environment of its own;
 `make test-saelens` makes one.
 """
 
 import argparse
 import json
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +90,22 @@ def main(arguments=None):
         "rows", help="A .npy file of hidden states, [n, d], or a folder of bae-fast harvest."
     )
     parser.add_argument("--features", type=int, help="By default there are 4 for each dimension.")
-    parser.add_argument("--k", type=int, default=100, help="The features on in a row, for TopK.")
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="*",
+        default=[100],
+        help="The features on in a row, for TopK, which is trained once with each.",
+    )
     parser.add_argument("--deviation", type=float, help="Rows are scaled to this deviation.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument(
-        "--lr", type=float, default=1e-3, help="The Binary Autoencoder's learning rate."
+        "--lr",
+        type=float,
+        nargs="*",
+        default=[1e-3],
+        help="The Binary Autoencoder's learning rates; it is trained once with each.",
     )
     parser.add_argument(
         "--topk-lr",
@@ -102,7 +114,12 @@ def main(arguments=None):
         default=[3e-4],
         help="The learning rates of TopK, which is trained once with each.",
     )
-    parser.add_argument("--entropy", type=float, default=0.0, help="The weight of the entropy.")
+    parser.add_argument(
+        "--entropy",
+        type=float,
+        nargs="*",
+        help="The weights of the entropy, one training with each. Without them it is the default.",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="A JSON file for what was found.")
     options = parser.parse_args(arguments)
@@ -112,19 +129,25 @@ def main(arguments=None):
         rows *= options.deviation / rows.std()
     train_rows, heldout = rows[: -len(rows) // 10], rows[-len(rows) // 10 :]
     sizes = {"d_in": rows.shape[1], "d_sae": options.features or 4 * rows.shape[1]}
-    binary = BinaryTrainingSAEConfig(**sizes, entropy_coefficient=options.entropy)
-    topk = TopKTrainingSAEConfig(**sizes, k=options.k)
-    planned = [("binary", lambda: BinaryTrainingSAE(binary), options.lr)]
-    planned += [("topk", lambda: TopKTrainingSAE(topk), lr) for lr in options.topk_lr]
+    binary = [
+        BinaryTrainingSAEConfig(**sizes, entropy_coefficient=c) for c in options.entropy or [None]
+    ]
+    topk = [TopKTrainingSAEConfig(**sizes, k=k) for k in options.k]
+    planned = [(BinaryTrainingSAE, config, lr) for config in binary for lr in options.lr]
+    planned += [(TopKTrainingSAE, config, lr) for config in topk for lr in options.topk_lr]
     found = []
-    for method, make, lr in planned:
+    for kind, config, lr in planned:
         torch.manual_seed(options.seed)
-        figures = measure(train(make(), train_rows, options, lr), heldout)
-        found.append({"method": method, "lr": lr, **figures})
+        ours = kind is BinaryTrainingSAE
+        setting = {"method": "binary" if ours else "topk", "lr": lr}
+        setting |= {"entropy": config.entropy_coefficient} if ours else {"k": config.k}
+        figures = measure(train(kind(config), train_rows, options, lr), heldout)
+        found.append(setting | figures)
         print(json.dumps(found[-1]), flush=True)
     if options.out is not None:
-        setting = {name: getattr(options, name) for name in ("k", "steps", "batch_size", "entropy")}
+        setting = {name: getattr(options, name) for name in ("steps", "batch_size", "seed")}
         setting |= sizes | {"train_rows": len(train_rows), "heldout_rows": len(heldout)}
+        setting |= {"sae_lens": version("sae-lens"), "date": date.today().isoformat()}
         write_json(options.out, setting | {"runs": found})
     return found
 

@@ -76,7 +76,8 @@ def text_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
             found = [p for p in inside if p.is_file()]
         if not found or not found[0].is_file():
             state = f"is a folder without {', '.join(_TEXTS)}" if path.is_dir() else "is missing"
-            raise ValueError(f"paths must name text files or folders of them; {path} {state}")
+            more = " (files of other endings are named one by one)" if path.is_dir() else ""
+            raise ValueError(f"paths must name text files or folders of them; {path} {state}{more}")
         files += found
     if not files:
         raise ValueError("paths must name at least one file; got none")

@@ -24,6 +24,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 import bae_fast.saelens
 from bae_fast.baselines import make_baseline
 from bae_fast.saelens import BinarySAE, BinaryTrainingSAE, BinaryTrainingSAEConfig
+from bae_fast.training import TrainingConfig
 from bench.saebench import in_sae_lens
 
 D, F = 12, 40
@@ -140,6 +141,23 @@ def test_the_loss_in_sae_lens_is_d_in_times_ours():
     out = bae(x, covariance=True)
     ours = bae.mse(out, x) * D + 0.5 * out.entropy + 0.25 * out.covariance
     torch.testing.assert_close(found.loss, ours)
+
+
+def test_by_default_the_entropy_weighs_what_it_does_in_our_trainer(tmp_path):
+    """Without its term nothing makes the code sparse; the weight follows the width alone."""
+    bae, x = module()
+    sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F))
+    sae.load_state_dict(bae.state_dict())
+    found = trainer(sae, x)._train_step(sae, x)
+    bae.train()
+    ours = bae.loss(bae(x), x, entropy_weight=TrainingConfig().entropy_weight)
+    torch.testing.assert_close(found.loss, D * ours)
+    assert found.losses["entropy_loss"] > 0
+    sae.save_model(tmp_path)
+    again = TrainingSAE.load_from_disk(tmp_path)
+    assert again.cfg.entropy_coefficient == D * TrainingConfig().entropy_weight
+    off = BinaryTrainingSAEConfig(d_in=D, d_sae=F, entropy_coefficient=0.0)
+    assert off.entropy_coefficient == 0
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
