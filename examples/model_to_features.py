@@ -23,7 +23,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="The Hugging Face id, or a folder.")
     parser.add_argument("--hook", default="model.layers.11", help="After block 12, as 0 counts.")
-    parser.add_argument("--text", help="A text file or a folder of them. Without it: Python's documentation.")
+    parser.add_argument(
+        "--text", help="A text file or a folder of them. Without it: Python's documentation."
+    )
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument(
         "--context", type=int, default=256, help="The number of tokens in a window."
