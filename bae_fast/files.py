@@ -75,6 +75,49 @@ def _naming(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, str(path))
 
 
+def torch_reason(error: BaseException) -> str | None:
+    """Why torch's writer of archives failed, in words; None for an error of another kind.
+
+    Where a write is cut short it says at which byte of which of its own files it noticed.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "StreamWriter" in text):
+        return "the disk is full, or files may not be that large"
+    return None
+
+
+def write_torch(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write what ``torch.save`` takes, whole or not at all.
+
+    Raises:
+        OSError: naming the file, which cannot be written, for instance on a full disk.
+    """
+    import torch
+
+    with replacing(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:
+            reason = torch_reason(error)
+            if reason is None:
+                raise
+            raise OSError(errno.ENOSPC, reason, str(path)) from error
+    return Path(path)
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Add text to the end of a file in UTF-8; its folder must be there.
+
+    Raises:
+        OSError: naming the file.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise _naming(error, Path(path)) from error
+
+
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Make a folder and a file in it, which is removed again.
 

@@ -14,7 +14,10 @@ from types import FrameType
 
 from bae_fast.waiting import is_command
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, what batch systems send before they kill (SLURM's --signal and others' limits name one of
+# the last three), and a terminal or connection that is gone: each would end a process at once
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__)
 INTERRUPTED = "interrupted; the last results are as they were"
 
 

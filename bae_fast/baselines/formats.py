@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines.base import METHODS, SAEConfig, SparseAutoencoder
-from bae_fast.files import read_json, read_safetensors, replacing, write_json, write_safetensors
+from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors, write_torch
 
 # dict_class -> our method; AutoEncoderNew is read too
 CLASSES = {
@@ -220,8 +220,7 @@ def save_dictionary_learning(model: Autoencoder, folder: str | os.PathLike[str])
     if method in ("topk", "batchtopk"):
         state["k"] = torch.tensor(model.config.k)
         state["threshold"] = tensors.get("threshold", torch.tensor(-1.0)).to(torch.float32)
-    with replacing(folder / "ae.pt") as temporary:
-        torch.save(state, temporary)
+    write_torch(folder / "ae.pt", state)
     metadata = model.config.metadata
     trainer: dict[str, Any] = {
         "dict_class": name,

@@ -233,16 +233,25 @@ def _tokens_before(arguments: dict[str, Any]) -> int | None:
     return None
 
 
-def _listened(model: nn.Module) -> list[nn.Module]:
-    """A model and the parts inside it that may be called with the tokens, outermost first."""
-    found = [model]
-    inner = causal_model(model)
+# a forward that takes one of these is called with the tokens
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
+def _listened(model: nn.Module, path: str) -> list[nn.Module]:
+    """A model and the parts inside it that may be called with the tokens, outermost first.
+
+    Those are what stands around the module at ``path`` and takes tokens, under a wrapper of the
+    user's own too, and the body of a causal language model.
+    """
     base = under_head(model)
-    decoder = getattr(base, "decoder", None)
-    for part in (inner, base, decoder):
-        if isinstance(part, nn.Module) and all(part is not one for one in found):
-            found.append(part)
-    return found
+    parts = [model, causal_model(model), base, getattr(base, "decoder", None)]
+    names = path.split(".")
+    for n in range(1, len(names)):
+        around = model.get_submodule(".".join(names[:n]))
+        if not set(_TOKENS).isdisjoint(inspect.signature(around.forward).parameters):
+            parts.append(around)
+    wanted = {id(part) for part in parts}
+    return [module for module in model.modules() if id(module) in wanted]
 
 
 def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -409,7 +418,7 @@ def replaced_output(
         hooks.enter_context(running(whole))
         handles: list[Any] = []
         hooks.callback(lambda: [handle.remove() for handle in handles])
-        for depth, part in enumerate(_listened(whole)):
+        for depth, part in enumerate(_listened(whole, path)):
             signature = inspect.signature(part.forward)
 
             def before(

@@ -17,24 +17,33 @@ from bae_fast.starting import INTERRUPTED, SIGNALS, end_at_once
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does."""
+    """SIGTERM or another signal that ends a process, which ends a run as Ctrl-C does.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(f"signal {int(number)}")
+        self.signal = number
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into exceptions, unless SIGINT is ignored."""
+    """Turn signals that end a process into exceptions, but those that are ignored (``nohup``)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise TerminatedError(f"signal {number}")
+        raise TerminatedError(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        signal.signal(signal.SIGTERM, end)
-        if before[signal.SIGINT] is end_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            if handler in (signal.SIG_DFL, end_at_once):
+                handling = signal.default_int_handler if number == signal.SIGINT else end
+                signal.signal(number, handling)
         yield
     finally:
         for number, handler in before.items():
@@ -65,10 +74,9 @@ def caught(name: str, run: Callable[[], int], *, debug: bool = False) -> int:
             _ignore_more()
             if debug:
                 _trace()
-            number = signal.SIGTERM if _is_termination(error) else signal.SIGINT
             text = one_line(error) if _said(error) else INTERRUPTED
             say(f"bae-fast {name}: {text}", error=True)
-            return 128 + number
+            return 128 + _number(error)
         except Exception as error:
             if debug:
                 _trace()
@@ -82,12 +90,14 @@ def _said(error: BaseException) -> bool:
     return type(error) is not KeyboardInterrupt and not isinstance(error, TerminatedError)
 
 
-def _is_termination(error: BaseException | None) -> bool:
+def _number(error: BaseException | None) -> int:
+    """The signal that an interruption comes from."""
     while error is not None:
-        if isinstance(error, TerminatedError) or getattr(error, "signal", 0) == signal.SIGTERM:
-            return True
+        number = getattr(error, "signal", None)
+        if isinstance(number, int):
+            return int(number)
         error = error.__cause__ or error.__context__
-    return False
+    return int(signal.SIGINT)
 
 
 def _trace() -> None:

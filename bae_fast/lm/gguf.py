@@ -117,10 +117,16 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 # kinds of values: bytes of a number, and what has a length before it
 _NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+# models' files have arrays of numbers and strings, and tensors of four dimensions at most; whoever
+# reads deeper arrays calls itself for each, and a size of a million factors takes hours
+_MOST_NESTED, _MOST_DIMENSIONS = 8, 8
+
+# files whose headers were walked in this process, as they were then
+_walked: set[tuple[str, int, int, int, int]] = set()
 
 
 def check_header(path: Path) -> None:
-    """Refuse a GGUF file whose header counts more than the file holds.
+    """Refuse a GGUF file whose header counts more than the file holds; each is walked once.
 
     The library that reads these files believes the counts: a length of 10^19 would keep it going
     until memory is full.
@@ -130,10 +136,15 @@ def check_header(path: Path) -> None:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
+        now = os.fstat(file.fileno())
+        as_it_is = (str(path), now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        if as_it_is in _walked:
+            return
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError(f"{path} does not begin as a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data, path).check()
+    _walked.add(as_it_is)
 
 
 class _Header:
@@ -191,16 +202,21 @@ class _Header:
         at = self._skip(self._number("Q"))
         return self._data[at : self._at]
 
-    def _value(self, kind: int) -> None:
+    def _value(self, kind: int, depth: int = 0) -> None:
         if kind == _STRING:
             self._string()
         elif kind == _ARRAY:
+            if depth == _MOST_NESTED:
+                raise ValueError(
+                    f"{self._path} is damaged: before byte {self._at:,} arrays lie in more than "
+                    f"{_MOST_NESTED} others"
+                )
             inner, length = self._number("I"), self._number("Q")
             if inner in _NUMBER_BYTES:
                 self._skip(length * _NUMBER_BYTES[inner])
             else:
                 for _ in range(length):
-                    self._value(inner)
+                    self._value(inner, depth + 1)
         elif kind in _NUMBER_BYTES:
             self._skip(_NUMBER_BYTES[kind])
         else:
@@ -217,6 +233,11 @@ class _Header:
         """
         self._string()
         n_dimensions = self._number("I")
+        if n_dimensions > _MOST_DIMENSIONS:
+            raise ValueError(
+                f"{self._path} is damaged: a tensor before byte {self._at:,} has {n_dimensions:,} "
+                f"dimensions, and {_MOST_DIMENSIONS} are allowed"
+            )
         start = self._skip(8 * n_dimensions)
         shape = struct.unpack_from(f"{self._order}{n_dimensions}Q", self._data, start)
         block, n_bytes = sizes.get(self._number("I"), (1, 0))

@@ -47,6 +47,10 @@ _NO_SETTING = frozenset(
 )  # fmt: skip
 # private attributes that switch adapters
 _ADAPTER_SETTINGS = frozenset({"_active_adapter", "_disable_adapters"})
+# of every module: parameters and buffers, which are read elsewhere, and hooks
+_NO_MODULE_SETTING = frozenset(vars(nn.Module()))
+# functions that a model's code calls by these modules' names, and that another may have replaced
+_CALLED_BY_NAME = ("torch", "torch.nn.functional")
 _NO_CONFIG = frozenset(
     {
         "_commit_hash", "_name_or_path", "output_attentions", "output_hidden_states",
@@ -144,7 +148,10 @@ def model_digest(model: nn.Module) -> str:
         settings = {}
         digest.update(f"{path} {type(module).__qualname__} ".encode())
         for name, value in vars(module).items():
-            if name in _NO_SETTING or (name.startswith("_") and name not in _ADAPTER_SETTINGS):
+            if name in _NO_SETTING or name in _NO_MODULE_SETTING:
+                continue
+            # what a library keeps to itself is its own matter; a user's module may compute with it
+            if name.startswith("_") and not own and name not in _ADAPTER_SETTINGS:
                 continue
             if f"{path}.{name}" in made_anew or (name == _RWKV_FLAG and _is_rwkv(module)):
                 continue
@@ -162,6 +169,8 @@ def model_digest(model: nn.Module) -> str:
     for name in sorted({kind.__module__ for kind in kinds}):
         if name.startswith("transformers."):
             walk.foreign_functions(name)
+    for name in _CALLED_BY_NAME:
+        walk.foreign_functions(name)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         plain = {k: v for k, v in config.to_dict().items() if k not in _NO_CONFIG}

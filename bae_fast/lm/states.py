@@ -140,13 +140,18 @@ def _has_keys(lm: LanguageModel) -> bool:
     want a cache of their own kind; a rope that changes with the length of the text (Phi-3's long
     one) would have turned the keys by other angles.
     """
+    from transformers import DynamicCache
+
     model = causal_model(lm.model)
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    cache = DynamicCache(config=model.config)
     plain = not (
         hasattr(model.config, "decoder_layers")
         or model._is_stateful
         or kinds & {"dynamic", "longrope"}
+        # states of convolutions beside attention (LFM2) cannot be given to every sequence
+        or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)
         or not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
     )
     return plain and "past_key_values" in inspect.signature(model.forward).parameters

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bae_fast.distributed import Mesh
-from bae_fast.files import read_json, write_json
+from bae_fast.files import read_json, torch_reason, write_json
 from bae_fast.progress import say
 
 VALUES = "run.json"
@@ -151,8 +151,9 @@ class Checkpoints:
 
         target = self.path(snapshot.step)
         work = target.with_name(target.name + _UNFINISHED)
-        with _naming(target):
-            if self._first:
+        with contextlib.ExitStack() as undo, _naming(target):
+            if self._first:  # what is half written would fill the disk for the next save too
+                undo.callback(shutil.rmtree, work, ignore_errors=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
             with _quiet():
                 checkpoint.save(
@@ -195,8 +196,8 @@ class Checkpoints:
         except OSError as error:
             self.failed += 1
             self.error = error
-            if self._first:
-                say(f"note: {error.filename}: {error.strerror}", error=True)
+            if self._first and self.failed == 1:  # an error that ends the run says it again
+                say(f"note: {error.filename}: {error.strerror}; the run goes on")
         else:
             self.failed, self.error = 0, None
 
@@ -279,7 +280,9 @@ def _naming(target: Path) -> Iterator[None]:
         failures = getattr(error, "failures", None)  # of torch's exception: rank -> what happened
         if failures:
             inner = next(iter(failures.values()))[0]
-        number = getattr(inner, "errno", None) or errno.EIO
+        unwritten = torch_reason(inner)
+        number = getattr(inner, "errno", None) or (errno.ENOSPC if unwritten else errno.EIO)
         lines = str(inner).strip().splitlines()
-        reason = getattr(inner, "strerror", None) or (lines[0] if lines else type(inner).__name__)
+        reason = getattr(inner, "strerror", None) or unwritten
+        reason = reason or (lines[0] if lines else type(inner).__name__)
         raise OSError(number, f"the checkpoint cannot be written: {reason}", str(target)) from error

@@ -25,6 +25,7 @@ from bae_fast.distributed import Mesh
 from bae_fast.files import write_json
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import progress_bar
+from bae_fast.starting import SIGNALS
 from bae_fast.training.checkpoints import Checkpoints
 from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import gather_features, shard_features
@@ -127,6 +128,14 @@ class StoppedError(KeyboardInterrupt):
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.signal = number
+
+
+def _is_ours(number: signal.Signals, handler: Any) -> bool:
+    """Whether a signal ends a run: not where it is ignored, or another library waits for it."""
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return bool(handler != signal.SIG_IGN)
+    ours = str(getattr(handler, "__module__", "")).startswith("bae_fast.")
+    return bool(handler == signal.SIG_DFL) or ours
 
 
 class _Part:
@@ -307,7 +316,7 @@ class JobTrainer:
 
     def _control(self, numbers: list[Tensor]) -> list[list[float]]:
         """Sums over all processes of what each adds; whether one was stopped is among them."""
-        flags = [float(signal.SIGTERM in self._received), float(signal.SIGINT in self._received)]
+        flags = [float(number in self._received) for number in SIGNALS]
         # every process knows of failed saves what the first does, and so all end together
         flags.append(float(self._store.failures()) if self._store and self.is_first else 0.0)
         vector = torch.cat(
@@ -316,8 +325,9 @@ class JobTrainer:
         if self.mesh is not None:
             device = self.mesh.device_mesh.device_type
             vector = self.mesh.sum_(vector.to(device), "world", "control word").cpu()
-        *values, terminated, interrupted, failed = vector.tolist()
-        self._stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else None
+        values = vector.tolist()
+        values, came, failed = values[: -len(flags)], values[-len(flags) : -1], values[-1]
+        self._stop = next((number for number, n in zip(SIGNALS, came, strict=True) if n), None)
         self._save_failures = int(failed)
         return [values[i : i + 4] for i in range(0, len(values), 4)]
 
@@ -338,9 +348,9 @@ class JobTrainer:
         """Run the remaining steps and write the results; the last line of every job's log.
 
         Raises:
-            StoppedError: SIGTERM or SIGINT came, to this process or another. All processes end
-                after the same step, with a checkpoint where there is a folder. A second signal does
-                not wait.
+            StoppedError: SIGTERM, SIGINT or another of :data:`bae_fast.starting.SIGNALS` came, to
+                this process or another. All processes end after the same step, with a checkpoint
+                where there is a folder. A second signal does not wait.
             RuntimeError: three updates in a row were not finite.
             OSError: three checkpoints in a row could not be written; the older ones stay.
         """
@@ -448,14 +458,14 @@ class JobTrainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
 
         def note(number: int, frame: Any) -> None:
             self._received.append(number)
             signal.signal(number, before[signal.Signals(number)])
 
-        # a signal that is ignored is not ours to take
-        ours = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+        # a signal that is ignored is not ours to take, nor is one that a batch library waits for
+        ours = [number for number, handler in before.items() if _is_ours(number, handler)]
         for number in ours:
             signal.signal(number, note)
         try:

@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder, check_rows
-from bae_fast.files import replacing, write_text
+from bae_fast.files import append_text, write_text, write_torch
 from bae_fast.progress import progress_bar
+from bae_fast.starting import SIGNALS
 from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import Config, Learner, check_finite, learning
 from bae_fast.training.supply import MemorySupply, Rows, differences
-
-# signals that wait for the end of a step
-_HELD = (signal.SIGINT, signal.SIGTERM)
 
 
 class Trainer(Generic[Config]):
@@ -216,8 +214,9 @@ class Trainer(Generic[Config]):
         Raises:
             KeyboardInterrupt: Ctrl-C; in the main thread it waits for the end of the step (or
                 refit) in hand, so that the module and :meth:`state_dict` are whole. A second one
-                does not wait. The same holds for SIGTERM, where the caller has given it a handler
-                that raises.
+                does not wait. The same holds for SIGTERM, SIGHUP and the other signals of
+                :data:`bae_fast.starting.SIGNALS`, where the caller has given them a handler that
+                raises.
             ValueError: a row holds NaN or Inf.
             RuntimeError: the loss is not finite any more.
         """
@@ -322,9 +321,7 @@ class Trainer(Generic[Config]):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write :meth:`state_dict` into a file, whole or not at all."""
-        with replacing(path) as temporary:
-            torch.save(self.state_dict(), temporary)
-        return Path(path)
+        return write_torch(path, self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from a file of :meth:`save`.
@@ -351,8 +348,7 @@ class Trainer(Generic[Config]):
 
 def append_line(log: Path, line: dict[str, Any]) -> None:
     """Add a line of JSON to a log; its folder must be there."""
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_text(log, json.dumps(line) + "\n")
 
 
 def drop_later_lines(log: Path, step: int) -> None:
@@ -377,7 +373,7 @@ def _whole() -> Iterator[None]:
         yield
         return
     # a signal that is ignored, or that ends the process at once, is not ours to hold
-    before = {number: signal.getsignal(number) for number in _HELD}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     held: list[tuple[int, Any]] = []
 
     def hold(number: int, frame: Any) -> None:

@@ -114,6 +114,29 @@ def test_padding_is_left_alone_and_positions_begin_at_the_first_real_token(lm, b
         assert padded.n_replaced == alone.n_replaced == (6 if which is None else 1)
 
 
+class _Wrapper(torch.nn.Module):
+    """Gives a language model what it needs, under names that say nothing."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch):
+        return self.inner(input_ids=batch["words"], attention_mask=batch["seen"]).logits
+
+
+def test_padding_is_known_under_a_wrapper_that_does_not_name_it(lm, bae, windows):
+    words = torch.cat([torch.zeros(1, 3, dtype=torch.int64), windows[:1, :7]], 1)
+    seen = (torch.arange(10) >= 3).long()[None]
+    wrapped = _Wrapper(lm.model)
+    with spliced(lm.model, PATH, bae) as plain, torch.no_grad():
+        expected = lm.model(input_ids=words, attention_mask=seen).logits
+    with spliced(wrapped, f"inner.{PATH}", bae) as splice, torch.no_grad():
+        found = wrapped({"words": words, "seen": seen})
+    assert splice.n_replaced == plain.n_replaced == 6
+    assert torch.equal(found, expected)
+
+
 def test_generating_with_a_cache_equals_full_forwards(lm, bae, windows):
     prompt, mask = windows[:3, :6].clone(), torch.ones(3, 6, dtype=torch.int64)
     mask[0, :2] = 0

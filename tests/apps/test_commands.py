@@ -343,7 +343,7 @@ import bae_fast
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_that_is_still_starting_in_one_line(number):
     done = processes.run("-c", EARLY, str(int(number)))
     assert done.returncode == 128 + number
@@ -609,6 +609,44 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sae_weights.safetensors" in done.stdout
     assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_a_checkpoint_on_a_full_disk_is_named_and_says_no_place_in_an_archive(tmp_path):
+    program = (
+        "import resource, signal, sys, torch\n"
+        "from bae_fast.files import append_text, write_torch\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "for write in (lambda: write_torch(sys.argv[1] + '/state.pt', torch.zeros(10_000)),\n"
+        "              lambda: append_text(sys.argv[1] + '/log.jsonl', 30_000 * 'a')):\n"
+        "    try: write()\n"
+        "    except OSError as error: print(error)\n"
+    )
+    done = processes.run("-c", program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    checkpoint, log = done.stdout.splitlines()
+    assert "the disk is full" in checkpoint
+    assert "state.pt" in checkpoint
+    assert "inline_container" not in checkpoint
+    assert "log.jsonl" in log
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
+def test_signals_of_terminals_and_batch_systems_end_a_command_as_ctrl_c_does(capsys):
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        before = signal.getsignal(number)
+
+        def stop(number=number):
+            os.kill(os.getpid(), number)
+
+        assert net.caught("train", stop) == 128 + number
+        assert capsys.readouterr().err.startswith("bae-fast train: interrupted; ")
+        assert signal.getsignal(number) is before
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert net.caught("train", lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == 0
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 def test_a_cache_that_cannot_be_written_is_named_before_a_model_is_loaded(

@@ -122,6 +122,7 @@ MODELS = {
         "backbone.layers.1",
     ),
     "roberta": ("Roberta", {**_NEOX, "is_decoder": True}, "roberta.encoder.layer.1"),
+    "lfm2": ("Lfm2", {**_LLAMA, "full_attn_idxs": [1], "pad_token_id": 0}, "model.layers.1"),
 }
 
 
@@ -373,6 +374,17 @@ class _Times(torch.nn.Module):
         return self.block(*arguments, **options) * self.factor.value
 
 
+class _Private(_Times):
+    """The same with a number that no other code should ask for."""
+
+    def __init__(self, block, factor):
+        super().__init__(block, None)
+        self._factor = factor
+
+    def forward(self, *arguments, **options):
+        return self.block(*arguments, **options) * self._factor
+
+
 def _wrapped(factor):
     """A class of one name whose code is another for every factor."""
 
@@ -426,6 +438,10 @@ CODE_EDITS = {
         _first(lambda block: _Times(block, SimpleNamespace(value=0.5))),
         lambda m: setattr(m.model.layers[0].factor, "value", 2.0),
     ),
+    "an attribute a user's module keeps to itself": (
+        _first(lambda block: _Private(block, 1.0)),
+        lambda m: setattr(m.model.layers[0], "_factor", 3.0),
+    ),
     "a registered attention": (_attention(1.0), _attention(0.1)),
     "a NumPy number": (
         lambda _: None,
@@ -454,6 +470,18 @@ def test_a_patched_class_is_another_model(tokenizer, monkeypatch):
     kind = type(model.model.layers[0].mlp)
     own = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: own(self, x) * 0.1)
+    assert model_digest(model) != before
+    monkeypatch.undo()
+    assert model_digest(model) == before
+
+
+def test_a_function_of_torch_that_another_replaced_is_another_model(tokenizer, monkeypatch):
+    functional = torch.nn.functional
+    model, own = model_of("llama", tokenizer), functional.scaled_dot_product_attention
+    before = model_digest(model)
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda q, k, v, **_options: own(q * 2, k, v)
+    )
     assert model_digest(model) != before
     monkeypatch.undo()
     assert model_digest(model) == before
@@ -1025,7 +1053,7 @@ def test_a_header_of_gguf_is_walked_as_its_library_reads_it(tmp_path):
         ({"kind": 77}, "is of the kind 77, which GGUF lacks"),
         ({"n_numbers": 10**19}, "40,000,000,000,000,000,000 bytes, and"),
         ({"n_words": 10**19}, "is cut off or damaged"),
-        ({"n_dimensions": 2**32 - 1}, "is cut off or damaged"),
+        ({"n_dimensions": 2**32 - 1}, "has 4,294,967,295 dimensions, and 8 are allowed"),
         ({"rows": 10**19}, "bytes of weights more than it has"),
         ({"rows": 5}, "its header counts 16 bytes of weights more than it has"),
         ({"offset": 10**19}, "bytes of weights more than it has"),
@@ -1039,6 +1067,34 @@ def test_counts_of_gguf_are_bounded_by_the_file(changes, said, tmp_path):
         load_tokenizer(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_arrays_within_arrays_of_gguf_have_an_end(tmp_path):
+    depth = 100_000
+    key = struct.pack("<Q", 4) + b"deep" + struct.pack("<I", 9)
+    nested = depth * struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 0)
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + nested)
+    with pytest.raises(ValueError, match="arrays lie in more than 8 others"):
+        gguf_copies.check_header(path)
+
+
+def test_a_header_of_gguf_is_walked_once_as_long_as_the_file_is_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    path, walks = tmp_path / "weights.gguf", []
+    walk = gguf_copies._Header.check
+    monkeypatch.setattr(
+        gguf_copies._Header, "check", lambda header: (walks.append(0), walk(header))[1]
+    )
+    path.write_bytes(gguf_file())
+    gguf_copies.check_header(path)
+    gguf_copies.check_header(path)
+    assert len(walks) == 1
+    path.write_bytes(gguf_file({"rows": 5}))
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(ValueError, match="16 bytes of weights more"):
+        gguf_copies.check_header(path)
+    assert len(walks) == 2
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 20, 100])

@@ -179,7 +179,11 @@ def test_a_full_disk_fails_the_save_by_name_keeps_the_older_ones_and_ends_the_th
     assert "step-" in str(caught.value)
     assert trainer.step <= 13  # the save of step 12 waits for the third that failed
     assert [n for n, _ in checkpoints(tmp_path / "checkpoints")] == [2, 4]
-    assert "step-6" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert said.out.count("note: ") == 1
+    assert "step-6: the checkpoint cannot be written" in said.out
+    assert not said.err
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
 def test_three_steps_that_are_not_finite_end_the_run_and_fewer_do_not(tmp_path):
@@ -234,25 +238,52 @@ def test_held_out_numbers_are_those_of_the_evaluation():
             assert part.line["heldout_entropy_bits"] == pytest.approx(found.bits, rel=1e-9)
 
 
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(name, tmp_path):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"no {name} here")
     x = synthetic()
     trainer = JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path))
     backward = trainer.learners["a"].backward
 
     def interrupted(rows, target):
         if trainer.step == 4:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return backward(rows, target)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, handler)
     try:
         trainer.learners["a"].backward = interrupted
-        with pytest.raises(StoppedError, match=r"stopped by SIGINT after step 5; .*step-5"):
+        with pytest.raises(StoppedError, match=rf"stopped by {name} after step 5; .*step-5"):
             trainer.fit()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) is handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [5]
+
+
+def test_a_signal_that_another_library_waits_for_is_left_to_it():
+    if not hasattr(signal, "SIGUSR1"):
+        pytest.skip("no SIGUSR1 here")
+    x, seen = synthetic(), []
+    trainer = JobTrainer(jobs(x, "a"), supply(x), RunConfig())
+    step = trainer.train_step
+
+    def warned():
+        if trainer.step == 4:
+            signal.raise_signal(signal.SIGUSR1)
+        return step()
+
+    trainer.train_step = warned
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        trainer.fit()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+    assert trainer.step == trainer.steps
 
 
 def test_clipping_and_warm_up():
