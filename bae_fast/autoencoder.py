@@ -806,13 +806,28 @@ def read_pretrained(
     return values, source, tensors
 
 
+def check_weights(name: str, tensor: Tensor, source: str) -> None:
+    """Refuse what no training leaves: a feature whose weights are NaN is off, and nobody is told.
+
+    Raises:
+        ValueError: NaN, or a scale or metric that is not positive and finite.
+    """
+    bad = int(tensor.isnan().sum())
+    if bad:
+        raise ValueError(f"{source}: {name} must hold no NaN; got {bad:,} of {tensor.numel():,}")
+    divides = name in ("x_scale", "y_scale", "x_metric", "y_metric")
+    if divides and not bool((tensor.isfinite() & (tensor > 0)).all()):
+        raise ValueError(f"{source}: {name} must be positive and finite; got {tensor.min():g}")
+
+
 def load_tensors_(
     module: nn.Module, tensors: dict[str, Tensor], folder: str | os.PathLike[str]
 ) -> None:
     """Give a module made on the meta device the tensors read from a folder.
 
     Raises:
-        ValueError: other names, shapes or kinds than the module's, or parameters of two dtypes.
+        ValueError: other names, shapes or kinds than the module's, parameters of two dtypes, NaN,
+            or a scale that rows cannot be divided by.
     """
     source = Path(folder) / WEIGHTS_NAME
     for side in "xy":
@@ -829,6 +844,7 @@ def load_tensors_(
                 f"{source}: {name} must be floating point {list(expected[name].shape)}; "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
+        check_weights(name, tensor, str(source))
     dtypes = {str(tensors[name].dtype) for name, _ in module.named_parameters()}
     if len(dtypes) > 1:
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import Autoencoder
+from bae_fast.autoencoder import Autoencoder, check_weights
 from bae_fast.baselines.base import METHODS, SAEConfig, SparseAutoencoder
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors, write_torch
 
@@ -70,6 +70,12 @@ def _module(
     Raises:
         ValueError: tensors that do not fit together.
     """
+    for name, tensor in tensors.items():
+        check_weights(name, tensor, str(source))
+    if tensors["W_enc"].dim() != 2:
+        raise ValueError(
+            f"{source}: the encoder must be a matrix; got {list(tensors['W_enc'].shape)}"
+        )
     d_in, f = tensors["W_enc"].shape
     config = SAEConfig(
         method, d_in, f, tensors["b_dec"].numel(), k, METHODS[method].default_bandwidth, metadata
@@ -90,6 +96,11 @@ def _taken(state: dict[str, Tensor], names: tuple[str, ...], source: Path) -> li
     missing = [name for name in names if not isinstance(state.get(name), Tensor)]
     if missing:
         raise ValueError(f"{source} must hold {', '.join(names)}; it lacks {', '.join(missing)}")
+    for name in names:
+        tensor = state[name]
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{source}: {name} must be dense and floating point; got {kind}")
     return [state[name] for name in names]
 
 
@@ -132,16 +143,26 @@ def load_dictionary_learning(folder: str | os.PathLike[str]) -> SparseAutoencode
     if not isinstance(state, dict):
         raise ValueError(f"{source} must hold a state dict; got {type(state).__name__}")
     k = trainer.get("k", trainer.get("target_l0", 1))
-    if "k" in state:
-        k = int(state["k"])
+    if isinstance(state.get("k"), Tensor) and state["k"].numel() == 1:
+        k = state["k"].item()
+    if not isinstance(k, (int, float)) or not math.isfinite(k):
+        raise ValueError(f"{folder}: k must be a number; got {k!r}")
     metadata = {
         ours: trainer[theirs]
         for theirs, ours in (("lm_name", "model_name"), ("submodule_name", "hook_name"))
         if isinstance(trainer.get(theirs), str)
     }
-    tensors = _of_dictionary(name, state, source)
-    k = max(round(k), 1) if isinstance(k, (int, float)) else 1
-    return _module(CLASSES.get(name, "relu"), tensors, k, metadata, source)
+    try:
+        tensors = _of_dictionary(name, state, source)
+    except RuntimeError as error:  # of a product or a sum
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source}: its tensors do not fit together: {reason}") from error
+    return _module(CLASSES.get(name, "relu"), tensors, max(round(k), 1), metadata, source)
+
+
+def _divisors(norms: Tensor) -> Tensor:
+    """Norms to divide by: a feature without a direction adds nothing, whatever it is."""
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def _of_dictionary(name: str, state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
@@ -155,7 +176,7 @@ def _of_dictionary(name: str, state: dict[str, Tensor], source: Path) -> dict[st
             "W_enc": W_enc * norms,
             # theirs does not subtract b_dec before the encoder
             "b_enc": (b_enc + b_dec @ W_enc) * norms,
-            "W_dec": W_dec / norms[:, None],
+            "W_dec": W_dec / _divisors(norms)[:, None],
             "b_dec": b_dec,
             # below zero nothing but relu is left; the logarithm of zero is exact again as its exp
             "log_threshold": (threshold.clamp_min(0) * norms).log(),
@@ -167,7 +188,7 @@ def _of_dictionary(name: str, state: dict[str, Tensor], source: Path) -> dict[st
         norms = D.norm(dim=0)
         return {
             "W_enc": W.T.contiguous(),
-            "W_dec": (D / norms).T.contiguous(),
+            "W_dec": (D / _divisors(norms)).T.contiguous(),
             "b_dec": b_dec,
             "b_gate": b_gate,
             "r_mag": r_mag + norms.log(),
@@ -249,7 +270,8 @@ def load_sparsify(folder: str | os.PathLike[str]) -> SparseAutoencoder:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: groups, a skip, or a file that is damaged or holds other tensors.
+        ValueError: groups, a skip, signed features, or a file that is damaged or holds other
+            tensors.
     """
     folder = Path(folder)
     source = folder / "cfg.json"
@@ -259,8 +281,9 @@ def load_sparsify(folder: str | os.PathLike[str]) -> SparseAutoencoder:
         raise ValueError(f"{source}: k must be an int; got {k!r}")
     if config.get("activation", "topk") != "topk":
         raise ValueError(f"{source}: activation must be 'topk'; got {config['activation']!r}")
-    if config.get("skip_connection", False):
-        raise ValueError(f"{source}: skip_connection must be False; got True")
+    for name in ("skip_connection", "signed"):  # signed ones keep negative features too
+        if config.get(name, False):
+            raise ValueError(f"{source}: {name} must be False; got {config[name]!r}")
     source = folder / "sae.safetensors"
     state, _ = read_safetensors(source)
     W, b_enc, W_dec, b_dec = _taken(

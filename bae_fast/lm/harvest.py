@@ -42,6 +42,7 @@ from bae_fast.lm.capture import Engine, text_places
 from bae_fast.lm.hooks import in_order, resolve_hook
 from bae_fast.lm.identity import own_hooks
 from bae_fast.lm.inputs import (
+    beginning_token,
     check_ids,
     check_length,
     excluded_tokens,
@@ -169,7 +170,7 @@ def harvest(
             "row_position": (kept % context_size).to(torch.int32),
             "tokens": token_windows.to("cpu", torch.int32).contiguous(),
         }
-        bos = getattr(lm.tokenizer, "bos_token_id", None)
+        bos = beginning_token(lm.tokenizer)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -182,7 +183,7 @@ def harvest(
             "context_size": context_size,
             "n_windows": n_windows,
             "tokens_sha256": tokens_digest(token_windows),
-            "prepend_bos": isinstance(bos, int) and bool((token_windows[:, 0] == bos).all()),
+            "prepend_bos": bos is not None and bool((token_windows[:, 0] == bos).all()),
             "padding_masked": mask is not None,
             "exclude_tokens": excluded_tokens(lm.tokenizer, excluded),
             "dtype": DTYPE_NAMES[file.dtype],

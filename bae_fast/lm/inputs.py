@@ -20,20 +20,41 @@ from bae_fast.lm.identity import own_hooks
 from bae_fast.lm.logits import causal_model
 
 
-def asks_for_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer by itself begins a text with its beginning-of-text token."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if not isinstance(bos, int):
-        return False
+def _beginning(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer by itself puts before a text."""
+    marks = {*special_tokens(tokenizer), getattr(tokenizer, "bos_token_id", None)} - {None}
+    if not marks:
+        return []
     try:
-        ids = tokenizer("a")["input_ids"]
+        ids = list(tokenizer("a")["input_ids"])
     except TypeError:  # a stand-in that takes other arguments
-        return False
-    return len(ids) > 1 and ids[0] == bos
+        return []
+    first = next((i for i, token in enumerate(ids) if token not in marks), len(ids) - 1)
+    return ids[: max(first, 0)]
+
+
+def asks_for_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer by itself begins a text with a token of its own, which most call BOS."""
+    return len(_beginning(tokenizer)) == 1
+
+
+def beginning_token(tokenizer: Any) -> int | None:
+    """The token that a window begins with where one is asked for; None: there is none.
+
+    What the tokenizer itself puts before a text, which need not be its ``bos_token_id`` (XGLM puts
+    its end-of-text token there, BERT ``[CLS]``); else that id.
+    """
+    own = _beginning(tokenizer)
+    if len(own) == 1:
+        return own[0]
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if isinstance(bos, int) else None
 
 
 def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None = None) -> int | None:
     """The id to put before a text, or None.
+
+    A warning says so where a tokenizer by itself begins with several tokens: none of them is put.
 
     Args:
         prepend_bos: None: as the tokenizer asks for.
@@ -42,11 +63,19 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None = None) -> int | Non
         ValueError: True, and the tokenizer has no beginning-of-text token.
     """
     if prepend_bos is None:
-        prepend_bos = asks_for_bos(tokenizer)
+        own = _beginning(tokenizer)
+        if len(own) > 1:
+            warnings.warn(
+                f"the tokenizer begins a text with the tokens {own}, and none of them is put "
+                "before the text here; make windows of your own that begin with them",
+                UserWarning,
+                stacklevel=3,
+            )
+        return own[0] if len(own) == 1 else None
     if not prepend_bos:
         return None
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if not isinstance(bos, int):
+    bos = beginning_token(tokenizer)
+    if bos is None:
         raise ValueError("prepend_bos=True is not allowed: this tokenizer has no bos_token_id")
     return bos
 

@@ -181,8 +181,8 @@ def windows(
         context_size: tokens per window, the inserted one included; at least 2.
         n_tokens: stop after the windows that hold this many tokens, rounded up to whole windows;
             None takes the whole text.
-        prepend_bos: start every window with `tokenizer.bos_token_id`; None: if the tokenizer
-            itself begins a text with it.
+        prepend_bos: start every window with the token that the tokenizer itself begins a text
+            with, or else with its `bos_token_id`; None: if the tokenizer itself does so.
 
     Returns:
         int64 [n_windows, context_size].

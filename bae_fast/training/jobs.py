@@ -39,8 +39,8 @@ from bae_fast.training.trainer import append_line, drop_later_lines
 # after so many steps, or saves, that failed one after the other the run ends
 FAILURES = 3
 
-# file of a job's constants
-CONSTANTS = "training.json"
+# file of a job's constants; folder of a run's checkpoints, beside those of its jobs
+CONSTANTS, CHECKPOINTS = "training.json", "checkpoints"
 
 # floating-point operations a row, feature and dimension: encoder and decoder, forward and backward
 OPERATIONS = 10
@@ -229,7 +229,7 @@ class JobTrainer:
         self._store: Checkpoints | None = None
         if self.run.out is not None:
             self._store = Checkpoints(
-                self.run.out / "checkpoints", keep=self.run.keep, mesh=self.mesh
+                self.run.out / CHECKPOINTS, keep=self.run.keep, mesh=self.mesh
             )
         self._trackers: list[Tracker] = []
 
@@ -623,8 +623,11 @@ def _check_jobs(jobs: Sequence[Job], supply: Supply) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"jobs must have names of their own; got {', '.join(names)}")
     for job in jobs:
-        if not job.name or Path(job.name).name != job.name:
-            raise ValueError(f"the name of a job must be that of a folder; got {job.name!r}")
+        name = job.name
+        if not name or Path(name).name != name or name in ("..", CHECKPOINTS) or "\0" in name:
+            raise ValueError(
+                f"the name of a job must be that of a folder beside {CHECKPOINTS!r}; got {name!r}"
+            )
         for field in ("steps", "batch_size"):
             value, first = getattr(job.config, field), getattr(jobs[0].config, field)
             if value != first:

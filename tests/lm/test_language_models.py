@@ -716,6 +716,33 @@ def test_bos_is_put_first_where_the_tokenizer_asks_for_it(tokenizer, tmp_path):
     assert cache.manifest["dropped"]["not_text"] == 0  # BOS is the position that is dropped
 
 
+def test_windows_begin_with_what_the_tokenizer_puts_first_whatever_it_calls_it(tokenizer, tmp_path):
+    def beginning(single, **names):
+        made = word_pieces(**names)
+        marks = [("<s>", 1), ("</s>", 2)]
+        made.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=marks
+        )
+        return made
+
+    end_first = beginning("</s> $A", bos_token="<s>", eos_token="</s>")  # as XGLM's
+    framed = beginning("<s> $A </s>", cls_token="<s>", sep_token="</s>")  # as BERT's
+    for made, first in ((end_first, 2), (framed, 1)):
+        for asked in (None, True):
+            tokens = windows(made, TEXT, 16, n_tokens=64, prepend_bos=asked)
+            assert tokens[:, 0].tolist() == [first] * 4
+        cache = harvest(
+            lm_of("llama", made), tokens, "model.layers.1", folder=tmp_path, progress=False
+        )
+        assert cache.manifest["prepend_bos"] is True
+        assert first not in windows(made, TEXT, 16, n_tokens=64, prepend_bos=False)
+    behind = beginning("$A </s>", eos_token="</s>")
+    assert not asks_for_bos(behind)
+    assert torch.equal(windows(behind, TEXT, 16), windows(tokenizer, TEXT, 16))
+    with pytest.warns(UserWarning, match=r"begins a text with the tokens \[1, 2\]"):
+        windows(beginning("<s> </s> $A", bos_token="<s>", eos_token="</s>"), TEXT, 16)
+
+
 def test_tokens_to_leave_out_may_come_as_any_numbers(tokenizer, tmp_path):
     lm = lm_of("llama", tokenizer)
     tokens = windows(tokenizer, TEXT, 16, n_tokens=64)

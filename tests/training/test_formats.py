@@ -163,3 +163,65 @@ def test_what_cannot_be_said_in_a_format_is_refused(tmp_path):
     save_file({"b_dec": torch.zeros(D)}, tmp_path / "sae.safetensors")
     with pytest.raises(ValueError, match=r"must hold encoder\.weight"):
         load_sparsify(tmp_path)
+
+
+def odd_dictionary(folder, state, **trainer):
+    """A folder of dictionary_learning."""
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "trainer", "said"),
+    [
+        ({"k": torch.tensor([1, 2])}, {"k": "4"}, "k must be a number; got '4'"),
+        ({"k": torch.tensor(float("nan"))}, {}, "k must be a number; got nan"),
+        ({"k": None}, {"k": float("inf")}, "k must be a number; got inf"),
+        ({"encoder.weight": torch.ones(F, D).int()}, {}, "dense and floating point; got int32"),
+        ({"encoder.weight": torch.ones(F, D).to_sparse()}, {}, "dense and floating point"),
+        ({"encoder.weight": torch.ones(F)}, {}, r"encoder.*must be a matrix; got \[\d+\]"),
+        ({"b_dec": torch.full((D,), float("nan"))}, {}, "b_dec must hold no NaN; got"),
+        ({"encoder.bias": torch.ones(3)}, {}, r"b_enc must be \[\d+\]; got \[3\]"),
+    ],
+)
+def test_odd_contents_of_a_dictionary_are_named(tmp_path, changes, trainer, said):
+    state = {
+        "encoder.weight": torch.randn(F, D), "encoder.bias": torch.randn(F),
+        "decoder.weight": torch.randn(D, F), "b_dec": torch.randn(D), "k": torch.tensor(3),
+    }  # fmt: skip
+    state = {name: one for name, one in (state | changes).items() if one is not None}
+    folder = odd_dictionary(tmp_path, state, dict_class="AutoEncoderTopK", **trainer)
+    with pytest.raises(ValueError, match=said):
+        load_dictionary_learning(folder)
+
+
+def test_tensors_of_a_dictionary_that_do_not_fit_are_named(tmp_path):
+    state = {
+        "encoder.weight": torch.randn(F, D), "encoder.bias": torch.randn(F),
+        "decoder.weight": torch.randn(D, F), "decoder.bias": torch.randn(D + 1),
+    }  # fmt: skip
+    folder = odd_dictionary(tmp_path, state, dict_class="AutoEncoderNew")
+    with pytest.raises(ValueError, match="its tensors do not fit together"):
+        load_dictionary_learning(folder)
+
+
+def test_a_feature_without_a_direction_adds_nothing(tmp_path):
+    torch.manual_seed(0)
+    W_dec, W_enc, x = torch.randn(F, D), torch.randn(D, F), torch.randn(20, D)
+    W_dec[2] = 0
+    b_enc, b_dec, threshold = torch.randn(F), torch.randn(D), torch.rand(F)
+    state = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    folder = odd_dictionary(
+        tmp_path, state | {"threshold": threshold}, dict_class="JumpReluAutoEncoder"
+    )
+    pre = x @ W_enc + b_enc
+    theirs = (pre.relu() * (pre > threshold)) @ W_dec + b_dec
+    torch.testing.assert_close(load_dictionary_learning(folder).reconstruct(x), theirs)
+
+
+def test_signed_features_of_sparsify_are_refused(tmp_path):
+    (tmp_path / "cfg.json").write_text('{"k": 3, "signed": true}')
+    with pytest.raises(ValueError, match="signed must be False; got True"):
+        load_sparsify(tmp_path)

@@ -351,8 +351,9 @@ def test_jobs_that_do_not_fit_are_refused():
         JobTrainer([a, longer], supply(x))
     with pytest.raises(ValueError, match="needs a hook 'layer' of width 16; the supply has"):
         JobTrainer([dataclasses.replace(a, hook="layer")], supply(x))
-    with pytest.raises(ValueError, match="the name of a job must be that of a folder; got 'a/b'"):
-        JobTrainer([dataclasses.replace(a, name="a/b")], supply(x))
+    for name in ("a/b", "..", "", "checkpoints", "a\0"):
+        with pytest.raises(ValueError, match="the name of a job must be that of a folder beside"):
+            JobTrainer([dataclasses.replace(a, name=name)], supply(x))
     for change, words in (
         ({"patience": 1}, "evaluate_every must be at least 1"),
         ({"checkpoint_every": 1}, "out must be a folder"),
