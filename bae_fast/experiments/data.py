@@ -187,7 +187,8 @@ def read_rows(path: Path) -> Tensor:
         rows = tensors["rows"] if "rows" in tensors else next(iter(tensors.values()))
     else:
         raise ConfigError("states", f"must be a .npy or .safetensors file; got {path}")
-    if rows.dim() != 2 or not rows.is_floating_point():
+    # numbers of eight bits have no arithmetic
+    if rows.dim() != 2 or not rows.is_floating_point() or rows.dtype.itemsize < 2:
         raise ConfigError(
             "states",
             f"must be floating point of shape [n, d]; {path} has {list(rows.shape)} of "
@@ -195,10 +196,14 @@ def read_rows(path: Path) -> Tensor:
         )
     if not rows.numel():
         raise ConfigError("states", f"must hold at least one row; {path} has {list(rows.shape)}")
+    rows = rows.float() if rows.dtype == torch.float64 else rows
     bad = int((~rows.isfinite()).any(1).sum())
     if bad:
-        raise ConfigError("states", f"must be finite; {path} has NaN or Inf in {bad:,} rows")
-    return rows.float() if rows.dtype == torch.float64 else rows
+        kind = str(rows.dtype).removeprefix("torch.")
+        raise ConfigError(
+            "states", f"must be finite; {path} has NaN or Inf in {bad:,} rows, as {kind}"
+        )
+    return rows
 
 
 def cache_of(config: Source) -> Path:

@@ -766,6 +766,7 @@ def _damaged_shape(path, shape):
         (lambda p: np.save(p / "x.npy", np.zeros(5)), "must be floating point of shape [n, d]"),
         (lambda p: np.save(p / "x.npy", np.zeros((50, 3), int)), "[50, 3] of int64"),
         (lambda p: np.save(p / "x.npy", np.full((50, 3), np.nan)), "NaN or Inf in 50 rows"),
+        (lambda p: np.save(p / "x.npy", np.full((50, 3), 1e300)), "in 50 rows, as float32"),
         (lambda p: np.save(p / "x.npy", np.zeros((5, 3))), "must hold at least 20 rows"),
         (lambda p: np.save(p / "x.npy", np.zeros((0, 3))), "must hold at least one row"),
         (lambda p: np.save(p / "x.npy", np.array([{}]), allow_pickle=True), "not a readable .npy"),
@@ -783,6 +784,16 @@ def test_rows_that_cannot_be_read_are_one_line(make, message, tmp_path, capsys):
     assert message in error
     assert "states" in error
     assert "\n" not in error
+
+
+def test_rows_of_eight_bits_are_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    from bae_fast.experiments.data import read_rows
+
+    save_file({"rows": torch.ones(50, 3).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(runs.ConfigError, match=r"has \[50, 3\] of float8_e4m3fn"):
+        read_rows(tmp_path / "x.safetensors")
 
 
 @pytest.mark.usefixtures("undrawn")
