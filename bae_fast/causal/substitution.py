@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bae_fast.causal.splice import Splice, norm_bounds, replaced_output, spliced
+from bae_fast.causal.splice import Edit, Splice, norm_bounds, replaced_output, spliced
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.lm.hooks import in_order, running
@@ -365,11 +365,19 @@ class SubstitutionTest:
 
     # -- what is measured ----------------------------------------------------------------------
 
-    def run(self, path: str, autoencoder: Any, *, source: str | None = None) -> Substitution:
+    def run(
+        self,
+        path: str,
+        autoencoder: Any,
+        edit: Edit | None = None,
+        *,
+        source: str | None = None,
+    ) -> Substitution:
         """The autoencoder in the place of a module's output, at all tokens at once.
 
         Args:
-            path, autoencoder, source: see :func:`bae_fast.causal.spliced`.
+            path, autoencoder, edit, source: see :func:`bae_fast.causal.spliced`. An edit may write
+                features with few bits, say.
         """
         self._check_model()
         window, position = self._tokens()
@@ -377,7 +385,7 @@ class SubstitutionTest:
 
         @contextlib.contextmanager
         def replaced() -> Any:
-            with self._spliced(path, autoencoder, source=source) as splice:
+            with self._spliced(path, autoencoder, edit=edit, source=source) as splice:
                 done.append(splice)
                 yield
 

@@ -132,7 +132,7 @@ def test_what_the_language_model_loses_stands_in_every_run(arguments):
             # the module's input is that norm's output
             assert test.run(f"{HOOK}.mlp", model).js_bits == again.js_bits
     head, _, *lines = (out / "compare.md").read_text().splitlines()
-    assert head.endswith("| JS, bits | KL, bits | loss recovered |")
+    assert "| JS, bits | KL, bits | loss recovered |" in head
     assert all(line.count("|") == head.count("|") for line in lines if line.startswith("|"))
 
 
@@ -160,6 +160,52 @@ def test_bits_under_one_coder_stand_in_every_run(arguments):
             five = found["fvu_by_value_bits"]["5"]
             assert five == pytest.approx(run["heldout"]["fvu_quantized"], rel=1e-5)
     assert "| bits, tree |" in (out / "compare.md").read_text()
+
+
+class Rounded:
+    """An autoencoder whose decoder reads values of so many bits."""
+
+    def __init__(self, model, train, bits):
+        self.model = model
+        features = torch.stack([model.activations(row[None])[0] for row in train])
+        self.low = features.masked_fill(features <= 0, torch.inf).amin(0)
+        self.step = (features.amax(0) - self.low) / 2**bits
+        self.last = 2**bits - 1
+
+    def encode(self, x):
+        features = self.model.activations(x)
+        level = ((features - self.low) / self.step).nan_to_num(0, 0, 0).floor()
+        middle = self.low + (level.clamp(0, self.last) + 0.5) * self.step
+        return torch.where(features > 0, middle, 0.0)
+
+    def decode(self, features):
+        return self.model.decode(features)
+
+
+def test_the_loss_with_rounded_values_is_that_of_a_decoder_that_reads_these(arguments):
+    out, result = finished(arguments)
+    lm = load_language_model(str(folder_of(arguments, "--model")))
+    cache = ActivationCache.open(next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*")))
+    split = cache.split(4096)
+    first = int(cache.row_window[split.heldout.start])
+    test = SubstitutionTest(lm, cache.tokens[first : first + 2048 // 16].long())
+    for run in result["runs"]:
+        found, whole = (run["scores"][name] for name in ("rounded", "substitution"))
+        best = found["value_bits"]
+        assert best == run["scores"]["description"]["value_bits"]
+        assert found["kl_bits"] == found["kl_by_value_bits"][str(best)]
+        if run["method"] == "bae":
+            assert list(found["kl_by_value_bits"]) == ["0"]
+            assert found["kl_bits"] == whole["kl_bits"]
+            assert found["js_bits"] == whole["js_bits"]
+        if run["method"] == "topk":
+            model = SparseAutoencoder.from_pretrained(out / run["model"])
+            train = cache.rows[: split.train.stop].float()
+            for bits in (2, 4):
+                again = test.run(HOOK, Rounded(model, train, bits))
+                assert found["kl_by_value_bits"][str(bits)] == pytest.approx(again.kl_bits)
+                assert found["js_by_value_bits"][str(bits)] == pytest.approx(again.js_bits)
+            assert found["kl_by_value_bits"]["2"] != pytest.approx(whole["kl_bits"])
 
 
 @pytest.mark.parametrize("metric", ["std^0.5", "sensitivity"])
@@ -277,7 +323,7 @@ def test_the_odd_one_out_stands_in_the_table(arguments, monkeypatch, tmp_path):
 
 def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeypatch, capsys):
     out, before = finished(arguments)
-    for name in ("substitution-*", "description-*"):
+    for name in ("substitution-*", "description-*", "rounded-*"):
         for path in (out / "runs").glob(name):
             path.unlink()
 
@@ -307,7 +353,7 @@ def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeyp
         else:
             assert new["scores"] == old["scores"]
     line = next(x for x in (out / "compare.md").read_text().splitlines() if "| ReLU k=3 |" in x)
-    assert line.endswith("|  |  |  |")
+    assert line.endswith("|  |  |  |  |  |")
     write_json(out / "compare.json", before)
 
 

@@ -1,0 +1,65 @@
+"""What the language model loses with values written with few bits, as a code length counts them.
+
+A code length that charges a value two or three bits says nothing of a model whose values stay
+whole. So values are rounded here as :mod:`bae_fast.experiments.scorers.description` rounds them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from bae_fast.analysis.quantisers import quantize
+from bae_fast.experiments.scorers import Column, Context, Scorer
+from bae_fast.experiments.scorers.description import rows_of, value_precision
+
+if TYPE_CHECKING:
+    from bae_fast.causal import SubstitutionTest
+
+ORDER = 0.5
+
+# bits of a value whose loss is measured beside the best number: which is best for the language
+# model need not be the one that is best for the squared error
+MEASURED = (2, 3, 4)
+
+
+def make(context: Context) -> list[Scorer]:
+    """One scorer where the configuration asks for code lengths and for the language model."""
+    config = context.config
+    if config.substitution_tokens < 1 or not config.description:
+        return []
+    windows = context.windows(config.substitution_tokens)
+    made: list[SubstitutionTest] = []
+
+    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        from bae_fast.causal import SubstitutionTest
+
+        if not made:
+            lm = context.lm()
+            with context.stages.stage("the language model as it is"):
+                made.append(SubstitutionTest(lm, windows))
+        path, source = context.place(method)
+        precision = value_precision(model, *rows_of(context, method))
+        best, ranges = precision.bits, precision.ranges
+        tried = [best] if ranges is None else sorted({best, *MEASURED})
+        kl, js = {}, {}
+        for bits in tried:
+            edit = None
+            if ranges is not None:
+                edit = functools.partial(quantize, low=ranges[0], high=ranges[1], bits=bits)
+            found = made[0].run(path, model, edit, source=source)
+            kl[str(bits)], js[str(bits)] = found.kl_bits, found.js_bits
+        return {
+            "value_bits": best,
+            "kl_bits": kl[str(best)],
+            "js_bits": js[str(best)],
+            "kl_by_value_bits": kl,
+            "js_by_value_bits": js,
+        }
+
+    columns = [
+        Column("js_bits", "JS, values of these bits", "{:.4f}"),
+        Column("kl_bits", "KL, values of these bits", "{:.4f}"),
+    ]
+    settings = {"tokens": windows.numel(), "value_bits": list(MEASURED)}
+    return [Scorer("rounded", settings, score, columns)]
