@@ -24,7 +24,7 @@ from typing import Any
 
 from bae_fast.files import read_json, write_text
 from bae_fast.report import entropy as report
-from bench import tables
+from bench import rates, tables
 
 _FIGURE = re.compile(
     r"(?P<open><!-- (?P<file>[\w/]+): (?P<path>\S.*?) as (?P<form>\S+?)"
@@ -217,6 +217,7 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "rate": _first_table_of("rate/compare"),
     "gemma": _first_table_of("gemma/compare"),
     "gemma-metric": _first_table_of("gemma_metric/compare"),
+    "equal-bits": rates.equal_bits,
     "compress": _first_table_of("compress/compress"),
     "synthetic": synthetic,
     "layers": layers_excerpt,

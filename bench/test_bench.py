@@ -23,6 +23,7 @@ from bench import (
     memory,
     models,
     operators,
+    rates,
     rival,
     sparse,
     step,
@@ -474,6 +475,38 @@ def test_tables_replace_what_stands_between_their_markers():
     assert tables.splice(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb\n"
     with pytest.raises(ValueError, match="text must hold"):
         tables.splice(text, "y", "new")
+
+
+def rate_run(method, seed, support, l0, kl, **variant):
+    coded = {"tree_support": support, "l0": l0}
+    scores = {"description": coded, "rounded": {"kl_by_value_bits": kl}}
+    return {"method": method, "variant": variant, "seed": seed, "scores": scores, "settings": {}}
+
+
+def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch):
+    def law(bits):
+        return 50 / bits**1.5
+
+    # 80, 120 and 200 bits on the law; 130 bits with more loss than 120 count for nothing
+    topk = [
+        rate_run("topk", 0, 40, 20.0, {"2": law(80), "4": law(120)}),
+        rate_run("topk", 0, 100, 10.0, {"3": law(110), "10": law(200)}),
+        rate_run("topk", 1, 70, 10.0, {"1": 2 * law(80), "13": 2 * law(200)}),
+    ]
+    bae = [rate_run("bae", 0, 120, 30.0, {"0": 0.25}), rate_run("bae", 0, 160, 40.0, {"0": 0.16})]
+    tail = [rate_run("bae", 0, 150, 30.0, {"0": 0.125}, kl_tail=200)]
+    write_json(tmp_path / "some" / "compare.json", {"runs": [*topk, *bae, *tail]})
+    monkeypatch.setattr(rates, "SOURCES", {"a model": ("some",)})
+    _, _, *lines = rates.equal_bits(tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    expected = [
+        f"{1.5 * law(b):.3f} ({law(b):.3f} to {2 * law(b):.3f})" for b in (100, 125, 150, 175)
+    ]
+    assert cells[0] == ["a model", "none", "TopK", *expected]
+    # half way in the logarithm of bits is half way in that of the loss
+    assert rates.at([(120, 0.25), (160, 0.16)], math.sqrt(120 * 160)) == pytest.approx(0.2)
+    assert [cells[1][3], cells[1][6]] == ["", ""]
+    assert cells[2] == ["a model", "none", "BAE (sparse), KL tail", "", "", "0.125", ""]
 
 
 def test_a_try_of_versions_replaces_the_older_try_of_the_same(tmp_path):

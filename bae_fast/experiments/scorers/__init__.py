@@ -19,6 +19,7 @@ from bae_fast.experiments.data import N_HELDOUT, load_model
 from bae_fast.progress import Stages
 
 if TYPE_CHECKING:
+    from bae_fast.causal import SubstitutionTest
     from bae_fast.lm import ActivationCache, LanguageModel
 
 
@@ -87,6 +88,7 @@ class Context:
         self._hook_rows = hook_rows
         self._lm: LanguageModel | None = None
         self._source: ActivationCache | None = None
+        self._substitution: SubstitutionTest | None = None
 
     def read_by(self, method: str) -> ActivationCache:
         """Hidden states of the module that a method reads, opened once."""
@@ -119,6 +121,16 @@ class Context:
         if self._lm is None:
             self._lm = load_model(self.config, self.stages)
         return self._lm
+
+    def substitution(self) -> SubstitutionTest:
+        """The language model on the held-out windows that the configuration asks for, run once."""
+        from bae_fast.causal import SubstitutionTest
+
+        if self._substitution is None:
+            lm, windows = self.lm(), self.windows(self.config.substitution_tokens)
+            with self.stages.stage("the language model as it is"):
+                self._substitution = SubstitutionTest(lm, windows)
+        return self._substitution
 
 
 def scorer_makers() -> list[Callable[[Context], list[Scorer]]]:

@@ -7,14 +7,11 @@ whole. So values are rounded here as :mod:`bae_fast.experiments.scorers.descript
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bae_fast.analysis.quantisers import quantize
 from bae_fast.experiments.scorers import Column, Context, Scorer
 from bae_fast.experiments.scorers.description import rows_of, value_precision
-
-if TYPE_CHECKING:
-    from bae_fast.causal import SubstitutionTest
 
 ORDER = 0.5
 
@@ -28,16 +25,9 @@ def make(context: Context) -> list[Scorer]:
     config = context.config
     if config.substitution_tokens < 1 or not config.description:
         return []
-    windows = context.windows(config.substitution_tokens)
-    made: list[SubstitutionTest] = []
+    tokens = context.windows(config.substitution_tokens).numel()
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        from bae_fast.causal import SubstitutionTest
-
-        if not made:
-            lm = context.lm()
-            with context.stages.stage("the language model as it is"):
-                made.append(SubstitutionTest(lm, windows))
         path, source = context.place(method)
         precision = value_precision(model, *rows_of(context, method))
         best, ranges = precision.bits, precision.ranges
@@ -47,7 +37,7 @@ def make(context: Context) -> list[Scorer]:
             edit = None
             if ranges is not None:
                 edit = functools.partial(quantize, low=ranges[0], high=ranges[1], bits=bits)
-            found = made[0].run(path, model, edit, source=source)
+            found = context.substitution().run(path, model, edit, source=source)
             kl[str(bits)], js[str(bits)] = found.kl_bits, found.js_bits
         return {
             "value_bits": best,
@@ -61,5 +51,5 @@ def make(context: Context) -> list[Scorer]:
         Column("js_bits", "JS, values of these bits", "{:.4f}"),
         Column("kl_bits", "KL, values of these bits", "{:.4f}"),
     ]
-    settings = {"tokens": windows.numel(), "value_bits": list(MEASURED)}
+    settings = {"tokens": tokens, "value_bits": list(MEASURED)}
     return [Scorer("rounded", settings, score, columns)]

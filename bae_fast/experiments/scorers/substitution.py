@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bae_fast.experiments.scorers import Column, Context, Scorer
-
-if TYPE_CHECKING:
-    from bae_fast.causal import SubstitutionTest
 
 ORDER = 0
 
@@ -17,18 +14,11 @@ def make(context: Context) -> list[Scorer]:
     config = context.config
     if config.substitution_tokens < 1:
         return []
-    windows = context.windows(config.substitution_tokens)
-    made: list[SubstitutionTest] = []
+    tokens = context.windows(config.substitution_tokens).numel()
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        from bae_fast.causal import SubstitutionTest
-
-        if not made:
-            lm = context.lm()
-            with context.stages.stage("the language model as it is"):
-                made.append(SubstitutionTest(lm, windows))
         path, source = context.place(method)
-        return made[0].run(path, model, source=source).summary()
+        return context.substitution().run(path, model, source=source).summary()
 
     columns = [
         Column("js_bits", "JS, bits", "{:.4f}"),
@@ -36,4 +26,4 @@ def make(context: Context) -> list[Scorer]:
         # that beside zeros is near 1 for anything: in the file only
         Column("recovered_mean", "loss recovered", "{:.4f}"),
     ]
-    return [Scorer("substitution", {"tokens": windows.numel()}, score, columns)]
+    return [Scorer("substitution", {"tokens": tokens}, score, columns)]

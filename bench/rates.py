@@ -1,0 +1,86 @@
+"""What the language model loses with each method at the same number of bits a row.
+
+Methods end at whatever bits they end at, so no two lines of a comparison cost the same. Here the
+loss of a method is read off at given numbers of bits. A run is one point for each precision of its
+values: bits a row along the tree, and the divergence with values that are really rounded so. Of a
+method's runs, one seed at a time, the points that no other beats in both are joined by straight
+lines in the logarithms. Nothing is said beyond the first and the last of them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bae_fast.files import read_json
+from bae_fast.report import tables
+from bae_fast.report.compare import LABELS
+
+BITS = (100, 125, 150, 175)
+
+# results of comparisons that measured the loss with rounded values, by model and folder
+SOURCES: dict[str, tuple[str, ...]] = {}
+
+
+def points(run: dict[str, Any]) -> list[tuple[float, float]]:
+    """(bits a row along the tree, KL in bits) of a run at each precision of its values."""
+    found, coded = run["scores"]["rounded"], run["scores"]["description"]
+    return [
+        (coded["tree_support"] + int(bits) * coded["l0"], kl)
+        for bits, kl in found["kl_by_value_bits"].items()
+    ]
+
+
+def frontier(some: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both, from few bits to many."""
+    kept: list[tuple[float, float]] = []
+    for bits, kl in sorted(some):
+        if not kept or kl < kept[-1][1]:
+            kept.append((bits, kl))
+    return kept
+
+
+def at(line: list[tuple[float, float]], bits: float) -> float | None:
+    """The loss at so many bits, None beyond the ends."""
+    places = [place for place, _ in line]
+    if not line or not places[0] <= bits <= places[-1]:
+        return None
+    right = min(bisect.bisect_left(places, bits), len(line) - 1)
+    (b, kl), left = line[right], line[max(right - 1, 0)]
+    if b == bits or right == 0:
+        return kl
+    share = math.log(bits / left[0]) / math.log(b / left[0])
+    return math.exp(math.log(left[1]) + share * math.log(kl / left[1]))
+
+
+def lines(result: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """By method and steps of a tail: KL at every number of ``BITS``, one entry a seed."""
+    runs: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
+    for run in result["runs"]:
+        if "rounded" not in run["scores"]:
+            continue
+        name = run["method"], run["variant"].get("kl_tail", 0)
+        runs.setdefault(name, {}).setdefault(run["seed"], []).extend(points(run))
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for name, by_seed in runs.items():
+        fronts = [frontier(some) for some in by_seed.values()]
+        found[name] = [{str(bits): at(front, bits) for bits in BITS} for front in fronts]
+    return found
+
+
+def equal_bits(results: Path) -> str:
+    """A line a model, metric, method and tail."""
+    body = []
+    for label, folders in SOURCES.items():
+        for folder in folders:
+            result = read_json(results / folder / "compare.json")
+            metric = result["runs"][0]["settings"].get("metric", "none")
+            for (method, tail), seeds in lines(result).items():
+                cells = [tables.cell(seeds, str(bits), "{:.3f}") for bits in BITS]
+                name = LABELS.get(method, method) + (", KL tail" if tail else "")
+                body.append([label, metric, name, *cells])
+    header = ["model", "metric", "code", *(f"KL at {bits} bits" for bits in BITS)]
+    return "\n".join(tables.table(header, body))
