@@ -217,6 +217,8 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "rate": _first_table_of("rate/compare"),
     "gemma": _first_table_of("gemma/compare"),
     "gemma-metric": _first_table_of("gemma_metric/compare"),
+    "smollm": _first_table_of("smollm/compare"),
+    "smollm-metric": _first_table_of("smollm_metric/compare"),
     "equal-bits": rates.equal_bits,
     "compress": _first_table_of("compress/compress"),
     "synthetic": synthetic,

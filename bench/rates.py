@@ -19,10 +19,10 @@ from bae_fast.files import read_json
 from bae_fast.report import tables
 from bae_fast.report.compare import LABELS
 
-BITS = (100, 125, 150, 175)
+BITS = (120, 130, 140, 150)
 
-# results of comparisons that measured the loss with rounded values, by model and folder
-SOURCES: dict[str, tuple[str, ...]] = {}
+# folders with comparisons that measured the loss with rounded values, by model
+SOURCES: dict[str, tuple[str, ...]] = {"SmolLM2, block 12": ("smollm", "smollm_metric")}
 
 
 def points(run: dict[str, Any]) -> list[tuple[float, float]]:

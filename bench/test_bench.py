@@ -497,6 +497,7 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     tail = [rate_run("bae", 0, 150, 30.0, {"0": 0.125}, kl_tail=200)]
     write_json(tmp_path / "some" / "compare.json", {"runs": [*topk, *bae, *tail]})
     monkeypatch.setattr(rates, "SOURCES", {"a model": ("some",)})
+    monkeypatch.setattr(rates, "BITS", (100, 125, 150, 175))
     _, _, *lines = rates.equal_bits(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     expected = [

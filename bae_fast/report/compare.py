@@ -124,6 +124,11 @@ def table(result: dict[str, Any]) -> str:
             "held-out tokens; loss recovered: 1 where that costs nothing, 0 where it costs what "
             "the mean state in the same places costs."
         )
+    if any("rounded" in one_run.get("scores", {}) for one_run in result["runs"]):
+        lines[-1] += (
+            " JS and KL with values of these bits: the same with each value rounded to the bits a "
+            "value in the line, which the code lengths beside it count."
+        )
     named = {
         f"{found['counts']['chosen']} ({name.removeprefix('comsem-')})"
         for one_run in result["runs"]
