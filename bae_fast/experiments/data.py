@@ -240,7 +240,7 @@ def harvest_rows(
         if config.text is None:
             text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
         else:
-            text, text_name = lm_tools.read_text(list(config.text)), " ".join(map(str, config.text))
+            text, text_name = own_text(config.text), " ".join(map(str, config.text))
         windows = lm_tools.windows(
             tokenizer, text, config.context, n_tokens=config.tokens, prepend_bos=config.bos
         )
@@ -301,6 +301,20 @@ def harvest_rows(
         "harvest_tokens_per_second": tokens_per_second,
     }
     return cache, tokenizer, facts
+
+
+def own_text(paths: tuple[str, ...]) -> str:
+    """The text of the user's files and folders, see :func:`bae_fast.lm.read_text`.
+
+    Raises:
+        ConfigError: text that is not there or cannot be read.
+    """
+    from bae_fast.lm import read_text
+
+    try:
+        return read_text(list(paths))
+    except ValueError as error:
+        raise ConfigError("text", f"must name text that can be read; {error}") from error
 
 
 def find_model(name: str, revision: str | None) -> ModelSource:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -242,8 +243,10 @@ def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monke
     at = arguments.index("--load")
     del arguments[at : at + 2]
     # the demo's batches need more text than the tests above
-    text = tmp_path / "text.txt"
-    text.write_text((folder / "text.txt").read_text() * 2)
+    text = tmp_path / "notes"
+    text.mkdir()
+    for name in ("a.txt", "b.md"):
+        shutil.copy(folder / "text.txt", text / name)
     arguments[arguments.index("--text") + 1] = str(text)
     assert main([*arguments, "--hook", "model.layers.1", "--context", "16"]) == 0
     assert json.loads(Path("results/demo/metrics.json").read_text())["training"]["steps"] == 20
@@ -257,7 +260,7 @@ def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monke
     after = read(Path("out"))
     assert after[0]["data"] == before[0]["data"]
     assert after[1] == before[1]
-    text.unlink()
+    shutil.rmtree(text)
     capsys.readouterr()
     assert main(arguments) == 1
     assert "--text must be given: the model was trained on" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from bae_fast.experiments import runs
+from bae_fast.experiments.data import own_text
 from bae_fast.experiments.entropy.common import (
     Fits,
     finish,
@@ -102,7 +103,7 @@ def _runs(config: Config) -> list[dict[str, Any]]:
         text = lm_tools.standard_library_text() + "\n\n" + lm_tools.standard_library_docstrings()
         text_name = "the standard library's topics and docstrings"
     else:
-        text = lm_tools.read_text(list(config.text))
+        text = own_text(config.text)
         text_name = " ".join(Path(path).name for path in config.text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     windows = lm_tools.windows(tokenizer, text, config.context)
