@@ -204,3 +204,22 @@ def test_a_cross_compiler_gets_the_kernels_of_its_machine(source, machine, own, 
     commands = Path(f"{compiler}.log").read_text()
     assert f"csrc/{own}.cpp" in commands
     assert f"csrc/{foreign}.cpp" not in commands
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cross compilers are called so on Linux")
+def test_a_cross_build_needs_no_ninja_of_the_other_machine_and_fails_aloud(source):
+    """pip brings the ninja of the machine that is built for; a pure wheel was not asked for."""
+    foreign = source.parent / "ninja"
+    foreign.mkdir()
+    (foreign / "__init__.py").write_text(f"BIN_DIR = {str(foreign)!r}")
+    (foreign / "ninja").write_bytes(b"\x7fELF of another machine")
+    (foreign / "ninja").chmod(0o755)
+    compiler = stand_in(source.parent)
+    path = f"{foreign}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    cross = {"_PYTHON_HOST_PLATFORM": "linux-aarch64", "PATH": path}
+    cross |= {"PYTHONPATH": str(source.parent)}
+    found, _ = wheel(source, CC=str(compiler), CXX=str(compiler), **cross)
+    assert found.name.endswith("-cp310-abi3-linux_aarch64.whl")
+    shutil.rmtree(found.parent)
+    with pytest.raises(AssertionError, match="false"):
+        wheel(source, CC="/bin/false", CXX="/bin/false", **cross)
