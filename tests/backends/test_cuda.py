@@ -8,6 +8,7 @@ driver.
 
 import contextlib
 import ctypes
+import functools
 import os
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import processes
 import pytest
 import torch
 from count_digits import count_digits, from_digits
+from once import once
 
 import bae_fast as bf
 from bae_fast.ops import registry
@@ -86,7 +88,8 @@ def emulate(library, patch):
 def library(tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("the emulation needs ucontext")
-    return emulation_of(SOURCES, tmp_path_factory.mktemp("emulated"))
+    make = functools.partial(emulation_of, SOURCES)
+    return once(tmp_path_factory, "emulated", make) / "emulated.so"
 
 
 @pytest.fixture

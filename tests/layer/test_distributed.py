@@ -15,6 +15,7 @@ import processes
 import pytest
 import torch
 from distributed_worker import FROZEN, N_ROWS, SUBSETS, TERMS, WORLD
+from once import once
 from torch import Tensor
 
 import bae_fast as bf
@@ -34,7 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found: case -> result, or the exception it raised."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = once(tmp_path_factory, "ranks", start_ranks)
+    return [torch.load(folder / f"result{r}", weights_only=False) for r in range(WORLD)]
+
+
+def start_ranks(folder: Path) -> None:
+    """Run every rank to its end; what it found is in the folder."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
@@ -53,7 +59,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for process in started:
             process.kill()
     assert codes == [0] * WORLD, "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"result{r}", weights_only=False) for r in range(WORLD)]
 
 
 def result(ranks: list[dict[str, Any]], name: str) -> list[Any]:

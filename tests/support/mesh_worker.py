@@ -324,7 +324,12 @@ def launch(
             process.wait()
     for rank, process in enumerate(ranks):
         assert process.poll() == 0, (folder / f"{rank}.log").read_text()[-3000:]
-    found = [torch.load(path, weights_only=False) for path in results]
+    return results_of(folder, world)
+
+
+def results_of(folder: Path, world: int) -> list[dict[str, Any]]:
+    """What the ranks that :func:`launch` started there found."""
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     for rank in found:
         for name, value in rank.items():
             if isinstance(value, str) and value.startswith("Traceback"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from once import folder_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 # where `make` puts the oldest triton that is supported, alone: torch's CUDA builds come with it
@@ -19,8 +20,7 @@ def cache_of_run(tmp_path_factory, name):
 
     Not of several files: what one finds compiled, its assembler says nothing about.
     """
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"triton-{name}"
+    folder = folder_of_run(tmp_path_factory) / f"triton-{name}"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import mesh_worker as worker
 import pytest
 import torch
+from once import once
 
 from bae_fast.baselines import METHODS, TRAINING, make_baseline
 from bae_fast.distributed import Mesh
@@ -39,16 +40,21 @@ def cases_of(grids, folder):
             yield f"baseline {method} {name}", "baseline", grid, {"method": method}
 
 
+def ranks_of(tmp_path_factory, name, world, grids):
+    def make(folder):
+        worker.launch(folder / "ranks", world, list(cases_of(grids, folder)))
+
+    return worker.results_of(once(tmp_path_factory, name, make) / "ranks", world)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    return worker.launch(folder / "ranks", 2, list(cases_of(PAIRS, folder)))
+    return ranks_of(tmp_path_factory, "two", 2, PAIRS)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("four")
-    return worker.launch(folder / "ranks", 4, list(cases_of(FOURS, folder)))
+    return ranks_of(tmp_path_factory, "four", 4, FOURS)
 
 
 def on_grids(pairs, fours):
