@@ -19,10 +19,13 @@ from bae_fast.files import read_json
 from bae_fast.report import tables
 from bae_fast.report.compare import LABELS
 
-BITS = (120, 130, 140, 150)
+BITS = (125, 130, 140, 150)
 
-# folders with comparisons that measured the loss with rounded values, by model
-SOURCES: dict[str, tuple[str, ...]] = {"SmolLM2, block 12": ("smollm", "smollm_metric")}
+# folders with comparisons that measured the loss with rounded values, by model; runs of one model
+# in one metric may lie in several
+SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "SmolLM2, block 12": (("smollm", "smollm_k12"), ("smollm_metric",))
+}
 
 
 def points(run: dict[str, Any]) -> list[tuple[float, float]]:
@@ -56,12 +59,10 @@ def at(line: list[tuple[float, float]], bits: float) -> float | None:
     return math.exp(math.log(left[1]) + share * math.log(kl / left[1]))
 
 
-def lines(result: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+def lines(some: Iterable[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """By method and steps of a tail: KL at every number of ``BITS``, one entry a seed."""
     runs: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
-    for run in result["runs"]:
-        if "rounded" not in run["scores"]:
-            continue
+    for run in some:
         name = run["method"], run["variant"].get("kl_tail", 0)
         runs.setdefault(name, {}).setdefault(run["seed"], []).extend(points(run))
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -74,11 +75,12 @@ def lines(result: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]]]
 def equal_bits(results: Path) -> str:
     """A line a model, metric, method and tail."""
     body = []
-    for label, folders in SOURCES.items():
-        for folder in folders:
-            result = read_json(results / folder / "compare.json")
-            metric = result["runs"][0]["settings"].get("metric", "none")
-            for (method, tail), seeds in lines(result).items():
+    for label, groups in SOURCES.items():
+        for folders in groups:
+            found = (read_json(results / folder / "compare.json") for folder in folders)
+            runs = [run for result in found for run in result["runs"]]
+            metric = runs[0]["settings"].get("metric", "none")
+            for (method, tail), seeds in lines(runs).items():
                 cells = [tables.cell(seeds, str(bits), "{:.3f}") for bits in BITS]
                 name = LABELS.get(method, method) + (", KL tail" if tail else "")
                 body.append([label, metric, name, *cells])

@@ -495,8 +495,9 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     ]
     bae = [rate_run("bae", 0, 120, 30.0, {"0": 0.25}), rate_run("bae", 0, 160, 40.0, {"0": 0.16})]
     tail = [rate_run("bae", 0, 150, 30.0, {"0": 0.125}, kl_tail=200)]
-    write_json(tmp_path / "some" / "compare.json", {"runs": [*topk, *bae, *tail]})
-    monkeypatch.setattr(rates, "SOURCES", {"a model": ("some",)})
+    write_json(tmp_path / "some" / "compare.json", {"runs": topk[1:] + bae})
+    write_json(tmp_path / "more" / "compare.json", {"runs": topk[:1] + tail})
+    monkeypatch.setattr(rates, "SOURCES", {"a model": (("some", "more"),)})
     monkeypatch.setattr(rates, "BITS", (100, 125, 150, 175))
     _, _, *lines = rates.equal_bits(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
