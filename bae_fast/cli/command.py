@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from bae_fast.cli.errors import is_usage
 from bae_fast.cli.options import JSON, make_parser, read
 from bae_fast.experiments.runs import ConfigError, Result, check_out
 from bae_fast.progress import say
@@ -39,6 +40,13 @@ def run_experiment(
         settings = read(parser, config, [one for one in arguments if one != JSON])
     except UnicodeDecodeError as error:
         raise ConfigError("config", f"must name a YAML file in UTF-8; {error}") from error
+    except Exception as error:
+        # jsonargparse writes into the text of a YAML file as if it were the option's list
+        if not (is_usage(error) and "does not support item assignment" in str(error)):
+            raise
+        raise ConfigError(
+            "config", "must give an option of several values a list of them, as in text: [a, b]"
+        ) from error
     check_out(settings)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = run(settings)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 DEBUG = "BAE_FAST_DEBUG"
 
+# characters of a line; what a file holds may be part of it
+_LONGEST = 2000
+
 # kinds whose text is written for a user; of others the kind is part of what is said
 _CLEAR = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
@@ -39,5 +42,6 @@ def _option(line: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line."""
-    return " ".join(str(error).split())
+    """An error's text on one line, which ends where it is longer than anybody reads."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -178,8 +179,25 @@ def read_jobs(config: Config) -> dict[str, Config]:
                 "jobs",
                 f"{config.jobs}: {name} has {', '.join(unknown)}, which is no option of a job",
             )
-        found[name] = dataclasses.replace(config, **job)
+        values = {option: _number(value) for option, value in job.items()}
+        several = sorted(
+            option
+            for option, value in values.items()
+            if isinstance(value, (list, dict)) and option != "betas"
+        )
+        if several:
+            raise runs.ConfigError(
+                "jobs", f"{config.jobs}: {name} must give one value for {', '.join(several)}"
+            )
+        found[name] = dataclasses.replace(config, **values)
     return found
+
+
+def _number(value: Any) -> Any:
+    """A number as a command line reads it: YAML 1.1 takes 1e-3 for a text, as it has no point."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
 
 
 @contextlib.contextmanager

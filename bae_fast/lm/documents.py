@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.lm.cache import tokens_digest
-from bae_fast.lm.inputs import bos_to_prepend
+from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
 from bae_fast.lm.text import LINES, text_files, text_of_line
 
 # a file is read and tokenized in pieces of so many bytes, cut at white space
@@ -368,7 +368,8 @@ class TextWindows:
         piece = next(self._reader, None)
         if piece is None:
             return False
-        ids = list(self.tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"])
+        text = without_surrogates(piece.text)
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if piece.ends and self._end is not None:
             ids.append(self._end)
         if ids:

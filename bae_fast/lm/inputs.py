@@ -80,6 +80,18 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None = None) -> int | Non
     return bos
 
 
+def without_surrogates(text: str) -> str:
+    """A text that tokenizers take: halves of characters, as broken JSON brings, become U+FFFD.
+
+    Two halves that belong together become the character that they stand for.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def text_tokens(tokenizer: Any, text: str, *, prepend_bos: bool | None = None) -> list[int]:
     """Token ids of one text, with BOS before it where that is asked for and not there already.
 
@@ -90,7 +102,7 @@ def text_tokens(tokenizer: Any, text: str, *, prepend_bos: bool | None = None) -
         ValueError: True, and the tokenizer has no beginning-of-text token.
     """
     bos = bos_to_prepend(tokenizer, prepend_bos)
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(without_surrogates(text), add_special_tokens=False)["input_ids"])
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.inputs import bos_to_prepend
+from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
 from bae_fast.progress import tracked
 
 # of English, with room: a first part that is too short is only tokenized once more
@@ -202,6 +202,7 @@ def windows(
     bos = bos_to_prepend(tokenizer, prepend_bos)
     body = context_size if bos is None else context_size - 1
     most = None if n_tokens is None else -(-n_tokens // context_size)
+    text = without_surrogates(text)
     ids = _first_tokens(tokenizer, text, None if most is None else most * body + 1)
     if bos is not None and len(ids) and int(ids[0]) == bos:
         ids = ids[1:]

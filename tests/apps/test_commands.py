@@ -172,6 +172,8 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_runs(
     ("arguments", "status", "message"),
     [
         (["demo", "--config", "latin.yaml"], 1, "--config must name a YAML file in UTF-8"),
+        (["demo", "--config", "text.yaml"], 1, "--config must give an option of several values a"),
+        (["demo", "--config", "long.yaml"], 2, "..."),
         (["entropy", "nothing"], 2, "PART must be one of synthetic, layers, icl, rows; got noth"),
         (["evaluate", "m", "--out", "."], 1, "evaluate: "),
     ],
@@ -179,10 +181,13 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_runs(
 def test_odd_arguments_are_one_line(arguments, status, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"steps: 3 # caf\xe9")
+    (tmp_path / "text.yaml").write_text("text: t.txt\n")
+    (tmp_path / "long.yaml").write_text(f"steps: [{5000 * '1,'}]\n")
     assert main(arguments) == status
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+    assert len(error) < 2100
 
 
 def test_the_commands_are_listed(capsys):

@@ -102,6 +102,7 @@ def test_a_saved_model_is_trained_on(states, tmp_path):
         ("- {lr: 1.0}", "every job must have a name of its own; got None"),
         ("- {name: a}\n- {name: a}", "every job must have a name of its own; got 'a'"),
         ("- {name: a, colour: red}", "a has colour, which is no option of a job"),
+        ("- {name: a, preset: [sparse]}", "a must give one value for preset"),
         ("- {name: [", "cannot be read"),
     ],
 )
@@ -112,6 +113,15 @@ def test_a_bad_list_of_jobs_is_named(states, tmp_path, capsys, text, words):
     assert words in said
     assert said.startswith("bae-fast train: --jobs ")
     assert said.count("\n") == 1
+
+
+def test_a_number_of_a_job_may_be_written_without_a_point(states, tmp_path):
+    (tmp_path / "jobs.yaml").write_text("- {name: a, lr: 1e-3}\n- {name: b, lr: 0.001}")
+    out = tmp_path / "out"
+    arguments = ["--jobs", str(tmp_path / "jobs.yaml"), "--out", str(out)]
+    assert main(["train", "--states", states, *SMALL, *arguments]) == 0
+    one, two = weights(out / "a"), weights(out / "b")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_what_a_run_lacks_is_named(states, tmp_path, capsys):

@@ -743,6 +743,14 @@ def test_windows_begin_with_what_the_tokenizer_puts_first_whatever_it_calls_it(t
         windows(beginning("<s> </s> $A", bos_token="<s>", eos_token="</s>"), TEXT, 16)
 
 
+def test_halves_of_characters_in_a_text_are_replaced_or_joined(tokenizer):
+    broken, whole = TEXT[:50] + "\ud83d" + TEXT[50:], TEXT[:50] + "\ufffd" + TEXT[50:]
+    assert torch.equal(windows(tokenizer, broken, 16), windows(tokenizer, whole, 16))
+    broken, whole = TEXT[:50] + "\ud83d\ude00" + TEXT[50:], TEXT[:50] + "\U0001f600" + TEXT[50:]
+    assert torch.equal(windows(tokenizer, broken, 16), windows(tokenizer, whole, 16))
+    assert prompt_tokens(lm_of("llama", tokenizer), ["a cat \ud83d"])
+
+
 def test_tokens_to_leave_out_may_come_as_any_numbers(tokenizer, tmp_path):
     lm = lm_of("llama", tokenizer)
     tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
