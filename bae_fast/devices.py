@@ -1,8 +1,21 @@
-"""What a device computes natively."""
+"""What a device computes natively, and in which precision whatever the caller's setting."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leave out the caller's autocast, on every kind of device; also a decorator."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def cpu_has_bfloat16() -> bool:

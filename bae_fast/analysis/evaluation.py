@@ -24,6 +24,7 @@ from bae_fast.analysis import metrics
 from bae_fast.analysis.quantisers import quantize, value_ranges
 from bae_fast.autoencoder import Autoencoder, as_code, check_rows
 from bae_fast.codes import BinaryCode
+from bae_fast.devices import without_autocast
 
 VALUE_BITS = 5
 
@@ -96,6 +97,7 @@ def activity(code: BinaryCode) -> dict[str, float]:
 
 
 @torch.no_grad()
+@without_autocast()
 def evaluate(
     model: Autoencoder,
     rows: Tensor,
@@ -104,7 +106,7 @@ def evaluate(
     training_rows: Tensor | None = None,
     value_bits: int = VALUE_BITS,
 ) -> Evaluation:
-    """Encode and decode rows in the module's own dtype and measure the code.
+    """Encode and decode rows in the module's own dtype, without autocast, and measure the code.
 
     Args:
         model: an autoencoder; one with values in eval mode (else BatchTopK looks at batches).

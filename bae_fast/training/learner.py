@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.devices import has_bfloat16
+from bae_fast.devices import has_bfloat16, without_autocast
 from bae_fast.distributed import Mesh
 from bae_fast.statistics import entropy_bits
 from bae_fast.training.config import LoopConfig
@@ -469,8 +469,16 @@ class Learner(Generic[Config]):
 
     def identity(self) -> dict[str, Any]:
         """What a state fits: constants and module, JSON values."""
+        config: Any = getattr(self.trained, "config", None)
+        fields = vars(config) if hasattr(config, "__dict__") else {}
         return {
             "module": type(self.trained).__name__,
+            # what the module itself computes by, such as the surrogate of its gradients
+            **{
+                f"module.{name}": value
+                for name, value in fields.items()
+                if name not in _NO_ARITHMETIC and isinstance(value, (int, float, str))
+            },
             "parameters": {
                 name: list(tensor.shape) for name, tensor in self.trained.state_dict().items()
             },
@@ -492,10 +500,17 @@ def _check_parameters(model: Autoencoder) -> None:
         )
 
 
+# of a module's configuration: what changes no value of a step, and sizes, which its parameters have
+_NO_ARITHMETIC = frozenset({"covariance", "d_in", "d_out", "d_sae", "metadata", "preset"})
+
+
 @contextlib.contextmanager
 def learning() -> Iterator[None]:
-    """Gradients on and inference mode off, whatever the caller's setting."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Gradients on, inference mode and autocast off, whatever the caller's setting.
+
+    The precision of products is a constant of the training.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
         yield
 
 

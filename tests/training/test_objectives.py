@@ -178,8 +178,12 @@ def weights(make):
     return trainer.model.state_dict()
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_training_does_not_depend_on_the_callers_gradient_mode(context):
+def _bfloat16_around():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, _bfloat16_around])
+def test_training_does_not_depend_on_the_callers_gradient_mode_or_autocast(context):
     expected = weights(lambda x: Trainer(module(x), x, SMALL))
     torch.manual_seed(0)
     x = synthetic(n=900)
@@ -253,6 +257,11 @@ def test_a_state_of_other_rows_or_constants_is_refused():
     changed[17, 3] += 1
     assert "rows" in refusal(rows=changed)
     assert "parameters" in refusal(f=40)
+    other = Trainer(
+        bf.BinaryAutoencoder(16, 48, surrogate="sigmoid").fit_normalization_(x), x, SMALL
+    )
+    with pytest.raises(ValueError, match=r"module.surrogate 'rectangle' \(here 'sigmoid'\)"):
+        other.load_state_dict(state)
     with pytest.raises(ValueError, match="it lacks belongs_to, generator"):
         trainer.load_state_dict({"model": {}, "step": 3})
 
