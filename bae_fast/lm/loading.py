@@ -288,7 +288,37 @@ def _from_pretrained(source: ModelSource, **options: Any) -> Any:
     if source.hub_revision is not None:
         options["revision"] = source.hub_revision
     with _quiet(source.gguf_file is not None), _one_line(source):
-        return transformers.AutoModelForCausalLM.from_pretrained(source.location, **options)
+        # a pair, which its annotation does not say
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source.location, output_loading_info=True, **options
+        )
+    model, info = loaded
+    _check_whole(source, model, sorted(info["missing_keys"]))
+    return model
+
+
+def _check_whole(source: ModelSource, model: Any, missing: list[str]) -> None:
+    """Refuse a model of which some weights are not in its files: transformers draws them at random.
+
+    A model without its head (one saved for embeddings or for classes) has states of its own, so
+    there a warning says what is drawn.
+
+    Raises:
+        ValueError: weights under the head are missing.
+    """
+    shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    if any(name.startswith(f"{model.base_model_prefix}.") for name in missing):
+        raise ValueError(
+            f"name={source.name!r} must hold all weights of a {type(model).__name__}; its files "
+            f"lack {len(missing):,}, which would be random: {shown}"
+        )
+    if missing:
+        warnings.warn(
+            f"{source.name} holds no head of a {type(model).__name__}: hidden states are the "
+            f"model's, and logits are of random weights ({shown})",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _from_gguf(source: ModelSource, tokenizer: Any, dtype: torch.dtype) -> Any:

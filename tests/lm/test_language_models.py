@@ -999,6 +999,25 @@ for revision in (None, "old", sys.argv[1], "gone"):
 """
 
 
+def test_weights_that_a_folder_lacks_are_not_drawn_at_random(tokenizer, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = model_of("llama", tokenizer)
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "body")
+    for folder in ("whole", "body"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    with pytest.warns(UserWarning, match=r"holds no head .* random weights \(lm_head\.weight\)"):
+        lm = load_language_model(str(tmp_path / "body"), dtype="float32")
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    torch.testing.assert_close(own_rows(lm.model, tokens), own_rows(model, tokens))
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1, which would be random: model\.layers\.1\.mlp"):
+        load_language_model(str(tmp_path / "whole"), dtype="float32")
+
+
 def test_a_revision_of_the_hub_is_the_one_that_is_loaded(tokenizer, tmp_path):
     # the hub's folder on disk, two commits of one model
     repository = tmp_path / "hub" / "models--tiny--llama"
