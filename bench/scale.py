@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# doubles in the control word: three flags, and four numbers a job
-FLAGS, NUMBERS = 3, 4
+from bae_fast.starting import SIGNALS
+
+# doubles in the control word: a flag a signal and one of failed saves, and four numbers a job
+FLAGS, NUMBERS = len(SIGNALS) + 1, 4
 
 _PRODUCTS = 0.6 * 989e12  # operations a second
 _MEMORY = 2.85e12  # bytes a second
