@@ -7,6 +7,7 @@ it closes over, globals that it names, attributes of the objects among them.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import sys
@@ -172,6 +173,31 @@ class Walk:
             if origin.partition(".")[0] not in (root, "torch", *sys.stdlib_module_names):
                 self._say(module, name)
                 self.value(found)
+
+
+def written_by_a_pass(kind: type) -> set[str]:
+    """Attributes that ``forward`` of a module's class sets, or a method that it calls by name.
+
+    Counters and what is kept of the last pass: a pass makes them, so they are no settings.
+    """
+    own = [vars(one) for one in kind.__mro__ if not is_installed(one.__module__)]
+    written: set[str] = set()
+    waiting, seen = ["forward"], {"__init__"}
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for method in (members.get(name) for members in own):
+            if not isinstance(method, types.FunctionType):
+                continue
+            waiting += _names(method.__code__)
+            written.update(
+                str(each.argval)
+                for each in dis.get_instructions(method)
+                if each.opname == "STORE_ATTR"
+            )
+    return written
 
 
 def _names(code: types.CodeType) -> list[str]:

@@ -145,10 +145,11 @@ def model_digest(model: nn.Module) -> str:
             walk.value(value)
     for path, module in modules.items():
         own = not code.is_installed(type(module).__module__)
+        made_by_passes = code.written_by_a_pass(type(module)) if own else set()
         settings = {}
         digest.update(f"{path} {type(module).__qualname__} ".encode())
         for name, value in vars(module).items():
-            if name in _NO_SETTING or name in _NO_MODULE_SETTING:
+            if name in _NO_SETTING or name in _NO_MODULE_SETTING or name in made_by_passes:
                 continue
             # what a library keeps to itself is its own matter; a user's module may compute with it
             if name.startswith("_") and not own and name not in _ADAPTER_SETTINGS:

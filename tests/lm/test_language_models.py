@@ -385,6 +385,34 @@ class _Private(_Times):
         return self.block(*arguments, **options) * self._factor
 
 
+class _Counting(_Private):
+    """The same with what its passes leave behind."""
+
+    def forward(self, *arguments, **options):
+        out = super().forward(*arguments, **options)
+        self._keep(out)
+        return out
+
+    def _keep(self, out):
+        self._calls = getattr(self, "_calls", 0) + 1
+        self._last = out
+
+
+def test_what_passes_leave_in_a_module_is_no_setting_of_it(tokenizer, tmp_path):
+    lm = lm_of("llama", tokenizer)
+    block = lm.model.model.layers[0] = _Counting(lm.model.model.layers[0], 2.0)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    before = model_digest(lm.model)
+    rows_of(lm, tokens, tmp_path)
+    calls = block._calls
+    assert calls > 0
+    assert model_digest(lm.model) == before
+    rows_of(lm, tokens, tmp_path)
+    assert block._calls == calls
+    block._factor = 3.0
+    assert model_digest(lm.model) != before
+
+
 def _wrapped(factor):
     """A class of one name whose code is another for every factor."""
 
