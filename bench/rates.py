@@ -73,16 +73,34 @@ def lines(some: Iterable[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str
 
 
 def equal_bits(results: Path) -> str:
-    """A line a model, metric, method and tail."""
+    """A line a model, metric, tail and method; beside a rival's loss how far it is from that of the
+    binary code with the same tail."""
     body = []
     for label, groups in SOURCES.items():
         for folders in groups:
             found = (read_json(results / folder / "compare.json") for folder in folders)
             runs = [run for result in found for run in result["runs"]]
             metric = runs[0]["settings"].get("metric", "none")
-            for (method, tail), seeds in lines(runs).items():
-                cells = [tables.cell(seeds, str(bits), "{:.3f}") for bits in BITS]
-                name = LABELS.get(method, method) + (", KL tail" if tail else "")
-                body.append([label, metric, name, *cells])
-    header = ["model", "metric", "code", *(f"KL at {bits} bits" for bits in BITS)]
+            by_name = lines(runs)
+            for (method, tail), seeds in sorted(by_name.items(), key=lambda line: line[0][1]):
+                own = None if method == "bae" else by_name.get(("bae", tail))
+                steps = f"{tail} steps" if tail else "no"
+                cells = [_cell(seeds, own, str(bits)) for bits in BITS]
+                body.append([label, metric, steps, LABELS.get(method, method), *cells])
+    header = ["model", "metric", "KL tail", "code", *(f"KL at {bits} bits" for bits in BITS)]
     return "\n".join(tables.table(header, body))
+
+
+def _cell(seeds: list[dict[str, Any]], own: list[dict[str, Any]] | None, bits: str) -> str:
+    """The loss at so many bits, and its relative distance from another's where both are known."""
+    text = tables.cell(seeds, bits, "{:.3f}")
+    loss, other = _mean(seeds, bits), _mean(own or [], bits)
+    if loss is None or other is None:
+        return text
+    more = round(loss / other - 1, 2)
+    return f"{text}, {more:+.0%}" if more else f"{text}, 0%"
+
+
+def _mean(seeds: list[dict[str, Any]], bits: str) -> float | None:
+    known = [one for one in seeds if one[bits] is not None]
+    return tables.spread(known, bits).mean if known else None

@@ -495,6 +495,7 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     ]
     bae = [rate_run("bae", 0, 120, 30.0, {"0": 0.25}), rate_run("bae", 0, 160, 40.0, {"0": 0.16})]
     tail = [rate_run("bae", 0, 150, 30.0, {"0": 0.125}, kl_tail=200)]
+    tail += [rate_run("topk", 0, 110, 20.0, {"2": 0.1}, kl_tail=200)]
     write_json(tmp_path / "some" / "compare.json", {"runs": topk[1:] + bae})
     write_json(tmp_path / "more" / "compare.json", {"runs": topk[:1] + tail})
     monkeypatch.setattr(rates, "SOURCES", {"a model": (("some", "more"),)})
@@ -504,11 +505,22 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     expected = [
         f"{1.5 * law(b):.3f} ({law(b):.3f} to {2 * law(b):.3f})" for b in (100, 125, 150, 175)
     ]
-    assert cells[0] == ["a model", "none", "TopK", *expected]
+    # the binary code's losses at the two numbers of bits that its runs have between them
+    slope = math.log(0.16 / 0.25) / math.log(160 / 120)
+    own = [0.25 * (bits / 120) ** slope for bits in (125, 150)]
+    for at, bits in ((1, 125), (2, 150)):
+        expected[at] += f", {1.5 * law(bits) / own[at - 1] - 1:+.0%}"
+    assert cells[0] == ["a model", "none", "no", "TopK", *expected]
     # half way in the logarithm of bits is half way in that of the loss
     assert rates.at([(120, 0.25), (160, 0.16)], math.sqrt(120 * 160)) == pytest.approx(0.2)
-    assert [cells[1][3], cells[1][6]] == ["", ""]
-    assert cells[2] == ["a model", "none", "BAE (sparse), KL tail", "", "", "0.125", ""]
+    assert cells[1] == ["a model", "none", "no", "BAE (sparse)", "", *[f"{x:.3f}" for x in own], ""]
+    # a rival is held against the binary code with the same tail
+    assert cells[2] == ["a model", "none", "200 steps", "BAE (sparse)", "", "", "0.125", ""]
+    assert cells[3] == ["a model", "none", "200 steps", "TopK", "", "", "0.100, -20%", ""]
+    # what rounds to no difference has no sign
+    at_150 = rate_run("topk", 0, 110, 20.0, {"2": 0.1249}, kl_tail=200)
+    write_json(tmp_path / "more" / "compare.json", {"runs": topk[:1] + tail[:1] + [at_150]})
+    assert "| 0.125, 0% |" in rates.equal_bits(tmp_path)
 
 
 def test_a_try_of_versions_replaces_the_older_try_of_the_same(tmp_path):

@@ -208,6 +208,48 @@ def test_the_loss_with_rounded_values_is_that_of_a_decoder_that_reads_these(argu
             assert found["kl_by_value_bits"]["2"] != pytest.approx(whole["kl_bits"])
 
 
+def test_what_scorers_share_is_made_once_a_model(arguments, tmp_path, monkeypatch):
+    looked_at, passes = [], []
+
+    def looking(model, *rows, whole=description.value_precision):
+        looked_at.append(type(model).__name__)
+        return whole(model, *rows)
+
+    def passing(self, path, model, edit=None, *, source=None, whole=SubstitutionTest.run):
+        passes.append((type(model).__name__, None if edit is None else edit.keywords["bits"]))
+        return whole(self, path, model, edit, source=source)
+
+    monkeypatch.setattr(description, "value_precision", looking)
+    monkeypatch.setattr(SubstitutionTest, "run", passing)
+    assert main([*arguments, "--methods", "bae", "topk", "--out", str(tmp_path)]) == 0
+    bae, topk = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    assert looked_at == ["BinaryAutoencoder", "TopK"]
+    assert passes[:2] == [("BinaryAutoencoder", None), ("TopK", None)]
+    tried = sorted({2, 3, 4, topk["scores"]["description"]["value_bits"]})
+    assert passes[2:] == [("TopK", bits) for bits in tried]
+    assert bae["scores"]["rounded"]["js_bits"] == bae["scores"]["substitution"]["js_bits"]
+
+
+def test_a_description_encodes_every_row_once(monkeypatch):
+    torch.manual_seed(0)
+    rows = torch.randn(700, 8)
+    bae = bf.BinaryAutoencoder(8, 32, preset="sparse").fit_normalization_(rows).eval()
+    encoded = []
+
+    def encode(self, x, whole=bf.BinaryAutoencoder.encode):
+        encoded.append(len(x))
+        return whole(self, x)
+
+    monkeypatch.setattr(bf.BinaryAutoencoder, "encode", encode)
+    train, held = rows[:500], rows[500:]
+    precision = description.value_precision(bae, train, held, held)
+    found = description.describe(bae, train, precision)
+    assert sum(encoded) == 700
+    monkeypatch.undo()
+    assert torch.equal(precision.code.to_dense(), bae.encode(held).to_dense())
+    assert found["l0"] == pytest.approx(float(bae.encode(held).to_dense().sum(1).double().mean()))
+
+
 @pytest.mark.parametrize("metric", ["std^0.5", "sensitivity"])
 def test_a_metric_is_given_to_every_method_and_names_the_run(
     arguments, metric, tmp_path, monkeypatch

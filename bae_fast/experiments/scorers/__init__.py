@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from bae_fast.progress import Stages
 if TYPE_CHECKING:
     from bae_fast.causal import SubstitutionTest
     from bae_fast.lm import ActivationCache, LanguageModel
+
+T = TypeVar("T")
 
 
 class Column(NamedTuple):
@@ -89,6 +92,21 @@ class Context:
         self._lm: LanguageModel | None = None
         self._source: ActivationCache | None = None
         self._substitution: SubstitutionTest | None = None
+        self._made: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+    def once(self, model: Any, name: str, make: Callable[[], T]) -> T:
+        """What several scorers need of a model, made when the first of them asks.
+
+        Args:
+            model: in eval mode; what was made of it is kept as long as it is.
+            name: tells what is made apart from what else is made of the model.
+            make: makes it.
+        """
+        made = self._made.setdefault(model, {})
+        if name not in made:
+            made[name] = make()
+        found: T = made[name]
+        return found
 
     def read_by(self, method: str) -> ActivationCache:
         """Hidden states of the module that a method reads, opened once."""

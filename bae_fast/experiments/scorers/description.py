@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,8 @@ def make(context: Context) -> list[Scorer]:
         return []
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        return describe(model, *rows_of(context, method))
+        train, _, _ = rows_of(context, method)
+        return describe(model, train, precision_of(context, model, method))
 
     columns = [
         Column("value_bits", "bits a value", "{:.0f}"),
@@ -51,50 +51,53 @@ class Precision(NamedTuple):
         bits: the number of bits that is best for the method; 0 for a code of bits.
         fvu: the FVU at every number that was tried.
         ranges: the least and the largest value of each feature; None for a code of bits.
-        l0: features on in a row, mean of the held-out rows.
+        code: which features are on in the held-out rows.
+        l0: their number in a row, mean of these rows.
     """
 
     bits: int
     fvu: dict[int, float]
     ranges: tuple[Tensor, Tensor] | None
+    code: BinaryCode
     l0: float
 
 
+def precision_of(context: Context, model: Autoencoder, method: str) -> Precision:
+    """:func:`value_precision` of a method's model, found once for all scorers."""
+    return context.once(
+        model, "precision", lambda: value_precision(model, *rows_of(context, method))
+    )
+
+
 @torch.no_grad()
-def value_precision(
-    model: Autoencoder,
-    train: Tensor,
-    held: Tensor,
-    target: Tensor,
-    sizes: Sequence[int] = VALUE_BITS,
-) -> Precision:
-    """The number of bits of a value that is best for a model, and the errors at all that are tried.
+def value_precision(model: Autoencoder, train: Tensor, held: Tensor, target: Tensor) -> Precision:
+    """The number of bits of a value, 1 to 8, that is best for a model, and the error at each.
 
     At the best one the whole code lies least above the rate that Gaussian rows need at the error
     that is left: neither few bits at a large error nor a small error at many bits is the aim in
     itself.
 
     Args:
-        model, train, held, target: see :func:`describe`.
-        sizes: numbers of bits that are tried.
+        model: the autoencoder, in eval mode.
+        train, held: raw rows ``[n, d_in]`` and ``[m, d_in]``.
+        target: ``[m, d_out]``, what is reconstructed.
     """
-    if model.is_binary:
-        sizes, ranges = (0,), None
-    else:
-        ranges = value_ranges(model, train)
+    ranges = None if model.is_binary else value_ranges(model, train)
+    sizes = VALUE_BITS if ranges is not None else (0,)
     errors = {bits: FVUAccumulator() for bits in sizes}
-    first, on = 0, 0.0
+    first, codes = 0, []
     for block in model.blocks(held):
         goal = model.as_own(target[first : first + len(block)])
         first += len(block)
         features = model.encode(block)
-        on += float(as_code(features).l0().sum(dtype=torch.float64))
+        codes.append(as_code(features))
         for bits, error in errors.items():
             rounded = features
             if ranges is not None and isinstance(features, Tensor):
                 rounded = quantize(features, *ranges, bits)
             error.update(goal, model.decode(rounded))
-    l0 = on / max(first, 1)
+    code = BinaryCode.cat(codes)
+    l0 = float(code.l0().sum(dtype=torch.float64)) / len(code)
     fvu = {bits: error.compute() for bits, error in errors.items()}
     spectrum = covariance_eigenvalues(target)
 
@@ -102,35 +105,30 @@ def value_precision(
         # an error beyond that of the mean needs no bit at all
         return bits * l0 - float(gaussian_rate_distortion_bits(spectrum, fvu[bits]))
 
-    return Precision(min(sizes, key=excess), fvu, ranges, l0)
+    return Precision(min(sizes, key=excess), fvu, ranges, code, l0)
 
 
 @torch.no_grad()
-def describe(model: Autoencoder, train: Tensor, held: Tensor, target: Tensor) -> dict[str, Any]:
+def describe(model: Autoencoder, train: Tensor, precision: Precision) -> dict[str, Any]:
     """Description length of held-out rows under coders fitted to training rows.
-
-    Values are rounded to the number of bits, 1 to 8, that :func:`value_precision` finds best.
 
     Args:
         model: the autoencoder, in eval mode.
-        train, held: raw rows ``[n, d_in]`` and ``[m, d_in]``.
-        target: ``[m, d_out]``, what is reconstructed.
+        train: raw rows ``[n, d_in]``.
+        precision: :func:`value_precision` of the model: the held-out rows' code, and the number of
+            bits that values are rounded to.
 
     Returns:
         ``columns`` and ``tree``, bits a row; of each the part that says which features are on
         (``_support``) and what the coder itself takes, once (``_model_bits``); ``value_bits``, the
         ``fvu`` at them, the FVU at all that were tried, and ``l0``.
     """
-    precision = value_precision(model, train, held, target)
-    code, fitted_to = (
-        BinaryCode.cat(as_code(model.encode(block)) for block in model.blocks(rows))
-        for rows in (held, train)
-    )
+    fitted_to = BinaryCode.cat(as_code(model.encode(block)) for block in model.blocks(train))
     l0, best, fvu = precision.l0, precision.bits, precision.fvu
     found: dict[str, Any] = {"l0": l0, "value_bits": best, "fvu": fvu[best]}
     found["fvu_by_value_bits"] = {str(bits): value for bits, value in fvu.items()}
     for coder in CODERS:
-        length = description_length(code, coder, fitted_to=fitted_to)
+        length = description_length(precision.code, coder, fitted_to=fitted_to)
         found[coder] = length.bits + best * l0
         found |= {f"{coder}_support": length.bits, f"{coder}_model_bits": length.model_bits}
     return found

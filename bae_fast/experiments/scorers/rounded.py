@@ -11,7 +11,8 @@ from typing import Any
 
 from bae_fast.analysis.quantisers import quantize
 from bae_fast.experiments.scorers import Column, Context, Scorer
-from bae_fast.experiments.scorers.description import rows_of, value_precision
+from bae_fast.experiments.scorers.description import precision_of
+from bae_fast.experiments.scorers.substitution import substituted
 
 ORDER = 0.5
 
@@ -29,15 +30,16 @@ def make(context: Context) -> list[Scorer]:
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
         path, source = context.place(method)
-        precision = value_precision(model, *rows_of(context, method))
+        precision = precision_of(context, model, method)
         best, ranges = precision.bits, precision.ranges
         tried = [best] if ranges is None else sorted({best, *MEASURED})
         kl, js = {}, {}
         for bits in tried:
-            edit = None
-            if ranges is not None:
+            if ranges is None:  # no value is there to be rounded
+                found = substituted(context, model, method)
+            else:
                 edit = functools.partial(quantize, low=ranges[0], high=ranges[1], bits=bits)
-            found = context.substitution().run(path, model, edit, source=source)
+                found = context.substitution().run(path, model, edit, source=source)
             kl[str(bits)], js[str(bits)] = found.kl_bits, found.js_bits
         return {
             "value_bits": best,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bae_fast.experiments.scorers import Column, Context, Scorer
+
+if TYPE_CHECKING:
+    from bae_fast.causal import Substitution
 
 ORDER = 0
 
@@ -17,8 +20,7 @@ def make(context: Context) -> list[Scorer]:
     tokens = context.windows(config.substitution_tokens).numel()
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        path, source = context.place(method)
-        return context.substitution().run(path, model, source=source).summary()
+        return substituted(context, model, method).summary()
 
     columns = [
         Column("js_bits", "JS, bits", "{:.4f}"),
@@ -27,3 +29,11 @@ def make(context: Context) -> list[Scorer]:
         Column("recovered_mean", "loss recovered", "{:.4f}"),
     ]
     return [Scorer("substitution", {"tokens": tokens}, score, columns)]
+
+
+def substituted(context: Context, model: Any, method: str) -> Substitution:
+    """The language model with a model's reconstruction, run once for all scorers."""
+    path, source = context.place(method)
+    return context.once(
+        model, "substitution", lambda: context.substitution().run(path, model, source=source)
+    )
