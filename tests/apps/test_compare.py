@@ -323,6 +323,30 @@ def test_a_tail_goes_on_from_the_run_without_it(arguments, tmp_path, monkeypatch
     assert "--kl-tail must have the model of the run without it" in capsys.readouterr().err
 
 
+def test_a_tail_is_the_same_for_every_method(arguments, tmp_path, monkeypatch):
+    made = []
+
+    class Seen(compare.Trainer):
+        def __init__(self, model, rows, config, **options):
+            made.append((rows, config))
+            super().__init__(model, rows, config, **options)
+
+    monkeypatch.setattr(compare, "Trainer", Seen)
+    change = ["--methods", "bae", "topk", "batchtopk", "--kl-tail", "0", "4", "--no-description"]
+    change += ["--substitution-tokens", "0", "--out", str(tmp_path)]
+    assert main([*arguments, *change]) == 0
+    ordinary, tails = made[::2], made[1::2]
+    assert len(tails) == 3
+    rows, first = tails[0]
+    for (before_rows, before), (tail_rows, tail) in zip(ordinary, tails, strict=True):
+        assert torch.equal(tail_rows, rows)
+        assert torch.equal(tail_rows, before_rows)
+        assert tail.tail == first.tail == Tail(4)
+        assert (tail.steps, tail.batch_size, tail.seed) == (4, before.batch_size, before.seed)
+        assert tail.lr == Tail().lr_scale * before.lr
+        assert tail.divergence.settings() == first.divergence.settings()
+
+
 def test_probes_stand_in_the_table_and_in_files_of_their_own(arguments, monkeypatch, tmp_path):
     def by_word(_tokenizer, tokens):
         return {"low": tokens < 30, "never": tokens < 0}
