@@ -10,6 +10,7 @@ leaves a loadable model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -111,6 +112,19 @@ class AutoencoderConfig:
         """Raise ValueError where a value is of the wrong kind or out of range."""
         check_sizes(self, ("d_in", "d_sae", "d_out"), source)
         check_metadata(self.metadata, source)
+
+
+# -- random weights ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
+    """Make modules of a seed: torch's global generators, of the CPU and of the device, begin with
+    it in the block, and behind it go on as if there had been none."""
+    place = torch.device("cpu" if device is None else device)
+    with torch.random.fork_rng([place] if place.type == "cuda" else ()):
+        torch.manual_seed(seed)
+        yield
 
 
 # -- the contract ------------------------------------------------------------------------------
@@ -434,6 +448,18 @@ class Autoencoder(nn.Module):
         if self.x_mean.is_meta:
             return True
         return bool(self.x_mean.any()) or float(self.x_scale) != 1
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        """Take a metric that the state has and the module has not yet."""
+        for side in "xy":
+            name, mean = f"{side}_metric", getattr(self, f"{side}_mean", None)
+            if not isinstance(mean, Tensor) or prefix + name not in state_dict:
+                continue
+            if getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(mean))
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     # -- files ---------------------------------------------------------------------------------
 

@@ -248,9 +248,14 @@ class _PackedAutoencoder(torch.autograd.Function):
 # -- arguments ---------------------------------------------------------------------------------
 
 
+def _autocasts(device: torch.device) -> bool:
+    """Whether autocast is active for a device; a kind that has none, such as meta, is asked not."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where autocast is active for x's device, else x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocasts(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -272,7 +277,7 @@ def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x
         raise TypeError(f"{x_name} must be a tensor; got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{x_name} must be floating point; got {x.dtype}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasts(x.device)
     for name, tensor in parameters.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
@@ -286,21 +291,57 @@ def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x
             )
 
 
-def _check_statistics(
-    name: str, given: CodeStatistics, n_columns: int, device: torch.device
+def _check_packed(
+    name: str,
+    given: CodeStatistics | Encoded,
+    kinds: dict[str, tuple[torch.dtype, tuple[int | str, ...]]],
+    device: torch.device,
 ) -> None:
-    """Shape, dtype and device of statistics: kernels read them as they are."""
-    _require(f"{name}.counts", given.counts, (n_columns,))
-    dtypes = {"n_rows": torch.int64, "counts": torch.int64, "numerator": torch.int64}
-    dtypes |= {"words": torch.int32, "signs": torch.int32}
-    for field, dtype in dtypes.items():
+    """Shape, dtype and device of each field that is there: kernels read them as they are."""
+    for field, (dtype, shape) in kinds.items():
         tensor = getattr(given, field)
         if tensor is None:
             continue
+        _require(f"{name}.{field}", tensor, shape)
         if tensor.dtype != dtype:
             raise TypeError(f"{name}.{field} must be {dtype}; got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}.{field} must be on x's device {device}; got {tensor.device}")
+
+
+def _check_statistics(
+    name: str, given: CodeStatistics, n_columns: int, device: torch.device
+) -> None:
+    n = n_words(n_columns)
+    kinds: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+        "n_rows": (torch.int64, ()),
+        "counts": (torch.int64, (n_columns,)),
+        "words": (torch.int32, ("N", n)),
+        "numerator": (torch.int64, ()),
+        "signs": (torch.int32, (2, n_columns, n)),
+    }
+    _check_packed(name, given, kinds, device)
+
+
+def _check_encoded(
+    encoded: Encoded, n_rows: int, n_columns: int, surrogate: str, device: torch.device
+) -> None:
+    if not isinstance(encoded, Encoded):
+        raise TypeError(f"encoded must be what encode_rows gave; got {type(encoded).__name__}")
+    bits = (torch.int32, (n_rows, n_words(n_columns)))
+    kinds: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+        "n_rows": (torch.int64, ()),
+        "counts": (torch.int64, (n_columns,)),
+        "words": bits,
+    }
+    if (surrogate == "rectangle") != (encoded.window.numel() > 0):
+        raise ValueError(
+            f"encoded must be made for the surrogate {surrogate!r}; got one "
+            f"{'without' if surrogate == 'rectangle' else 'with'} a window"
+        )
+    if surrogate == "rectangle":
+        kinds["window"] = bits
+    _check_packed("encoded", encoded, kinds, device)
 
 
 def _check_x(
@@ -481,13 +522,7 @@ def binary_autoencoder(
             n_past = 0 if past is None else len(past.require_words())
             check_covariance_size(rows.shape[0] + n_past, n_columns, x.device.type)
     if encoded is not None:
-        _require("encoded.words", encoded.words, (rows.shape[0], n_words(n_columns)))
-        _require("encoded.counts", encoded.counts, (n_columns,))
-        if (surrogate == "rectangle") != (encoded.window.numel() > 0):
-            raise ValueError(
-                f"encoded must be made for the surrogate {surrogate!r}; got one "
-                f"{'without' if surrogate == 'rectangle' else 'with'} a window"
-            )
+        _check_encoded(encoded, rows.shape[0], n_columns, surrogate, x.device)
 
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
     if name == "reference":

@@ -362,8 +362,9 @@ class BinaryAutoencoder(Autoencoder):
     def _hint(self, code: BinaryCode) -> None:
         """Say once, at the first training batch, that the start has another density than meant."""
         self._hinted = True
-        if code.device.type != "cpu" or self.is_normalized():
-            return  # a device would be waited for
+        # a device would be waited for, and a subclass (a fake tensor) may have no numbers
+        if code.device.type != "cpu" or type(code.words) is not Tensor or self.is_normalized():
+            return
         density, meant = float(code.density().mean()), PRESETS[self.config.preset]["init_density"]
         if not meant / 4 <= density <= 4 * meant:
             warnings.warn(

@@ -39,10 +39,13 @@ class Step(torch.autograd.Function):
     """[pre > 0] with a surrogate gradient (see :mod:`bae_fast.surrogates`)."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, surrogate: str, width: float) -> Tensor:
-        ctx.save_for_backward(pre)
-        ctx.surrogate, ctx.width = surrogate, width
+    def forward(pre: Tensor, surrogate: str, width: float) -> Tensor:
         return (pre > 0).to(torch.promote_types(pre.dtype, torch.float32))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pre, ctx.surrogate, ctx.width = inputs
+        ctx.save_for_backward(pre)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -116,9 +119,8 @@ def binary_autoencoder(
     else:
         # values of `stats`; derivatives of this call's bits (`change` is zero, its gradient not)
         change = b - b.detach()
-        n = stats.n_rows.double()
+        n, joint = stats.n_rows.double(), None
         counts = stats.counts.double() + change.sum(0)
-        joint = None
         if covariance:
             counted = unpack_rows(stats.require_words(), b.shape[1], torch.float64)
             joint = counted.T @ counted + change.T @ b.detach() + b.detach().T @ change

@@ -298,10 +298,3 @@ def _lifts(n_on: Tensor, n_total: Tensor, n_rows: int, k: int) -> list[tuple[int
     lift, rank = token_lifts(n_on, n_total, n_rows)
     best = rank.argsort(descending=True, stable=True)[:k]
     return [(i, float(lift[i])) for i in best.tolist() if float(rank[i]) > 0]
-
-
-def decode_tokens(tokenizer: Any, ids: list[int]) -> str:
-    """The text of token ids, special tokens included and blanks as they are."""
-    if not ids:
-        return ""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

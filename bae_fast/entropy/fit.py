@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.metrics import fvu
-from bae_fast.autoencoder import check_rows
+from bae_fast.autoencoder import check_rows, seeded
 from bae_fast.codes import BinaryCode
 from bae_fast.entropy.components import init_from_components_, rank
 from bae_fast.entropy.estimate import EntropyEstimate, estimate_entropy
@@ -76,8 +76,8 @@ def fit_bae(
     """
     _of_start(start)
     rows = rows.float()
-    torch.manual_seed(config.seed)
-    bae = BinaryAutoencoder(rows.shape[1], d_sae, surrogate_width=surrogate_width)
+    with seeded(config.seed):
+        bae = BinaryAutoencoder(rows.shape[1], d_sae, surrogate_width=surrogate_width)
     bae.fit_normalization_(rows)
     if start == "components":
         init_from_components_(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from bae_fast.autoencoder import seeded
 from bae_fast.distributed import TIMEOUT_SECONDS, Mesh
 from bae_fast.experiments import runs
 from bae_fast.experiments.metric import error_metric
@@ -44,7 +45,7 @@ class Config(RowsFrom, Training):
             mapping with a name of its own, a hook, and any of the options of training, which
             overrule those of the command. Without it there is one job, called bae.
         load: The folder of a saved model that training starts from. Features start as they are in
-            it, and its normalisation stays.
+            it; its sizes, its surrogate and its normalisation stay.
         data: The number of processes that rows are divided among.
         feature: The number of processes that features are divided among.
         streams: The number of streams that the order of the rows is made of; a run goes on with any
@@ -100,6 +101,8 @@ def run(config: Config) -> runs.Result:
     settings = read_jobs(config)
     for one in settings.values():
         check(one)
+        if config.load is not None:
+            _check_loaded(one)
     run_config = RunConfig(
         out=config.out,
         log_every=config.log_every,
@@ -200,6 +203,14 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _check_loaded(one: Config) -> None:
+    """Refuse options of a job that a loaded model has decided already."""
+    for name, unset in (("d_sae", None), ("metric", "none"), ("init", None)):
+        value = getattr(one, name)
+        if value not in (unset, "none"):
+            raise runs.ConfigError(name, f"must be left out with load; got {value!r}")
+
+
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[Mesh | None]:
     """The processes that torchrun started, or None for this one alone.
@@ -242,20 +253,20 @@ def _job(name: str, one: Config, config: Config, source: Source) -> Job:
     width = source.supply.widths[hook]
     device = local_device(config)
     if config.load is not None:
-        bae = BinaryAutoencoder.from_pretrained(config.load, device=device)
+        bae = BinaryAutoencoder.from_pretrained(config.load, device=device, impl=one.impl)
         if bae.d_in != width:
             raise runs.ConfigError("load", f"{config.load} has rows of {bae.d_in}; got {width}")
         constants = dataclasses.replace(constants, init="none")
         return Job(name, bae, constants, hook)
-    torch.manual_seed(one.seed)
-    bae = BinaryAutoencoder(
-        width,
-        features_of(one, width),
-        preset=one.preset,
-        impl=one.impl,
-        metadata=source.metadata_of(one.hook),
-        device=device,
-    )
+    with seeded(one.seed, device):
+        bae = BinaryAutoencoder(
+            width,
+            features_of(one, width),
+            preset=one.preset,
+            impl=one.impl,
+            metadata=source.metadata_of(one.hook),
+            device=device,
+        )
     rows = source.supply.sample(_NORMALIZATION_ROWS, one.seed).x[hook]
     stages = Stages(config.progress)
     bae.fit_normalization_(rows, metric=error_metric(one, rows, stages, None, len(rows) - 1))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from bae_fast.autoencoder import seeded
 from bae_fast.experiments.data import pick_device
 from bae_fast.experiments.metric import check_metric, error_metric
 from bae_fast.experiments.runs import ConfigError, check_at_least, check_one_of
@@ -157,16 +158,17 @@ def new_autoencoder(
         cache: the harvest that they are of; None for rows of a file.
     """
     metric = error_metric(config, rows, stages, cache, len(rows) - 1)
-    torch.manual_seed(config.seed)
-    d_in = rows.shape[1]
-    return BinaryAutoencoder(
-        d_in,
-        features_of(config, d_in),
-        preset=config.preset,
-        impl=config.impl,
-        metadata=metadata,
-        device=pick_device(config),
-    ).fit_normalization_(rows, metric=metric)
+    d_in, device = rows.shape[1], pick_device(config)
+    with seeded(config.seed, device):
+        bae = BinaryAutoencoder(
+            d_in,
+            features_of(config, d_in),
+            preset=config.preset,
+            impl=config.impl,
+            metadata=metadata,
+            device=device,
+        )
+    return bae.fit_normalization_(rows, metric=metric)
 
 
 def estimate_seconds(trainer: Trainer) -> float:

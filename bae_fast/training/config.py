@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 PRECISIONS = ("auto", "bfloat16", "float32")
 STARTS = ("rows", "density", "none")
 
+# constants that settings leave out where they are off: a result, or a state, from before there was
+# such a constant stays recognised
+LEFT_OUT_WHERE_OFF: dict[str, float] = {"warmup_steps": 0, "clip_norm": 0.0}
+
 # features a dimension beyond which a dictionary is wide, see TrainingConfig
 WIDE_FROM = 16.0
 
@@ -127,8 +131,8 @@ class LoopConfig:
         values = dataclasses.asdict(self)
         values["betas"] = list(self.betas)
         del values["cuda_graph"]  # how a step is started, not what it computes
-        for name in ("warmup_steps", "clip_norm"):
-            if not values[name]:  # a result from before there was such a constant stays recognised
+        for name, off in LEFT_OUT_WHERE_OFF.items():
+            if values[name] == off:
                 del values[name]
         return values
 

@@ -30,9 +30,9 @@ from bae_fast.training.checkpoints import Checkpoints
 from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import gather_features, shard_features
 from bae_fast.training.graph import CudaGraphs, Graphs
-from bae_fast.training.learner import Learner, learning
+from bae_fast.training.learner import Learner, check_same_run, learning
 from bae_fast.training.objective import BinaryTrainable, Loss
-from bae_fast.training.supply import Rows, Supply, differences, merge_states
+from bae_fast.training.supply import Rows, Supply, merge_states
 from bae_fast.training.trackers import TRACKERS, Tracker
 from bae_fast.training.trainer import append_line, drop_later_lines
 
@@ -552,14 +552,14 @@ class JobTrainer:
         """Go on from :meth:`state_dict`, made by any number of processes.
 
         Raises:
-            ValueError: the state of other jobs, constants or rows; nothing is changed then.
+            ValueError: the state of other jobs, constants or rows; nothing is changed then. A
+                constant that the state is too old to hold is taken to be the run's, with a warning.
         """
-        differing = differences(state["identity"], self._identity())
-        if differing:
-            raise ValueError(
-                "the checkpoint must be of a run with the same jobs and constants; it is of one "
-                f"with {differing}"
-            )
+        what, same = "the checkpoint", "jobs and constants"
+        own, theirs = sorted(part.name for part in self._parts), sorted(state["jobs"])
+        check_same_run(what, same, {"jobs": theirs}, {"jobs": own}, always=("jobs",))
+        always = [f"{name}.{key}" for name in own for key in ("module", "hook", "columns")]
+        check_same_run(what, same, state["identity"], self._identity(), always=always)
         self.supply.load_state_dict(state["supply"])
         for part in self._parts:
             part.load(state["jobs"][part.name])

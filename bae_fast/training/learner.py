@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -20,11 +20,12 @@ from bae_fast.autoencoder import Autoencoder
 from bae_fast.devices import has_bfloat16, without_autocast
 from bae_fast.distributed import Mesh
 from bae_fast.statistics import entropy_bits
-from bae_fast.training.config import LoopConfig
+from bae_fast.training.config import LEFT_OUT_WHERE_OFF, LoopConfig
 from bae_fast.training.feature_shards import FEATURE_DIM
 from bae_fast.training.graph import CapturedStep, Graphs
 from bae_fast.training.objective import Capturable, Loss, Step
 from bae_fast.training.sharded_adam import WIDTH_DIM, ShardedAdam
+from bae_fast.training.supply import differences
 
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
@@ -497,6 +498,43 @@ def _check_parameters(model: Autoencoder) -> None:
         raise ValueError(
             "model must have a parameter that requires a gradient (model.requires_grad_(True)); "
             f"got none of {len(parameters)}"
+        )
+
+
+def check_same_run(
+    what: str, same: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], always: Iterable[str]
+) -> None:
+    """Refuse a state of another run; warn where it is too old to tell.
+
+    A constant that came into :meth:`Learner.identity` after the state was written cannot be
+    compared: the state has no word of it.
+
+    Args:
+        what, same: of the error: what must be of a run with the same what.
+        theirs, ours: the identities, that of a job with its name before each key.
+        always: keys that every state has had.
+
+    Raises:
+        ValueError: a key of both that differs, one that only the state has, or one of ``always``
+            that only the run has.
+    """
+    off = {
+        key: LEFT_OUT_WHERE_OFF[name]
+        for key in {**theirs, **ours}
+        if (name := key.rpartition(".")[2]) in LEFT_OUT_WHERE_OFF
+    }
+    theirs, ours = {**off, **theirs}, {**off, **ours}
+    unchecked = sorted(ours.keys() - theirs.keys() - set(always))
+    differing = differences({**theirs, **{key: ours[key] for key in unchecked}}, ours)
+    if differing:
+        raise ValueError(
+            f"{what} must be of a run with the same {same}; it is of one with {differing}"
+        )
+    if unchecked:
+        warnings.warn(
+            f"{what} is older than some constants, which are taken to be the run's: "
+            f"{', '.join(f'{key} {ours[key]!r}' for key in unchecked)}",
+            stacklevel=3,
         )
 
 

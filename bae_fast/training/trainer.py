@@ -27,8 +27,14 @@ from bae_fast.files import append_text, write_text, write_torch
 from bae_fast.progress import progress_bar
 from bae_fast.starting import SIGNALS
 from bae_fast.training.graph import CudaGraphs, Graphs
-from bae_fast.training.learner import Config, Learner, check_finite, learning
-from bae_fast.training.supply import MemorySupply, Rows, differences
+from bae_fast.training.learner import (
+    Config,
+    Learner,
+    check_finite,
+    check_same_run,
+    learning,
+)
+from bae_fast.training.supply import MemorySupply, Rows
 
 
 class Trainer(Generic[Config]):
@@ -298,7 +304,8 @@ class Trainer(Generic[Config]):
 
         Raises:
             ValueError: the state of a run with other constants, another module or other rows, or
-                one that lacks a part; nothing is changed then.
+                one that lacks a part; nothing is changed then. A constant that the state is too old
+                to hold is taken to be the run's, with a warning.
         """
         lacking = sorted(
             {"model", "optimizer", "objective", "step", "generator", "order", "last_fired",
@@ -308,12 +315,13 @@ class Trainer(Generic[Config]):
             raise ValueError(
                 f"state must be what state_dict of a Trainer gave; it lacks {', '.join(lacking)}"
             )
-        differing = differences(state["belongs_to"], self._belongs_to())
-        if differing:
-            raise ValueError(
-                "state must be of a run with the same module, constants and rows; it is of one "
-                f"with {differing}"
-            )
+        check_same_run(
+            "state",
+            "module, constants and rows",
+            state["belongs_to"],
+            self._belongs_to(),
+            always=("module", "parameters", *self.supply.identity()),
+        )
         self.learner.load_state(state)
         stream = {"order": state["order"], "generator": state["generator"]}
         self.supply.load_state_dict({**self.supply.state_dict(), "streams": {0: stream}})

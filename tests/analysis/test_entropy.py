@@ -19,7 +19,7 @@ from bae_fast.cli import main
 from bae_fast.entropy import chain, estimate
 from bae_fast.entropy.components import independent_components, init_from_components_, rank
 from bae_fast.entropy.estimate import estimate_entropy
-from bae_fast.entropy.fit import TRAINING, rows_entropy, run_synthetic
+from bae_fast.entropy.fit import TRAINING, fit_bae, rows_entropy, run_synthetic
 from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.entropy.layers import run_layer, usual_rows
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
@@ -724,3 +724,15 @@ def test_rows_entropy_names_what_it_cannot_take():
         rows_entropy(np.ones((50, 3)), expansions=())
     with pytest.raises(TypeError, match="code must be a BinaryCode; got ndarray"):
         estimate_entropy(np.ones((50, 3)))
+
+
+def test_a_fit_draws_by_its_seed_and_leaves_the_callers_draws_as_they_were():
+    x, _ = SyntheticSpec("fair", r=4, d=8).sample(256, 0)
+    config = dataclasses.replace(TRAINING, steps=2, batch_size=64)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    models = [fit_bae(x, 8, dataclasses.replace(config, seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(models[0].W_enc, models[1].W_enc)
+    assert not torch.equal(models[0].W_enc, models[2].W_enc)

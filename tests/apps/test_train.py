@@ -94,6 +94,28 @@ def test_a_saved_model_is_trained_on(states, tmp_path):
         assert torch.allclose(one[name], two[name], atol=1e-6), name
 
 
+def test_a_loaded_model_takes_the_implementation_and_no_option_that_it_has_decided(
+    states, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "first"
+    base = ["train", "--states", states, *SMALL, "--no-refit"]
+    assert main([*base, "--out", str(out)]) == 0
+    used = []
+    monkeypatch.setattr(
+        JobTrainer,
+        "fit",
+        lambda self, progress: used.append(self.learners["bae"].model.impl) or {},
+    )
+    more = ["--load", str(out / "bae"), "--impl", "torch", "--out", str(tmp_path / "second")]
+    assert main([*base, *more]) == 0
+    assert used == ["torch"]
+    for option, value in (("d-sae", "64"), ("metric", "std"), ("init", "rows")):
+        capsys.readouterr()
+        assert main([*base, *more, f"--{option}", value]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"bae-fast train: --{option} must be left out with load; got ")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

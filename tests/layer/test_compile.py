@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 import bae_fast as bf
 from bae_fast.ops import registry, schemas
@@ -444,6 +445,49 @@ def test_functional_gradients_equal_backward():
     loss_of(bae, x).backward()
     for name, want in gradients(bae).items():
         assert torch.equal(found[f"bae.{name}"], want)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_functional_gradients_of_the_reference_and_of_activations_equal_backward(surrogate):
+    width = None if surrogate in ("identity", "official") else 0.8
+    bae = module(surrogate=surrogate, surrogate_width=width)
+    dense = module(surrogate=surrogate, surrogate_width=width, impl="reference")
+    dense.load_state_dict(bae.state_dict())
+    weight = torch.randn(D)
+    for function in (bae.activations, lambda x: dense(x).recon @ weight):
+        x = torch.randn(N, D, requires_grad=True)
+        function(x).square().sum().backward()
+        found = torch.func.grad(lambda x, f=function: f(x).square().sum())(x.detach())
+        assert float(x.grad.abs().sum()) > 0
+        torch.testing.assert_close(found, x.grad)
+
+
+# -- shapes without numbers --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_step_on_the_meta_device_has_the_shapes_of_one_on_the_cpu(impl):
+    def step(device):
+        bae = bf.BinaryAutoencoder(D, F, impl=impl, device=device)
+        x = torch.zeros(3, N, D, device=device)
+        out = bae(x, covariance=True)
+        bae.loss(out, x, entropy_weight=0.1, covariance_weight=0.1).backward()
+        code = bae.encode(x)
+        tensors = [out.recon, out.entropy, out.covariance, out.code.words, bae.decode(code)]
+        tensors += gradients(bae).values()
+        assert {tensor.device.type for tensor in tensors} == {device}
+        return [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+    assert step("meta") == step("cpu")
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_training_step_runs_on_fake_tensors(impl):
+    with FakeTensorMode():
+        bae = bf.BinaryAutoencoder(D, F, impl=impl).train()
+        x = torch.zeros(N, D)
+        bae.loss(bae(x), x, entropy_weight=0.1).backward()
+        assert bae.W_enc.grad.shape == (D, F)
 
 
 # -- gradcheck where the function is smooth ----------------------------------------------------

@@ -12,6 +12,7 @@ import bae_fast as bf
 from bae_fast.analysis.error_metric import metric_scales, parse_metric
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.baselines import METHODS, make_baseline
+from bae_fast.training import gather_features, shard_features
 
 D, F = 12, 40
 
@@ -176,3 +177,48 @@ def test_what_it_cannot_take_is_named():
         metric_scales("sensitivity", x, sensitivity=torch.zeros(D))
     with pytest.raises(ValueError, match="rows must vary"):
         metric_scales("std", torch.ones(9, D))
+
+
+def test_a_module_without_a_metric_takes_that_of_a_state():
+    x = rows()
+    bae = module(x.std(0))
+    for strict in (True, False):
+        net = torch.nn.Sequential(bf.BinaryAutoencoder(D, F))
+        net.load_state_dict({f"0.{k}": v for k, v in bae.state_dict().items()}, strict=strict)
+        assert torch.equal(net[0].x_metric, bae.x_metric)
+        assert net[0].encode(x).equal(bae.encode(x))
+    transcoder = bf.BinaryAutoencoder(D, F, d_out=3)
+    other = bf.BinaryAutoencoder(D, F, d_out=3)
+    other.y_metric = torch.ones(3)
+    with pytest.raises(RuntimeError, match="y_metric"):  # what it has, a state must have
+        other.load_state_dict(transcoder.state_dict())
+    state = {**bae.state_dict(), "y_metric": torch.ones(3)}
+    with pytest.raises(RuntimeError, match="y_metric"):  # a module without targets has no place
+        bf.BinaryAutoencoder(D, F).load_state_dict(state)
+
+
+class _Rank:
+    """What the division of features asks of a mesh, for one of two ranks."""
+
+    feature = 2
+
+    def __init__(self, rank: int, parts: list | None = None) -> None:
+        self.feature_rank, self.parts = rank, parts
+
+    def columns(self, n_columns: int) -> slice:
+        each = n_columns // 2
+        return slice(self.feature_rank * each, (self.feature_rank + 1) * each)
+
+    def gather(self, tensor, axis: str, what: str, dim: int = 0):
+        return torch.cat([part.state_dict()[what] for part in self.parts], dim)
+
+
+def test_a_module_with_a_metric_is_divided_by_features_and_put_together_again():
+    x = rows()
+    whole = bf.BinaryAutoencoder(D, 64).fit_normalization_(x, metric=x.std(0)).eval()
+    parts = [shard_features(whole, _Rank(rank)) for rank in (0, 1)]
+    halves = [part.encode(x).to_dense() for part in parts]
+    assert torch.equal(torch.cat(halves, 1), whole.encode(x).to_dense())
+    again = gather_features(parts[0], _Rank(0, parts))
+    assert torch.equal(again.x_metric, whole.x_metric)
+    assert again.encode(x).equal(whole.encode(x))

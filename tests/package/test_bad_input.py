@@ -324,14 +324,42 @@ def test_an_unknown_impl(parameters, x):
             "stats.counts must be on x's device cpu; got",
         ),
         ("words", lambda t: t.to("meta"), ValueError, "stats.words must be on x's device cpu; got"),
+        ("n_rows", int, TypeError, "stats.n_rows must be a tensor; got int"),
+        ("n_rows", lambda t: t[None], ValueError, "stats.n_rows must have shape []; got [1]"),
+        ("words", lambda t: t[:, :1], ValueError, "stats.words must have shape [N, 2]; got [12"),
+        ("numerator", lambda t: t[None], ValueError, "stats.numerator must have shape []; got"),
+        ("signs", lambda t: t[..., :1], ValueError, "stats.signs must have shape [2, 40, 2]; got"),
     ],
 )
-def test_statistics_of_another_dtype_or_device(parameters, x, field, change, error, said):
-    """A kernel reads the memory as it is: on a GPU this is an illegal access or a wrong number."""
-    stats = bf.encode(x, parameters["W_enc"], parameters["b_enc"]).statistics()
+def test_statistics_of_another_shape_dtype_or_device(parameters, x, field, change, error, said):
+    """A kernel reads the memory as it is: an illegal access, or a wrong number."""
+    stats = bf.encode(x, parameters["W_enc"], parameters["b_enc"]).statistics(covariance=True)
+    if field == "signs":  # few rows of ones leave them unmade
+        stats = dataclasses.replace(stats, signs=torch.zeros(2, F, 2, dtype=torch.int32))
     wrong = dataclasses.replace(stats, **{field: change(getattr(stats, field))})
+    for covariance in (False, True):
+        with refused(error, said):
+            bf.binary_autoencoder(x, **parameters, covariance=covariance, stats=wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "error", "said"),
+    [
+        ("words", lambda t: t[:-1], ValueError, "encoded.words must have shape [12, 2]; got [11,"),
+        ("words", lambda t: t.long(), TypeError, "encoded.words must be torch.int32; got tor"),
+        ("window", lambda t: t[:, :1], ValueError, "encoded.window must have shape [12, 2]; got"),
+        ("window", lambda t: t[:0], ValueError, "encoded must be made for the surrogate"),
+        ("counts", lambda t: t.float(), TypeError, "encoded.counts must be torch.int64; got tor"),
+        ("counts", lambda t: t[1:], ValueError, "encoded.counts must have shape [40]; got [39]"),
+        ("n_rows", int, TypeError, "encoded.n_rows must be a tensor; got int"),
+    ],
+)
+def test_encoded_rows_of_another_shape_or_dtype(bae, x, field, change, error, said):
+    encoded = bae.encode_rows(x)
     with refused(error, said):
-        bf.binary_autoencoder(x, **parameters, stats=wrong)
+        bae(x, encoded=encoded._replace(**{field: change(getattr(encoded, field))}))
+    with refused(TypeError, "encoded must be what encode_rows gave; got tuple"):
+        bae(x, encoded=tuple(encoded))
 
 
 @pytest.mark.parametrize("surrogates", [(), ("step",), ("rectangle", "step")])

@@ -154,6 +154,26 @@ def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
         JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path)).resume()
 
 
+def test_a_checkpoint_from_before_a_constant_was_known_goes_on_with_a_warning(tmp_path):
+    x = synthetic()
+    first = JobTrainer(jobs(x, "ab"), supply(x), RunConfig(out=tmp_path))
+    first.train_step()
+    state = first.state_dict()
+    first.close()
+    del state["identity"]["a.module.surrogate"]
+    again = JobTrainer(jobs(x, "ab"), supply(x), RunConfig(out=tmp_path))
+    with pytest.warns(UserWarning, match=r"run's: a\.module\.surrogate 'rectangle'$"):
+        again.load_state_dict(state)
+    assert again.step == 1
+    for names, said in (("a", r"jobs \['a', 'b'\] \(here \['a'\]\)"), ("ac", "jobs")):
+        other = JobTrainer(jobs(x, names), supply(x), RunConfig(out=tmp_path))
+        with pytest.raises(ValueError, match=f"same jobs and constants; .* {said}"):
+            other.load_state_dict(state)
+    del state["identity"]["a.module"]
+    with pytest.raises(ValueError, match=r"a\.module None \(here 'BinaryAutoencoder'\)"):
+        again.load_state_dict(state)
+
+
 def test_a_full_disk_fails_the_save_by_name_keeps_the_older_ones_and_ends_the_third_time(
     tmp_path, capfd
 ):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -264,6 +265,45 @@ def test_a_state_of_other_rows_or_constants_is_refused():
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="it lacks belongs_to, generator"):
         trainer.load_state_dict({"model": {}, "step": 3})
+
+
+def test_a_state_from_before_a_constant_was_known_goes_on_with_a_warning():
+    x = synthetic(n=900)
+    whole, first = (Trainer(module(x), x, SMALL) for _ in range(2))
+    whole.fit()
+    for _ in range(7):
+        first.train_step()
+    state = first.state_dict()
+    for key in ("module.surrogate", "module.surrogate_width"):
+        del state["belongs_to"][key]
+    again = Trainer(module(x), x, SMALL)
+    with pytest.warns(UserWarning, match="state is older than some constants") as said:
+        again.load_state_dict(state)
+    assert str(said[0].message).endswith(
+        "taken to be the run's: module.surrogate 'rectangle', module.surrogate_width 0.4"
+    )
+    assert said[0].filename == __file__
+    again.fit()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+    def refused(state, match, **changes):
+        other = Trainer(module(x), x, dataclasses.replace(SMALL, **changes))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ValueError, match=match):
+                other.load_state_dict(state)
+        assert other.step == 0
+
+    # what both know is compared as ever; a constant that is off stands in no state
+    refused(state, r"with lr 0.004 \(here 0.01\)$", lr=1e-2)
+    refused(state, r"with warmup_steps 0 \(here 5\)$", warmup_steps=5)
+    warm = Trainer(module(x), x, dataclasses.replace(SMALL, warmup_steps=5)).state_dict()
+    refused(warm, r"with warmup_steps 5 \(here 0\)$")
+    # what only the state knows may have had a part in it; rows it has always known
+    refused({**state, "belongs_to": {**state["belongs_to"], "newer": 1}}, r"newer 1 \(here None\)")
+    without_rows = {k: v for k, v in state["belongs_to"].items() if k != "rows"}
+    refused({**state, "belongs_to": without_rows}, r"with rows None")
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path):
