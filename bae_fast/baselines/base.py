@@ -155,11 +155,6 @@ class SparseAutoencoder(Autoencoder):
         share = min(multiple * self.config.k / self.config.d_sae, 0.5)
         return max(-float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64))), 0.0)
 
-    @property
-    def dtype_and_device(self) -> dict[str, Any]:
-        """Keyword arguments that make a tensor like the parameters."""
-        return {"dtype": self.W_enc.dtype, "device": self.W_enc.device}
-
     # -- the layer -----------------------------------------------------------------------------
 
     def _centred(self, x: Tensor) -> Tensor:

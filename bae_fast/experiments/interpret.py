@@ -262,7 +262,9 @@ def find_model(config: Config) -> tuple[Autoencoder, Path, Data]:
     return model, folder, data
 
 
-def open_model(config: Any, folder: Path, *, with_text: bool = True) -> tuple[Autoencoder, Data]:
+def open_model(
+    config: Any, folder: Path | str, *, with_text: bool = True
+) -> tuple[Autoencoder, Data]:
     """A saved model and the hidden states that it reads.
 
     Language model, hook, window and text are the training's where the configuration leaves them
@@ -270,7 +272,7 @@ def open_model(config: Any, folder: Path, *, with_text: bool = True) -> tuple[Au
 
     Args:
         config: a :class:`Source` with ``hook`` and ``context``, which may be None.
-        folder: where the model is saved.
+        folder: where the model is saved; a text may be ``user/name`` of a repository on the Hub.
         with_text: whether the text of the training is looked for.
 
     Raises:

@@ -49,7 +49,11 @@ def error_metric(
     if kind != "sensitivity":
         return metric_scales(config.metric, rows)
     if cache is None:
-        raise ConfigError("metric", "sensitivity must have rows of a language model; got a file's")
+        raise ConfigError(
+            "metric",
+            "sensitivity must have the rows of a harvest of this command; got those of a file, of "
+            "shards or of a running model",
+        )
     from bae_fast.lm.gradients import sensitivity
 
     tokens = cache.tokens[: int(cache.row_window[last_row]) + 1].long()

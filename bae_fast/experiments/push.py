@@ -66,7 +66,7 @@ def run(config: Config) -> runs.Result:
         for place, folder in found.items()
     }
     if config.out is not None:
-        with publishing(config.out) as made:
+        with publishing(config.out, fresh=True) as made:
             _write(config, made, found, models)
         address = None
     else:

@@ -123,7 +123,8 @@ def publish(config: Config, server: PageServer) -> dict[str, Any]:
     phrases = {} if config.names is None else read_names(config.names, "names")
     second = open_beside(config, config.folder)
     stages = Stages(config.progress)
-    model, data = open_model(config, config.folder)
+    # a Path is a folder; a text may name a repository too
+    model, data = open_model(config, str(config.folder))
     read, hook = places(model, data.hook)
     cache, tokenizer, facts = harvest_rows(data, stages, batch_size=1)
     check_origin(model.config.metadata, facts)

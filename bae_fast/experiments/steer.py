@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bae_fast.baselines import load_autoencoder
 from bae_fast.entropy.icl import label_tokens, make_prompts
-from bae_fast.experiments import runs
+from bae_fast.experiments import runs, training
 from bae_fast.experiments.data import (
     N_HELDOUT,
     Data,
@@ -132,6 +132,8 @@ def check(config: Config) -> None:
     runs.check_one_of("mode", config.mode, ("clamp", "add"))
     runs.check_at_least(config, 1, "prompts", "controls", "expansion", "steps", "features")
     runs.check_at_least(config, 0, "examples")
+    if config.load is None:
+        training.check(config)
     if config.positive is None and (config.shots < 1 or config.prompts < 4):
         raise runs.ConfigError(
             "shots",

@@ -70,7 +70,7 @@ class RunConfig:
     """How a run goes on, whatever its jobs learn.
 
     Attributes:
-        out: folder of logs, checkpoints and results; None: nothing is written.
+        out: folder of logs, checkpoints and results, a path of any kind; None: nothing is written.
         log_every: steps between two lines of the logs.
         checkpoint_every: steps between two checkpoints; 0: only when the run is stopped.
         keep: checkpoints that stay, beside the best.
@@ -104,6 +104,8 @@ class RunConfig:
     peak_flops: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.out is not None:
+            object.__setattr__(self, "out", Path(self.out))
         check_integers(
             self,
             {"log_every": 1, "checkpoint_every": 0, "keep": 1, "evaluate_every": 0,

@@ -43,7 +43,7 @@ class Trainer(Generic[Config]):
     Example::
 
         trainer = Trainer(bae, rows, TrainingConfig(steps=2000))
-        trainer.fit(log=Path("run/log.jsonl"))
+        trainer.fit(log="run/log.jsonl")
 
     The module's normalisation should be fitted first. :meth:`state_dict` and
     :meth:`load_state_dict` (or :meth:`save` and :meth:`load`, with a file) resume a run exactly:
@@ -195,7 +195,7 @@ class Trainer(Generic[Config]):
     def fit(
         self,
         *,
-        log: Path | None = None,
+        log: str | os.PathLike[str] | None = None,
         log_every: int = 10,
         progress: bool = False,
         on_log: Callable[[dict[str, float]], None] | None = None,
@@ -232,8 +232,9 @@ class Trainer(Generic[Config]):
             raise ValueError(f"checkpoint_every must be an int >= 0; got {checkpoint_every!r}")
         lines: list[dict[str, float]] = []
         start = time.perf_counter()
-        if log is not None and self.step:
-            drop_later_lines(log, self.step)
+        path = None if log is None else Path(log)
+        if path is not None and self.step:
+            drop_later_lines(path, self.step)
         self.learner.train(True)
         try:
             with progress_bar(
@@ -252,9 +253,9 @@ class Trainer(Generic[Config]):
                             bar.set_postfix(
                                 mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}"
                             )
-                            if log is not None:
-                                log.parent.mkdir(parents=True, exist_ok=True)
-                                append_line(log, line)
+                            if path is not None:
+                                path.parent.mkdir(parents=True, exist_ok=True)
+                                append_line(path, line)
                             if on_log is not None:
                                 on_log(line)
                     if checkpoint and checkpoint_every and self.step % checkpoint_every == 0:

@@ -263,6 +263,7 @@ def test_two_files_of_prompts_and_an_autoencoder_trained_on_the_way(arguments, c
         (["--positive", "a.txt"], "--positive and --negative must be given together"),
         (["--features", "0"], "--features must be at least 1; got [0]"),
         (["--controls", "0"], "--controls must be at least 1; got 0"),
+        (["--metric", "inches"], "--metric must be none or one of std"),
         (["--prompts", "2"], "--prompts 4; got 8, 2"),
         (["--load", "nowhere"], "folder nowhere does not exist"),
     ],

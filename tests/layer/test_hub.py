@@ -66,6 +66,28 @@ def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
     return said.splitlines(), load_autoencoder(out)
 
 
+# serves a repository's model up to where the language model would read text
+SERVE = """
+import sys
+from pathlib import Path
+from bae_fast.experiments import serve
+
+def harvest(data, *rest, **options):
+    print(data.model, data.hook)
+    sys.exit()
+
+serve.harvest_rows = harvest
+serve.publish(serve.Config(folder=Path(sys.argv[1])), None)
+"""
+
+
+def test_the_page_of_a_repository_s_model_can_be_served(server, tmp_path):
+    metadata = {"model_name": "user/language-model", "hook_name": "model.layers.3"}
+    pushed(server, tmp_path, BinaryAutoencoder(6, 40, metadata=metadata), "user/dictionary")
+    said = printed(server, tmp_path, "-c", SERVE, "user/dictionary")
+    assert said.splitlines()[-1] == "user/language-model model.layers.3"
+
+
 @pytest.mark.parametrize(("kind", "subfolder"), [("bae", ""), ("topk", "model.layers.11")])
 def test_a_model_goes_to_the_hub_and_comes_back(server, tmp_path, kind, subfolder):
     torch.manual_seed(0)
@@ -184,11 +206,13 @@ def test_what_would_be_sent_can_be_looked_at(tmp_path, run_folder, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| FVU | 0.1250 |" in card
     assert "license: apache-2.0" in card
-    # figures of one's own
+    # figures of one's own; a run that was killed leaves nothing to the next
+    write_json(tmp_path / "out" / ".unfinished" / "old" / "cfg.json", {})
     write_json(tmp_path / "own.json", {"fvu": 0.5})
     options += ["--figures", str(tmp_path / "own.json")]
     assert main(["push", str(run_folder / "a"), "user/one", *options]) == 0
     assert "| FVU | 0.5000 |" in (tmp_path / "out" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
     first.train_step()
     first.save()
     first.close()
-    other = JobTrainer(jobs(x, "a", lr=1e-2), supply(x), RunConfig(out=tmp_path))
+    other = JobTrainer(jobs(x, "a", lr=1e-2), supply(x), RunConfig(out=str(tmp_path)))
     with pytest.raises(
         ValueError, match=r"same jobs and constants; .* a\.lr 0\.004 \(here 0\.01\)"
     ):

@@ -360,7 +360,7 @@ def test_sigterm_ends_a_step_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp
     resumed = new()
     resumed.load(tmp_path / "run.pt")
     assert resumed.step == 26
-    resumed.fit(log=tmp_path / "log.jsonl", log_every=3)
+    resumed.fit(log=str(tmp_path / "log.jsonl"), log_every=3)  # a text is a path too
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
