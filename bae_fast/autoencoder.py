@@ -483,7 +483,8 @@ class Autoencoder(nn.Module):
         """Write ``cfg.json`` and ``sae_weights.safetensors`` into a folder.
 
         Each file appears whole or not at all, and the weights carry the configuration they were
-        saved with: a process killed between the two files leaves a loadable model.
+        saved with: a process killed between the two files leaves a loadable model. Where FSDP has
+        divided the parameters every process calls it, and any of them may write the folder last.
         """
         first = next(self.parameters())
         dtype = str(first.dtype).removeprefix("torch.")
@@ -788,7 +789,7 @@ def write_pretrained(
 ) -> Path:
     """Write a module's tensors and its configuration (JSON values) into a folder."""
     tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+        name: _whole(tensor).cpu().contiguous() for name, tensor in module.state_dict().items()
     }
     content = json.dumps(values, sort_keys=True, allow_nan=False)
     save_id = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
@@ -797,6 +798,12 @@ def write_pretrained(
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
     write_json(folder / CONFIG_NAME, values)
     return folder
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A tensor of a state dict; one that FSDP divided is gathered, by all processes together."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
 
 
 def read_pretrained(

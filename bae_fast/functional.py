@@ -271,6 +271,14 @@ def _require(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name} must have shape [{expected}]; got {list(sizes)}")
 
 
+def _check_whole(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} must be whole; got one process's shard of it (DTensor): FSDP gathers shards "
+            "in forward, and in methods that register_fsdp_forward_method names"
+        )
+
+
 def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x") -> None:
     """One device; one floating dtype outside autocast."""
     if not isinstance(x, Tensor):
@@ -281,6 +289,8 @@ def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x
     for name, tensor in parameters.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+        if not hasattr(x, "full_tensor"):
+            _check_whole(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x_name}'s device {x.device}; got {tensor.device}")
         if not tensor.dtype.is_floating_point:
@@ -709,6 +719,7 @@ def decode(
     if not isinstance(code, BinaryCode):
         raise TypeError(f"code must be a BinaryCode or a tensor; got {type(code).__name__}")
     _check_parameters(W_dec, {"b_dec": b_dec}, "W_dec")
+    _check_whole("W_dec", W_dec)
     if code.n_features != W_dec.shape[0]:
         raise ValueError(f"code must have {W_dec.shape[0]} features; got {code.n_features}")
     if code.device != W_dec.device:

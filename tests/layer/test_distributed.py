@@ -124,6 +124,21 @@ def test_fsdp_shards_the_layer_inside_a_model_and_passes_the_gradient_on(ranks):
         assert_same(found, expected)
 
 
+def test_under_fsdp_methods_that_it_knows_give_what_a_whole_module_gives(ranks):
+    bae = worker.make_module()
+    for rank, found in enumerate(result(ranks, "fsdp methods")):
+        x = worker.rows(rank)
+        assert found["refused"].keys() == {"encode", "decode"}
+        for error in found["refused"].values():
+            assert " must be whole; got one process's shard of it (DTensor)" in error
+            assert "register_fsdp_forward_method" in error
+        assert found["code"].equal(bae.encode(x))
+        assert torch.equal(found["decoded"], bae.decode(bae.encode(x)))
+        assert found["saved"].keys() == bae.state_dict().keys()
+        for name, value in bae.state_dict().items():
+            assert torch.equal(found["saved"][name], value), name
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all rows", "masked rows"])
 def test_pooled_statistics_give_the_gradients_of_the_whole_batch(ranks, masked):
     bae = worker.make_module()

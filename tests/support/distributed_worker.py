@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 import traceback
 from typing import Any
 
@@ -105,6 +106,29 @@ def fsdp_inside_a_model(rank: int) -> dict[str, Any]:
     return gradients(model)
 
 
+def fsdp_methods(rank: int) -> dict[str, Any]:
+    """Methods beside forward, before and after FSDP was told of them, and the two files."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    bae = make_module()
+    fully_shard(bae, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=True)
+    x = rows(rank)
+    refused = {}
+    for name, given in (("encode", x), ("decode", bf.BinaryCode.from_dense(x.new_zeros(3, D_SAE)))):
+        try:
+            getattr(bae, name)(given)
+        except TypeError as error:
+            refused[name] = str(error)
+        register_fsdp_forward_method(bae, name)
+    code = bae.encode(x)
+    decoded = bae.decode(code).detach()
+    with tempfile.TemporaryDirectory() as folder:
+        bae.save_pretrained(folder)
+        saved = bf.BinaryAutoencoder.from_pretrained(folder).state_dict()
+    return {"refused": refused, "code": code, "decoded": decoded, "saved": saved}
+
+
 class Sandwiched(nn.Module):
     """The layer as a step of a model: the reconstruction goes on, the statistics are a penalty."""
 
@@ -197,6 +221,7 @@ def cases() -> dict[str, Any]:
         for frozen in FROZEN[1:]:
             found[f"{kind.__name__} without {'+'.join(frozen)}"] = (kind, TERMS, frozen)
     found["fsdp inside a model"] = (fsdp_inside_a_model,)
+    found["fsdp methods"] = (fsdp_methods,)
     found["pooled"] = (pooled, False)
     found["pooled masked"] = (pooled, True)
     for case in GATHERED:
