@@ -194,11 +194,16 @@ class Gated(SparseAutoencoder):
 class _Jump(torch.autograd.Function):
     """pre where pre > threshold: the threshold's derivative is that of a smoothed step."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.width = width
+    def forward(pre: Tensor, threshold: Tensor, width: float) -> Tensor:
         return torch.where(pre > threshold, pre, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pre, threshold, ctx.width = inputs
+        ctx.save_for_backward(pre, threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -212,11 +217,16 @@ class _Jump(torch.autograd.Function):
 class _Step(torch.autograd.Function):
     """1 where pre > threshold: derivative with respect to the threshold only."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.width = width
+    def forward(pre: Tensor, threshold: Tensor, width: float) -> Tensor:
         return (pre > threshold).to(threshold.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pre, threshold, ctx.width = inputs
+        ctx.save_for_backward(pre, threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:

@@ -264,6 +264,33 @@ def test_jumprelu_has_the_straight_through_gradients_of_its_paper():
     assert torch.allclose(threshold.grad, expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_functional_transforms_see_what_backward_and_a_loop_see(method):
+    x = rows(n=48)
+    options = {"d_out": D} if method == "transcoder" else {}
+    model = make_baseline(method, D, F, k=K, **options).double()
+    goal = (x,) if model.is_transcoder else ()
+    model.fit_normalization_(x, *goal).eval()
+    named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, x):
+        out = torch.func.functional_call(model, parameters, (x, *([x] * len(goal))))
+        return out.loss + out.recon.square().sum()
+
+    x = x.double().requires_grad_()
+    loss(dict(model.named_parameters()), x).backward()
+    by_name, at_x = torch.func.grad(loss, argnums=(0, 1))(named, x.detach())
+    assert x.grad.any()
+    torch.testing.assert_close(at_x, x.grad)
+    for name, found in by_name.items():
+        torch.testing.assert_close(found, model.get_parameter(name).grad)
+    groups = x.detach().view(4, 12, D)
+    torch.testing.assert_close(
+        torch.func.vmap(model.reconstruct)(groups),
+        torch.stack([model.reconstruct(part) for part in groups]),
+    )
+
+
 def test_jumprelu_learns_its_thresholds_and_they_are_the_least_features():
     x = rows()
     model, _ = trained("jumprelu")
