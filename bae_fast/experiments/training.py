@@ -173,7 +173,8 @@ def new_autoencoder(
 
 def estimate_seconds(trainer: Trainer) -> float:
     """About how many seconds training will take, from a few passes over real rows."""
-    bae, config = trainer.bae, trainer.config
+    bae: Any = trainer.model
+    config = trainer.config
     rows = trainer.rows[: config.batch_size].to(trainer.device)
     rows = rows if trainer.bfloat16 else rows.to(bae.W_enc.dtype)
     times = []

@@ -75,6 +75,9 @@ class Supply(Protocol):
         Args:
             n: at least 1. Where there are fewer rows, all of them come.
             seed: a number, or a generator, which the draw moves.
+
+        Raises:
+            ValueError: n is no int of at least 1.
         """
 
     def heldout(self) -> Iterator[Rows]:

@@ -116,11 +116,6 @@ class Trainer(Generic[Config]):
         self.learner.start()
 
     @property
-    def bae(self) -> Any:
-        """The caller's module, by the name it had when only Binary Autoencoders were trained."""
-        return self.model
-
-    @property
     def objective(self) -> Any:
         """What is minimised."""
         return self.learner.objective

@@ -362,7 +362,7 @@ def test_a_run_resumes_exactly(method):
     second = Trainer(make(method, x), x, config)
     second.load_state_dict(state)
     second.fit()
-    for name, tensor in whole.bae.state_dict().items():
+    for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.bae.state_dict()[name]), name
 
 

@@ -432,6 +432,6 @@ def test_a_wide_dictionary_starts_with_the_ones_of_sixteen_features_a_dimension(
         config = dataclasses.replace(SMALL, refit=False)
         trainer = Trainer(module(x, f), x, config)
         # 0.02 and a quarter of it, of 1,500 rows: 30 and 8 (7.5, rounded) for every feature
-        ones.append(trainer.bae.encode(x).counts().unique().tolist())
+        ones.append(trainer.model.encode(x).counts().unique().tolist())
         assert trainer.config.density * f == pytest.approx(0.32 * 16)
     assert ones == [[30], [8]]

@@ -71,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop, tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     resumed.fit()
     for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.bae.state_dict()[name]), name
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 def test_an_interrupt_leaves_a_module_that_can_be_saved(tmp_path):
@@ -85,9 +85,9 @@ def test_an_interrupt_leaves_a_module_that_can_be_saved(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(log=tmp_path / "log.jsonl", on_log=interrupt)
     assert trainer.step == 20
-    trainer.bae.save_pretrained(tmp_path)
+    trainer.model.save_pretrained(tmp_path)
     loaded = bf.BinaryAutoencoder.from_pretrained(tmp_path)
-    assert loaded.encode(x).equal(trainer.bae.encode(x))
+    assert loaded.encode(x).equal(trainer.model.encode(x))
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [10, 20]
 
@@ -145,8 +145,8 @@ def test_ctrl_c_waits_for_the_end_of_the_step():
     assert cut.step == 26
     cut.optimizer.step = step
     cut.fit()
-    for name, value in whole.bae.state_dict().items():
-        assert torch.equal(value, cut.bae.state_dict()[name]), name
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, cut.model.state_dict()[name]), name
 
 
 def test_a_snapshot_does_not_follow_the_trainer():
