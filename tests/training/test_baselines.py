@@ -355,7 +355,7 @@ def test_a_run_resumes_exactly(method):
     whole.fit()
     torch.manual_seed(0)
     first = Trainer(make(method, x), x, config)
-    first.bae.train()
+    first.model.train()
     for _ in range(25):
         first.train_step()
     state = first.state_dict()
@@ -363,7 +363,7 @@ def test_a_run_resumes_exactly(method):
     second.load_state_dict(state)
     second.fit()
     for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, second.bae.state_dict()[name]), name
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
 def test_the_configuration_of_another_objective_is_refused():
