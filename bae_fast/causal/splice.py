@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
-from bae_fast.lm.hooks import find_module, resolve_hook, running
+from bae_fast.lm.hooks import find_module, first_part, resolve_hook, running
 from bae_fast.lm.inputs import excluded_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model, under_head
@@ -281,6 +281,158 @@ def _within(rows: Tensor, bound: float) -> Tensor:
     return norms.isfinite() & (norms <= bound)
 
 
+class _Replacement:
+    """The hooks that replace a module's output; arguments as of :func:`replaced_output`."""
+
+    def __init__(
+        self,
+        whole: nn.Module,
+        path: str,
+        function: Callable[[Tensor, Tensor], Tensor],
+        *,
+        from_input: bool,
+        source: str | None,
+        mask: Tensor | Literal["last"] | None,
+        drop_positions: int,
+        excluded: Tensor,
+        bounds: tuple[float, float],
+        watch: Callable[[Tensor, Tensor], None] | None,
+    ) -> None:
+        self.whole, self.path, self.function = whole, path, function
+        self.from_input, self.source = from_input, source
+        self.mask, self.drop_positions, self.excluded = mask, drop_positions, excluded
+        self.bounds, self.watch = bounds, watch
+        self.place, self.done = _Place(), Splice(path)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Every hook in its place while the block runs."""
+        with ExitStack() as hooks:
+            for depth, part in enumerate(_listened(self.whole, self.path)):
+                note, leave = self._listeners(part, depth)
+                hooks.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
+                hooks.callback(part.register_forward_hook(leave, always_call=True).remove)
+            if self.source is not None:
+                module = find_module(self.whole, self.source)
+                hooks.callback(module.register_forward_hook(self._see).remove)
+            module = self.whole.get_submodule(self.path)
+            hooks.callback(module.register_forward_hook(self._replace, with_kwargs=True).remove)
+            yield
+
+    def _listeners(self, part: nn.Module, depth: int) -> tuple[Callable[..., None], ...]:
+        """What a part that may be called with the tokens tells, before it runs and behind it."""
+        signature = inspect.signature(part.forward)
+
+        def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.place.note(depth, _arguments(signature, args, kwargs))
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self.place.leave(depth)
+
+        return note, leave
+
+    def _see(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.place.source = first_part(output)
+
+    def _replace(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        y = first_part(output)
+        if not isinstance(y, Tensor) or y.dim() < 2 or not y.is_floating_point():
+            raise TypeError(
+                f"path={self.path!r} gives {type(y).__name__}: rows of floats are needed"
+            )
+        x = self._input(y, [*args, *kwargs.values()])
+        if x.shape[:-1] != y.shape[:-1]:
+            raise ValueError(
+                f"path={self.path!r} makes {list(y.shape)} of {list(x.shape)}: a row each is needed"
+            )
+        if self.place.depth >= 0:
+            self.place.calls += 1
+            if self.place.calls > 1:
+                raise ValueError(
+                    f"path={self.path!r}: the model calls this module more than once in a pass, so "
+                    "a token has no one state there; name a module that is called once"
+                )
+        chosen = self._chosen(x, y)
+        n = int(chosen.sum())
+        self.done._passes.append((n, chosen.numel()))
+        if self.watch is not None:
+            self.watch(x, chosen)
+        if n == 0:
+            return None
+        changed = y.clone()
+        changed[chosen] = self.function(x[chosen], y[chosen]).to(y.dtype)
+        return _with_first(output, changed)
+
+    def _input(self, y: Tensor, given: list[Any]) -> Tensor:
+        """x for an output y, given what the module was called with."""
+        if self.source is not None:
+            if self.place.source is None:
+                raise RuntimeError(f"source={self.source!r} was not called before {self.path!r}")
+            return self.place.source
+        if not self.from_input:
+            return y
+        return next((v for v in given if isinstance(v, Tensor) and v.is_floating_point()), y)
+
+    def _chosen(self, x: Tensor, y: Tensor) -> Tensor:
+        """The tokens whose state is replaced: bool, y's shape without the last dimension."""
+        self._check_known(y)
+        shape, place = y.shape[:-1], self.place
+        within = _within(x, self.bounds[0]) & _within(y, self.bounds[1])
+        batch = place.shape
+        if batch is None or shape.numel() != batch[0] * batch[1]:
+            if len(shape) != 2:
+                return within  # nothing depends on where a token stands
+            batch = (shape[0], shape[1])
+        position, real = place.positions(batch, y.device)
+        chosen = real & (position >= self.drop_positions)
+        if len(self.excluded) and place.ids is not None and place.ids.shape == chosen.shape:
+            excluded = torch.isin(place.ids.to(y.device), self.excluded.to(y.device))
+            chosen = chosen & ~excluded
+        if isinstance(self.mask, Tensor):
+            try:
+                chosen = chosen & self.mask.to(y.device).expand(batch)
+            except RuntimeError:
+                raise ValueError(
+                    f"mask must be [batch, length] = {list(batch)}; got {list(self.mask.shape)}"
+                ) from None
+        elif self.mask == "last":
+            at = torch.arange(batch[1], device=y.device)
+            chosen = chosen & (at == torch.where(real, at, -1).amax(1, keepdim=True))
+        return chosen.view(shape) & within
+
+    def _check_known(self, y: Tensor) -> None:
+        """Refuse a pass that does not tell what drop_positions and mask ask for."""
+        place, shape = self.place, y.shape[:-1]
+        asks = bool(self.drop_positions) or self.mask is not None
+        if place.uncounted and self.drop_positions:
+            raise ValueError(
+                f"path={self.path!r}: a recurrent model that goes on from its state does not say "
+                "how many tokens it has seen; give drop_positions=0, or run it with use_cache=False"
+            )
+        if hasattr(self.whole, "get_output_embeddings") and place.depth < 0 and asks:
+            raise ValueError(
+                f"path={self.path!r} was called outside the model's forward, so positions and "
+                f"padding of its tokens are not known: call {type(self.whole).__name__}, or give "
+                "drop_positions=0 and no mask"
+            )
+        known = place.shape is not None and shape.numel() == place.shape[0] * place.shape[1]
+        if not known and len(shape) != 2 and (asks or place.offset):
+            raise ValueError(
+                f"path={self.path!r} gives {list(y.shape)}: [batch, length, d] is needed to tell "
+                "the positions of drop_positions and mask"
+            )
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    """A module's output with another first part, or another output where it has no parts."""
+    if not isinstance(output, (tuple, list)):
+        return first
+    parts = (first, *output[1:])
+    if hasattr(output, "_fields"):
+        return type(output)(*parts)
+    return parts if isinstance(output, tuple) else list(parts)
+
+
 @contextmanager
 def replaced_output(
     model: LanguageModel | nn.Module,
@@ -327,114 +479,20 @@ def replaced_output(
     elif mask not in (None, "last"):
         raise ValueError(f"mask must be a bool tensor, 'last' or None; got {mask!r}")
     path = resolve_hook(whole, path)
-    module = whole.get_submodule(path)
-    place, done = _Place(), Splice(path)
-    with_head = hasattr(whole, "get_output_embeddings")
-
-    def keep(x: Tensor, y: Tensor) -> Tensor:
-        shape = y.shape[:-1]
-        if place.uncounted and drop_positions:
-            raise ValueError(
-                f"path={path!r}: a recurrent model that goes on from its state does not say how "
-                "many tokens it has seen; give drop_positions=0, or run it with use_cache=False"
-            )
-        if with_head and place.depth < 0 and (drop_positions or mask is not None):
-            raise ValueError(
-                f"path={path!r} was called outside the model's forward, so positions and padding "
-                f"of its tokens are not known: call {type(whole).__name__}, or give "
-                "drop_positions=0 and no mask"
-            )
-        known = place.shape is not None and shape.numel() == place.shape[0] * place.shape[1]
-        if not known and len(shape) != 2:
-            if drop_positions or mask is not None or place.offset:
-                raise ValueError(
-                    f"path={path!r} gives {list(y.shape)}: [batch, length, d] is needed to tell "
-                    "the positions of drop_positions and mask"
-                )
-            return _within(x, bounds[0]) & _within(y, bounds[1])
-        batch = place.shape if known and place.shape is not None else (shape[0], shape[1])
-        position, real = place.positions(batch, y.device)
-        chosen = real & (position >= drop_positions)
-        if len(excluded) and place.ids is not None and place.ids.shape == chosen.shape:
-            chosen = chosen & ~torch.isin(place.ids.to(y.device), excluded.to(y.device))
-        if isinstance(mask, Tensor):
-            try:
-                chosen = chosen & mask.to(y.device).expand(batch)
-            except RuntimeError:
-                raise ValueError(
-                    f"mask must be [batch, length] = {list(batch)}; got {list(mask.shape)}"
-                ) from None
-        elif mask == "last":
-            place_in_batch = torch.arange(batch[1], device=y.device)
-            last = torch.where(real, place_in_batch, -1).amax(1, keepdim=True)
-            chosen = chosen & (place_in_batch == last)
-        return chosen.view(shape) & _within(x, bounds[0]) & _within(y, bounds[1])
-
-    def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        several = isinstance(output, (tuple, list))
-        y = output[0] if several else output
-        if not isinstance(y, Tensor) or y.dim() < 2 or not y.is_floating_point():
-            raise TypeError(f"path={path!r} gives {type(y).__name__}: rows of floats are needed")
-        x = y
-        if source is not None:
-            if place.source is None:
-                raise RuntimeError(f"source={source!r} was not called before {path!r}")
-            x = place.source
-        elif from_input:
-            values = [*args, *kwargs.values()]
-            x = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), y)
-        if x.shape[:-1] != y.shape[:-1]:
-            raise ValueError(
-                f"path={path!r} makes {list(y.shape)} of {list(x.shape)}: a row each is needed"
-            )
-        if place.depth >= 0:
-            place.calls += 1
-            if place.calls > 1:
-                raise ValueError(
-                    f"path={path!r}: the model calls this module more than once in a pass, so a "
-                    "token has no one state there; name a module that is called once"
-                )
-        chosen = keep(x, y)
-        n = int(chosen.sum())
-        done._passes.append((n, chosen.numel()))
-        if watch is not None:
-            watch(x, chosen)
-        if n == 0:
-            return None
-        rows = function(x[chosen], y[chosen])
-        changed = y.clone()
-        changed[chosen] = rows.to(y.dtype)
-        if not several:
-            return changed
-        rest = (changed, *output[1:])
-        if hasattr(output, "_fields"):
-            return type(output)(*rest)
-        return rest if isinstance(output, tuple) else list(rest)
-
-    def see(_module: nn.Module, _args: Any, output: Any) -> None:
-        place.source = output[0] if isinstance(output, (tuple, list)) else output
-
-    with ExitStack() as hooks:
-        hooks.enter_context(running(whole))
-        handles: list[Any] = []
-        hooks.callback(lambda: [handle.remove() for handle in handles])
-        for depth, part in enumerate(_listened(whole, path)):
-            signature = inspect.signature(part.forward)
-
-            def before(
-                _module: nn.Module, args: Any, kwargs: Any, depth: int = depth,
-                signature: inspect.Signature = signature,
-            ) -> None:  # fmt: skip
-                place.note(depth, _arguments(signature, args, kwargs))
-
-            def after(_module: nn.Module, _args: Any, _output: Any, depth: int = depth) -> None:
-                place.leave(depth)
-
-            handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(part.register_forward_hook(after, always_call=True))
-        if source is not None:
-            handles.append(find_module(whole, source).register_forward_hook(see))
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    replacement = _Replacement(
+        whole,
+        path,
+        function,
+        from_input=from_input,
+        source=source,
+        mask=mask,
+        drop_positions=drop_positions,
+        excluded=excluded,
+        bounds=bounds,
+        watch=watch,
+    )
+    done = replacement.done
+    with running(whole), replacement.hooked():
         yield done
         if done.n_replaced == 0 and not may_replace_none:
             raise RuntimeError(f"path={path!r}: no token was replaced; {_why_none(done, bounds)}")
