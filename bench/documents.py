@@ -219,7 +219,6 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "gemma-metric": _first_table_of("gemma_metric/compare"),
     "smollm": _first_table_of("smollm/compare"),
     "smollm-k12": _first_table_of("smollm_k12/compare"),
-    "smollm-tail": _first_table_of("smollm_tail/compare"),
     "smollm-metric": _first_table_of("smollm_metric/compare"),
     "equal-bits": rates.equal_bits,
     "compress": _first_table_of("compress/compress"),
