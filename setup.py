@@ -40,6 +40,7 @@ AVX512_FLAGS = [
     "-mavx512dq",
     "-mavx512vl",
     "-mavx512vbmi",
+    "-mavx512vnni",
     "-mavx512vpopcntdq",
     "-mprefer-vector-width=512",
     "-Wno-maybe-uninitialized",  # gcc's own headers

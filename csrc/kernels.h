@@ -90,7 +90,8 @@ struct UnitStrip {
   int64_t rows, depth;
   int64_t columns;   // at most Units::columns
   int64_t digits;    // where floats are split, 3: as exact as fp32; 1: operands rounded to bf16
-  uint8_t* scratch;  // Units::scratch bytes, cache line aligned
+  uint8_t* scratch;  // Units::scratch bytes, or Screen's, cache line aligned
+  Matrix source;     // the left side where it lies: for a Screen
 };
 
 // Bits and window of x W + b.
@@ -118,6 +119,19 @@ struct Units {
   bool (*encode)(const UnitStrip& strip, const EncodeStrip& out);
   // out (+)= left right, fp32
   bool (*product)(const UnitStrip& strip, float* out, int64_t out_stride, bool add);
+};
+
+// Bits of x W + b as those of float64 sums, by products of integers (screened_encode.h). A result is
+// false where the operands are not finite or too large, or where the integers decide too few of the
+// bits: then what was written is of no use.
+struct Screen {
+  int64_t rows;     // packed at once
+  int64_t columns;  // of a strip
+  int64_t depth;    // the most that is summed
+  int64_t (*panel_bytes)(int64_t rows, int64_t depth);
+  int64_t (*scratch_bytes)(int64_t depth);
+  bool (*pack)(const Matrix& left, int64_t first, int64_t total, int64_t depth, uint8_t* panel);
+  bool (*encode)(const UnitStrip& strip, const EncodeStrip& out);
 };
 
 // Lists of rows of a panel: that of output j is index[begin[j step] .. begin[j step + 1]).
@@ -200,7 +214,8 @@ struct Kernels {
   // then what was written is of no use.
   bool (*bits_product)(const BitsProduct& product);
 
-  const Units* units;  // or null
+  const Units* units;    // or null
+  const Screen* screen;  // or null
 
   // kernels_sparse.h
   SparseKernels<float> sparse_f32;

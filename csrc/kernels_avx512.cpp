@@ -1,6 +1,6 @@
 // AVX-512 with VPOPCNTDQ and VBMI: pairs are counted by popcounts, B S by look-ups of six bits
-// (vpermb), and dense products of its own (fma_products.h). Compiled with
-// -mavx512{f,bw,dq,vl,vbmi,vpopcntdq}.
+// (vpermb), and dense products of its own (fma_products.h, screened_encode.h). Compiled with
+// -mavx512{f,bw,dq,vl,vbmi,vnni,vpopcntdq}.
 #include "kernels.h"
 #include "layout.h"
 
@@ -202,6 +202,22 @@ struct Fma {
   }
 };
 
+// for screened_encode.h
+struct Pairs {
+  static constexpr int64_t kLanes = 16, kRows = 12;
+  using Sums = __m512i;
+
+  static Sums zero() { return _mm512_setzero_si512(); }
+  static Sums load(const int32_t* from) { return _mm512_loadu_si512(from); }
+  static Sums broadcast(const int32_t* from) { return _mm512_set1_epi32(*from); }
+  static void store(int32_t* to, Sums v) { _mm512_storeu_si512(to, v); }
+  static Sums multiply_add(Sums a, Sums b, Sums sum) {
+    // gcc copies the sums of the intrinsic back and forth, which halves the rate
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+};
+
 }  // namespace
 }  // namespace bae_fast
 
@@ -209,6 +225,7 @@ struct Fma {
 #include "kernels_lookup.h"
 // after the vectors and what sets thresholds
 #include "fma_products.h"
+#include "screened_encode.h"
 
 namespace bae_fast {
 namespace {
@@ -221,6 +238,7 @@ constexpr Kernels make_avx512_kernels() {
   k.backward_strip_f32 = lookup_backward_strip_f32;
   k.backward_strip_f64 = lookup_backward_strip_f64;
   k.units = &kFmaUnits;
+  k.screen = &kScreen;
   return k;
 }
 

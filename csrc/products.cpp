@@ -77,20 +77,18 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
                  int64_t digits, Tensor words, Tensor window) {
   const int64_t n = x.size(0), depth = x.size(1), columns = W.size(1);
   const Matrix left = as_matrix(x), right = as_matrix(W);
-  const Units& units = *kernels().units;
-  const int64_t strip = strip_width(columns, units.columns);
   const bool windowed = window.numel() > 0;
-  std::atomic<bool> exact{true};
-  for (int64_t top = 0; top < n && exact; top += kRowsAtOnce) {
-    const int64_t rows = std::min(n - top, kRowsAtOnce);
-    const LeftPanel panel(from(left, top, 0), rows, depth, digits);
-    if (!panel.exact()) return false;
+  // encode(strip, out) by strips; false as soon as one of them is
+  const auto by_strips = [&](int64_t most_columns, int64_t scratch_bytes, const LeftPanel& panel,
+                             int64_t top, int64_t rows, auto encode) {
+    const int64_t strip = strip_width(columns, most_columns);
+    std::atomic<bool> exact{panel.exact()};
     parallel_for(0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(units.scratch);
-      for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
-        const UnitStrip s{
-            panel.get(), from(right, 0, at), rows, depth, std::min(columns - at, strip),
-            digits,      scratch.get()};
+      Scratch scratch(scratch_bytes);
+      for (int64_t at = begin * strip; exact && at < std::min(end * strip, columns); at += strip) {
+        const UnitStrip s{panel.get(), from(right, 0, at), rows,
+                          depth,       std::min(columns - at, strip),
+                          digits,      scratch.get(),      from(left, top, 0)};
         EncodeStrip e{};
         e.bias = data<float>(bias) + at;
         e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
@@ -101,11 +99,29 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
           e.window_stride = row_stride(window);
           e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
         }
-        if (!units.encode(s, e)) exact = false;
+        if (!encode(s, e)) exact = false;
       }
     });
+    return exact.load();
+  };
+  const Screen* const screen = kernels().screen;
+  bool screened = screen != nullptr && digits == 3 && depth <= screen->depth;
+  for (int64_t top = 0; top < n; top += kRowsAtOnce) {
+    const int64_t rows = std::min(n - top, kRowsAtOnce);
+    if (screened) {
+      const LeftPanel panel(screen->panel_bytes(rows, depth), rows, screen->rows,
+                            [&](int64_t first, uint8_t* to) {
+                              return screen->pack(from(left, top, 0), first, rows, depth, to);
+                            });
+      screened = by_strips(screen->columns, screen->scratch_bytes(depth), panel, top, rows,
+                           screen->encode);
+    }
+    if (screened) continue;  // else these rows and all below by sums in fp32
+    const Units& units = *kernels().units;
+    const LeftPanel panel(from(left, top, 0), rows, depth, digits);
+    if (!by_strips(units.columns, units.scratch, panel, top, rows, units.encode)) return false;
   }
-  return exact;
+  return true;
 }
 
 // out (+)= left right, sums in fp32; left may be packed bits. False as unit_encode.
@@ -126,7 +142,7 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
         for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
           const UnitStrip s{panel.get(),  from(from_right, k0, at),      rows,
                             deep,         std::min(columns - at, strip), digits,
-                            scratch.get()};
+                            scratch.get(), from(from_left, top, k0)};
           float* to = mutable_data<float>(out) + top * stride + at;
           if (!units.product(s, to, stride, add || k0 > 0)) exact = false;
         }

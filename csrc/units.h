@@ -33,19 +33,22 @@ inline Matrix from(Matrix m, int64_t row, int64_t column) {
   return m;
 }
 
-// The left side of products, packed by all threads.
+// The left side of products, packed by all threads: pack(first row) of every group.
 class LeftPanel {
  public:
-  LeftPanel(const Matrix& m, int64_t rows, int64_t depth, int64_t digits)
-      : memory_(kernels().units->panel_bytes(rows, depth, digits)) {
-    const Units& units = *kernels().units;
-    const int64_t groups = (rows + units.rows - 1) / units.rows;
-    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  template <typename Pack>
+  LeftPanel(int64_t bytes, int64_t rows, int64_t group, const Pack& pack) : memory_(bytes) {
+    parallel_for(0, (rows + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
-        if (!units.pack(m, begin * units.rows, rows, depth, digits, memory_.get())) exact_ = false;
+        if (!pack(begin * group, memory_.get())) exact_ = false;
       }
     });
   }
+  LeftPanel(const Matrix& m, int64_t rows, int64_t depth, int64_t digits)
+      : LeftPanel(kernels().units->panel_bytes(rows, depth, digits), rows, kernels().units->rows,
+                  [&](int64_t first, uint8_t* panel) {
+                    return kernels().units->pack(m, first, rows, depth, digits, panel);
+                  }) {}
   const uint8_t* get() const { return memory_.get(); }
   bool exact() const { return exact_; }
 
