@@ -125,9 +125,9 @@ struct Units {
 // false where the operands are not finite or too large, or where the integers decide too few of the
 // bits: then what was written is of no use.
 struct Screen {
-  int64_t rows;     // packed at once
-  int64_t columns;  // of a strip
-  int64_t depth;    // the most that is summed
+  int64_t rows;   // packed at once
+  int64_t depth;  // the most that is summed
+  int64_t (*columns)(int64_t depth);  // of a strip
   int64_t (*panel_bytes)(int64_t rows, int64_t depth);
   int64_t (*scratch_bytes)(int64_t depth);
   bool (*pack)(const Matrix& left, int64_t first, int64_t total, int64_t depth, uint8_t* panel);

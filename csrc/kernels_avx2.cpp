@@ -227,6 +227,28 @@ struct Fma {
   }
 };
 
+// for screened_encode.h
+struct Pairs {
+  static constexpr int64_t kLanes = 8, kRows = 6;
+  using Sums = __m256i;
+
+  static Sums zero() { return _mm256_setzero_si256(); }
+  static Sums load(const int32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  static Sums broadcast(const int32_t* from) { return _mm256_set1_epi32(*from); }
+  static void store(int32_t* to, Sums v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+  }
+  static Sums multiply_add(Sums a, Sums b, Sums sum) {
+    // gcc moves the sums of the intrinsics back and forth, which halves the rate
+    Sums products;
+    __asm__("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+    return sum;
+  }
+};
+
 }  // namespace
 }  // namespace bae_fast
 
@@ -236,6 +258,7 @@ struct Fma {
 #include "kernels_lookup.h"
 // after the vectors and what sets thresholds
 #include "fma_products.h"
+#include "screened_encode.h"
 
 namespace bae_fast {
 namespace {
@@ -397,6 +420,7 @@ constexpr Kernels make_avx2_kernels() {
   k.backward_strip_f32 = lookup_backward_strip_f32;
   k.backward_strip_f64 = lookup_backward_strip_f64;
   k.units = &kFmaUnits;
+  k.screen = &kScreen;
   return k;
 }
 

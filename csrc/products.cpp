@@ -7,6 +7,8 @@ namespace {
 
 // Rows and summed elements of a left panel: tens of MiB.
 constexpr int64_t kRowsAtOnce = 1024, kDepthAtOnce = 8192;
+// Of a screen, which prepares the right side anew for each.
+constexpr int64_t kScreenedAtOnce = 4096;
 
 // Pre-activations without their bias, of one row: the sum never leaves the inner cache.
 template <typename T>
@@ -106,17 +108,20 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
   };
   const Screen* const screen = kernels().screen;
   bool screened = screen != nullptr && digits == 3 && depth <= screen->depth;
-  for (int64_t top = 0; top < n; top += kRowsAtOnce) {
-    const int64_t rows = std::min(n - top, kRowsAtOnce);
+  int64_t rows = 0;
+  for (int64_t top = 0; top < n; top += rows) {
     if (screened) {
+      rows = std::min(n - top, kScreenedAtOnce);
       const LeftPanel panel(screen->panel_bytes(rows, depth), rows, screen->rows,
                             [&](int64_t first, uint8_t* to) {
                               return screen->pack(from(left, top, 0), first, rows, depth, to);
                             });
-      screened = by_strips(screen->columns, screen->scratch_bytes(depth), panel, top, rows,
+      screened = by_strips(screen->columns(depth), screen->scratch_bytes(depth), panel, top, rows,
                            screen->encode);
     }
-    if (screened) continue;  // else these rows and all below by sums in fp32
+    if (screened) continue;
+    // these rows and all below by sums in fp32
+    rows = std::min(n - top, kRowsAtOnce);
     const Units& units = *kernels().units;
     const LeftPanel panel(from(left, top, 0), rows, depth, digits);
     if (!by_strips(units.columns, units.scratch, panel, top, rows, units.encode)) return false;

@@ -209,17 +209,20 @@ inline Floats numbers_of_columns(const Matrix& m, int64_t k, int64_t column, int
   return v;
 }
 
-// Quantises a strip to pairs [kScreenColumns columns][pair of k][kScreenColumns]; false where they
-// do not fit.
+// Quantises a strip to pairs [kScreenColumns columns][pair of k][kScreenColumns] and copies it to
+// numbers [depth][kScreenStrip], as rows a power of two apart would push each other out of the
+// caches. False where the numbers do not fit.
 bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pairs,
-                    ScreenedColumns& out) {
+                    float* numbers, ScreenedColumns& out) {
   constexpr int64_t kVectors = kScreenStrip / kScreenLanes;
-  const int64_t used = (columns + kScreenLanes - 1) / kScreenLanes;
+  const int64_t used = (columns + kScreenColumns - 1) / kScreenColumns * 2;
   Floats squares[kVectors] = {}, largest[kVectors] = {}, errors[kVectors] = {};
   Floats step[kVectors] = {}, inverse[kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
+    float* const to = numbers + k * kScreenStrip;
     for (int64_t c = 0; c < used; ++c) {
       const Floats v = numbers_of_columns(m, k, c * kScreenLanes, columns), size = size_of(v);
+      store_vector(to + c * kScreenLanes, v);
       squares[c] += v * v;
       largest[c] = size > largest[c] ? size : largest[c];
     }
@@ -232,23 +235,19 @@ bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pa
     inverse[at][lane] = scale.inverse;
   }
   for (int64_t k = 0; k < depth; k += 2) {
-    for (int64_t c = 0; c < kVectors; ++c) {
-      int32_t* const to = pairs + c / 2 * kScreenColumns * pairs_of(depth) +
-                          k / 2 * kScreenColumns + c % 2 * kScreenLanes;
-      if (c >= used) {
-        store_vector(to, Integers{});
-        continue;
-      }
-      const int64_t column = c * kScreenLanes;
-      const Floats a = numbers_of_columns(m, k, column, columns);
-      const Floats b = k + 1 < depth ? numbers_of_columns(m, k + 1, column, columns) : Floats{};
+    for (int64_t c = 0; c < used; ++c) {
+      const float* const from = numbers + k * kScreenStrip + c * kScreenLanes;
+      const Floats a = load_vector<Floats>(from);
+      const Floats b = k + 1 < depth ? load_vector<Floats>(from + kScreenStrip) : Floats{};
       const Floats high_a = a * inverse[c] + kMagic, high_b = b * inverse[c] + kMagic;
       const Floats error_a = a - (high_a - kMagic) * step[c];
       const Floats error_b = b - (high_b - kMagic) * step[c];
       errors[c] += error_a * error_a;
       errors[c] += error_b * error_b;
       // the low 16 bits of a number that kMagic was added to are the integer's
-      store_vector(to, ((Integers)high_a & 0xFFFF) | (Integers)high_b << 16);
+      store_vector(pairs + c / 2 * kScreenColumns * pairs_of(depth) + k / 2 * kScreenColumns +
+                       c % 2 * kScreenLanes,
+                   ((Integers)high_a & 0xFFFF) | (Integers)high_b << 16);
     }
   }
   for (int64_t c = 0; c < used * kScreenLanes; ++c) {
@@ -353,22 +352,20 @@ inline Decision decide(const float* x, const float* w, int64_t n, float norms, f
   return {pre > 0, __builtin_fabs(pre) < static_cast<double>(width)};
 }
 
-// Columns that are copied at once, to lie in one piece each.
-constexpr int64_t kCopied = Fma::kLanes;
+// Columns that are turned to lie in one piece each, at once.
+constexpr int64_t kTurned = Fma::kLanes;
 
-void copy_columns(const Matrix& m, int64_t depth, int64_t column, int64_t used, float* out) {
+// numbers [depth][kScreenStrip] from a column on, to [kTurned][depth]
+void turn_columns(const float* numbers, int64_t depth, float* out) {
   int64_t k = 0;
-  if (used == kCopied && m.column == 1 && m.element == Matrix::kFloat) {
-    const float* const from = static_cast<const float*>(m.data) + column;
-    for (; k + kCopied <= depth; k += kCopied) {
-      typename Fma::Numbers block[kCopied];
-      for (int64_t i = 0; i < kCopied; ++i) block[i] = Fma::load(from + (k + i) * m.row);
-      Fma::transpose(block);
-      for (int64_t i = 0; i < kCopied; ++i) Fma::store(out + i * depth + k, block[i]);
-    }
+  for (; k + kTurned <= depth; k += kTurned) {
+    typename Fma::Numbers block[kTurned];
+    for (int64_t i = 0; i < kTurned; ++i) block[i] = Fma::load(numbers + (k + i) * kScreenStrip);
+    Fma::transpose(block);
+    for (int64_t i = 0; i < kTurned; ++i) Fma::store(out + i * depth + k, block[i]);
   }
   for (; k < depth; ++k) {
-    for (int64_t i = 0; i < used; ++i) out[i * depth + k] = number_at(m, k, column + i);
+    for (int64_t i = 0; i < kTurned; ++i) out[i * depth + k] = numbers[k * kScreenStrip + i];
   }
 }
 
@@ -376,29 +373,48 @@ inline void set_bit(uint32_t& word, int64_t bit, bool on) {
   word = (word & ~(1u << bit)) | static_cast<uint32_t>(on) << bit;
 }
 
-// Decides by float64 sums. doubts [rows][kScreenWords].
+// What a strip needs beside its panels.
+struct ScreenScratch {
+  int32_t *pairs, *tile;
+  uint32_t* doubts;  // [rows at once][kScreenWords]
+  float *numbers, *turned, *row;
+
+  static int64_t bytes(int64_t depth) {
+    return (kScreenStrip * pairs_of(depth) + kScreenRows * kScreenStrip +
+            kScreenRowsAtOnce * kScreenWords + (kScreenStrip + kTurned + 1) * depth) * 4;
+  }
+  ScreenScratch(uint8_t* memory, int64_t depth) {
+    pairs = reinterpret_cast<int32_t*>(memory);
+    tile = pairs + kScreenStrip * pairs_of(depth);
+    doubts = reinterpret_cast<uint32_t*>(tile + kScreenRows * kScreenStrip);
+    numbers = reinterpret_cast<float*>(doubts + kScreenRowsAtOnce * kScreenWords);
+    turned = numbers + kScreenStrip * depth;
+    row = turned + kTurned * depth;
+  }
+};
+
+// Decides what the integers left open of rows first .. last.
 void settle(const UnitStrip& s, const EncodeStrip& e, const ScreenedColumns& of_column,
-            int64_t first, int64_t last, const uint32_t* doubts, float* copied, float* row_copy) {
-  constexpr uint32_t kOfGroup = (1u << kCopied) - 1;
+            int64_t first, int64_t last, const ScreenScratch& scratch) {
+  constexpr uint32_t kOfGroup = (1u << kTurned) - 1;
   const ScreenedRow* const rows = reinterpret_cast<const ScreenedRow*>(s.left);
-  for (int64_t column = 0; column < s.columns; column += kCopied) {
+  for (int64_t column = 0; column < s.columns; column += kTurned) {
     const int64_t word = column / kWordBits, bit = column % kWordBits;
-    const int64_t used = s.columns - column < kCopied ? s.columns - column : kCopied;
-    bool there = false;
+    bool turned = false;
     for (int64_t row = first; row < last; ++row) {
-      uint32_t open = doubts[(row - first) * kScreenWords + word] >> bit & kOfGroup;
+      uint32_t open = scratch.doubts[(row - first) * kScreenWords + word] >> bit & kOfGroup;
       if (open == 0) continue;
-      if (!there) copy_columns(s.right, s.depth, column, used, copied);
-      there = true;
-      const float* x = row_copy;
+      if (!turned) turn_columns(scratch.numbers + column, s.depth, scratch.turned);
+      turned = true;
+      const float* x = scratch.row;
       if (s.source.column == 1 && s.source.element == Matrix::kFloat) {
         x = static_cast<const float*>(s.source.data) + row * s.source.row;
       } else {
-        for (int64_t k = 0; k < s.depth; ++k) row_copy[k] = number_at(s.source, row, k);
+        for (int64_t k = 0; k < s.depth; ++k) scratch.row[k] = number_at(s.source, row, k);
       }
       for (; open != 0; open &= open - 1) {
         const int64_t c = __builtin_ctz(open);
-        const Decision is = decide(x, copied + c * s.depth, s.depth,
+        const Decision is = decide(x, scratch.turned + c * s.depth, s.depth,
                                    rows[row].whole * of_column.whole[column + c],
                                    e.bias[column + c], of_column.slack[column + c], e.width);
         set_bit(e.words[row * e.words_stride + word], bit + c, is.on);
@@ -412,21 +428,18 @@ void settle(const UnitStrip& s, const EncodeStrip& e, const ScreenedColumns& of_
 
 // ---- a strip ------------------------------------------------------------------------------------
 
-constexpr int64_t kScreenTile = kScreenRows * kScreenStrip;
-
-int64_t screen_scratch_bytes(int64_t depth) {
-  return (kScreenStrip * pairs_of(depth) + kScreenTile + kScreenRowsAtOnce * kScreenWords +
-          round_up((kCopied + 1) * depth, 16)) * 4;
+// Columns of a strip: its panels stay in the outer cache of a core.
+int64_t screen_columns_at_once(int64_t depth) {
+  return depth <= 2048 ? kScreenStrip : depth <= 4096 ? kScreenStrip / 2 : kWordBits;
 }
 
 bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
   const int64_t pairs = pairs_of(s.depth);
-  int32_t* const right = reinterpret_cast<int32_t*>(s.scratch);
-  int32_t* const tile = right + kScreenStrip * pairs;
-  uint32_t* const doubts = reinterpret_cast<uint32_t*>(tile + kScreenTile);
-  float* const copied = reinterpret_cast<float*>(doubts + kScreenRowsAtOnce * kScreenWords);
+  const ScreenScratch scratch(s.scratch, s.depth);
   ScreenedColumns column{};
-  if (!screen_columns(s.right, s.depth, s.columns, right, column)) return false;
+  if (!screen_columns(s.right, s.depth, s.columns, scratch.pairs, scratch.numbers, column)) {
+    return false;
+  }
   for (int64_t c = 0; c < s.columns; ++c) {
     column.bias[c] = e.bias[c];
     column.slack[c] = kSlack * (__builtin_fabsf(e.bias[c]) + e.width);
@@ -441,12 +454,12 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
         const int32_t* const left = screened_left(const_cast<uint8_t*>(s.left), s.rows, s.depth,
                                                   m / kScreenRows);
         for (int64_t c = 0; c < s.columns; c += kScreenColumns) {
-          multiply_pairs(left, right + c * pairs, pairs, tile + c, kScreenStrip);
+          multiply_pairs(left, scratch.pairs + c * pairs, pairs, scratch.tile + c, kScreenStrip);
         }
       }
       uint32_t* const words = e.words + m * e.words_stride;
       uint32_t* const window = e.window == nullptr ? nullptr : e.window + m * e.window_stride;
-      uint32_t* const of_row = doubts + (m - first) * kScreenWords;
+      uint32_t* const of_row = scratch.doubts + (m - first) * kScreenWords;
       if (e.keep != nullptr && !e.keep[m]) {
         for (int64_t w = 0; w < n_words(s.columns); ++w) {
           words[w] = of_row[w] = 0;
@@ -454,20 +467,20 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
         }
         continue;
       }
-      screen_row(tile + of_group * kScreenStrip, rows[m], column, s.columns, e.width, words, window,
+      screen_row(scratch.tile + of_group * kScreenStrip, rows[m], column, s.columns, e.width, words, window,
                  of_row);
       for (int64_t w = 0; w < n_words(s.columns); ++w) open += popcount(of_row[w]);
     }
     // a float64 sum costs as much as eight entries
     if (open > (last - first) * s.columns / 8 + 64) return false;
-    if (open > 0) settle(s, e, column, first, last, doubts, copied, copied + kCopied * s.depth);
+    if (open > 0) settle(s, e, column, first, last, scratch);
   }
   return true;
 }
 
-constexpr Screen kScreen = {kScreenRows,        kScreenStrip, kMostScreened,
-                            screen_panel_bytes, screen_scratch_bytes,
-                            screen_pack,        screen_encode};
+constexpr Screen kScreen = {kScreenRows,        kMostScreened,        screen_columns_at_once,
+                            screen_panel_bytes, ScreenScratch::bytes, screen_pack,
+                            screen_encode};
 
 }  // namespace
 }  // namespace bae_fast
