@@ -121,12 +121,12 @@ struct Units {
   bool (*product)(const UnitStrip& strip, float* out, int64_t out_stride, bool add);
 };
 
-// Bits of x W + b as those of float64 sums, by products of integers (screened_encode.h). A result is
-// false where the operands are not finite or too large, or where the integers decide too few of the
-// bits: then what was written is of no use.
+// Bits of x W + b as those of float64 sums, by products of integers (screened_encode.h). A result
+// is false where the operands are not finite or too large, or where the integers decide too few of
+// the bits: then what was written is of no use.
 struct Screen {
-  int64_t rows;   // packed at once
-  int64_t depth;  // the most that is summed
+  int64_t rows;                       // packed at once
+  int64_t depth;                      // the most that is summed
   int64_t (*columns)(int64_t depth);  // of a strip
   int64_t (*panel_bytes)(int64_t rows, int64_t depth);
   int64_t (*scratch_bytes)(int64_t depth);

@@ -237,9 +237,7 @@ struct Pairs {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
   static Sums broadcast(const int32_t* from) { return _mm256_set1_epi32(*from); }
-  static void store(int32_t* to, Sums v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
-  }
+  static void store(int32_t* to, Sums v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
   static Sums multiply_add(Sums a, Sums b, Sums sum) {
     // gcc moves the sums of the intrinsics back and forth, which halves the rate
     Sums products;

@@ -88,9 +88,9 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
     parallel_for(0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(scratch_bytes);
       for (int64_t at = begin * strip; exact && at < std::min(end * strip, columns); at += strip) {
-        const UnitStrip s{panel.get(), from(right, 0, at), rows,
-                          depth,       std::min(columns - at, strip),
-                          digits,      scratch.get(),      from(left, top, 0)};
+        const UnitStrip s{
+            panel.get(),   from(right, 0, at), rows, depth, std::min(columns - at, strip), digits,
+            scratch.get(), from(left, top, 0)};
         EncodeStrip e{};
         e.bias = data<float>(bias) + at;
         e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
@@ -145,8 +145,8 @@ bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor ou
       parallel_for(0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
         Scratch scratch(units.scratch);
         for (int64_t at = begin * strip; at < std::min(end * strip, columns); at += strip) {
-          const UnitStrip s{panel.get(),  from(from_right, k0, at),      rows,
-                            deep,         std::min(columns - at, strip), digits,
+          const UnitStrip s{panel.get(),   from(from_right, k0, at),      rows,
+                            deep,          std::min(columns - at, strip), digits,
                             scratch.get(), from(from_left, top, k0)};
           float* to = mutable_data<float>(out) + top * stride + at;
           if (!units.product(s, to, stride, add || k0 > 0)) exact = false;

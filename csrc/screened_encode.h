@@ -13,10 +13,10 @@
 //     |x.w - s t p.q|  =  |s p.dw + dx.w|  <=  (|x| + |dx|) |dw| + |dx| |w|
 //
 // where norms are measured, not estimated. All of this is done in fp32, whose own errors are far
-// below: kSlack covers them (u = 2^-24). 3 u of the conversion, the product and the sum that make the
-// pre-activation, 2 u of the distance to a threshold, and 2 u of each of dx and dw, all relative
-// to |x| |w| + |b| + width; kGrowth covers those of a product of two norms. A norm of n squares in
-// any order is off by at most (n + 2) u, which `grown` adds.
+// below: kSlack covers them (u = 2^-24). 3 u of the conversion, the product and the sum that make
+// the pre-activation, 2 u of the distance to a threshold, and 2 u of each of dx and dw, all
+// relative to |x| |w| + |b| + width; kGrowth covers those of a product of two norms. A norm of n
+// squares in any order is off by at most (n + 2) u, which `grown` adds.
 //
 // Written with Fma (fma_products.h) and a struct Pairs:
 //
@@ -126,7 +126,8 @@ inline int64_t screened_rows_bytes(int64_t rows) {
 }
 
 int64_t screen_panel_bytes(int64_t rows, int64_t depth) {
-  return screened_rows_bytes(rows) + screened_groups(rows) * kScreenRows * pairs_of(depth) * 4;
+  return screened_rows_bytes(rows) +
+         round_up(screened_groups(rows) * kScreenRows * pairs_of(depth) * 4, 64);
 }
 
 inline int32_t* screened_left(uint8_t* panel, int64_t rows, int64_t depth, int64_t group) {
@@ -212,8 +213,8 @@ inline Floats numbers_of_columns(const Matrix& m, int64_t k, int64_t column, int
 // Quantises a strip to pairs [kScreenColumns columns][pair of k][kScreenColumns] and copies it to
 // numbers [depth][kScreenStrip], as rows a power of two apart would push each other out of the
 // caches. False where the numbers do not fit.
-bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pairs,
-                    float* numbers, ScreenedColumns& out) {
+bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pairs, float* numbers,
+                    ScreenedColumns& out) {
   constexpr int64_t kVectors = kScreenStrip / kScreenLanes;
   const int64_t used = (columns + kScreenColumns - 1) / kScreenColumns * 2;
   Floats squares[kVectors] = {}, largest[kVectors] = {}, errors[kVectors] = {};
@@ -269,7 +270,8 @@ inline void multiply_pairs(const int32_t* left, const int32_t* right, int64_t pa
 #pragma GCC unroll 16
   for (int r = 0; r < kScreenRows; ++r) sum[r][0] = sum[r][1] = Pairs::zero();
   for (int64_t k = 0; k < pairs; ++k, left += kScreenRows, right += kScreenColumns) {
-    const typename Pairs::Sums first = Pairs::load(right), second = Pairs::load(right + kScreenLanes);
+    const typename Pairs::Sums first = Pairs::load(right),
+                               second = Pairs::load(right + kScreenLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kScreenRows; ++r) {
       const typename Pairs::Sums of_row = Pairs::broadcast(left + r);
@@ -380,8 +382,10 @@ struct ScreenScratch {
   float *numbers, *turned, *row;
 
   static int64_t bytes(int64_t depth) {
-    return (kScreenStrip * pairs_of(depth) + kScreenRows * kScreenStrip +
-            kScreenRowsAtOnce * kScreenWords + (kScreenStrip + kTurned + 1) * depth) * 4;
+    return round_up((kScreenStrip * pairs_of(depth) + kScreenRows * kScreenStrip +
+                     kScreenRowsAtOnce * kScreenWords + (kScreenStrip + kTurned + 1) * depth) *
+                        4,
+                    64);
   }
   ScreenScratch(uint8_t* memory, int64_t depth) {
     pairs = reinterpret_cast<int32_t*>(memory);
@@ -451,8 +455,8 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
     for (int64_t m = first; m < last; ++m) {
       const int64_t of_group = m % kScreenRows;
       if (of_group == 0 || m == first) {
-        const int32_t* const left = screened_left(const_cast<uint8_t*>(s.left), s.rows, s.depth,
-                                                  m / kScreenRows);
+        const int32_t* const left =
+            screened_left(const_cast<uint8_t*>(s.left), s.rows, s.depth, m / kScreenRows);
         for (int64_t c = 0; c < s.columns; c += kScreenColumns) {
           multiply_pairs(left, scratch.pairs + c * pairs, pairs, scratch.tile + c, kScreenStrip);
         }
@@ -467,12 +471,12 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
         }
         continue;
       }
-      screen_row(scratch.tile + of_group * kScreenStrip, rows[m], column, s.columns, e.width, words, window,
-                 of_row);
+      screen_row(scratch.tile + of_group * kScreenStrip, rows[m], column, s.columns, e.width, words,
+                 window, of_row);
       for (int64_t w = 0; w < n_words(s.columns); ++w) open += popcount(of_row[w]);
     }
-    // a float64 sum costs as much as eight entries
-    if (open > (last - first) * s.columns / 8 + 64) return false;
+    // as many sums of single entries would take as long as products in fp32 of all
+    if (open > (last - first) * s.columns / 4 + 64) return false;
     if (open > 0) settle(s, e, column, first, last, scratch);
   }
   return true;

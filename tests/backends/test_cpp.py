@@ -254,6 +254,65 @@ def test_dense_products_err_less_than_twice_torchs(level, shape, dtype):
     assert (made[0] - 2 * exact).abs().max() <= 2 * allowed
 
 
+def _operands(kind, n, d, k):
+    """x, W_enc, b_enc in float32. The bias leaves row 3 with nothing but its own rounding error."""
+    x, W = torch.randn(n, d), torch.randn(d, k) / d**0.5
+    if kind == "outliers":
+        x *= torch.exp(2 * torch.randn(d))
+    elif kind == "one large dimension":
+        x[:, 0] += 100
+    elif kind == "features of all sizes":
+        W *= torch.exp(6 * torch.randn(k))
+    elif kind == "zeros and tiny numbers":
+        x[5], W[:, 2], x[6], W[:, 7] = 0, 0, 1e-14 * x[6], 1e-13 * W[:, 7]
+    elif kind == "too large for integers":
+        x, W = x * 1e16, W * 1e-14
+    elif kind == "mostly near zero":
+        W = W * 1e-4 * torch.randn(k).abs() + torch.ones(d, 1) / d**0.5
+        x -= x.mean(1, keepdim=True)
+    return x, W, (-(x[3].double() @ W.double())).float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "exact"),
+    [
+        ("plain", True),
+        ("outliers", True),
+        ("one large dimension", True),
+        ("features of all sizes", True),
+        ("zeros and tiny numbers", True),
+        ("too large for integers", False),
+        ("mostly near zero", False),
+    ],
+)
+@pytest.mark.parametrize("shape", [(40, 7, 130), (70, 300, 257), (1030, 65, 96)], ids=str)
+@pytest.mark.parametrize("width", [None, 0.3], ids=str)
+def test_bits_are_those_of_float64_sums(level, kind, exact, shape, width):
+    """Whatever the integers of 16 bits do not decide is summed again (screened_encode.h)."""
+    from bae_fast.backends.cpp import extension
+
+    if extension.op("unit_kind")() != 1:
+        pytest.skip(f"{level} takes no part of a product in integers")
+    n, d, k = shape
+    x, W, b = _operands(kind, n, d, k)
+    pre = x.double() @ W.double() + b.double()
+    limit = torch.tensor(0.0 if width is None else width).double()  # of float32
+    sizes = x.double().abs() @ W.double().abs() + b.double().abs() + limit
+    open_ = 1e-14 if exact else 1e-5  # of the sizes: a sum in fp32 where integers do not serve
+    for by_columns in (False, True):
+        W_enc = W.t().contiguous().t() if by_columns else W
+        words, window, *_ = CPP.ops["encode"](x, W_enc, b, None, width)
+        differ = unpack_rows(words, k) != (pre > 0)
+        assert not (differ & (pre.abs() > open_ * sizes)).any()
+        if width is not None:
+            differ = unpack_rows(window, k) != (pre.abs() < limit)
+            assert not (differ & ((pre.abs() - limit).abs() > open_ * sizes)).any()
+    if exact:  # neither do other rows and columns change a bit, nor threads
+        torch.set_num_threads(1)
+        some = CPP.ops["encode"](x[:33], W[:, 3:], b[3:], None, width)
+        assert torch.equal(unpack_rows(some[0], k - 3), unpack_rows(words, k)[:33, 3:])
+
+
 def test_numbers_that_are_not_finite_reach_their_row_and_column_alone(level):
     """A panel is padded with zeros, and zero times infinity is NaN."""
     n, d, k = 70, 9, 150

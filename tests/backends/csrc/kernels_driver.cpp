@@ -12,8 +12,9 @@
 //             loads and stores of AMX tiles and masked lanes
 //     front   buffers start behind such a page
 //
-// All numbers are integers, or quarters, small enough for every sum to be exact in any order: a
-// result is right or wrong. The first wrong one, and a fault, print the case and end the program.
+// Numbers are integers, or quarters, small enough for every sum to be exact in any order: a result
+// is right or wrong. Of the screen, which has others too, only what rounding in float64 leaves open
+// is left out. The first wrong one, and a fault, print the case and end the program.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -753,7 +754,7 @@ void unit_product(const Kernels& k, int64_t rows, int64_t depth, int64_t columns
     if (!units.pack(from, r, rows, depth, digits, panel.get())) wrong("size of left", r, 0, 0, 1);
   }
   const Buffer<uint8_t> scratch(units.scratch, 64);
-  const UnitStrip s{panel.get(), right.matrix(), rows, depth, columns, digits, scratch.get()};
+  const UnitStrip s{panel.get(), right.matrix(), rows, depth, columns, digits, scratch.get(), from};
   const auto want = [&](int64_t r, int64_t c) {
     double sum = 0;
     for (int64_t d = 0; d < depth; ++d) {
@@ -816,6 +817,89 @@ void test_units(const Kernels& k) {
   unit_product(k, 1030, 400, 40, 1, false, false, Matrix::kBfloat16, false);
 }
 
+// `kind` of 0 has integers, whose sums are often exactly zero or as wide as the window; 1 has
+// numbers of all sizes, which integers of 16 bits do not hold; 2 has rows and columns of zeros
+// beside tiny numbers.
+void screened(const Kernels& k, int64_t rows, int64_t depth, int64_t columns, bool left_major,
+              bool right_major, Matrix::Element element, int kind) {
+  begin("%s screen: rows %lld, depth %lld, columns %lld, left %s, right %s, %s, kind %d", k.name,
+        (long long)rows, (long long)depth, (long long)columns,
+        left_major ? "by rows" : "by columns", right_major ? "by rows" : "by columns",
+        element == Matrix::kFloat ? "f32" : "bf16", kind);
+  const Screen& screen = *k.screen;
+  const Numbers left(rows, depth, left_major, element, 9),
+      right(depth, columns, right_major, element, 9);
+  const auto change = [&](const Numbers& numbers, bool by_row) {
+    for (int64_t i = 0; i < numbers.length(); ++i) {
+      const int64_t line = (i / numbers.stride + i % numbers.stride) % 5;
+      const float scale = kind == 0   ? 1
+                          : kind == 1 ? std::exp(0.5f * static_cast<float>(random_between(-9, 9)))
+                          : line == 0 ? 0
+                          : line == 1 ? (by_row ? 1e-14f : 1e-13f)
+                                      : 0.37f;
+      if (element == Matrix::kFloat) {
+        numbers.wide[i] *= scale;
+      } else if (scale == 0) {
+        numbers.half[i] = 0;
+      }
+    }
+  };
+  change(left, true);
+  change(right, false);
+  const Buffer<uint8_t> panel(screen.panel_bytes(rows, depth), 64);
+  for (int64_t r = 0; r < rows; r += screen.rows) {
+    if (!screen.pack(left.matrix(), r, rows, depth, panel.get())) wrong("size of left", r, 0, 0, 1);
+  }
+  const Buffer<uint8_t> scratch(screen.scratch_bytes(depth), 64);
+  const UnitStrip s{panel.get(), right.matrix(), rows,         depth, columns,
+                    3,           scratch.get(),  left.matrix()};
+  const int64_t words = n_words(columns);
+  for (bool windowed : {false, true}) {
+    Buffer<float> bias(columns);
+    Buffer<bool> keep(rows);
+    Buffer<uint32_t> out(extent(rows, words + 1, words)), window(windowed ? out.size() : 0);
+    for (int64_t c = 0; c < columns; ++c) bias[c] = static_cast<float>(random_between(-9, 9));
+    for (int64_t r = 0; r < rows; ++r) keep[r] = random_between(0, 3) > 0;
+    const float width = windowed ? 16 : 0;
+    const EncodeStrip e{bias.get(), keep.get(), width,
+                        out.get(),  words + 1,  windowed ? window.get() : nullptr,
+                        words + 1};
+    if (!screen.encode(s, e)) wrong("decided", 0, 0, 0, 1);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < words * 32; ++c) {
+        const bool counts = c < columns && keep[r];
+        double pre = counts ? static_cast<double>(bias[c]) : 0, sizes = std::fabs(pre) + width;
+        for (int64_t d = 0; counts && d < depth; ++d) {
+          const double product = left.at(r, d) * right.at(d, c);
+          pre += product;
+          sizes += std::fabs(product);
+        }
+        const double rounding = kind == 0 ? 0 : 1e-13 * sizes;
+        const int64_t at = r * (words + 1) + c / 32;
+        if (std::fabs(pre) > rounding || pre == 0)
+          equal("bit", r, c, out[at] >> c % 32 & 1, counts && pre > 0);
+        if (windowed && (kind == 0 || std::fabs(std::fabs(pre) - width) > rounding))
+          equal("window", r, c, window[at] >> c % 32 & 1, counts && std::fabs(pre) < width);
+      }
+    }
+  }
+}
+
+void test_screen(const Kernels& k) {
+  const int64_t columns[] = {1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128};
+  int64_t turn = 0;
+  for (int64_t rows : {1, 5, 6, 7, 11, 12, 13, 24, 33, 70}) {
+    for (int64_t depth : {1, 2, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 300}) {
+      ++turn;
+      const int kind = static_cast<int>(turn % 3);
+      screened(k, rows, depth, columns[turn % 15], turn % 2 == 0, turn / 2 % 2 == 0,
+               turn % 5 == 0 ? Matrix::kBfloat16 : Matrix::kFloat, kind);
+    }
+  }
+  screened(k, 1030, 96, 40, true, true, Matrix::kFloat, 0);  // rows in two parts
+  screened(k, 40, 96, 128, true, true, Matrix::kFloat, 1);
+}
+
 void test_level(const Kernels& k) {
   cases = 0;
   test_transpose(k);
@@ -828,6 +912,7 @@ void test_level(const Kernels& k) {
   test_product(k, "gather_product", k.gather_product);
   if (k.bits_product != nullptr) test_product(k, "bits_product", k.bits_product);
   if (k.units != nullptr) test_units(k);
+  if (k.screen != nullptr) test_screen(k);
   printf("%s: %lld cases\n", k.name, static_cast<long long>(cases));
 }
 
