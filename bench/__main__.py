@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--model",
         action="append",
         metavar="NAME",
-        help="A language model for the suite models: a folder, a GGUF file or a Hugging Face id. "
-        "It may be given several times.",
+        help="A language model for the suites models and supply: a folder, a GGUF file or a "
+        "Hugging Face id. It may be given several times.",
     )
     parser.add_argument(
         "--dtype", default="auto", help="The dtype that the suite models runs them in (auto)."
@@ -195,10 +195,12 @@ def main(arguments: list[str] | None = None) -> int:
                 "n_timed": options.windows,
                 "later_loads": options.later_loads,
             }
+        if name == "supply":
+            more["models"] = options.model
         result = {"environment": environment(), **SUITES[name].run(**more)}
         refused += refusals(result)
-        if name in MODELS:
-            result = models.merged(folder / f"{name}.json", result)
+        if name in ("models", "supply"):
+            result = SUITES[name].merged(folder / f"{name}.json", result)
         if options.only is None:
             write_json(folder / f"{name}.json", result)
             if name == "sparse":

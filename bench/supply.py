@@ -6,7 +6,8 @@ alone and as many steps alone. ``reads``: rows a second of :class:`ShardSupply`,
 from a cache that the system holds in memory, against picking rows of a memory-mapped file.
 ``asleep``: a model and a step that each sleep 50 ms, so that only the overlap is measured.
 ``memory``: how far reading a large cache drives resident memory. SmolLM2-135M in windows of 256 for
-the first two.
+the first two. ``--model`` measures a harvest of that model instead, in fewer windows, and adds it
+to the results.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from bae_fast import BinaryAutoencoder
+from bae_fast.files import read_json
 from bae_fast.lm import (
+    DEFAULT_MODEL,
     Engine,
     LanguageModel,
     harvest_shards,
@@ -32,7 +35,7 @@ from bae_fast.lm import (
     standard_library_text,
     windows,
 )
-from bae_fast.lm.hooks import in_order
+from bae_fast.lm.hooks import block_path, in_order
 from bae_fast.training import LiveSupply, MemorySupply, ShardSupply
 from bench import tables
 from bench.exact import WrongResultError
@@ -42,6 +45,7 @@ HOOKS = ["model.layers.5", "model.layers.11"]
 BATCH_WINDOWS = 8
 ROUNDS = 5
 SLEEP = 0.05
+OTHER_WINDOWS = 8  # of a model that was named
 N_PASSES = 8  # of a round of the live case: one for every stream
 STEPS_ALONE = 16
 N = 512
@@ -107,9 +111,9 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def smollm2(n_windows: int) -> tuple[LanguageModel, Tensor]:
-    """The model and the first windows of its text."""
-    lm = load_language_model()
+def model_and_text(n_windows: int, name: str = DEFAULT_MODEL) -> tuple[LanguageModel, Tensor]:
+    """SmolLM2 or the model of that name, and the first windows of the text."""
+    lm = load_language_model(name)
     return lm, windows(lm.tokenizer, standard_library_text(), n_tokens=n_windows * 256)
 
 
@@ -121,23 +125,31 @@ def passes(lm: LanguageModel, tokens: Tensor, hooks: list[str]) -> None:
             pass
 
 
-def harvest_case(n_windows: int) -> dict[str, Any]:
-    lm, tokens = smollm2(n_windows)
+def harvest_case(n_windows: int, name: str = DEFAULT_MODEL) -> dict[str, Any]:
+    """Two hooks of SmolLM2, or of another model as deep in it."""
+    lm, tokens = model_and_text(n_windows, name)
+    hooks = HOOKS
+    if name != DEFAULT_MODEL:
+        n_blocks = lm.model.config.get_text_config().num_hidden_layers
+        hooks = [block_path(lm.model, n_blocks * share // 30) for share in (6, 12)]
 
     def harvested() -> None:
         with tempfile.TemporaryDirectory() as folder:
             cache = harvest_shards(
-                lm, tokens, HOOKS, folder, batch_size=BATCH_WINDOWS, shard_windows=n_windows,
+                lm, tokens, hooks, folder, batch_size=BATCH_WINDOWS, shard_windows=n_windows,
                 progress=False,
             )  # fmt: skip
             if cache.n_windows != n_windows:
                 raise WrongResultError(f"{cache.n_windows} of {n_windows} windows")
 
-    passes(lm, tokens[:BATCH_WINDOWS], HOOKS)
-    seconds = in_turns({"passes": lambda: passes(lm, tokens, HOOKS), "harvest": harvested})
+    passes(lm, tokens[:BATCH_WINDOWS], hooks)
+    seconds = in_turns({"passes": lambda: passes(lm, tokens, hooks), "harvest": harvested})
     ratios = [alone / own for alone, own in zip(*seconds.values(), strict=True)]
     found = {**medians(seconds), "ratio": statistics.median(ratios), "tokens": tokens.numel()}
-    return {**found, "rounds": ROUNDS}
+    of_model = (
+        {} if name is None else {"model": lm.label, "n_parameters": lm.model.num_parameters()}
+    )
+    return {**found, **of_model, "rounds": ROUNDS}
 
 
 def live_case(n_passes: int) -> dict[str, Any]:
@@ -148,7 +160,7 @@ def live_case(n_passes: int) -> dict[str, Any]:
     Every round times the passes alone, the steps alone and a live stretch, one after the other.
     """
     hook = HOOKS[-1]
-    lm, tokens = smollm2(128)
+    lm, tokens = model_and_text(128)
     with contextlib.closing(LiveSupply(lm, tokens, [hook], buffer_rows=4096)) as supply:
         rows = supply.sample(4096, 0).x[hook].float()
         bae = BinaryAutoencoder(rows.shape[1], EXPANSION * rows.shape[1])
@@ -279,14 +291,33 @@ RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def run(only: str = "", seconds: float = 0.0) -> dict[str, Any]:
-    """Every case; a call takes seconds, so the number of calls is fixed."""
+def run(only: str = "", seconds: float = 0.0, models: list[str] | None = None) -> dict[str, Any]:
+    """Every case, or a harvest of each model; a call takes seconds, so the number of calls is
+    fixed."""
     rows = []
-    for case, size in CASES:
+    for name in models or ():
+        found = harvest_case(OTHER_WINDOWS, name)
+        rows.append({"case": "harvest", "size": OTHER_WINDOWS, **found})
+        print(said(rows[-1]), flush=True)
+    for case, size in () if models else CASES:
         if only in tables.name((case, size)):
             rows.append({"case": case, "size": size, **RUNS[case](size)})
             print(said(rows[-1]), flush=True)
     return {"rows": rows}
+
+
+def merged(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what a file holds and these runs did not measure: harvests of other models,
+    or where models were named, all the rest, under its own environment."""
+    old = read_json(path) if path.is_file() else {"rows": []}
+    measured = {row.get("model") for row in result["rows"]}
+    kept = [row for row in old["rows"] if row.get("model") not in measured]
+    of_smollm2 = [row for row in kept if "model" not in row]
+    if of_smollm2:
+        result = result | {"environment": old["environment"]}
+    return result | {"rows": of_smollm2 + [
+        row for row in [*kept, *result["rows"]] if row not in of_smollm2
+    ]}  # fmt: skip
 
 
 def said(row: dict[str, Any]) -> str:
@@ -295,10 +326,14 @@ def said(row: dict[str, Any]) -> str:
     # results that were kept before rounds were counted do not say how many
     rounds = f" (medians of {row['rounds']} rounds)" if "rounds" in row else ""
     if case == "harvest":
+        of_model = (
+            f" of {row['model']} ({row['n_parameters'] / 1e9:.1f} billion parameters)"
+            if "model" in row
+            else ""
+        )
         return (
-            f"harvest of {row['tokens']:,} tokens, two hooks: {row['harvest']:.2f} s, the passes "
-            f"alone {row['passes']:.2f} s: {row['ratio']:.0%} of their "
-            f"speed{rounds}"
+            f"harvest of {row['tokens']:,} tokens{of_model}, two hooks: {row['harvest']:.2f} s, "
+            f"the passes alone {row['passes']:.2f} s: {row['ratio']:.0%} of their speed{rounds}"
         )
     if case == "live":
         return (
