@@ -142,11 +142,16 @@ inline float number_at(const Matrix& m, int64_t row, int64_t column) {
                                      : number(static_cast<const uint16_t*>(m.data)[at]);
 }
 
+// A vector of them, side by side.
+inline Floats numbers_at(const Matrix& m, int64_t row, int64_t column) {
+  const int64_t at = row * m.row + column;
+  return m.element == Matrix::kFloat ? (Floats)Fma::load(static_cast<const float*>(m.data) + at)
+                                     : (Floats)Fma::load(static_cast<const uint16_t*>(m.data) + at);
+}
+
 // kScreenLanes numbers of a row from k on, zero past the depth.
 inline Floats numbers_of_row(const Matrix& m, int64_t row, int64_t k, int64_t depth) {
-  if (k + kScreenLanes <= depth && m.column == 1 && m.element == Matrix::kFloat) {
-    return load_vector<Floats>(static_cast<const float*>(m.data) + row * m.row + k);
-  }
+  if (k + kScreenLanes <= depth && m.column == 1) return numbers_at(m, row, k);
   Floats v = {};
   for (int64_t i = 0; i < kScreenLanes && k + i < depth; ++i) v[i] = number_at(m, row, k + i);
   return v;
@@ -200,9 +205,7 @@ struct ScreenedColumns {
 
 // kScreenLanes numbers of row k from a column on, zero past the last of `columns`.
 inline Floats numbers_of_columns(const Matrix& m, int64_t k, int64_t column, int64_t columns) {
-  if (column + kScreenLanes <= columns && m.column == 1 && m.element == Matrix::kFloat) {
-    return load_vector<Floats>(static_cast<const float*>(m.data) + k * m.row + column);
-  }
+  if (column + kScreenLanes <= columns && m.column == 1) return numbers_at(m, k, column);
   Floats v = {};
   for (int64_t i = 0; i < kScreenLanes && column + i < columns; ++i) {
     v[i] = number_at(m, k, column + i);

@@ -255,7 +255,7 @@ def test_dense_products_err_less_than_twice_torchs(level, shape, dtype):
 
 
 def _operands(kind, n, d, k):
-    """x, W_enc, b_enc in float32. The bias leaves row 3 with nothing but its own rounding error."""
+    """x, W_enc, b_enc. The bias leaves row 3 with nothing but its own rounding error."""
     x, W = torch.randn(n, d), torch.randn(d, k) / d**0.5
     if kind == "outliers":
         x *= torch.exp(2 * torch.randn(d))
@@ -285,16 +285,25 @@ def _operands(kind, n, d, k):
         ("mostly near zero", False),
     ],
 )
-@pytest.mark.parametrize("shape", [(40, 7, 130), (70, 300, 257), (1030, 65, 96)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((40, 7, 130), torch.float32),
+        ((70, 300, 257), torch.float32),
+        ((1030, 65, 96), torch.float32),
+        ((70, 65, 150), torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("width", [None, 0.3], ids=str)
-def test_bits_are_those_of_float64_sums(level, kind, exact, shape, width):
+def test_bits_are_those_of_float64_sums(level, kind, exact, shape, dtype, width):
     """Whatever the integers of 16 bits do not decide is summed again (screened_encode.h)."""
     from bae_fast.backends.cpp import extension
 
     if extension.op("unit_kind")() != 1:
         pytest.skip(f"{level} takes no part of a product in integers")
     n, d, k = shape
-    x, W, b = _operands(kind, n, d, k)
+    x, W, b = (t.to(dtype) for t in _operands(kind, n, d, k))
     pre = x.double() @ W.double() + b.double()
     limit = torch.tensor(0.0 if width is None else width).double()  # of float32
     sizes = x.double().abs() @ W.double().abs() + b.double().abs() + limit

@@ -1,7 +1,7 @@
 """Encode: B = [x W_enc + b_enc > 0] and the rectangle's window [|pre| < w], packed.
 
-With products of the package's own (``units``), the product, the comparison and the packing are one
-pass in C++. Else the product of one chunk of columns is torch's and stays in the cache: C++ reads
+With products of the package's own (``units``), of integers or of floats, the product, the
+comparison and the packing are one pass in C++. Else the product of one chunk of columns is torch's and stays in the cache: C++ reads
 it once, adds the bias and writes one bit an element of each. The counts are made from the packed
 bits, a thirty-second of that traffic.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.backends.cpp.extension import op
-from bae_fast.backends.cpp.units import operand, unit_digits
+from bae_fast.backends.cpp.units import encode_digits, operand
 from bae_fast.ops.products import Preactivation, column_chunks
 from bae_fast.packing import n_words
 
@@ -28,7 +28,7 @@ def encode(
     window = torch.empty_like(words if width is not None else words[:0, 0])
     keep = None if row_mask is None else row_mask.contiguous()
     limit = 0.0 if width is None else width
-    digits = unit_digits(x.dtype, n, k)
+    digits = encode_digits(x.dtype, n, k)
     done = digits > 0 and op("unit_encode")(
         operand(x, digits), operand(W_enc, digits), b_enc.float().contiguous(), keep, limit,
         digits, words, window,

@@ -6,7 +6,7 @@ could not, because an operand is not finite or nearly so: then torch's own produ
 
 With AVX2 and AVX-512 numbers of fp32 and of bf16 are multiplied as they are, by fused
 multiply-adds; where the processor multiplies bf16 natively, torch's product of such numbers is
-faster. Either way what comes before and after a product of the package's own is done strip by
+faster. Encode makes products of 16-bit integers there (``csrc/screened_encode.h``). Either way what comes before and after a product of the package's own is done strip by
 strip, without a matrix [N, F] in memory.
 """
 
@@ -43,6 +43,13 @@ def unit_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
         return 0
     enough = rows >= LEAST_ROWS and columns >= LEAST_COLUMNS * torch.get_num_threads()
     return 3 if kind == 1 and dtype in _DIGITS and enough else 0
+
+
+def encode_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
+    """The same for encode, whose products of 16-bit integers no product of bf16 outruns."""
+    digits = unit_digits(dtype, rows, columns)
+    integers = dtype == torch.bfloat16 and op("unit_kind")() == 1
+    return digits or (unit_digits(torch.float32, rows, columns) if integers else 0)
 
 
 def operand(matrix: Tensor, digits: int) -> Tensor:
