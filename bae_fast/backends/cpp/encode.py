@@ -1,9 +1,9 @@
 """Encode: B = [x W_enc + b_enc > 0] and the rectangle's window [|pre| < w], packed.
 
 With products of the package's own (``units``), of integers or of floats, the product, the
-comparison and the packing are one pass in C++. Else the product of one chunk of columns is torch's and stays in the cache: C++ reads
-it once, adds the bias and writes one bit an element of each. The counts are made from the packed
-bits, a thirty-second of that traffic.
+comparison and the packing are one pass in C++. Else the product of one chunk of columns is torch's
+and stays in the cache: C++ reads it once, adds the bias and writes one bit an element of each. The
+counts are made from the packed bits, a thirty-second of that traffic.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ could not, because an operand is not finite or nearly so: then torch's own produ
 
 With AVX2 and AVX-512 numbers of fp32 and of bf16 are multiplied as they are, by fused
 multiply-adds; where the processor multiplies bf16 natively, torch's product of such numbers is
-faster. Encode makes products of 16-bit integers there (``csrc/screened_encode.h``). Either way what comes before and after a product of the package's own is done strip by
-strip, without a matrix [N, F] in memory.
+faster. Encode makes products of 16-bit integers there (``csrc/screened_encode.h``). Either way what
+comes before and after a product of the package's own is done strip by strip, without a matrix
+[N, F] in memory.
 """
 
 from __future__ import annotations
