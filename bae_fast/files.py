@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -157,6 +158,19 @@ def check_place(path: str | os.PathLike[str], *, folder: bool = True) -> None:
             file.flush()
     except OSError as error:
         raise _naming(error, target) from error
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, hexadecimal, read a part at a time.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # -- locks -------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ LEAST_OF_A_CLASS = 20
 
 _RESAMPLES = 1000
 
+# groups of rows drawn at a time: 128 MiB
+_DRAWN = 2**22
+
 # of the logistic regression, on standardised features
 _RIDGE, _NEWTON_STEPS = 1e-3, 30
 
@@ -114,9 +117,10 @@ def sparse_probes(
     if groups is None:
         groups = torch.arange(len(heldout))
     which = groups.unique(return_inverse=True)[1]
+    n_groups = int(which.max()) + 1
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(int(which.max()) + 1, (_RESAMPLES, int(which.max()) + 1),
-                          generator=generator)  # fmt: skip
+    drawn = torch.randint(n_groups, (_RESAMPLES, n_groups), generator=generator)
+    draws = drawn.split(max(_DRAWN // n_groups, 1))
     found: dict[int, list[Probe]] = {}
     for n in k:
         found[n] = []
@@ -126,10 +130,10 @@ def sparse_probes(
             said = _classify(fit[:, columns], truth[:, i], held[:, columns])
             right = heldout_labels[name]
             cells = torch.stack([right & said, right, ~right & ~said, ~right], 1).double()
-            by_group = torch.zeros(int(which.max()) + 1, 4, dtype=torch.float64)
+            by_group = torch.zeros(n_groups, 4, dtype=torch.float64)
             by_group.index_add_(0, which, cells)
             accuracy = _balanced(by_group.sum(0))
-            resampled = _balanced(by_group[drawn].sum(1))
+            resampled = torch.cat([_balanced(by_group[part].sum(1)) for part in draws])
             low, high = resampled.nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
             found[n].append(
                 Probe(

@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
-from bae_fast.lm.hooks import find_module, first_part, resolve_hook, running
+from bae_fast.lm.hooks import (
+    find_module,
+    first_part,
+    resolve_hook,
+    running,
+    with_first_part,
+)
 from bae_fast.lm.inputs import excluded_tokens
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model, under_head
@@ -361,7 +367,7 @@ class _Replacement:
             return None
         changed = y.clone()
         changed[chosen] = self.function(x[chosen], y[chosen]).to(y.dtype)
-        return _with_first(output, changed)
+        return with_first_part(output, changed)
 
     def _input(self, y: Tensor, given: list[Any]) -> Tensor:
         """x for an output y, given what the module was called with."""
@@ -421,16 +427,6 @@ class _Replacement:
                 f"path={self.path!r} gives {list(y.shape)}: [batch, length, d] is needed to tell "
                 "the positions of drop_positions and mask"
             )
-
-
-def _with_first(output: Any, first: Tensor) -> Any:
-    """A module's output with another first part, or another output where it has no parts."""
-    if not isinstance(output, (tuple, list)):
-        return first
-    parts = (first, *output[1:])
-    if hasattr(output, "_fields"):
-        return type(output)(*parts)
-    return parts if isinstance(output, tuple) else list(parts)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def run_task(
         states[key] = {hook: part[:, 0] for hook, part in found.items()}
         guess = after[:, answers_at].argmax(1)
         truth = torch.tensor([task.labels.index(answer) for answer in answers])
-        entropy = -(after.exp() * after).sum(1) / math.log(2)
+        entropy = torch.special.entr(after.exp()).sum(1) / math.log(2)  # of -inf too
         cells[key] = {
             "accuracy": float((guess == truth).double().mean()),
             "next_token_bits": float(entropy.double().mean()),

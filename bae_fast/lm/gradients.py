@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.hooks import find_module, first_part, frozen, in_own_dtype, running
+from bae_fast.lm.hooks import (
+    find_module,
+    first_part,
+    frozen,
+    in_own_dtype,
+    running,
+    with_first_part,
+)
 from bae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -52,9 +59,7 @@ def sensitivity(
     def leaf(_module: Any, _arguments: Any, output: Any) -> Any:
         state = first_part(output).detach().requires_grad_()
         found.append(state)
-        if isinstance(output, (tuple, list)):
-            return type(output)([state, *output[1:]])
-        return state
+        return with_first_part(output, state)
 
     generator = torch.Generator().manual_seed(seed)
     total: Tensor | None = None

@@ -31,6 +31,16 @@ def first_part(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def with_first_part(output: Any, first: Any) -> Any:
+    """A module's output with another first part, or ``first`` where it has no parts."""
+    if not isinstance(output, (tuple, list)):
+        return first
+    parts = (first, *output[1:])
+    if hasattr(output, "_fields"):
+        return type(output)(*parts)
+    return parts if isinstance(output, tuple) else list(parts)
+
+
 class _Shared:
     """What holds as long as any block of any thread needs it: the last one to end undoes it.
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from bae_fast.files import cache_folder, read_json, write_json
+from bae_fast.files import cache_folder, file_digest, read_json, write_json
 
 # seconds without a change; the coarsest times of files in use are two seconds apart
 AT_REST = 5.0
@@ -34,8 +34,7 @@ def content_digest(path: str | os.PathLike[str]) -> str:
     known = Known("SHA-256", [path])
     digest = known.value()
     if digest is None:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(path)
         known.keep(digest)
     return digest
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.files import (
+    file_digest,
     locked,
     read_json,
     read_safetensors,
@@ -367,15 +368,6 @@ class ShardedCache:
 
 
 _MEND = "remove the shard's files and manifest.json, and harvest again"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 # -- harvesting --------------------------------------------------------------------------------

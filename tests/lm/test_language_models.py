@@ -6,7 +6,6 @@ model's own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import threading
@@ -1275,9 +1274,9 @@ def test_a_dequantised_copy_is_read_through_once(at_rest, tokenizer, tmp_path, m
     assert gguf_copies.can_keep_copy(path, 1000)
     gguf_copies.keep_copy(path, model, tokenizer, torch.float32)
     hashed, summed = [], []
-    file_digest, model_digest_ = hashlib.file_digest, model_loading.model_digest
+    file_digest, model_digest_ = known_files.file_digest, model_loading.model_digest
     monkeypatch.setattr(
-        hashlib, "file_digest", lambda *given: hashed.append(given) or file_digest(*given)
+        known_files, "file_digest", lambda *given: hashed.append(given) or file_digest(*given)
     )
     monkeypatch.setattr(
         model_loading, "model_digest", lambda given: summed.append(given) or model_digest_(given)

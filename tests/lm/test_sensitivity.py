@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from tiny_lm import save_tiny_model
@@ -9,6 +11,7 @@ from tiny_lm import save_tiny_model
 pytest.importorskip("transformers")
 
 from bae_fast.lm import load_language_model, sensitivity
+from bae_fast.lm.hooks import with_first_part
 
 WORDS = [f"word{i}" for i in range(40)]
 HOOK = "model.layers.0"
@@ -80,6 +83,22 @@ def test_half_of_it_times_the_square_of_an_error_is_the_divergence(lm):
     torch.testing.assert_close(fisher, true, rtol=0.01, atol=0)
     found = sensitivity(lm, ids[None].expand(250, -1), HOOK, max_norm_ratio=None, drop_positions=0)
     torch.testing.assert_close(found, fisher, rtol=0.4, atol=0)
+
+
+def test_another_first_part_leaves_the_kind_of_the_output():
+    class Named(NamedTuple):
+        states: int
+        cache: str
+
+    for output, expected in (
+        (1, 5),
+        ((1, "c"), (5, "c")),
+        ([1, "c"], [5, "c"]),
+        (Named(1, "c"), Named(5, "c")),
+    ):
+        found = with_first_part(output, 5)
+        assert found == expected
+        assert type(found) is type(expected)
 
 
 def test_the_model_is_left_as_it_was(lm):
