@@ -24,6 +24,11 @@ def cpu_has_bfloat16() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def cpu_has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 on matrix units (x86: AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def has_bfloat16(device: torch.device | str) -> bool:
     """Whether bfloat16 products are faster than float32 ones on a device."""
     kind = torch.device(device).type

@@ -118,14 +118,18 @@ def test_the_density_decides_in_half_precision(native, dtype, monkeypatch):
         cpp_decode.decode(words, normal(960, 4), torch.zeros(4), 1, dtype)
         assert gathered == ([adds] if adds or not units else [])
 
-    has = native and dtype == torch.bfloat16
-    table = cpp_sparse.SPARSE_BELOW_NATIVE if has else cpp_sparse.SPARSE_BELOW
     x, W = normal(200, 4).to(dtype), normal(4, 960)
-    for share in (0.8, 1.2):
-        window = pack_rows(random_bits(200, 960, share * table[extension.simd()]))
-        listed = cpp_sparse.listed_window(x, W, window, None, 1)
-        assert (listed is not None) == (share < 1)
-        assert cpp_sparse.listed_window(x, W, window, None, 2) is None
+    level = extension.simd()
+    for units in (False, True) if level != "amx" else (True,):
+        monkeypatch.setattr(cpp_sparse, "cpu_has_matrix_units", lambda units=units: units)
+        table = cpp_sparse.SPARSE_BELOW
+        if native and dtype == torch.bfloat16:
+            table = cpp_sparse.SPARSE_BELOW_UNITS if units else cpp_sparse.SPARSE_BELOW_VECTORS
+        for share in (0.8, 1.2):
+            window = pack_rows(random_bits(200, 960, share * table[level]))
+            listed = cpp_sparse.listed_window(x, W, window, None, 1)
+            assert (listed is not None) == (share < 1)
+            assert cpp_sparse.listed_window(x, W, window, None, 2) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -19,16 +19,26 @@ from torch import Tensor
 from bae_fast.backends.cpp import extension
 from bae_fast.backends.cpp.covariance import dense_rows
 from bae_fast.backends.cpp.extension import op
+from bae_fast.devices import cpu_has_matrix_units
 from bae_fast.ops.products import product_dtype
 
 # Density of the window below which its entries are listed. Both ways are as fast at 0.17, 0.26,
 # 0.38 and 0.23 (scalar, avx2, avx512, amx; N=512, d=2048, fp32); less, for smaller caches. Not
 # measured on neon.
 SPARSE_BELOW = {"scalar": 0.12, "avx2": 0.2, "avx512": 0.3, "neon": 0.1, "amx": 0.2}
-# The same against native bfloat16 products. At density 0.035 listing took 0.55 to 0.71 of the time
-# of the matrix units (five shapes, bench/results/operators.json). Where torch makes the products,
-# they are up to five times as fast as in fp32.
-SPARSE_BELOW_NATIVE = {"scalar": 0.02, "avx2": 0.04, "avx512": 0.06, "neon": 0.02, "amx": 0.045}
+# The same against bfloat16 products of matrix units, torch's below level amx, which are up to five
+# times as fast as in fp32. At density 0.035 listing took 0.55 to 0.71 of their time (five shapes).
+SPARSE_BELOW_UNITS = {"scalar": 0.02, "avx2": 0.04, "avx512": 0.06, "neon": 0.02, "amx": 0.045}
+# The same against bfloat16 products of vectors, as of AVX512-BF16: the whole step took as long at
+# 0.23 (avx512, three shapes) and 0.24 (avx2, two shapes). Not measured on neon.
+SPARSE_BELOW_VECTORS = {"scalar": 0.02, "avx2": 0.2, "avx512": 0.2, "neon": 0.02}
+
+
+def _sparse_below(dtype: torch.dtype, device: torch.device) -> float:
+    table = SPARSE_BELOW
+    if product_dtype(dtype, device) == torch.bfloat16:
+        table = SPARSE_BELOW_UNITS if cpu_has_matrix_units() else SPARSE_BELOW_VECTORS
+    return table[extension.simd()]
 
 
 def listed_window(
@@ -40,9 +50,7 @@ def listed_window(
     """
     if n_bits > 1:
         return None
-    native = product_dtype(x.dtype, x.device) == torch.bfloat16
-    below = (SPARSE_BELOW_NATIVE if native else SPARSE_BELOW)[extension.simd()]
-    most = math.ceil(below * x.shape[0] * W_enc.shape[1]) - 1
+    most = math.ceil(_sparse_below(x.dtype, x.device) * x.shape[0] * W_enc.shape[1]) - 1
     entries: Tensor = op("list_window")(window, keep, most)
     return entries if entries.numel() else None
 
