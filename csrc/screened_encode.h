@@ -43,6 +43,8 @@ constexpr float kNorm = 46000.0f, kLargest = 32766.0f;
 constexpr float kSlack = 0x1p-20f, kGrowth = 1 + 0x1p-10f;
 // Beyond, squares overflow or vanish. Smaller numbers count as errors altogether.
 constexpr float kMostNumber = 1e15f, kLeastNumber = 1e-10f;
+// More than what sums of products lose where products are too small for fp32.
+constexpr float kVanishing = 0x1p-120f;
 constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, which the low bits then are
 
 using Floats = float __attribute__((vector_size(kScreenLanes * 4)));
@@ -449,7 +451,7 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
   }
   for (int64_t c = 0; c < s.columns; ++c) {
     column.bias[c] = e.bias[c];
-    column.slack[c] = kSlack * (__builtin_fabsf(e.bias[c]) + e.width);
+    column.slack[c] = kSlack * (__builtin_fabsf(e.bias[c]) + e.width) + kVanishing;
   }
   const ScreenedRow* const rows = reinterpret_cast<const ScreenedRow*>(s.left);
   for (int64_t first = 0; first < s.rows; first += kScreenRowsAtOnce) {

@@ -265,6 +265,9 @@ def _operands(kind, n, d, k):
         W *= torch.exp(6 * torch.randn(k))
     elif kind == "zeros and tiny numbers":
         x[5], W[:, 2], x[6], W[:, 7] = 0, 0, 1e-14 * x[6], 1e-13 * W[:, 7]
+    elif kind == "products too small for float32":
+        x[::10], W[:, ::10] = 3e-22 * x[::10], 3e-22 * W[:, ::10]
+        x[3] = 0  # so that there is no bias
     elif kind == "too large for integers":
         x, W = x * 1e16, W * 1e-14
     elif kind == "mostly near zero":
@@ -281,6 +284,7 @@ def _operands(kind, n, d, k):
         ("one large dimension", True),
         ("features of all sizes", True),
         ("zeros and tiny numbers", True),
+        ("products too small for float32", True),
         ("too large for integers", False),
         ("mostly near zero", False),
     ],
