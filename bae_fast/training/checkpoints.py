@@ -112,9 +112,18 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if mesh is not None else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._replaced: set[Path] = set()
         if self._first:
             for path in self.folder.glob(_PREFIX + "*" + _UNFINISHED):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def begin(self, step: int) -> None:
+        """Steps after this one are about to be done, maybe again.
+
+        Checkpoints of later steps are of a run that this one replaces. They stay until it has
+        written one of its own.
+        """
+        self._replaced = {path for number, path in checkpoints(self.folder) if number > step}
 
     def save(self, state: dict[str, Any], step: int, dims: Dims, *, best: bool = False) -> None:
         """Copy a state and write it in the background; a collective.
@@ -171,7 +180,10 @@ class Checkpoints:
                 self._drop(snapshot)
 
     def _drop(self, latest: _Snapshot) -> None:
-        """Remove what is neither among the last ones nor the best."""
+        """Remove what is neither among the last ones nor the best, or of a run before."""
+        for path in self._replaced - {self.path(latest.step)}:
+            shutil.rmtree(path, ignore_errors=True)
+        self._replaced = set()
         found = checkpoints(self.folder)
         stay = {path for _, path in found[-self.keep :]}
         best = [path for _, path in found if read_json(path / VALUES)["best"]]

@@ -409,6 +409,8 @@ class JobTrainer:
         out = self.run.out
         if out is None or not self.is_first:
             return
+        if self._store is not None:
+            self._store.begin(self.step)
         for part in self._parts:
             (out / part.name).mkdir(parents=True, exist_ok=True)
             write_json(out / part.name / CONSTANTS, part.learner.config.settings())

@@ -132,6 +132,49 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path / "cut" / "checkpoints")] == [21, 28]
 
 
+def test_a_run_that_begins_anew_goes_on_from_its_own_checkpoints(tmp_path):
+    x = synthetic()
+
+    def new(**options):
+        run = RunConfig(out=tmp_path, checkpoint_every=7, **options)
+        return JobTrainer(jobs(x, "a"), supply(x), run)
+
+    def until(trainer, step):
+        train_step = trainer.train_step
+
+        def dying():
+            if trainer.step == step:
+                raise MemoryError
+            return train_step()
+
+        trainer.train_step = dying
+        with pytest.raises(MemoryError):
+            trainer.fit()
+
+    def there():
+        return [step for step, _ in checkpoints(tmp_path / "checkpoints")]
+
+    new().fit()
+    assert there() == [21, 28]
+    until(new(), 5)  # without a checkpoint of its own the old ones stay
+    assert there() == [21, 28]
+    until(new(), 10)
+    assert there() == [7]
+    again = new()
+    assert again.resume()
+    assert again.step == 7
+    again.fit()
+    assert there() == [21, 28]
+    branch = new(keep=3)  # from an earlier one than the last
+    branch.resume(tmp_path / "checkpoints" / "step-21")
+    until(branch, 25)
+    assert there() == [21, 28]
+    branch = new(keep=3)
+    branch.resume(tmp_path / "checkpoints" / "step-21")
+    branch.fit()
+    assert there() == [21, 28]
+
+
 def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
     x = synthetic()
     first = JobTrainer(jobs(x, "a"), supply(x), RunConfig(out=tmp_path))
