@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,6 +17,14 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device the current one, and leave others as they are.
+
+    Streams, events and captures that are asked for without a device are those of the current one.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def cpu_has_bfloat16() -> bool:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bae_fast.devices import current
+
 # calls of a step before it is captured: kernels are compiled, the optimizer's state and the
 # libraries' workspaces are made
 WARM_CALLS = 3
@@ -99,7 +101,7 @@ class CapturedStep:
 
         Raises:
             ValueError: warm_calls below 1, an optimizer that cannot be captured or has an empty
-                group, or parameters on no CUDA device.
+                group, or parameters on no CUDA device or on several.
         """
         if isinstance(warm_calls, bool) or not isinstance(warm_calls, int) or warm_calls < 1:
             raise ValueError(f"warm_calls must be an integer >= 1; got {warm_calls!r}")
@@ -114,6 +116,14 @@ class CapturedStep:
                     f"optimizer must be capturable: {type(optimizer).__name__}(..., "
                     "capturable=True); got capturable=False"
                 )
+        devices = sorted(
+            {str(p.device) for group in optimizer.param_groups for p in group["params"]}
+        )
+        if len(devices) > 1:
+            raise ValueError(
+                f"optimizer must hold parameters on one device; got {', '.join(devices)}"
+            )
+        self._device = torch.device(devices[0])
         self._loss_of, self._optimizer, self._warm_calls = loss_of, optimizer, warm_calls
         self._update = update
         self._rates = [self._rate(group) for group in optimizer.param_groups if update]
@@ -154,6 +164,12 @@ class CapturedStep:
         self._set_inputs(inputs)
         if self._update:
             self._set_rates()
+        # a capture records one stream, of the current device: on another one the step would run
+        # at once, and the graph would be empty
+        with current(self._device):
+            return self._step()
+
+    def _step(self) -> Tensor | tuple[Tensor, ...]:
         if self._replay is not None:
             self._replay()
             for parameter, gradient in self._gradients:  # whatever became of p.grad

@@ -156,6 +156,13 @@ def grouped(program, n_m, n_n, GROUP: tl.constexpr):
     return first + inside % size, inside // size
 
 
+@triton.jit
+def _rows_first(n, BLOCK: tl.constexpr):
+    """Tile (m, c) of a program, rows first: in one number, for a grid's second is below 2^16."""
+    tiles = tl.cdiv(n, BLOCK)
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
 @triton.jit(do_not_specialize=["n", "width", "stride_words"])
 def unpack_kernel(
     words_ptr,
@@ -166,8 +173,9 @@ def unpack_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    m, c = _rows_first(n, BLOCK_M)
+    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = c * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (rows < n)[:, None] & (at < width)[None, :]
     words = tl.load(
         words_ptr + rows.to(tl.int64)[:, None] * stride_words + at[None, :], mask=inside, other=0
@@ -195,7 +203,7 @@ def unpack(words: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty(n, width * WORD_BITS, dtype=dtype, device=words.device)
     launch.start(
         unpack_kernel,
-        (launch.cdiv(n, config.m), launch.cdiv(width, config.n)),
+        (launch.cdiv(n, config.m) * launch.cdiv(width, config.n),),
         words,
         out,
         n,
@@ -221,16 +229,17 @@ def transpose_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    m, c = _rows_first(n_blocks * 32, BLOCK_M)
+    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = c * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (rows < n)[:, None] & (at * 32 < n_columns)[None, :]
     words = tl.load(
         words_ptr + rows.to(tl.int64)[:, None] * stride_words + at[None, :], mask=inside, other=0
     )
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     packed = pack_rows(bits.reshape(BLOCK_M, BLOCK_W * 32), BLOCK_M, BLOCK_W * 32)
-    blocks = tl.program_id(0) * (BLOCK_M // 32) + tl.arange(0, BLOCK_M // 32)
-    columns = tl.program_id(1) * (BLOCK_W * 32) + tl.arange(0, BLOCK_W * 32)
+    blocks = m * (BLOCK_M // 32) + tl.arange(0, BLOCK_M // 32)
+    columns = c * (BLOCK_W * 32) + tl.arange(0, BLOCK_W * 32)
     tl.store(
         out_ptr
         + blocks.to(tl.int64)[:, None] * stride_block
@@ -247,7 +256,7 @@ def _transpose(config: launch.Config, words: Tensor, n_columns: int, out: Tensor
     n, n_blocks = words.shape[0], out.shape[1]
     launch.start(
         transpose_kernel,
-        (launch.cdiv(WORD_BITS * n_blocks, config.m), launch.cdiv(n_words(n_columns), config.n)),
+        (launch.cdiv(WORD_BITS * n_blocks, config.m) * launch.cdiv(n_words(n_columns), config.n),),
         words,
         out,
         n,

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from bae_fast import files
+from bae_fast.devices import current
 from bae_fast.files import read_json, write_json
 from bae_fast.kernels.configs import CANDIDATES, DEFAULTS, PRODUCTS_A_NUMBER, Config
 
@@ -218,10 +219,11 @@ def tuned(name: str, columns: int = -1) -> Callable[..., Any]:
                 and _entry is None
                 and _alone()
                 and sizes not in _tuned(_chip(device), name, dtype)
-                and not torch.cuda.is_current_stream_capturing()
             ):
                 call = lambda c: launcher(c, first, second, *args)  # noqa: E731
-                _tune(name, device, dtype, sizes, columns, call)
+                with current(device):  # whose streams and events are asked
+                    if not torch.cuda.is_current_stream_capturing():
+                        _tune(name, device, dtype, sizes, columns, call)
             config = configuration(name, device, dtype, sizes, columns)
             return launcher(config, first, second, *args)
 

@@ -962,6 +962,56 @@ def test_tuning_changes_no_result(dtype, tuning, monkeypatch):
         assert torch.equal(got[name], expected[name]), name
 
 
+def test_tuning_is_timed_on_the_device_of_the_tensors(tuning, monkeypatch):
+    """Events, the cache that is overwritten and the capture are those of the current device."""
+    now, asked = [0], []
+
+    class Guard:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            now.append(self.index)
+
+        def __exit__(self, *args):
+            now.pop()
+
+    def asked_here(answer):
+        def ask(*args):
+            asked.append(now[-1])
+            return answer
+
+        return ask
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked_here(False))
+    monkeypatch.setattr(launch, "_milliseconds", asked_here(1.0))
+    rows = types.SimpleNamespace(
+        shape=(20, 9), device=torch.device("cuda", 1), dtype=torch.bfloat16
+    )
+    config = launch.tuned("encode")(lambda config, first, second: config)(rows, 7)
+    assert config in configs.DEFAULTS["interpreter"]["encode"]
+    assert asked == [1, 1, 1]
+    assert now == [0]
+
+
+def test_no_grid_is_higher_than_a_device_starts(monkeypatch):
+    """2^16 - 1 in all but the first number: eight bits of a million features are 2^23 columns."""
+    grids = {}
+    monkeypatch.setattr(
+        launch, "start", lambda kernel, grid, *args, **options: grids.update({kernel: grid})
+    )
+    k = 2**23
+    words = torch.empty(2**17, k // 32, dtype=torch.int32, device="meta")
+    bits.feature_packed(words, k)
+    bits.column_packed(words, k)
+    bits.unpack(words, k, torch.bfloat16)
+    assert len(grids) == 2
+    for grid in grids.values():
+        assert 2**16 < grid[0] < 2**31
+        assert max(grid[1:], default=1) < 2**16
+
+
 def test_ranks_do_not_tune_apart(tuning, monkeypatch):
     """Other tiles would be other bits near zero: several ranks take the defaults."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

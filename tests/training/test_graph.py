@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -202,6 +203,54 @@ def test_cuda_graphs_are_captured_in_torchs_order(monkeypatch):
     step(torch.ones(1))
     step(torch.ones(1))
     assert said == [*warm, "capture", "end", "replay", "replay"]
+
+
+class Guard:
+    """In place of torch.cuda.device: which device is current."""
+
+    current: ClassVar[list[int]] = [0]
+
+    def __init__(self, device):
+        self.index = device.index
+
+    def __enter__(self):
+        self.current.append(self.index)
+
+    def __exit__(self, *args):
+        self.current.pop()
+
+
+def test_a_step_is_captured_on_the_device_of_its_parameters(monkeypatch):
+    """A capture is of a stream of the current device: a graph of another one would be empty."""
+    where = []
+
+    class Noted(RecordedGraphs):
+        def check(self, device):
+            pass
+
+        def aside(self):
+            where.append(Guard.current[-1])
+            return super().aside()
+
+        def capture(self, run):
+            where.append(Guard.current[-1])
+            replay = super().capture(run)
+            return lambda: (where.append(Guard.current[-1]), replay())[0]
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    loss_of = lambda x: (weight * x).sum()  # noqa: E731
+    step = CapturedStep(loss_of, optimizer, warm_calls=1, graphs=Noted())
+    step._device = torch.device("cuda", 1)
+    for _ in range(3):
+        step(torch.ones(1))
+    assert where == [1, 1, 1, 1]
+    assert Guard.current == [0]
+    assert weight.item() == -3
+    elsewhere = torch.zeros(1, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match="parameters on one device; got cpu, meta"):
+        CapturedStep(loss_of, torch.optim.SGD([weight, elsewhere]), graphs=Noted())
 
 
 # -- the trainer ---------------------------------------------------------------------------------
