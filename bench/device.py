@@ -1,16 +1,21 @@
 """A GPU: every operator and kernel checked against float64, then timed, in one command.
 
-    python -m bench device [--out DIR] [--seconds 540] [--impl triton cuda] [--report-only]
+    python -m bench device [--out DIR] [--seconds 540] [--impl triton cuda] [--resume DIR]
+                           [--only KIND ...] [--report-only]
 
 It runs from a plain checkout: the kernels are found in its folders where nothing is installed.
+What one command has no time for another one does: ``--resume`` goes on with its ``device.json``,
+on the same device with the same versions, and ``--only`` names the kinds of cases that are run.
+
+Kernels are compiled first, by a few processes at once: one process would take minutes.
 
 Checks come first: each operator and the whole layer of each implementation in fp32, bf16 and fp16,
 on odd shapes, several densities, constant and equal columns, ties; decode again and again on one
 input, its bits compared; pairs and products with the signs by wgmma, which wait for this, at the
 edges of their sizes; a training run with its steps in a CUDA graph, which has to be the run
-without, bit for bit. Then a step, its kernels by a profiler, and the small checks once more under
-``compute-sanitizer``. Then, the most telling first, whole steps and operators against the dense
-program in bf16; the covariance against int8 products; steps replayed from a CUDA graph; the tests
+without, bit for bit. Then a step, and its kernels by a profiler. Then, the most telling first,
+whole steps and operators against the dense program in bf16; the covariance against int8 products;
+steps replayed from a CUDA graph; the small checks once more under ``compute-sanitizer``; the tests
 that need a device; last the compiled dense program. Every timed call is checked on its own inputs
 before, and one that is wrong has no figure; a side of which an operator was refused in the checks
 is timed all the same, and marked. Times are the device's, by events, the L2 cache overwritten
@@ -19,7 +24,8 @@ gradients, optimizer.
 
 The whole ends within ``--seconds``: a case is not begun where its kind has shown that it would not
 fit, and one process watches another that works. A kernel that ends that process or hangs costs the
-case at hand and no other. ``device.json`` in ``--out`` is whole after every case.
+side at hand and no other, and whatever that process had started ends with it. ``device.json`` in
+``--out`` is whole after every case.
 
 Exit status: 1 where anything was wrong, 2 without a GPU.
 """
@@ -30,16 +36,20 @@ import argparse
 import dataclasses
 import functools
 import gc
+import importlib.util
 import os
 import platform
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +69,9 @@ from bench import eager, exact, operators, step, tables, timing
 from bench.exact import WrongResultError
 from bench.timing import Comparison, Side
 
+# of the keys of device.json
+SCHEMA = 1
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 IMPLS = ("triton", "cuda")
@@ -69,8 +82,16 @@ SECONDS = 540.0
 SPARE = 10.0
 # without a word of the worker until its kernel is taken to hang; compiling may take as long
 STALL = 150.0
+# why a case has no result where the whole has taken its time
+TIME_UP = "time was up"
 # exit status of a worker whose device no longer answers
 DEAD = 75
+# of compiling ahead of the first case
+COMPILING = 120.0
+# of the small checks under one of compute-sanitizer's tools
+SANITIZING = 90.0
+# processes of the tests that need a device, which compile more than they compute
+TESTING = 8
 
 # of ones, 33 a row at F = 65,536: codes that lists serve
 SPARSE = 5e-4
@@ -193,12 +214,6 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
     found += [of("repeat", plan.head, impl=impl, density=first) for impl in impls]
     found += [{"kind": "ceilings"}, of("step", plan.head, objective="paper")]
     found += [of("profile", plan.head, impl=impl) for impl in impls]
-    if device == "cuda":
-        found += [
-            {"kind": "sanitize", "tool": tool, "impl": impl}
-            for tool in SANITIZERS
-            for impl in impls
-        ]
     found += [of("pairs", plan.head, density=first)]
     found += [of("step", plan.head, objective=name) for name in step.OBJECTIVES if name != "paper"]
     found += [of("operator", plan.head, operator=o, density=first) for o in operators.OPERATORS]
@@ -208,6 +223,11 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
     if device == "cuda":
         found += [of("graph", plan.more[min(1, len(plan.more) - 1)], objective="paper")]
         found += [of("graph", plan.head, objective="paper")]
+        found += [
+            {"kind": "sanitize", "tool": tool, "impl": impl}
+            for tool in SANITIZERS
+            for impl in impls
+        ]
     found += [of("step", plan.more[0], objective="no covariance")]
     found += [of("step", shape, objective="paper") for shape in plan.more[1:]]
     for density in rest:
@@ -225,6 +245,10 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
     if device == "cuda":
         found += [{"kind": "tests"}]
     return [*found, of("step", plan.head, objective="paper", compiled=True)]
+
+
+# of cases, in the order of the first of each
+KINDS = tuple(dict.fromkeys(case["kind"] for case in cases(FULL, list(IMPLS), "cuda")))
 
 
 def name_of(case: Case) -> str:
@@ -347,26 +371,28 @@ def lists_serve(impl: str) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def check_whole_layer(impl: str, dtype: torch.dtype, plan: Plan) -> int:
+def check_whole_layer(
+    impl: str, dtype: torch.dtype, plan: Plan, check: Callable[..., None] = check_layer
+) -> int:
     """Surrogates, row masks, several bits a feature, chunks, recomputed signs; how many."""
     done = 0
     for n, d, f in plan.checked:
         mask = torch.arange(n) % 3 != 1
         for surrogate in SURROGATES:
-            check_layer(
+            check(
                 impl, dtype, n, d, f,
                 surrogate=surrogate, surrogate_width=WIDTHS[surrogate],
                 mask=mask if surrogate in ("sigmoid", "rectangle") else None,
             )  # fmt: skip
             done += 1
         more = {"surrogate": "identity", "n_bits": 2, "multilinear": True, "mask": mask}
-        check_layer(impl, dtype, n, d, f, **more)
+        check(impl, dtype, n, d, f, **more)
         with variables(**{ENV_SIGN_PLANES: "0", ENV_SCRATCH: "0"}):
-            check_layer(impl, dtype, n, d, f, surrogate="rectangle", surrogate_width=2.5)
+            check(impl, dtype, n, d, f, surrogate="rectangle", surrogate_width=2.5)
         with lists_serve(impl):
             for surrogate in ("rectangle", "identity"):
                 width = WIDTHS[surrogate]
-                check_layer(impl, dtype, n, d, f, surrogate=surrogate, surrogate_width=width)
+                check(impl, dtype, n, d, f, surrogate=surrogate, surrogate_width=width)
         done += 4
     return done
 
@@ -600,7 +626,8 @@ class Machine:
         self.device, self.plan = device, plan
         size = 2**16
         if device == "cuda":
-            size = max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 2**28)
+            properties = torch.cuda.get_device_properties(0)
+            size = max(4 * getattr(properties, "L2_cache_size", 0), 2**28)
         self.cache = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def clock(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
@@ -694,6 +721,67 @@ def bit_rate(machine: Machine) -> float:
     seconds = machine.best(functools.partial(driver.start, kernel, blocks, out, RATE_TURNS))
     products = blocks * RATE_THREADS // 32 * RATE_TURNS * RATE_PRODUCTS
     return float(products * BIT_MACS / seconds)
+
+
+# -- processes ---------------------------------------------------------------------------------
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it and they have started: Linux's tree."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            # behind the name, which may hold anything: state, parent
+            parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(path.parent.name)
+            )
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill a process with all that it has started: a checker's program would go on."""
+    for pid in below(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class Ended(NamedTuple):
+    """What a process said, and its status; None where its time was up."""
+
+    status: int | None
+    text: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+
+def run_process(command: list[str], seconds: float, **environment: str) -> Ended:
+    """Run a command for so long at most; what it started ends with it."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, cwd=ROOT, stdout=said, stderr=said
+        )
+        status: int | None = None
+        try:
+            status = process.wait(max(seconds, 1.0))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            end(process)
+            process.wait()
+        said.seek(0)
+        return Ended(status, said.read())
+
+
+def tool(name: str) -> str | None:
+    """A program of CUDA's toolkit: on the PATH, or where the toolkit usually lies."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 # -- one step seen from inside, and checkers from outside --------------------------------------
@@ -797,49 +885,50 @@ def check_small(impl: str, device: str) -> int:
     return 6
 
 
-def sanitize(tool: str, impl: str, seconds: float) -> dict[str, Any]:
+def sanitize(tool_name: str, impl: str, seconds: float) -> dict[str, Any]:
     """:func:`check_small` in a process under compute-sanitizer."""
-    checker = shutil.which("compute-sanitizer")
+    checker = tool("compute-sanitizer")
     if checker is None:
-        return {"unavailable": "compute-sanitizer is not on the PATH"}
+        return {"unavailable": "compute-sanitizer is not found"}
     command = [
-        checker, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", "bench",
+        checker, "--tool", tool_name, "--error-exitcode", str(FOUND), sys.executable, "-m", "bench",
         "device", "--small", "--impl", impl,
     ]  # fmt: skip
     # every tensor is an allocation of its own: its ends are known
-    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, env=os.environ | memory, cwd=ROOT, capture_output=True, text=True,
-            check=False, timeout=max(seconds, 1.0),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    done = run_process(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if done.status is None:
         return {"unavailable": f"took more than {seconds:.0f} s"}
-    lines = (done.stdout + done.stderr).splitlines()
-    said = [x for x in lines if "ERROR" in x or "hazard" in x or "Invalid" in x or "refused" in x]
-    if done.returncode == 0:
-        return {"checked": tool}
-    return {"refused": (said or lines or ["no reason"])[0].strip("= ")[:300]}
+    if done.status == 0:
+        return {"checked": tool_name}
+    said = [x for x in done.lines if "ERROR" in x or "hazard" in x or "Invalid" in x]
+    wrong = [x for x in done.lines if x.startswith("refused: ")]
+    # any other end is the tool's own: there are machines on which it finds no device
+    key = "refused" if done.status == FOUND or wrong else "unavailable"
+    return {key: ([*wrong, *said, *done.lines, "no reason"])[0].strip("= ")[:300]}
+
+
+# a line of pytest, alone or with xdist
+FAILED = re.compile(r"(FAILED|ERROR) \S+::|::.* (FAILED|ERROR)\b")
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """The tests that need a device, whole."""
+    """The tests that need a device, whole; of those that time leaves out, how many were run."""
     (file,) = (ROOT / "tests").glob("**/test_triton_gpu.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.checkout", "-o", "addopts="]
-    try:
-        done = subprocess.run(
-            [*command, str(file)], cwd=ROOT, capture_output=True, text=True, check=False,
-            timeout=max(seconds, 1.0),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"unavailable": f"took more than {seconds:.0f} s"}
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
-    failed = [text for text in lines if text.startswith(("FAILED", "ERROR"))]
-    return (
-        {"checked": lines[-1]}
-        if done.returncode == 0
-        else {"refused": lines[-1], "failed": failed[:50]}
-    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "bench.checkout", "-o", "addopts="]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(TESTING, os.cpu_count() or 1))]
+    done = run_process([*command, str(file)], seconds)
+    ends = [re.search(r"(\S+::\w+(?:\[.*?\])?)", x) for x in done.lines if FAILED.search(x)]
+    failed = list(dict.fromkeys(found.group(1) for found in ends if found))
+    last = (done.lines or ["no reason"])[-1].strip("= ")
+    if done.status is None:
+        passed = len(re.findall(r"\bPASSED\b", done.text))
+        last = f"took more than {seconds:.0f} s; {passed} tests had passed"
+    if failed:
+        return {"refused": last, "failed": failed[:50]}
+    if done.status is None or (done.status == 0 and " passed" not in last):
+        return {"unavailable": last}  # those that find no device are skipped
+    return {"checked": last} if done.status == 0 else {"refused": last}
 
 
 def level_of(found: dict[str, Any]) -> str:
@@ -928,33 +1017,30 @@ def compare(
 
 
 WARMUP = """
-import sys, time, torch, bae_fast as bf
+import sys, time, torch, bench, bae_fast as bf
 begin = time.perf_counter()
 bf.warmup(sys.argv[1], device=sys.argv[2])
 if sys.argv[2] == "cuda":
     torch.cuda.synchronize()
-print(time.perf_counter() - begin)
+print("seconds", time.perf_counter() - begin)
 """
 
 
 def measure_warmup(impl: str, device: str, seconds: float) -> dict[str, Any]:
     """``bae_fast.warmup`` in a new process: with nothing compiled before, and once more."""
     found: dict[str, Any] = {}
+    until = time.time() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        kept = {"TRITON_CACHE_DIR": folder, "XDG_CACHE_HOME": folder}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        kept = {"TRITON_CACHE_DIR": folder, "XDG_CACHE_HOME": folder, "PYTHONPATH": path}
         for key in ("cold_seconds", "warm_seconds"):
-            try:
-                done = subprocess.run(
-                    [sys.executable, "-c", WARMUP, impl, device],
-                    env=os.environ | kept | {"PYTHONPATH": path},
-                    cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return found | {"unavailable": f"{key} took more than {seconds:.0f} s"}
-            if done.returncode:
-                return found | {"refused": (done.stderr.strip().splitlines() or ["no reason"])[-1]}
-            found[key] = float(done.stdout)
+            left = until - time.time()
+            done = run_process([sys.executable, "-c", WARMUP, impl, device], left, **kept)
+            if done.status is None:
+                return found | {"unavailable": f"{key} took more than {left:.0f} s"}
+            if done.status:
+                return found | {"refused": (done.lines or ["no reason"])[-1]}
+            found[key] = float(next(x.split()[1] for x in done.lines if x.startswith("seconds ")))
     return found
 
 
@@ -1026,10 +1112,11 @@ def run_case(
         result["ceilings"] = measure_ceilings(machine)
     elif kind == "warmup":
         note(case["impl"])
-        row["sides"][case["impl"]] = measure_warmup(case["impl"], machine.device, seconds_left())
+        left = min(seconds_left() - 1, STALL - 10)
+        row["sides"][case["impl"]] = measure_warmup(case["impl"], machine.device, left)
     elif kind == "sanitize":
         note(case["tool"])
-        left = min(seconds_left() - 1, STALL - 10)
+        left = min(seconds_left() - 1, SANITIZING)
         row["sides"][case["impl"]] = sanitize(case["tool"], case["impl"], left)
     elif kind == "tests":
         note("pytest")
@@ -1077,11 +1164,15 @@ def run_case(
         if name in row["sides"]:
             return True
         note(name)
+
+        def checked(*arguments: Any, **options: Any) -> None:
+            note(name)  # each compiles for seconds
+            check_layer(*arguments, **options)
+
         try:
             with torch.device(machine.device):
-                row["sides"][name] = {
-                    "checked": check_whole_layer(impl, DTYPES[dtype], machine.plan)
-                }
+                same = check_whole_layer(impl, DTYPES[dtype], machine.plan, checked)
+                row["sides"][name] = {"checked": same}
                 if dtype == "fp32":
                     check_many_rows(impl)
         except Exception as error:
@@ -1098,8 +1189,18 @@ def run_case(
     return True
 
 
-def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) -> int:
-    """Run every case that ``path`` does not hold yet, until a time; see the module."""
+def work(
+    path: Path,
+    impls: list[str],
+    device: str,
+    plan: Plan,
+    until: float,
+    only: Collection[str] = (),
+) -> int:
+    """Run every case that ``path`` does not hold yet, until a time; see the module.
+
+    ``only``: kinds of cases; without any all are run.
+    """
     result = read_json(path)
     machine = Machine(device, plan)
     gc.freeze()  # what is imported: else every collection goes through all of it
@@ -1108,7 +1209,7 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
         _learn(rate, row)
     done = {name_of(row["case"]) for row in result["rows"]}
     for case in cases(plan, impls, device):
-        if name_of(case) in done:
+        if name_of(case) in done or (only and case["kind"] not in only):
             continue
         left = until - time.time()
         scale, least = rate.get(sort_of(case), (0.0, plan.guess))
@@ -1152,7 +1253,7 @@ def work(path: Path, impls: list[str], device: str, plan: Plan, until: float) ->
             return DEAD
         _learn(rate, row)
         machine.forget()
-    result["complete"] = not result["skipped"]
+    result["complete"] = not (result["skipped"] or only)
     result["clocks_after"] = clocks()
     write_json(path, result)
     return 0
@@ -1165,23 +1266,103 @@ def _learn(rate: dict[str, tuple[float, float]], row: dict[str, Any]) -> None:
     rate[sort] = min(scale, wall / size_of(row["case"])), min(least, wall)
 
 
+# -- compiling ahead ---------------------------------------------------------------------------
+
+# what compiles the kernels of most cases, each in a process of its own
+PARTS = (*DTYPES, *step.OBJECTIVES)
+
+
+def compile_part(part: str, impls: list[str], device: str, plan: Plan) -> None:
+    """Run what starts most kernels of a dtype's checks, or of an objective's step, once.
+
+    What is wrong is not said here: the cases themselves find it.
+    """
+
+    def unchecked(*arguments: Any, **options: Any) -> None:
+        with suppress(Exception):
+            check_layer(*arguments, **options)
+
+    for impl in [name for name in IMPLS if name in impls] or impls:
+        with suppress(Exception), torch.device(device):
+            if part in DTYPES:
+                check_whole_layer(impl, DTYPES[part], plan, unchecked)
+            else:
+                names = [f"{impl} bf16"]
+                step.build(part, *plan.head, names).sides[names[0]].run()
+
+
+def compile_ahead(command: list[str], seconds: float) -> float:
+    """Compile kernels by a process a part, for so long at most; how long it took.
+
+    Kernels stay in triton's folder on disk and in the package's own. A part that fails or hangs
+    leaves its kernels to the cases.
+    """
+    begin = time.time()
+    processes = [
+        subprocess.Popen(
+            [*command, "--compile", part], cwd=ROOT, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for part in PARTS
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(begin + seconds - time.time(), 0.0))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                end(process)
+            process.wait()
+    return time.time() - begin
+
+
 # -- the watching process ----------------------------------------------------------------------
+
+
+def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier command measured on the same device, to go on with.
+
+    Cases that time cut short or left out are run again.
+
+    Raises:
+        ValueError: another device, other versions or another schema.
+    """
+
+    def of(result: dict[str, Any]) -> dict[str, Any]:
+        own = result["environment"]["device"]
+        return {
+            "schema": result.get("schema"),
+            "torch": result["environment"].get("torch"),
+            **{key: own.get(key) for key in ("name", "triton", "driver_version")},
+        }
+
+    old, new = of(before), of(now)
+    if old != new:
+        raise ValueError(f"device.json must be of {new}; got {old}")
+    if before["impls"] != now["impls"]:
+        raise ValueError(f"device.json must be of {now['impls']}; got {before['impls']}")
+    rows = [row for row in before["rows"] if not cut_short(row)]
+    return {**before, "rows": rows, "skipped": [], "running": None, "complete": False}
+
+
+def cut_short(row: dict[str, Any]) -> bool:
+    """Whether time that was up ended a case."""
+    sides = [*row["sides"].values(), {"unavailable": row.get("unavailable", "")}]
+    return any(side.get("unavailable") == TIME_UP for side in sides)
 
 
 def clocks() -> dict[str, str]:
     """Driver, clocks, temperature and power, where the driver's tool says so."""
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    found = shutil.which("nvidia-smi")
+    if found is None:
         return {}
-    done = subprocess.run(
-        [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    values = done.stdout.splitlines()[:1]
+    done = run_process([found, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], 20.0)
+    values = done.lines[:1]
     return (
         dict(zip(fields, (v.strip() for v in values[0].split(",")), strict=False))
-        if (done.returncode == 0 and values)
+        if (done.status == 0 and values)
         else {}
     )
 
@@ -1196,7 +1377,7 @@ def chip(device: str) -> dict[str, Any]:
             "capability": list(torch.cuda.get_device_capability()),
             "multiprocessors": properties.multi_processor_count,
             "memory": properties.total_memory,
-            "l2": properties.L2_cache_size,
+            "l2": getattr(properties, "L2_cache_size", 0),
             "cuda": torch.version.cuda,
         }
     try:
@@ -1221,12 +1402,12 @@ def watch(command: list[str], path: Path, seconds: float) -> None:
                 time.sleep(0.2)
                 silent = time.time() - max(begin, path.stat().st_mtime)
                 if time.time() > until:
-                    reason = "time was up"
+                    reason = TIME_UP
                 elif silent > STALL:
                     reason = f"no answer within {STALL:.0f} s"
         finally:
             if process.poll() is None:
-                process.kill()
+                end(process)
             status = process.wait()
         reason = reason or f"its process ended with status {status}"
         result = read_json(path)
@@ -1235,10 +1416,10 @@ def watch(command: list[str], path: Path, seconds: float) -> None:
         running = result.get("running")
         if running and running["side"]:
             sides = {**settled(running["sides"]), running["side"]: {"refused": reason}}
-            if reason == "time was up":
+            if reason == TIME_UP:
                 sides[running["side"]] = {"unavailable": reason}
             result["ended"][name_of(running["case"])] = sides
-            if reason == "time was up":
+            if reason == TIME_UP:
                 result["rows"].append(
                     {"case": running["case"], "sides": sides, "wall_seconds": 0.0}
                 )
@@ -1443,8 +1624,8 @@ def report(folder: Path, readme: Path) -> None:
     result = read_json(folder / "device.json")
     try:
         image = plot(result)
-    except ImportError as error:
-        print(error)
+    except Exception as error:  # no matplotlib, or rows that it cannot draw: the table counts
+        print(f"no plot: {type(error).__name__}: {error}")
     else:
         if image is not None:
             (folder / "device.png").write_bytes(image)
@@ -1469,12 +1650,20 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=SECONDS, help="The seconds that the whole may take (540)."
     )
     found.add_argument("--impl", nargs="+", default=list(IMPLS), help="The backends (triton cuda).")
+    found.add_argument(
+        "--resume", type=Path, help="A folder whose device.json is gone on with; --out may be it."
+    )
+    found.add_argument(
+        "--only", nargs="+", default=[], metavar="KIND",
+        help=f"The kinds of cases that are run ({' '.join(map(repr, KINDS))}).",
+    )  # fmt: skip
     found.add_argument("--report-only", action="store_true", help="Only draw device.json.")
     hidden: dict[str, dict[str, Any]] = {
         "--device": {"default": "cuda", "choices": ["cuda", "cpu"]},  # for tests of this program
         "--tiny": {"action": "store_true"},
         "--worker": {"action": "store_true"},
         "--small": {"action": "store_true"},  # under a checker
+        "--compile": {"default": ""},
         "--until": {"type": float, "default": 0.0},
     }
     for name, more in hidden.items():
@@ -1498,6 +1687,10 @@ def main(
         print("python -m bench device needs an NVIDIA GPU; torch sees none", file=sys.stderr)
         return 2
     plan = TINY if options.tiny else FULL
+    unknown = [kind for kind in options.only if kind not in KINDS]
+    if unknown:
+        print(f"--only must be of {', '.join(KINDS)}; got {unknown[0]!r}", file=sys.stderr)
+        return 2
     if options.small:
         for impl in options.impl:
             try:
@@ -1506,33 +1699,50 @@ def main(
                 print(f"refused: {impl}: {error}", file=sys.stderr)
                 return 1
         return 0
+    if options.compile:
+        compile_part(options.compile, options.impl, options.device, plan)
+        return 0
     if options.worker:
-        return work(path, options.impl, options.device, plan, options.until)
+        return work(path, options.impl, options.device, plan, options.until, options.only)
 
     begin = time.time()
     request = request_of(options.device)
     reasons = {n: "; ".join(registry.reasons_against(n, request)) for n in options.impl}
     impls = [name for name, reason in reasons.items() if not reason]
     result = {
+        "schema": SCHEMA,
         "environment": environment() | {"device": chip(options.device)},
         "impls": {name: reason or "available" for name, reason in reasons.items()},
         "seconds": options.seconds, "complete": False, "running": None,
         "rows": [], "skipped": [], "ended": {},
     }  # fmt: skip
+    if options.resume is not None:
+        try:
+            result = resumed(read_json(options.resume / "device.json"), result)
+        except (OSError, ValueError) as error:
+            print(f"--resume: {error}", file=sys.stderr)
+            return 2
     write_json(path, result)
     for name, reason in reasons.items():
         if reason:
             print(f"{name}: {reason}", flush=True)
-    more = ["--worker", "--out", str(options.out.resolve()), "--device", options.device]
-    more += ["--tiny"] if options.tiny else []
-    more += ["--impl", *impls]
+    more = ["--device", options.device, *(["--tiny"] if options.tiny else []), "--impl", *impls]
     if not impls:
         return 1
+    if set(impls) & set(IMPLS) and not result["rows"]:
+        left = options.seconds - SPARE - (time.time() - begin)
+        result["compiled_seconds"] = compile_ahead([*command, *more], min(COMPILING, left / 3))
+        write_json(path, result)
+    more += ["--worker", "--out", str(options.out.resolve())]
+    more += ["--only", *options.only] if options.only else []
     watch([*command, *more], path, options.seconds - SPARE - (time.time() - begin))
     result = read_json(path)
-    result["spent"] = time.time() - begin
+    result["spent"] = result.get("spent", 0.0) + time.time() - begin
     write_json(path, result)
-    report(options.out, readme)
+    try:
+        report(options.out, readme)
+    except Exception:  # what was measured is in the file
+        traceback.print_exc()
     wrong = refusals(result)
     for text in wrong:
         print(f"refused: {text}", file=sys.stderr)

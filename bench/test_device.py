@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,27 @@ from bae_fast.packing import pack_rows, unpack_rows
 from bench import checkout, device, eager, exact
 from bench.__main__ import main
 
+# the command, and its worker, on a device in name; what only kernels could do is stood in for
+ON_A_DEVICE = """
+import sys
+import fake_cuda
+from bench import device, eager, test_device
+from bae_fast.kernels import counts
+from bae_fast.kernels_cuda import covariance, driver
+fake_cuda.use()
+eager.COMPILER = "eager"  # no C++ compiler, no minutes
+device.PANEL_SHAPES[:] = [(2, 1), (33, 129)]
+device.SIGN_SHAPES[:] = [(2, 1, 1), (33, 129, 70)]
+pairs = device.check_panels
+device.check_panels = lambda op: pairs(test_device._covariance())
+counts.sign_operands, covariance.sign_product = test_device._digits, test_device._sign_product()
+driver.start = lambda *given: None
+device.WARMUP = "print('seconds', 1.0)"
+device.tool = lambda name: None
+sys.exit(device.main(
+    sys.argv[1:], lambda: {"torch": "2"}, command=(sys.executable, "-c", sys.orig_argv[2])
+))
+"""
 # what a worker's process runs: the command itself, with a fault where it is asked for
 WORKER = """
 import os, sys
@@ -45,6 +67,9 @@ if fault:
     device.cases = lambda *_: few
 sys.exit(device.main(sys.argv[2:]))
 """
+needs_kernels = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which kernels import"
+)
 SMALL = device.TINY._replace(checked=[(66, 24, 331)], more=[(32, 24, 256)])
 
 
@@ -70,14 +95,14 @@ def _path(monkeypatch):
 def worked(tmp_path, monkeypatch):
     """Some cases in this process; returns the result."""
 
-    def run(*wanted, impls=("torch",), until=None, rows=(), ended=None):
+    def run(*wanted, impls=("torch",), until=None, rows=(), ended=None, only=()):
         path = tmp_path / "device.json"
         blank = {"environment": {"torch": "", "device": {"name": "none"}}, "impls": {}}
         lists = {"rows": list(rows), "skipped": [], "ended": ended or {}}
         write_json(path, {**blank, **lists, "running": None, "complete": False})
         monkeypatch.setattr(device, "cases", lambda plan, impls, kind: list(wanted))
         status = device.work(
-            path, list(impls), "cpu", SMALL, time.time() + 100 if until is None else until
+            path, list(impls), "cpu", SMALL, time.time() + 100 if until is None else until, only
         )
         return status, read_json(path)
 
@@ -94,39 +119,92 @@ LAYER = {"kind": "layer", "impl": "torch", "dtype": "bf16"}
 CHECK = case("check", operator="decode", density=0.5)
 
 
+NUMBER = (int, float)
+# keys of device.json, those that must be there and those that may be, and their types
+SCHEMA = {
+    "schema": int, "environment": dict, "impls": dict, "seconds": NUMBER, "complete": bool,
+    "running": (dict, type(None)), "rows": list, "skipped": list, "ended": dict,
+}  # fmt: skip
+MORE = {
+    "ceilings": dict, "compiled_seconds": NUMBER, "spent": NUMBER, "clocks_after": dict,
+    "error": str,
+}  # fmt: skip
+ROW = {"case": dict, "sides": dict, "wall_seconds": NUMBER}
+MORE_OF_ROW = {"work": dict, "marked": list, "kernels": list, "unavailable": str}
+# of a side: one of these says what became of it
+SIDE = {"seconds": NUMBER, "checked": (int, str), "refused": str, "unavailable": str}
+MORE_OF_SIDE = {
+    "first_seconds": NUMBER, "least": NUMBER, "most": NUMBER, "rounds": int, "peak_bytes": int,
+    "ratio": NUMBER, "failed": list, "cold_seconds": NUMBER, "warm_seconds": NUMBER,
+}  # fmt: skip
+
+
+def check_schema(result):
+    """Tables, later commands and readers of committed results go by these keys."""
+
+    def check(found, needed, more):
+        assert needed.keys() <= found.keys(), found
+        for key, value in found.items():
+            rate = key.endswith(("_per_second", "_share", "floor_seconds"))
+            assert isinstance(value, NUMBER if rate else (needed | more)[key]), (key, value)
+
+    check(result, SCHEMA, MORE)
+    assert result["schema"] == device.SCHEMA
+    for row in result["rows"]:
+        check(row, ROW, MORE_OF_ROW)
+        for side in row["sides"].values():
+            check(side, {}, SIDE | MORE_OF_SIDE)
+            assert {"first_seconds", "warm_seconds", *SIDE} & side.keys(), side
+
+
 # -- the whole -----------------------------------------------------------------------------------
 
 
+@needs_kernels
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_whole_command_ends_with_every_case_table_and_plot(tmp_path, capsys):
+    """As on a device, in every kind of case: what it would say first must not be Python's error."""
     begin = time.time()
-    assert command(tmp_path) == 0, capsys.readouterr()
+    path = os.pathsep.join(map(str, (device.ROOT, device.ROOT / "tests" / "support")))
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_DEVICE, "--tiny", "--impl", "cuda", "--out", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path}, cwd=device.ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
     result = read_json(tmp_path / "device.json")
+    check_schema(result)
     assert result["complete"]
-    assert result["running"] is None
-    expected = device.cases(device.TINY, ["torch"], "cpu")
+    assert result["environment"]["device"]["capability"] == [9, 0]
+    expected = device.cases(device.TINY, ["cuda"], "cuda")
     assert [row["case"] for row in result["rows"]] == expected
-    assert all(row["sides"] for row in result["rows"] if row["case"]["kind"] != "ceilings")
+    assert {case["kind"] for case in expected} == set(device.KINDS)
     # everything is checked before anything is timed
     kinds = [row["case"]["kind"] for row in result["rows"]]
-    last = max(i for i, kind in enumerate(kinds) if kind in ("layer", "check"))
+    last = max(i for i, kind in enumerate(kinds) if kind in ("layer", "check", "trainer"))
     assert not {"step", "operator", "pairs", "profile"} & set(kinds[:last])
     for row in result["rows"]:
-        if row["case"]["kind"] in ("step", "operator", "pairs"):
-            assert all(side["seconds"] > 0 for side in row["sides"].values()), row
+        assert "unavailable" not in row, row
+        kind, sides = row["case"]["kind"], row["sides"]
+        assert sides or kind == "ceilings"
+        if kind in ("step", "operator", "pairs", "graph"):
+            assert all(side["seconds"] > 0 for side in sides.values()), row
+        elif kind in ("sanitize", "tests"):  # a toolkit and a device that are none
+            assert all("unavailable" in side for side in sides.values()), row
+        elif kind != "warmup":
+            assert all({"checked", "first_seconds"} & side.keys() for side in sides.values()), row
     assert result["ceilings"]["gemm_bfloat16"] > 0
-    assert result["ceilings"]["bit_macs"]["int8"] > 0
-    assert result["spent"] < time.time() - begin + 1
-    text = capsys.readouterr().out
-    assert "| paper | 64, 24, 256 |" in text
+    assert result["ceilings"]["bit_macs"].keys() == {"int8", "b1"}
+    assert 0 < result["compiled_seconds"] < result["spent"] < time.time() - begin + 1
+    assert "| paper | 64, 24, 256 |" in done.stdout
     assert (tmp_path / "device.png").read_bytes().startswith(b"\x89PNG")
     # again from the file alone
     (tmp_path / "device.png").unlink()
     readme = tmp_path / "README.md"
     assert device.main(["--report-only", "--out", str(tmp_path)], readme=readme) == 0
     assert (tmp_path / "device.png").is_file()
-    assert capsys.readouterr().out.strip() in text
+    assert capsys.readouterr().out.strip() in done.stdout
 
 
 @pytest.mark.long
@@ -160,6 +238,7 @@ def test_a_hanging_kernel_is_ended_and_the_run_goes_on(tmp_path, monkeypatch):
 def test_time_that_is_up_leaves_a_whole_file(tmp_path):
     command(tmp_path, fault="hangs", seconds=device.SPARE + 12)
     result = read_json(tmp_path / "device.json")
+    check_schema(result)
     assert result["running"] is None
     assert not result["complete"]
     assert device.table(result)
@@ -233,20 +312,49 @@ def fake_checker(folder, status, text):
     script = folder / "compute-sanitizer"
     script.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
     script.chmod(0o755)
-    return str(folder)
+    return str(script)
 
 
-def test_what_a_checker_finds_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "text", "found"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", {"checked": "memcheck"}),
+        (
+            device.FOUND,
+            "========= Invalid __global__ write of size 4 bytes",
+            {"refused": "Invalid __global__ write of size 4 bytes"},
+        ),
+        (
+            1,
+            "refused: triton: recon is off by 3",
+            {"refused": "refused: triton: recon is off by 3"},
+        ),
+        # the tool's own end: some machines let it see no device
+        (
+            255,
+            "========= Error: Device not supported",
+            {"unavailable": "Error: Device not supported"},
+        ),
+    ],
+)
+def test_what_a_checker_finds_is_refused(status, text, found, tmp_path, monkeypatch):
+    checker = fake_checker(tmp_path, status, text)
+    monkeypatch.setattr(device, "tool", lambda name: checker)
+    assert device.sanitize("memcheck", "torch", 5.0) == found
+
+
+def test_tools_are_looked_for_where_the_toolkit_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert "not on the PATH" in device.sanitize("memcheck", "torch", 5.0)["unavailable"]
-    text = "========= ERROR SUMMARY: 0 errors"
-    monkeypatch.setenv("PATH", fake_checker(tmp_path, 0, text) + ":/bin:/usr/bin")
-    assert device.sanitize("racecheck", "torch", 5.0) == {"checked": "racecheck"}
-    text = "========= Invalid __global__ write of size 4 bytes"
-    monkeypatch.setenv("PATH", fake_checker(tmp_path, device.FOUND, text) + ":/bin:/usr/bin")
-    assert device.sanitize("memcheck", "torch", 5.0) == {
-        "refused": "Invalid __global__ write of size 4 bytes"
-    }
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert device.tool("no-such-checker") is None
+    monkeypatch.setattr(device, "tool", lambda name: None)
+    assert "not found" in device.sanitize("memcheck", "torch", 5.0)["unavailable"]
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    checker = fake_checker(tmp_path / "bin", 0, "")
+    renamed = Path(checker).rename(tmp_path / "bin" / "a-checker")
+    assert device.tool("a-checker") == str(renamed)
 
 
 def test_the_small_checks_run_and_refuse(monkeypatch, capsys):
@@ -255,6 +363,252 @@ def test_the_small_checks_run_and_refuse(monkeypatch, capsys):
     monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", lambda *a: 1.05 * right(*a))
     assert device.main(["--small", "--device", "cpu", "--impl", "torch"]) == 1
     assert "refused: torch: recon is off by" in capsys.readouterr().err
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_process_has_started_ends_with_it():
+    """A checker that is killed would leave its program on the device."""
+    process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    with process:
+        child = int(process.stdout.readline())
+        assert set(device.below(process.pid)) == {process.pid, child}
+        device.end(process)
+        assert process.wait() == -signal.SIGKILL
+        assert process.stdout.read() == ""  # the child had it open as well
+    assert device.below(process.pid) == [process.pid]
+
+
+def test_a_command_whose_time_is_up_has_said_what_it_said():
+    done = device.run_process(["sh", "-c", "echo before; exec sleep 600"], 1.0)
+    assert done == (None, "before\n")
+    assert device.run_process(["sh", "-c", "echo $WORD >&2; exit 3"], 60.0, WORD="a") == (3, "a\n")
+
+
+PYTEST = """
+tests/backends/test_triton_gpu.py::test_a[triton] PASSED                   [  1%]
+tests/backends/test_triton_gpu.py::test_b[triton-x y] FAILED               [  2%]
+[gw3] [ 63%] FAILED tests/backends/test_triton_gpu.py::test_c[cuda]
+[gw1] [ 64%] PASSED tests/backends/test_triton_gpu.py::test_d
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "found"),
+    [
+        (0, "==== 9 passed in 3.0s ====", {"checked": "9 passed in 3.0s"}),
+        # where no test finds the device nothing is shown
+        (0, "==== 9 skipped in 3.0s ====", {"unavailable": "9 skipped in 3.0s"}),
+        (None, "", {"unavailable": "took more than 5 s; 0 tests had passed"}),
+        (
+            None,
+            PYTEST,
+            {
+                "refused": "took more than 5 s; 2 tests had passed",
+                "failed": [
+                    "tests/backends/test_triton_gpu.py::test_b[triton-x y]",
+                    "tests/backends/test_triton_gpu.py::test_c[cuda]",
+                ],
+            },
+        ),
+        (2, "no module named x", {"refused": "no module named x"}),
+    ],
+)
+def test_of_tests_that_time_cuts_short_those_that_failed_are_named(
+    status, text, found, monkeypatch
+):
+    monkeypatch.setattr(device, "run_process", lambda *args: device.Ended(status, text))
+    assert device.run_tests(5.0) == found
+
+
+def test_kernels_are_compiled_ahead_by_a_process_a_part(tmp_path):
+    command = ["sh", "-c", f'test "$2" = paper && exit 1; echo > "{tmp_path}/$2"', "sh"]
+    assert device.compile_ahead(command, 60.0) > 0
+    wanted = {"fp32", "bf16", "fp16", "rectangle", "no covariance"}
+    assert {path.name for path in tmp_path.iterdir()} == wanted
+    # what hangs ends with the time
+    assert device.compile_ahead(["sh", "-c", "exec sleep 600"], 0.0) > 0
+
+
+def test_a_part_compiles_whatever_is_wrong(monkeypatch):
+    made = []
+
+    def wrong(*args, **options):
+        made.append(args)
+        raise exact.WrongResultError("off")
+
+    monkeypatch.setattr(device, "check_layer", wrong)
+    device.compile_part("bf16", ["torch"], "cpu", SMALL)
+    assert len(made) == device.check_whole_layer("torch", torch.bfloat16, SMALL, lambda *a, **b: 0)
+    right, ran = registry.BACKENDS["torch"].ops["decode"], []
+    monkeypatch.setitem(
+        registry.BACKENDS["torch"].ops, "decode", lambda *a: (ran.append(a), right(*a))[1]
+    )
+    device.compile_part("paper", ["torch"], "cpu", SMALL)
+    assert len(ran) == 1
+
+
+# -- several commands ----------------------------------------------------------------------------
+
+
+def test_a_later_command_goes_on_on_the_same_device(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "watch", lambda *args: None)
+    arguments = ["--device", "cpu", "--tiny", "--impl", "torch"]
+    environment = lambda: {"torch": "2.11"}  # noqa: E731
+    first, later = tmp_path / "first", tmp_path / "later"
+    assert device.main([*arguments, "--out", str(first)], environment) == 0
+    result = read_json(first / "device.json")
+    done = {"case": DECODE, "sides": {"torch bf16": {"seconds": 1.0}}, "wall_seconds": 0.1}
+    late = {"case": STEP, "sides": {"torch bf16": {"unavailable": device.TIME_UP}}}
+    result["rows"] = [done, late | {"wall_seconds": 0.0}]
+    result |= {"skipped": [{"case": LAYER, "reason": "1 s left"}], "spent": 500.0}
+    write_json(first / "device.json", result)
+    more = ["--out", str(later), "--resume", str(first)]
+    assert device.main([*arguments, *more], environment) == 0
+    found = read_json(later / "device.json")
+    check_schema(found)
+    assert found["rows"] == [done]
+    assert found["skipped"] == []
+    assert found["spent"] > 500
+    capsys.readouterr()
+    assert device.main([*arguments, *more], lambda: {"torch": "2.12"}) == 2
+    assert "'torch': '2.12'" in capsys.readouterr().err
+    assert device.main([*arguments, "--resume", str(tmp_path / "nowhere")], environment) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_only_the_kinds_that_are_named_are_run(worked, tmp_path, capsys):
+    _, result = worked(LAYER, DECODE, case("pairs", density=0.5), only=["operator", "pairs"])
+    assert [row["case"]["kind"] for row in result["rows"]] == ["operator", "pairs"]
+    assert not result["complete"]
+    assert device.main(["--device", "cpu", "--only", "pair", "--out", str(tmp_path)]) == 2
+    assert "--only must be of layer, check, panels," in capsys.readouterr().err
+
+
+# -- a sample of results ---------------------------------------------------------------------------
+
+
+def sample():
+    """Rows of every kind as an H200 might give them, in the keys that SCHEMA has."""
+
+    def timed(seconds, **more):
+        found = {"seconds": seconds, "least": seconds, "most": 2 * seconds, "rounds": 9}
+        return {"first_seconds": 1.0, **found, **more}
+
+    def row(case, sides, **more):
+        return {"case": case, "sides": sides, "wall_seconds": 1.0, **more}
+
+    floor = {"floor_seconds": 3e-3, "floor_share": 0.6, "ratio": 2.0, "peak_bytes": 3 * 2**20}
+    step = {"autocast": timed(10e-3, ratio=1.0), "triton bf16": timed(5e-3, **floor)}
+    step["cuda bf16"] = {"refused": "grad is off"}
+    off = {"cuda bf16": {"refused": "recon is off"}, "triton bf16": {"first_seconds": 0.1}}
+    off["triton bf16"]["checked"] = 1
+    return {
+        "schema": device.SCHEMA,
+        "environment": {
+            "torch": "2.11",
+            "device": {"name": "H200", "triton": "3.6.0", "driver_version": "580"},
+        },
+        "impls": {"triton": "available", "cuda": "no nvrtc"},
+        "seconds": 540.0,
+        "complete": False,
+        "running": None,
+        "rows": [
+            row(LAYER | {"impl": "triton"}, {"triton bf16": {"checked": 18}}),
+            row(CHECK, off),
+            row({"kind": "ceilings"}, {}),
+            row(STEP, step, marked=["triton bf16"], work={"flops": 1.0}),
+            row(
+                case("profile", impl="triton"),
+                {"triton": {"checked": 1}},
+                kernels=[["a_kernel", 2, 750.0], ["copy", 1, 250.0]],
+            ),
+            row(case("graph", objective="paper"), {"triton bf16": timed(4e-3, **floor)}),
+            row(DECODE, {"autocast": timed(2e-3, ratio=1.0), "triton bf16": timed(1e-3, **floor)}),
+            row(
+                case("pairs", density=0.5),
+                {"int8": timed(3e-3, ratio=1.0), "triton": {"unavailable": "out of memory"}},
+            ),
+            row(case("pairs", density=0.1), {}, unavailable="out of memory"),
+            row(
+                {"kind": "warmup", "impl": "triton"},
+                {"triton": {"cold_seconds": 90.0, "warm_seconds": 6.0}},
+            ),
+            row({"kind": "tests"}, {"pytest": {"refused": "2 failed", "failed": ["a", "b"]}}),
+        ],
+        "skipped": [{"case": STEP | {"objective": "rectangle"}, "reason": "1 s left"}],
+        "ended": {},
+        "ceilings": {
+            "copy": 4.3e12, "gemm_float32": 5e13, "gemm_bfloat16": 7.9e14,
+            "bit_macs": {"int8": 1e15, "b1": 4e15},
+        },
+        "spent": 500.0,
+    }  # fmt: skip
+
+
+def test_tables_are_made_from_a_sample_of_results(tmp_path, capsys):
+    result = sample()
+    check_schema(result)
+    write_json(tmp_path / "device.json", result)
+    readme = tmp_path / "speed.md"
+    readme.write_text("before\n<!-- bench:device -->\n<!-- /bench:device -->\nafter\n")
+    device.report(tmp_path, readme)
+    text = capsys.readouterr().out
+    for line in (
+        "| objective | N, d, F | autocast | `triton bf16` | `cuda bf16` | peak | of the floor |",
+        "| paper | 64, 24, 256 | 10 ms (1.0) | 5 ms (2.0) † | refused | 3 MiB | 60% |",
+        "| paper, graph | 64, 24, 256 | 4 ms (2.0) | 3 MiB | 60% |",
+        "| decode | 64, 24, 256 | 0.5 | 2 ms (1.0) | 1 ms (2.0) | 3 MiB | 60% |",
+        "| covariance | 64, 256 | 0.5 | 3 ms (1.0) | out of memory |  |  |",
+        "A step of `triton` from inside (3 launches, 1.00 ms):",
+        "| `a_kernel` | 2 | 750 | 75% |",
+    ):
+        assert line in text.splitlines(), text
+    for words in (
+        "bf16 product 790 TFLOP/s, copy 4.30 TB/s, int8 products 1,000 T multiply-adds/s, 1-bit "
+        "ones 4,000.",
+        '`bf.warmup("triton")` takes 90 s, 6 s with its kernels on disk.',
+        "was refused in the checks.",
+        "Refused: 3;",
+        "Cases left out for time: 1.",
+        "`cuda`: no nvrtc.",
+        "H200, torch 2.11, triton 3.6.0, driver 580.",
+    ):
+        assert words in text, words
+    assert (tmp_path / "device.png").read_bytes().startswith(b"\x89PNG")
+    assert "bench:device" in readme.read_text()  # only committed results reach the documents
+
+
+@pytest.mark.parametrize("least", range(12))
+def test_whatever_part_of_the_results_is_there_is_shown(least, tmp_path, capsys):
+    """The first command on a device may end anywhere."""
+    result = sample()
+    result["rows"] = result["rows"][:least]
+    if least < 3:
+        del result["ceilings"]
+    write_json(tmp_path / "device.json", result)
+    device.report(tmp_path, tmp_path / "none.md")
+    assert "H200, torch 2.11" in capsys.readouterr().out
+
+
+def test_a_plot_that_fails_costs_no_table(tmp_path, monkeypatch, capsys):
+    def broken(result):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(device, "plot", broken)
+    write_json(tmp_path / "device.json", sample())
+    device.report(tmp_path, tmp_path / "none.md")
+    text = capsys.readouterr().out
+    assert "no plot: RuntimeError: no font" in text
+    assert "| paper | 64, 24, 256 |" in text
 
 
 # -- a checkout in which nothing is installed ----------------------------------------------------
@@ -268,9 +622,7 @@ print(registry.BACKENDS["triton"].unavailable, registry.BACKENDS["cuda"].unavail
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which kernels import"
-)
+@needs_kernels
 @pytest.mark.long
 @pytest.mark.slow
 def test_kernels_are_found_in_a_plain_checkout(tmp_path):

@@ -7,6 +7,7 @@ matrix instructions its PTX and SASS hold.
 
     python tests/backends/triton_compile_worker.py sm_90 bfloat16 all
 
+A name behind these compiles that kernel alone.
 ``few`` in place of ``all`` compiles one variant a kernel, its largest; ``small`` its smallest;
 ``hard`` the largest and the ones that an assembler once spilled; ``ones`` what one feature, one
 output and two rows need; ``packed`` products of packed bits, which not every chip starts;
@@ -170,6 +171,7 @@ def compiled(kernel, signature, constants, attrs, options, capability, notes):
         "stack": int(usage["STACK"]),
         "local": int(usage["LOCAL"]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
         "shared": result.metadata.shared,
         "ptx_local": len(re.findall(r"\b(?:ld|st)\.local\b", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
@@ -212,7 +214,7 @@ def chosen(variants, amount):
     return list((dict(last.values()) | hard).values())
 
 
-def main(chip, what, amount="all"):
+def main(chip, what, amount="all", kernel=None):
     torch.set_num_threads(1)
     launch.start = recorder = Recorder()
     launch.family = launch._chip = lambda device: chip
@@ -236,6 +238,7 @@ def main(chip, what, amount="all"):
     with tempfile.TemporaryDirectory() as folder:
         notes = keep_notes(folder)
         variants = chosen(recorder.variants.values(), amount)
+        variants = [v for v in variants if kernel in (None, v[0].fn.__name__)]
         rows = [compiled(*v, CAPABILITIES[chip], notes) for v in variants]
     print(json.dumps({"triton": triton.__version__, "kernels": rows}))
 

@@ -49,6 +49,34 @@ class _Recorder(TorchDispatchMode):
         self.calls.append((func, args, kwargs, made))
         return result
 
+    def put_back(self):
+        for whole, before in self.before.values():
+            whole.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, made in self.calls:
+            again = [t for t in pytree.tree_leaves(func(*args, **kwargs)) if is_tensor(t)]
+            for old, new in zip(made, again, strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class RecordedGraph:
+    """In place of torch.cuda.CUDAGraph, with :func:`recording` in place of torch.cuda.graph."""
+
+    replay = None
+
+
+@contextlib.contextmanager
+def recording(graph):
+    """Record what is done inside, once, and put back what it changed."""
+    recorder = _Recorder()
+    with recorder:
+        yield
+    recorder.put_back()
+    graph.replay = recorder.replay
+
 
 class RecordedGraphs:
     """How :class:`bae_fast.training.CapturedStep` captures on a CPU."""
@@ -66,19 +94,12 @@ class RecordedGraphs:
         yield
 
     def capture(self, run):
-        recorder = _Recorder()
-        with recorder:
+        graph = RecordedGraph()
+        with recording(graph):
             run()
-        for whole, before in recorder.before.values():
-            whole.copy_(before)
 
-        @torch.no_grad()
         def replay():
             self.replays += 1
-            for func, args, kwargs, made in recorder.calls:
-                again = [t for t in pytree.tree_leaves(func(*args, **kwargs)) if is_tensor(t)]
-                for old, new in zip(made, again, strict=True):
-                    if old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
+            graph.replay()
 
         return replay

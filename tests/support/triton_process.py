@@ -25,24 +25,24 @@ def cache_of_run(tmp_path_factory, name):
     return folder
 
 
-def printed(script, *arguments, folder, oldest=False):
+def printed(script, *arguments, folder, oldest=False, root=ROOT):
     """The JSON that a script of tests/backends prints; ``folder`` is triton's cache.
 
-    An object that names its triton must name the one that was asked for.
+    An object that names its triton must name the one that was asked for. ``root`` is the checkout.
     """
     if oldest and not OLDEST_FOLDER.is_dir():
         pytest.skip(f"needs triton {OLDEST} in {OLDEST_FOLDER}: make installs it")
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("BAE_FAST_", "TRITON_"))
     }
-    path = [*[str(OLDEST_FOLDER)] * oldest, str(ROOT), str(ROOT / "tests" / "support")]
+    path = [*[str(OLDEST_FOLDER)] * oldest, str(root), str(root / "tests" / "support")]
     environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "backends" / script), *arguments],
+        [sys.executable, str(root / "tests" / "backends" / script), *arguments],
         capture_output=True,
         text=True,
         env=environment,
-        cwd=ROOT,
+        cwd=root,
         check=False,
     )
     assert done.returncode == 0, done.stderr
