@@ -61,6 +61,17 @@ FAULTS = {
         INTERPRETED + "test_tiles_that_do_not_run_are_left_out",
         "RuntimeError: invalid argument",
     ),
+    "tuning times a warm cache and the host": (
+        [
+            (
+                LAUNCH,
+                'return float(triton.testing.do_bench(call, warmup=5, rep=30, return_mode="min"))',
+                "return 0.0 * bool(call())",
+            )
+        ],
+        INTERPRETED + "test_tiles_are_timed_with_a_cold_cache",
+        r"assert 0\.0 == 2\.5",
+    ),
     "tuning is timed on another device than the tensors'": (
         [(LAUNCH, "with current(device):", "with contextlib.nullcontext():")],
         INTERPRETED + "test_tuning_is_timed_on_the_device_of_the_tensors",
@@ -181,6 +192,17 @@ FAULTS = {
         "bench/test_launches.py::test_no_operator_of_a_step_waits_for_the_device",
         "WaitsForDeviceError",
     ),
+    "the backward pass of autograd's own operators is not watched for what waits": (
+        [
+            (
+                "bench/launches.py",
+                "            with self:  # a mode is off",
+                "            if True:  # a mode is off",
+            )
+        ],
+        "bench/test_launches.py::test_what_autograd_itself_starts_is_counted",
+        "assert",
+    ),
     "a step is captured on another device than its parameters'": (
         [("bae_fast/training/graph.py", "with current(self._device):", "if True:")],
         "tests/training/test_graph.py::test_a_step_is_captured_on_the_device_of_its_parameters",
@@ -291,6 +313,18 @@ COMPILED = {
         ("sm_90", "bfloat16", "few", "gradient_kernel"),
         True,
         r"assert [1-9]\d* == 0",
+    ),
+    "a product is serialised for want of registers": (
+        [
+            (
+                CONFIGS,
+                "_HOPPER = _table(\n    Config(128, 256, 64, 8, 3)",
+                "_HOPPER = _table(\n    Config(128, 256, 64, 4, 3)",
+            )
+        ],
+        ("sm_90", "bfloat16", "few", "encode_kernel"),
+        False,
+        r"notes == \[\]",
     ),
     "int8 products of sm_100 become the instruction of older chips": (
         [

@@ -1049,6 +1049,20 @@ def test_tiles_that_do_not_run_are_left_out(error, tmp_path, monkeypatch):
         launch._milliseconds(call)
 
 
+def test_tiles_are_timed_with_a_cold_cache(monkeypatch):
+    """By triton's own measurement, which overwrites the cache and keeps the host ahead."""
+    asked = []
+
+    def do_bench(call, **options):
+        asked.append((call, options["return_mode"]))
+        return 2.5
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    assert launch._milliseconds(dict) == 2.5
+    assert asked == [(dict, "min")]
+
+
 # -- CUDA graphs, as far as they can be shown without a GPU --------------------------------------
 
 
