@@ -743,6 +743,8 @@ def below(pid: int) -> list[int]:
 
 def end(process: subprocess.Popen[Any]) -> None:
     """Kill a process with all that it has started: a checker's program would go on."""
+    if process.poll() is not None:
+        return  # its number may be another's by now
     for pid in below(process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -1311,8 +1313,7 @@ def compile_ahead(command: list[str], seconds: float) -> float:
                 process.wait(max(begin + seconds - time.time(), 0.0))
     finally:
         for process in processes:
-            if process.poll() is None:
-                end(process)
+            end(process)
             process.wait()
     return time.time() - begin
 
@@ -1406,8 +1407,7 @@ def watch(command: list[str], path: Path, seconds: float) -> None:
                 elif silent > STALL:
                     reason = f"no answer within {STALL:.0f} s"
         finally:
-            if process.poll() is None:
-                end(process)
+            end(process)
             status = process.wait()
         reason = reason or f"its process ended with status {status}"
         result = read_json(path)
