@@ -63,7 +63,7 @@ class SaysCuda(TorchFunctionMode):
                     (loss,), (torch.ones_like(loss),), False, False, (),
                     allow_unreachable=True, accumulate_grad=True,
                 )  # fmt: skip
-        if func is Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return args[0].is_meta
         if func is Tensor.data_ptr:
             return 16 * args[0].storage_offset()

@@ -25,11 +25,19 @@ from bench.__main__ import main
 # the command, and its worker, on a device in name; what only kernels could do is stood in for
 ON_A_DEVICE = """
 import sys
+import torch
 import fake_cuda
 from bench import device, eager, test_device
 from bae_fast.kernels import counts
 from bae_fast.kernels_cuda import covariance, driver
 fake_cuda.use()
+try:
+    torch.ones(3, device="cuda") + torch.ones(3)
+except fake_cuda.MixedDevicesError:
+    pass
+else:
+    sys.exit("tensors of two devices must be refused")
+device.REPEATS, device.TRAINED = 3, 8
 eager.COMPILER = "eager"  # no C++ compiler, no minutes
 device.PANEL_SHAPES[:] = [(2, 1), (33, 129)]
 device.SIGN_SHAPES[:] = [(2, 1, 1), (33, 129, 70)]

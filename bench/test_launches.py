@@ -116,6 +116,8 @@ def test_what_waits_for_the_device_is_refused(wait):
 def test_views_and_memory_start_nothing():
     with launches.SaysCuda():
         x = torch.zeros(4, 3, device="cuda")
+        assert x.is_cuda
+        assert not torch.zeros(3).is_cuda
         with launches.Watch() as watch:
             y = torch.empty_like(x).t()[1:].view(2, 4)
             y.add_(1)
