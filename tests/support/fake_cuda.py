@@ -122,7 +122,8 @@ class _Device(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         # a name is no place, and operators that a recorder calls again name the CPU
-        if func is torch.device or isinstance(func, torch._ops.OpOverload):
+        names = (torch.device, torch._C._nn._parse_to)
+        if func in names or isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         if func == Tensor.device.__get__:  # made anew whenever it is asked for
             return DEVICE if on_device(args[0]) else CPU
