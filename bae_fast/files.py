@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,22 +49,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: naming ``path``, where the system's own error names another file or none.
     """
     target = Path(path)
+    # not mkstemp, which makes files private: what mode a file should have only the umask would say,
+    # and reading that means setting it, for all threads of the process
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
     except OSError as error:
         raise _naming(error, target) from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; give the target what a plain open() would
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # writers of libraries may have put a private file there
         os.replace(temporary, target)
     except OSError as error:
-        if error.errno is None or error.filename not in (None, name, temporary):
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
             raise
         raise _naming(error, target) from error
     finally:

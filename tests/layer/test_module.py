@@ -648,11 +648,20 @@ def test_metadata_that_is_not_json_fails_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
-def test_written_files_have_the_mode_of_an_ordinary_file(tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    files.write_json(tmp_path / "made", {})
-    assert (tmp_path / "made").stat().st_mode == plain.stat().st_mode
+def test_written_files_have_the_mode_of_an_ordinary_file(tmp_path, monkeypatch):
+    for i, umask in enumerate((0o022, 0o077)):
+        before = os.umask(umask)
+        try:
+            plain = tmp_path / f"plain{i}"
+            plain.write_text("")
+            with monkeypatch.context() as patched:  # another thread would see what is set
+                patched.setattr(os, "umask", lambda _: pytest.fail("umask is of all threads"))
+                files.write_json(tmp_path / f"made{i}", {})
+                files.write_safetensors(tmp_path / f"tensors{i}", {"x": torch.zeros(3)}, {})
+        finally:
+            os.umask(before)
+        for name in ("made", "tensors"):
+            assert (tmp_path / f"{name}{i}").stat().st_mode == plain.stat().st_mode
 
 
 def test_a_dropped_row_that_holds_nan_gets_no_gradient():
