@@ -19,12 +19,13 @@ from bae_fast.files import read_json
 from bae_fast.report import tables
 from bae_fast.report.compare import LABELS
 
-BITS = (125, 130, 140, 150)
+BITS = (125, 130, 140, 150, 160)
 
 # folders with comparisons that measured the loss with rounded values, by model; runs of one model
 # in one metric may lie in several
 SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "SmolLM2, block 12": (("smollm", "smollm_k12"), ("smollm_metric",))
+    "SmolLM2, block 12": (("smollm", "smollm_k12"), ("smollm_metric",)),
+    "Gemma 3 270M, block 10": (("gemma_metric",),),
 }
 
 
