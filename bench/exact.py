@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bae_fast.backends.cpp import units
 from bae_fast.ops.products import product_dtype
 from bae_fast.statistics import entropy_bits, entropy_gradient
 from bench import eager
@@ -42,15 +43,17 @@ def is_half(side: str) -> bool:
     return dtype_of(side) != torch.float32
 
 
-def weights_dtype(side: str, device: torch.device) -> torch.dtype:
-    """The dtype that a side multiplies float32 weights in.
+def weights_dtype(side: str, bits: Tensor) -> torch.dtype:
+    """The dtype that float32 weights were multiplied in to make bits ``[N, F]``.
 
-    Those of `cpp` and `torch` stay as they are where the CPU does not multiply bfloat16. Sides in
-    float16 are given their weights rounded.
+    Those of `cpp` and `torch` stay as they are where the CPU does not multiply bfloat16, and those
+    of `cpp` where it encodes by integers. Sides in float16 are given their weights rounded.
     """
     dtype = dtype_of(side)
+    if side.partition(" ")[0] == "cpp" and units.encode_digits(dtype, *bits.shape) == 3:
+        return torch.float32
     if dtype == torch.bfloat16 and side.partition(" ")[0] in ("cpp", "torch"):
-        return product_dtype(dtype, device)
+        return product_dtype(dtype, bits.device)
     return dtype
 
 
@@ -132,7 +135,7 @@ class Bits:
         side's dtype before the bias is added.
         """
         dtype, rounded = dtype_of(side), side in eager.DENSE and is_half(side)
-        product, magnitude = self._products(dtype, weights_dtype(side, bits.device))
+        product, magnitude = self._products(dtype, weights_dtype(side, bits))
         b_enc = self.inputs[2]
         pre = product + b_enc.double()
         slips = (self.inputs[0].shape[1] + 2) * UNIT_ROUNDOFF[torch.float32]
