@@ -150,6 +150,16 @@ def test_every_variant_of_every_chip(chip, dtype, oldest, cache):
     check(chip, dtype, worker(chip, dtype, "all", folder=cache, oldest=oldest), oldest)
 
 
+@pytest.mark.matrix
+@VERSIONS
+def test_no_tile_that_tuning_may_take_is_rewritten_in_flight(oldest, cache):
+    """Tuning would keep one that is fast and now and then wrong."""
+    rows = worker("sm_90", "bfloat16", "candidates", folder=cache, oldest=oldest)
+    assert {row["kernel"] for row in rows} == (HALF - {"bits_product_kernel"}) | INTEGER
+    assert len(rows) >= 40
+    assert [row for row in rows if row["rewritten"]] == []
+
+
 @pytest.mark.long
 def test_warmup_starts_every_kernel_that_a_step_starts(cache):
     """For d and K in multiples of 16: a CUDA graph may then be captured."""

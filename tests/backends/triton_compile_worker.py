@@ -11,7 +11,8 @@ A name behind these compiles that kernel alone.
 ``few`` in place of ``all`` compiles one variant a kernel, its largest; ``small`` its smallest;
 ``hard`` the largest and the ones that an assembler once spilled; ``ones`` what one feature, one
 output and two rows need; ``packed`` products of packed bits, which not every chip starts;
-``uncovered`` in place of the dtype prints what steps start and the warm-up does not.
+``candidates`` the tiles that tuning tries; ``uncovered`` in place of the dtype prints what steps
+start and the warm-up does not.
 """
 
 import itertools
@@ -34,8 +35,8 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bae_fast.kernels import configs, gradient, launch, products
 from bae_fast.kernels import covariance as kernels
-from bae_fast.kernels import gradient, launch, products
 from bae_fast.kernels.bodies import covariance, decode, encode, encoder_backward, terms, warmup
 from bae_fast.ops import nvidia
 from bae_fast.surrogates import SURROGATES
@@ -129,6 +130,34 @@ def uncovered(recorder):
         step(torch.bfloat16, torch.bfloat16, 160, 64, 768, "rectangle", 1, masked, 80)
     assert recorder.variants
     return sorted(set(recorder.variants) - warm)
+
+
+def candidates(chip, dtype):
+    """Start every kernel with each of the tiles that tuning tries, but products of packed bits."""
+    n, d, k = 64, 64, 1024
+    rows, W = torch.zeros(n, d, dtype=dtype), torch.zeros(d, k, dtype=dtype)
+    words, features = torch.zeros(n, k // 32).int(), torch.zeros(k, n // 8).int()
+    counts, n_rows, columns = torch.zeros(k).long(), torch.tensor(n), torch.zeros(k)
+    signs, scale = torch.zeros(2, k, k // 32).int(), torch.zeros(())
+    calls = {
+        "encode": lambda: encode.kernels.encode(
+            rows, W, columns, None, 0.25, 0, words, words.clone(), counts
+        ),
+        "gradient": lambda: gradient.product_gradient(
+            rows, W.t().contiguous(), dtype, (0, k), 1, words, words, None, columns, None, None,
+            None, "identity", 0.25,
+        ),
+        "covariance": lambda: kernels.covariance(features, counts, n_rows, True, n),
+        "sign_product": lambda: kernels._sign_product(
+            words, signs, counts, n_rows, scale, torch.empty(n, k), None
+        ),
+    }  # fmt: skip
+    own = configs.DEFAULTS[chip]
+    for name, call in calls.items():
+        for tile in configs.CANDIDATES[name]:
+            configs.DEFAULTS[chip] = {**own, name: (tile,)}
+            call()
+    configs.DEFAULTS[chip] = own
 
 
 def keep_notes(folder):
@@ -228,6 +257,9 @@ def main(chip, what, amount="all", kernel=None):
         for entry in (0, 1):
             with launch.table_entry(entry):
                 products.bits_product(words, dense, None, dtype)
+        amount = "all"
+    elif amount == "candidates":
+        candidates(chip, dtype)
         amount = "all"
     elif amount == "ones":
         step(dtype, dtype, 2, 1, 1, "rectangle", 1, False, 1)
