@@ -19,7 +19,7 @@ from bae_fast.files import read_json
 from bae_fast.report import tables
 from bae_fast.report.compare import LABELS
 
-BITS = (125, 130, 140, 150, 160)
+BITS = (125, 140, 150, 160, 170)
 
 # folders with comparisons that measured the loss with rounded values, by model; runs of one model
 # in one metric may lie in several
