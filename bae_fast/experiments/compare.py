@@ -362,7 +362,9 @@ def one(
             k=k,
             d_out=None if y is None else y.shape[1],
             # no part of what a run is known by: dataset_path names the files there
-            metadata=settings["data"] | {"text_files": facts["text_files"]},
+            # the files are no part of what a run is known by: dataset_path names them there
+            metadata=settings["data"]
+            | {name: facts[name] for name in ("text_files", "text_sha256") if name in facts},
             device=pick_device(config),
         )
         return model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])

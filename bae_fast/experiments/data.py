@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,24 @@ from torch import Tensor
 
 from bae_fast.experiments.runs import ConfigError
 from bae_fast.files import cache_folder, check_writable
-from bae_fast.progress import Stages, say
+from bae_fast.progress import Stages, say, tracked
 
 if TYPE_CHECKING:
     from bae_fast.lm import ActivationCache, LanguageModel, ModelSource
 
 N_HELDOUT = 4096
 DEFAULT_HOOK = "model.layers.11"
+
+# what the text is called that is read where none is named
+STANDARD_TEXT = "pydoc_data.topics"
+
+# what a saved model's metadata say of its text, see bae_fast.lm.TextWindows.source
+TEXT_FACTS = (
+    "dataset_path", "text_files", "text_field", "text_sha256", "text_packed", "tokens",
+    "prepend_bos",
+)  # fmt: skip
+# and of a run whose held-out rows are not the last: how many windows at the beginning of the text
+HELDOUT_WINDOWS = "heldout_windows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Source:
         revision: The branch, tag or commit of a Hugging Face id. Without it that is the main one.
         text: Text files, files of JSON lines, and folders of them, which the model reads. Without
             them it reads the topics of Python's standard library.
+        field: The field of JSON lines that holds the text.
         tokens: The text is cut after this many tokens.
         bos: Every window of text begins with the beginning-of-text token. Without this option it
             does where the model's own tokenizer begins a text with it.
@@ -43,6 +56,7 @@ class Source:
     model: str | None = None
     revision: str | None = None
     text: tuple[str, ...] | None = None
+    field: str = "text"
     tokens: int | None = None
     bos: bool | None = None
     device: str = "auto"
@@ -62,6 +76,22 @@ class Data(Source):
 
     hook: str = DEFAULT_HOOK
     context: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOn(Data):
+    """The hidden states that a saved model was trained on: its text is read as it was then.
+
+    Attributes:
+        packed: whether documents stand one behind the other, as bae-fast harvest reads them.
+        sha256: the digest of the text's files; None where it is not known.
+        heldout_windows: how many windows at the beginning of the text were held out; None where
+            the last rows were.
+    """
+
+    packed: bool = False
+    sha256: str | None = None
+    heldout_windows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +267,8 @@ def harvest_rows(
     with stages.stage("tokenize"):
         source = find_model(name, config.revision)
         tokenizer = lm_tools.load_tokenizer(name, revision=config.revision)
-        if config.text is None:
-            text, text_name = lm_tools.standard_library_text(), "pydoc_data.topics"
-        else:
-            text, text_name = own_text(config.text), " ".join(map(str, config.text))
-        windows = lm_tools.windows(
-            tokenizer, text, config.context, n_tokens=config.tokens, prepend_bos=config.bos
-        )
+        windows, text_facts = read_windows(config, tokenizer)
+        text_name = text_facts["dataset_path"]
         # held out, the window left out before them, and a first batch with room for dropped rows
         least = N_HELDOUT + 3 * config.context + 2 * batch_size
         if windows.numel() < least:
@@ -294,8 +319,7 @@ def harvest_rows(
         "hook_name": cache.manifest["hook_name"],
         "context_size": config.context,
         "prepend_bos": begins_with_bos,
-        "dataset_path": text_name,
-        "text_files": None if config.text is None else [str(name) for name in config.text],
+        **text_facts,
         "tokens": windows.numel(),
         "rows": cache.n_rows,
         "harvest_tokens_per_second": tokens_per_second,
@@ -303,7 +327,68 @@ def harvest_rows(
     return cache, tokenizer, facts
 
 
-def own_text(paths: tuple[str, ...]) -> str:
+def read_windows(config: Data, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The windows of a configuration's text, and what says which text that is.
+
+    Raises:
+        ConfigError: text that is not there, cannot be read, or is not the one of the training.
+    """
+    from bae_fast import lm as lm_tools
+
+    if config.text is None:
+        text = lm_tools.standard_library_text()
+        facts: dict[str, Any] = {"dataset_path": STANDARD_TEXT, "text_files": None}
+    else:
+        saved = config if isinstance(config, TrainedOn) else TrainedOn()
+        try:
+            documents = lm_tools.TextFiles(list(config.text), field=config.field)
+            facts = documents.source() | {"text_sha256": documents.identity()["sha256"]}
+        except ValueError as error:
+            reason = str(error).removeprefix("paths must name text files or folders of them; ")
+            raise ConfigError("text", f"must name text that can be read; {reason}") from error
+        if saved.sha256 not in (None, facts["text_sha256"]):
+            raise ConfigError(
+                "text",
+                f"must be given: the model was trained on {facts['dataset_path']}, whose files "
+                "are others now (their SHA-256 differs); --text reads them as they are",
+            )
+        if saved.packed:
+            return _packed_windows(config, tokenizer, documents), facts | {"text_packed": True}
+        text = own_text(config.text, config.field)
+    windows = lm_tools.windows(
+        tokenizer, text, config.context, n_tokens=config.tokens, prepend_bos=config.bos
+    )
+    return windows, facts
+
+
+def _packed_windows(config: Data, tokenizer: Any, documents: Any) -> Tensor:
+    """The windows that bae-fast harvest makes of the text."""
+    from bae_fast import lm as lm_tools
+
+    n = None if config.tokens is None else -(-config.tokens // config.context)
+    reader = lm_tools.TextWindows(
+        tokenizer, documents, config.context, n_windows=n, prepend_bos=config.bos
+    )
+
+    def read() -> Iterator[Tensor]:
+        while len(part := reader.read(1024)):
+            yield part
+
+    parts = list(read() if n is None else tracked(read(), n, "windows", by=len))
+    if not parts:
+        raise ConfigError("text", f"must give at least one window of {config.context} tokens")
+    return torch.cat(parts)
+
+
+def heldout_rows(config: Data, cache: ActivationCache) -> range:
+    """The rows of a harvest of the text that a model's training has not seen."""
+    n = config.heldout_windows if isinstance(config, TrainedOn) else None
+    if n is None:
+        return cache.split(N_HELDOUT).heldout
+    return range(int((cache.row_window < n).sum()))
+
+
+def own_text(paths: tuple[str, ...], field: str = "text") -> str:
     """The text of the user's files and folders, see :func:`bae_fast.lm.read_text`.
 
     Raises:
@@ -312,7 +397,7 @@ def own_text(paths: tuple[str, ...]) -> str:
     from bae_fast.lm import read_text
 
     try:
-        return read_text(list(paths))
+        return read_text(list(paths), field=field)
     except ValueError as error:
         raise ConfigError("text", f"must name text that can be read; {error}") from error
 

@@ -19,12 +19,14 @@ from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import demo, runs
 from bae_fast.experiments.data import (
     DEFAULT_HOOK,
-    N_HELDOUT,
+    HELDOUT_WINDOWS,
     Data,
     Source,
+    TrainedOn,
     cache_of,
     check_width,
     harvest_rows,
+    heldout_rows,
     model_name,
     pick_device,
 )
@@ -156,7 +158,7 @@ def run(config: Config) -> runs.Result:
         beside.check(cache.rows, facts)
     rows = range(cache.n_rows)
     if config.rows == "heldout":
-        rows = cache.split(N_HELDOUT).heldout
+        rows = heldout_rows(data, cache)
     with stages.stage("collect tokens"):
         found = feature_tokens(model, cache.rows[rows.start : rows.stop], k=config.k)
         say(f"   {len(found.tokens.rows):,} tokens of {found.tokens.n_features:,} features")
@@ -292,36 +294,58 @@ def open_model(
         model=metadata.get("model_name") if config.model is None else config.model,
         hook=config.hook or hooks[0],
         context=config.context or metadata.get("context_size"),
-        **(text_of(config, metadata) if with_text else {}),
     )
-    return model, data
+    return model, text_of(config, data, metadata) if with_text else data
 
 
-def text_of(config: Source, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The text that a model was trained on, where a configuration names none.
+def text_of(config: Source, data: Data, metadata: Mapping[str, Any]) -> Data:
+    """The data with the text that a model was trained on, where a configuration names none.
 
-    Metadata without ``text_files`` does not say which text that was: the standard library's is
+    Metadata without ``text_files`` do not say which files that was: the standard library's text is
     read, and a line says so.
 
     Raises:
         ConfigError: one of the files or folders is not here.
     """
     if config.text is not None:
-        return {}
+        return data
     if "text_files" not in metadata:
-        say("   the model does not say which text it was trained on; --text names another one")
-        return {}
+        name = metadata.get("dataset_path")
+        if name is None:
+            say("   the model does not say which text it was trained on; --text names another one")
+        else:
+            say(
+                f"   the model was trained on {name}, which is not read again: this is Python's "
+                "standard library, and --text names another text"
+            )
+        return data
     files = metadata["text_files"] or ()  # none are the topics of Python's standard library
     for name in files:
         if not Path(name).exists():
             raise runs.ConfigError(
                 "text", f"must be given: the model was trained on {name}, which is not here"
             )
-    return {
-        "text": tuple(files) or None,
-        "tokens": metadata.get("tokens") if config.tokens is None else config.tokens,
-        "bos": metadata.get("prepend_bos") if config.bos is None else config.bos,
-    }
+    values = {field.name: getattr(data, field.name) for field in dataclasses.fields(Data)}
+    return TrainedOn(
+        **values
+        | {
+            "text": tuple(files) or None,
+            "field": metadata.get("text_field") or "text",
+            "tokens": metadata.get("tokens") if config.tokens is None else config.tokens,
+            "bos": metadata.get("prepend_bos") if config.bos is None else config.bos,
+        },
+        packed=bool(metadata.get("text_packed")),
+        sha256=metadata.get("text_sha256"),
+        heldout_windows=_heldout_windows(data, metadata),
+    )
+
+
+def _heldout_windows(data: Data, metadata: Mapping[str, Any]) -> int | None:
+    """How many windows of the data's size were held out at the beginning of the text, if any."""
+    n, context = metadata.get(HELDOUT_WINDOWS), metadata.get("context_size")
+    if not isinstance(n, int) or not isinstance(context, int):
+        return None
+    return n * context // data.context
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import model_name, pick_device
+from bae_fast.experiments.data import STANDARD_TEXT, model_name, pick_device
 from bae_fast.progress import Stages, say
 
 if TYPE_CHECKING:
@@ -88,17 +88,23 @@ def load_reader(config: Reading, stages: Stages) -> LanguageModel:
 def open_text(config: Reading, lm: LanguageModel, documents: Documents | None) -> Any:
     """The windows of the text of a configuration, from its beginning."""
     from bae_fast import lm as lm_tools
+    from bae_fast.lm.inputs import bos_to_prepend
 
     if documents is None:
-        return lm_tools.TokenWindows(
-            lm_tools.windows(
-                lm.tokenizer,
-                lm_tools.standard_library_text(),
-                config.context,
-                n_tokens=config.tokens,
-                prepend_bos=config.bos,
-            )
+        windows = lm_tools.windows(
+            lm.tokenizer,
+            lm_tools.standard_library_text(),
+            config.context,
+            n_tokens=config.tokens,
+            prepend_bos=config.bos,
         )
+        source = {
+            "dataset_path": STANDARD_TEXT,
+            "text_files": None,
+            "tokens": windows.numel(),
+            "prepend_bos": bos_to_prepend(lm.tokenizer, config.bos) is not None,
+        }
+        return lm_tools.TokenWindows(windows, source=source)
     n_windows = None if config.tokens is None else -(-config.tokens // config.context)
     return lm_tools.TextWindows(
         lm.tokenizer, documents, config.context, n_windows=n_windows, prepend_bos=config.bos

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 
 from bae_fast.distributed import Mesh
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import DEFAULT_HOOK, N_HELDOUT, own_rows
+from bae_fast.experiments.data import (
+    DEFAULT_HOOK,
+    HELDOUT_WINDOWS,
+    N_HELDOUT,
+    TEXT_FACTS,
+    own_rows,
+)
 from bae_fast.experiments.reading import Reading, check_reading, load_reader, open_documents
 from bae_fast.experiments.reading import open_text as open_text_of
 from bae_fast.progress import Stages
@@ -128,7 +134,14 @@ def _from_shards(config: RowsFrom, asked: list[str | None], share: dict[str, Any
         hooks[hook] = there[0] if hook is None else hook
     manifest = supply.cache.manifest
     metadata = {name: manifest[name] for name in ("model_name", "context_size")}
-    return Source(supply, hooks, metadata)
+    # a cache of an earlier version does not say which text it is of
+    return Source(supply, hooks, metadata | _about_text(manifest.get("text_source")))
+
+
+def _about_text(source: Any) -> dict[str, Any]:
+    """What a model's metadata keep of :meth:`bae_fast.lm.TextWindows.source`."""
+    found = source if isinstance(source, dict) else {}
+    return {name: found[name] for name in TEXT_FACTS if name in found}
 
 
 def _from_model(config: RowsFrom, asked: list[str | None], share: dict[str, Any]) -> Source:
@@ -156,4 +169,10 @@ def _from_model(config: RowsFrom, asked: list[str | None], share: dict[str, Any]
         **_buffer(config),
         **share,
     )
-    return Source(supply, hooks, {"model_name": lm.name, "context_size": config.context})
+    metadata = {
+        "model_name": lm.name,
+        "context_size": config.context,
+        **_about_text(text.source()),
+        HELDOUT_WINDOWS: supply.n_heldout,
+    }
+    return Source(supply, hooks, metadata)

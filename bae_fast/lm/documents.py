@@ -13,14 +13,14 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bae_fast.lm.cache import tokens_digest
 from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
-from bae_fast.lm.text import LINES, text_files, text_of_line
+from bae_fast.lm.text import LINES, TEXT_FORMS, open_bytes, text_ending, text_files, text_of_line
 
 # a file is read and tokenized in pieces of so many bytes, cut at white space
 _PIECE_BYTES = 1 << 20
@@ -43,6 +43,9 @@ class Windows(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the text is, JSON values."""
 
+    def source(self) -> dict[str, Any]:
+        """Where the text is, JSON values, as :meth:`TextWindows.source` has them; may be empty."""
+
     def state_dict(self) -> dict[str, Any]:
         """Where the reading stands, JSON values; ``window`` is the number of the next one."""
 
@@ -53,8 +56,12 @@ class Windows(Protocol):
 class TokenWindows:
     """Windows that are there as a tensor."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, *, source: Mapping[str, Any] | None = None) -> None:
         """Take token windows, integers ``[n, context_size]``.
+
+        Args:
+            tokens: the windows.
+            source: where they come from, for manifests; see :meth:`TextWindows.source`.
 
         Raises:
             TypeError: no tensor of integers.
@@ -69,6 +76,7 @@ class TokenWindows:
                 f"{list(tokens.shape)}"
             )
         self.tokens = tokens.cpu()
+        self._source = dict(source or {})
         self.n_windows: int | None = len(tokens)
         self.context_size = tokens.shape[1]
         self._next = 0
@@ -80,6 +88,9 @@ class TokenWindows:
 
     def identity(self) -> dict[str, Any]:
         return {"tokens_sha256": tokens_digest(self.tokens), "n_windows": self.n_windows}
+
+    def source(self) -> dict[str, Any]:
+        return dict(self._source)
 
     def state_dict(self) -> dict[str, Any]:
         return {"window": self._next}
@@ -112,6 +123,9 @@ class Documents(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the documents are, JSON values."""
 
+    def source(self) -> dict[str, Any]:
+        """Where the documents are found again, JSON values; what is compared is the identity."""
+
     def state_dict(self) -> dict[str, Any]:
         """Where the reading stands, behind the last piece given out: JSON values; a copy."""
 
@@ -125,6 +139,8 @@ class TextFiles:
     def __init__(self, paths: str | Path | Sequence[str | Path], *, field: str = "text") -> None:
         """Find the files; of folders all .txt, .md, .rst, .jsonl and .ndjson in them, sorted.
 
+        Files that end in .gz, .bz2, .xz or .zst behind that are decompressed as they are read.
+
         Args:
             paths: files and folders, in the order they are read.
             field: the field of a line of a .jsonl file that holds the text.
@@ -133,33 +149,34 @@ class TextFiles:
             ValueError: a path that is missing, or a folder without such a file.
         """
         self.field = field
-        self.files = text_files(paths)
+        self.paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        self.files = text_files(self.paths)
         self._file = self._at = 0
         self._identity: dict[str, Any] | None = None
 
     def pieces(self) -> Iterator[Piece]:
         while self._file < len(self.files):
             path = self.files[self._file]
-            by_line = path.suffix.lower() in LINES
-            with path.open("rb") as file:
-                file.seek(self._at)
-                while data := (file.readline() if by_line else _cut(file)):
+            by_line = text_ending(path) in LINES
+            with open_bytes(path, self._at) as file:
+                for data, ends in _lines(file) if by_line else _cut(file):
                     first, self._at = self._at == 0, self._at + len(data)
                     text = _decoded(data, path, self._at - len(data), first)
-                    if by_line:
-                        if text.strip():
-                            yield Piece(text_of_line(text, path, self._at, self.field), True)
-                        continue
-                    ends = not file.read(1)
-                    file.seek(self._at)
-                    yield Piece(text, ends)
+                    if not by_line:
+                        yield Piece(text, ends)
+                    elif text.strip():
+                        yield Piece(text_of_line(text, path, self._at, self.field), True)
             self._file, self._at = self._file + 1, 0
 
     def identity(self) -> dict[str, Any]:
         if self._identity is None:
             digest = hashlib.sha256()
             for path in self.files:
-                digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
+                # the ending says what the bytes are: lines or one text, compressed or plain
+                ending = path.suffix
+                if text_ending(path) != ending.lower():
+                    ending = text_ending(path) + ending
+                digest.update(f"{ending} {path.stat().st_size} ".encode())
                 with path.open("rb") as file:
                     while data := file.read(1 << 22):
                         digest.update(data)
@@ -168,6 +185,10 @@ class TextFiles:
             }  # fmt: skip
         return dict(self._identity)
 
+    def source(self) -> dict[str, Any]:
+        names = [str(path) for path in self.paths]
+        return {"dataset_path": " ".join(names), "text_files": names, "text_field": self.field}
+
     def state_dict(self) -> dict[str, Any]:
         return {"file": self._file, "at": self._at}
 
@@ -175,27 +196,38 @@ class TextFiles:
         self._file, self._at = int(state["file"]), int(state["at"])
 
 
-def _cut(file: Any) -> bytes:
-    """The next piece of a file, up to a white space where there is one."""
-    start = file.tell()
-    data: bytes = file.read(_PIECE_BYTES)
-    if len(data) == _PIECE_BYTES and file.read(1):
-        cut = max(data.rfind(b"\n"), data.rfind(b" "))
+def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """The lines of a file, each a document."""
+    for line in file:
+        yield line, True
+
+
+def _cut(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Pieces of a file, each up to a white space where there is one, and whether it is the last."""
+    data = b""
+    while True:
+        data += file.read(_PIECE_BYTES + 1 - len(data))
+        if len(data) <= _PIECE_BYTES:
+            if data:
+                yield data, True
+            return
+        cut = max(data.rfind(b"\n", 0, _PIECE_BYTES), data.rfind(b" ", 0, _PIECE_BYTES))
         if cut <= 0:  # no white space: between two characters
-            cut = len(data)
-            while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
+            cut = _PIECE_BYTES
+            while cut > _PIECE_BYTES - 4 and data[cut - 1] & 0xC0 == 0x80:
                 cut -= 1
             cut -= data[cut - 1] >= 0xC0
-        data = data[:cut]
-        file.seek(start + cut)
-    return data
+        yield data[:cut], False
+        data = data[cut:]
 
 
 def _decoded(data: bytes, path: Path, at: int, first: bool) -> str:
     try:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; byte {at + error.start:,} is not") from error
+        raise ValueError(
+            f"{path} must be {TEXT_FORMS}; byte {at + error.start:,} is not"
+        ) from error
 
 
 class DatasetText:
@@ -265,6 +297,9 @@ class DatasetText:
         if isinstance(fingerprint, str):
             found["fingerprint"] = fingerprint
         return found
+
+    def source(self) -> dict[str, Any]:
+        return {"dataset_path": self.name}
 
     def state_dict(self) -> dict[str, Any]:
         state = copy.deepcopy(self.dataset.state_dict()) if self._streamed else None
@@ -383,6 +418,21 @@ class TextWindows:
             "n_windows": self.n_windows,
             "bos_token": self._bos,
             "token_behind_documents": self._end,
+        }
+
+    def source(self) -> dict[str, Any]:
+        """Where the text is, and how its windows are made again: JSON values for manifests.
+
+        ``dataset_path``: its name; ``text_files`` and ``text_field``: paths as they were given;
+        ``text_sha256``: the digest of the files; ``text_packed``: documents stand one behind the
+        other; ``tokens``: where it ends; ``prepend_bos``.
+        """
+        return {
+            **self.documents.source(),
+            "text_packed": True,
+            "text_sha256": self.documents.identity().get("sha256"),
+            "tokens": None if self.n_windows is None else self.n_windows * self.context_size,
+            "prepend_bos": self._bos is not None,
         }
 
     def state_dict(self) -> dict[str, Any]:

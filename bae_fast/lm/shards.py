@@ -719,6 +719,8 @@ class _Harvest:
         limits = _read_limits(path, self.capture.hooks) if bounded else None
         manifest = {
             **self.settings,
+            # not compared with other calls: the same text may have been moved
+            "text_source": getattr(self.text, "source", dict)(),
             "hooks": abouts[0]["hooks"],
             "dtype": abouts[0]["dtype"],
             "n_windows": first_window,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import bz2
+import contextlib
+import gzip
+import io
 import json
+import lzma
 import sysconfig
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +31,73 @@ _OVERLAP = 2**12
 # endings of files of JSON lines, and of what is read in a folder
 LINES = (".jsonl", ".ndjson")
 _TEXTS = (".txt", ".md", ".rst", *LINES)
+# endings of archives, which hold files and not a text
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".parquet", ".arrow")
+
+
+def _open_zstd(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(f"{path} needs the package zstandard: pip install zstandard") from error
+    return zstandard.open(path, "rb")
+
+
+# what opens a compressed file, by the ending behind the text's own
+_COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _open_zstd,
+}
+TEXT_FORMS = "UTF-8 text, plain or compressed (" + ", ".join(_COMPRESSED) + ")"
+
+
+def text_ending(path: Path) -> str:
+    """The ending of a text, in lower case, without that of its compression: .txt of a.TXT.gz."""
+    ending = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if ending in _COMPRESSED else ending
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path, start: int = 0) -> Iterator[IO[bytes]]:
+    """The bytes of a text file from one of them on, decompressed where its ending says so.
+
+    A plain file is read from there on; a compressed one from its beginning, and what comes before
+    is dropped.
+
+    Raises:
+        ValueError: an archive, or a compressed file that is damaged.
+        ImportError: .zst, without the package zstandard.
+        OSError: a file that cannot be read.
+    """
+    archive = text_ending(path)
+    if archive in _ARCHIVES:
+        raise ValueError(f"{path} must be {TEXT_FORMS}; {archive} is an archive: unpack it")
+    opener = _COMPRESSED.get(path.suffix.lower())
+    if opener is None:
+        with path.open("rb") as file:
+            file.seek(start)
+            yield file
+        return
+    try:
+        with opener(path) as stream, io.BufferedReader(stream) as file:
+            while start > 0:
+                part = len(file.read(min(start, 1 << 20)))
+                if not part:
+                    break
+                start -= part
+            yield file
+    except Exception as error:
+        damage = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+        # bz2 and zstandard have no exception of their own that every version has
+        plain = type(error) is OSError and error.errno is None
+        if not (isinstance(error, damage) or plain or type(error).__name__ == "ZstdError"):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} must be {TEXT_FORMS}; it cannot be decompressed: {reason}"
+        ) from error
 
 
 def standard_library_text() -> str:
@@ -62,7 +135,8 @@ def standard_library_docstrings() -> str:
 def text_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that paths name, in the order given; of folders all texts in them, sorted.
 
-    Texts in a folder are .txt, .md, .rst, .jsonl and .ndjson, in folders below it too.
+    Texts in a folder are .txt, .md, .rst, .jsonl and .ndjson, in folders below it too, plain or
+    compressed (.gz, .bz2, .xz, .zst).
 
     Raises:
         ValueError: a path that is missing, a folder without such a file, or no path.
@@ -72,7 +146,7 @@ def text_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
         path = Path(path)
         found = [path]
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _TEXTS)
+            inside = (p for p in sorted(path.rglob("*")) if text_ending(p) in _TEXTS)
             found = [p for p in inside if p.is_file()]
         if not found or not found[0].is_file():
             state = f"is a folder without {', '.join(_TEXTS)}" if path.is_dir() else "is missing"
@@ -110,11 +184,12 @@ def text_of_line(line: str, path: Path, at: int, field: str = "text") -> str:
     return text
 
 
-def read_text(path: str | Path | Sequence[str | Path]) -> str:
+def read_text(path: str | Path | Sequence[str | Path], *, field: str = "text") -> str:
     """Read files, and folders of .txt, .md, .rst, .jsonl and .ndjson, in the order given, as UTF-8.
 
-    Two line breaks stand between files, and between the texts (field ``text``) of a file of JSON
-    lines. Files of a folder that hold no text are left out.
+    Files that end in .gz, .bz2, .xz or .zst behind that are decompressed. Two line breaks stand
+    between files, and between the texts of a file of JSON lines, which are in ``field``. Files of a
+    folder that hold no text are left out.
 
     Raises:
         ValueError: a path that is missing, a folder without any text, a file that is not UTF-8 or
@@ -130,30 +205,32 @@ def read_text(path: str | Path | Sequence[str | Path]) -> str:
         except ValueError as error:
             state = str(error).rpartition(f"{item} ")[2]
             raise ValueError(f"path={str(item)!r} {state}: a UTF-8 text file is needed") from error
-        found = [text for text in map(_file_text, files) if text.strip()]
+        found = [text for text in (_file_text(file, field) for file in files) if text.strip()]
         if not found:
             raise ValueError(f"path={str(item)!r} holds no text: a UTF-8 text file is needed")
         texts += found
     return "\n\n".join(texts)
 
 
-def _file_text(path: Path) -> str:
+def _file_text(path: Path, field: str) -> str:
     """The text of one file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_bytes(path) as file:
+            data = file.read()
+        # line ends of any kind, as files of text have them
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"path={str(path)!r} is not UTF-8 text (byte {error.start}): "
-            "a UTF-8 text file is needed"
+            f"path={str(path)!r} is not UTF-8 text (byte {error.start}): {TEXT_FORMS} is needed"
         ) from error
-    if path.suffix.lower() not in LINES:
+    if text_ending(path) not in LINES:
         return text
     at, found = 0, []
     # only line feeds end a line: JSON may hold the other separators of lines as they are
     for line in text.split("\n"):
         at += len(line.encode()) + 1
         if line.strip():
-            found.append(text_of_line(line, path, at))
+            found.append(text_of_line(line, path, at, field))
     return "\n\n".join(found)
 
 

@@ -1,5 +1,8 @@
 """The commands train and evaluate: jobs from a file, going on, errors, and torchrun."""
 
+import bz2
+import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -13,7 +16,11 @@ from tiny_lm import save_tiny_model
 
 import bae_fast as bf
 from bae_fast.cli import main
-from bae_fast.experiments import evaluate, runs, train
+from bae_fast.experiments import evaluate, interpret, runs, train
+from bae_fast.experiments.data import harvest_rows, heldout_rows, read_windows
+from bae_fast.experiments.supplies import rows_for
+from bae_fast.lm import TextFiles, TextWindows, load_tokenizer
+from bae_fast.progress import Stages
 from bae_fast.training import JobTrainer
 
 SMALL = ["--steps", "20", "--batch-size", "64", "--precision", "float32", "--log-every", "5"]
@@ -211,6 +218,77 @@ def test_a_cache_in_shards_and_a_running_model_are_learned_from(reader, tmp_path
         assert main(["train", *given, *small]) == 1
         got = repr(hook[1]) if hook else "none"
         assert f"--hook must be one of {', '.join(hooks)}; got {got}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def several_files(tmp_path_factory):
+    """A tiny language model, and a text of several compressed and plain files."""
+    folder = tmp_path_factory.mktemp("files")
+    words = [f"w{i}" for i in range(60)]
+    save_tiny_model(folder / "lm", words)
+    (folder / "text").mkdir()
+    order = torch.randint(60, (4, 2200), generator=torch.Generator().manual_seed(1))
+    texts = [" ".join(words[i] for i in part) for part in order]
+    (folder / "text" / "a.txt").write_text(texts[0])
+    (folder / "text" / "b.txt.gz").write_bytes(gzip.compress(texts[1].encode()))
+    lines = "\n".join(json.dumps({"body": text}) for text in (texts[2], texts[3]))
+    (folder / "text" / "c.jsonl.bz2").write_bytes(bz2.compress(lines.encode()))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["cache", "live"])
+def test_the_text_of_a_training_is_found_again_and_read_as_it_was(
+    several_files, kind, tmp_path, monkeypatch, capsys
+):
+    folder = several_files
+    monkeypatch.chdir(folder)
+    shape = ["--context", "16", "--device", "cpu", "--no-progress"]
+    reads = ["--model", "lm", "--text", "text", "--field", "body", *shape]
+    given = ["--live", "--hook", "model.layers.1", *reads]
+    if kind == "cache":
+        hooks = ["--hooks", "model.layers.1"]
+        assert main(["harvest", *hooks, "--out", str(tmp_path / "cache"), *reads]) == 0
+        given = ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--no-progress"]
+    small = [*SMALL, "--streams", "2", "--buffer-rows", "1024", "--out", str(tmp_path / "run")]
+    assert main(["train", *given, *small]) == 0
+    model, data = interpret.open_model(interpret.Config(device="cpu"), tmp_path / "run" / "bae")
+    tokens, facts = read_windows(data, load_tokenizer("lm"))
+    text = TextWindows(load_tokenizer("lm"), TextFiles("text", field="body"), 16)
+    assert torch.equal(tokens, text.read(10_000))
+    assert facts["text_sha256"] == model.config.metadata["text_sha256"]
+
+    look = [
+        "interpret", "--load", str(tmp_path / "run" / "bae"), "--judge", "rule", "--no-lens",
+        "--cache", str(tmp_path / "states"), "--out", str(tmp_path / "names"), *shape[2:],
+    ]  # fmt: skip
+    assert main(look) == 0
+    # what is looked at is what the training held out
+    cache, _, _ = harvest_rows(data, Stages(False), 1)
+    held = heldout_rows(data, cache)
+    order = {"seed": 0, "streams": 2}
+    config = dataclasses.replace(train.Config(), progress=False, device="cpu")
+    if kind == "cache":
+        config = dataclasses.replace(config, cache=tmp_path / "cache")
+    else:
+        config = dataclasses.replace(
+            config, live=True, model="lm", text=("text",), field="body", context=16,
+            hook="model.layers.1",
+        )  # fmt: skip
+    with rows_for(config, ["model.layers.1"], order=order) as source:
+        want = torch.cat([block.x["model.layers.1"] for block in source.supply.heldout()])
+    assert torch.equal(cache.rows[held.start : held.stop], want)
+
+    before = (folder / "text" / "a.txt").read_text()
+    (folder / "text" / "a.txt").write_text(before.replace("w1 ", "w2 "))
+    capsys.readouterr()
+    try:
+        assert main(look) == 1
+        assert "--text must be given: the model was trained on text, whose" in (
+            capsys.readouterr().err
+        )
+        assert main([*look, "--text", "text", "--field", "body"]) == 0
+    finally:
+        (folder / "text" / "a.txt").write_text(before)
 
 
 @pytest.mark.long

@@ -1,12 +1,24 @@
 """Text from files, folders and datasets: every token once, and read on from any place."""
 
+import bz2
+import gzip
 import json
+import lzma
+import sys
 
 import pytest
 import torch
 from tiny_lm import LetterTokenizer, places_lm
 
-from bae_fast.lm import DatasetText, TextFiles, TextWindows, TokenWindows, documents, harvest_shards
+from bae_fast.lm import (
+    DatasetText,
+    TextFiles,
+    TextWindows,
+    TokenWindows,
+    documents,
+    harvest_shards,
+    read_text,
+)
 
 TOKENIZER = LetterTokenizer()
 END = TOKENIZER.eos_token_id
@@ -149,6 +161,59 @@ def test_a_large_file_is_read_in_pieces_between_characters_and_words(tmp_path, m
     assert len(pieces) > 10
 
 
+COMPRESSIONS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", [*COMPRESSIONS, ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_compressed_files_are_read_as_what_is_in_them(tmp_path, monkeypatch, ending, kind):
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 64)
+    compress = COMPRESSIONS.get(ending)
+    if compress is None:
+        compress = pytest.importorskip("zstandard").compress
+    body = " ".join(texts(20)) + "\n"
+    data = (json.dumps({"text": body}) + "\n") * 3 if kind == ".jsonl" else body
+    plain, packed = tmp_path / ("a" + kind), tmp_path / ("b" + kind + ending)
+    plain.write_text(data)
+    packed.write_bytes(compress(data.encode()))
+    want = list(TextFiles(plain).pieces())
+    assert list(TextFiles(packed).pieces()) == want
+    assert read_text(packed) == read_text(plain)
+    # and read on from behind the first piece
+    text = TextFiles(packed)
+    next(text.pieces())
+    state = text.state_dict()
+    text.load_state_dict(state)
+    assert list(text.pieces()) == want[1:]
+    assert TextFiles(tmp_path).files == [plain, packed]
+    assert TextFiles(packed).identity() != TextFiles(plain).identity()
+
+
+@pytest.mark.parametrize("read", [read_text, lambda path: list(TextFiles(path).pieces())])
+@pytest.mark.parametrize(
+    ("name", "data", "error", "message"),
+    [
+        ("a.txt.gz", b"plain", ValueError, "cannot be decompressed: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], ValueError, "cannot be decompressed"),
+        ("a.txt.bz2", b"plain", ValueError, "cannot be decompressed"),
+        ("a.txt.xz", b"plain", ValueError, "cannot be decompressed"),
+        ("a.tar.gz", gzip.compress(b"x"), ValueError, ".tar is an archive: unpack it"),
+        ("a.zip", b"PK", ValueError, ".zip is an archive: unpack it"),
+        ("a.txt.zst", b"x", ImportError, "needs the package zstandard: pip install zstandard"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(
+    tmp_path, monkeypatch, read, name, data, error, message
+):
+    if name.endswith(".zst"):
+        monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(error, match=message) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_files_of_a_folder_come_sorted_and_others_are_left_out(tmp_path):
     for name in ("b.txt", "a/c.md", "a/b.jsonl", "image.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -222,7 +287,7 @@ def test_what_is_not_allowed_is_said(tmp_path, make, error, text):
 @pytest.mark.parametrize(
     ("name", "data", "text"),
     [
-        ("a.txt", b"fine \xff", "must be UTF-8 text; byte 5 is not"),
+        ("a.txt", b"fine \xff", "must be UTF-8 text, .* byte 5 is not"),
         ("a.jsonl", b'{"text": "x"}\n{"other": 1}\n', "with the field 'text' in every line"),
         ("a.jsonl", b'{"text": 3}\n', "must hold text in the field 'text'; got int"),
         ("a.jsonl", b"[", "with the field 'text' in every line"),

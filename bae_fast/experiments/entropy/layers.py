@@ -103,7 +103,7 @@ def _runs(config: Config) -> list[dict[str, Any]]:
         text = lm_tools.standard_library_text() + "\n\n" + lm_tools.standard_library_docstrings()
         text_name = "the standard library's topics and docstrings"
     else:
-        text = own_text(config.text)
+        text = own_text(config.text, config.field)
         text_name = " ".join(Path(path).name for path in config.text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     windows = lm_tools.windows(tokenizer, text, config.context)
