@@ -9,26 +9,32 @@ from typing import Any, Literal
 from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import (
-    Data,
     OwnRows,
+    Source,
     check_width,
     harvest_rows,
-    model_name,
     pick_device,
     read_rows,
 )
+from bae_fast.experiments.interpret import open_model
 from bae_fast.files import write_json, write_text
-from bae_fast.lm.origin import check_model, check_origin
+from bae_fast.lm.origin import check_origin
 from bae_fast.progress import Stages
 from bae_fast.report.match import table
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OwnRows, Data):
+class Config(OwnRows, Source):
     """Match the features of two autoencoders by the rows in which they are on.
 
     Attributes:
         folders: The folders of the two saved models.
+        hook: The path of the module whose output the models read. Without it that is the module
+            the first model was trained on.
+        context: The number of tokens in a window of text. Without it that is the first model's.
+        text: Text files, files of JSON lines, and folders of them, which the models read. Without
+            them that is the first model's text, where it names it, and else the topics of
+            Python's standard library.
         threshold: The least score of two features that count as the same.
         score: How two features are compared.
         min_count: Features that are on in fewer rows than this are not judged.
@@ -38,6 +44,8 @@ class Config(OwnRows, Data):
     """
 
     folders: tuple[Path, ...] = ()
+    hook: str | None = None
+    context: int | None = None
     threshold: float = 0.5
     score: Literal["jaccard", "phi"] = "jaccard"
     min_count: int = 10
@@ -62,24 +70,19 @@ def run(config: Config) -> runs.Result:
     models = [load_autoencoder(folder, device=device) for folder in config.folders]
     if any(model.is_transcoder for model in models):
         raise ValueError("FOLDER must be of an autoencoder of --hook; a transcoder reads elsewhere")
-    if config.states is None:
-        for model in models:
-            check_model(
-                model.config.metadata,
-                model_name(config.model),
-                "--model",
-            )
+    data = None if config.states is not None else open_model(config, config.folders[0])[1]
     stages = Stages(config.progress)
     with runs.results(config) as folder:
         if config.states is not None:
             rows = read_rows(config.states)
-            data = {"model_label": config.states.name, "hook_name": "rows", "dataset_path": None}
+            about = {"model_label": config.states.name, "hook_name": "rows", "dataset_path": None}
         else:
-            cache, _, facts = harvest_rows(config, stages, 1)
+            assert data is not None
+            cache, _, facts = harvest_rows(data, stages, 1)
             for model in models:
                 check_origin(model.config.metadata, facts)
             rows = cache.rows
-            data = {name: facts[name] for name in ("model_label", "hook_name", "dataset_path")}
+            about = {name: facts[name] for name in ("model_label", "hook_name", "dataset_path")}
         rows = rows[-config.rows :]
         for name, model in zip(config.folders, models, strict=True):
             check_width("folders", name, model.config.d_in, rows)
@@ -95,7 +98,7 @@ def run(config: Config) -> runs.Result:
         names = (str(config.folders[0]), str(config.folders[1]))
         values = {
             "environment": runs.environment(),
-            "data": data,
+            "data": about,
             "folders": list(names),
             "n_rows": found.n_rows,
             **options,

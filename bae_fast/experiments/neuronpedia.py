@@ -7,19 +7,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bae_fast.autoencoder import load_autoencoder
 from bae_fast.experiments import runs
-from bae_fast.experiments.data import Data, check_width, harvest_rows, model_name, pick_device
-from bae_fast.lm.origin import check_model, check_origin
+from bae_fast.experiments.data import Source, check_width, harvest_rows, model_name
+from bae_fast.experiments.interpret import open_model
+from bae_fast.lm.origin import check_origin
 from bae_fast.progress import Stages
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Data):
+class Config(Source):
     """Write an autoencoder's features in the format that Neuronpedia imports.
 
     Attributes:
         load: The folder of the saved model, or user/name of its repository on the Hub.
+        hook: The path of the module whose output the model reads. Without it that is the module
+            the model was trained on.
+        context: The number of tokens in a window of text. Without it that is the training's.
+        text: Text files, files of JSON lines, and folders of them, which the model reads. Without
+            them that is the training's text, where the saved model names it, and else the topics
+            of Python's standard library.
         release: The id of the release.
         title: One line about the release. Without it that is the id.
         source_set: The id of the set of sources, such as res-bae-2k.
@@ -34,6 +40,8 @@ class Config(Data):
     """
 
     load: Path | None = None
+    hook: str | None = None
+    context: int | None = None
     release: str = ""
     title: str = ""
     source_set: str = ""
@@ -60,10 +68,6 @@ def run(config: Config) -> runs.Result:
         if not getattr(config, name):
             raise runs.ConfigError(name, "must be given; got none")
     runs.check_at_least(config, 1, "examples")
-    numbers = re.findall(r"\d+", config.hook)
-    if config.layer is None and not numbers:
-        raise runs.ConfigError("layer", f"must be given, as hook {config.hook!r} holds no number")
-    layer = int(numbers[-1]) if config.layer is None else config.layer
     release = Release(
         name=config.release,
         title=config.title or config.release,
@@ -72,12 +76,15 @@ def run(config: Config) -> runs.Result:
         creator_id=config.creator_id,
         urls=() if config.url is None else (config.url,),
     )
-    model = load_autoencoder(str(config.load), device=pick_device(config))
+    model, data = open_model(config, config.load)
     if model.is_transcoder:
         raise runs.ConfigError("load", "must be an autoencoder of the hook; it is a transcoder")
-    check_model(model.config.metadata, model_name(config.model), "--model")
+    numbers = re.findall(r"\d+", data.hook)
+    if config.layer is None and not numbers:
+        raise runs.ConfigError("layer", f"must be given, as hook {data.hook!r} holds no number")
+    layer = int(numbers[-1]) if config.layer is None else config.layer
     stages = Stages(config.progress)
-    cache, tokenizer, facts = harvest_rows(config, stages, 1)
+    cache, tokenizer, facts = harvest_rows(data, stages, 1)
     check_origin(model.config.metadata, facts)
     check_width("load", config.load, model.d_in, cache.rows)
     unembedding = None
@@ -85,7 +92,7 @@ def run(config: Config) -> runs.Result:
         from bae_fast.lm import load_language_model
 
         with stages.stage("load the unembedding"):
-            lm = load_language_model(model_name(config.model), revision=config.revision)
+            lm = load_language_model(model_name(data.model), revision=data.revision)
             unembedding = lm.model.get_output_embeddings().weight.detach()
     with stages.stage("write"):
         folder = write_neuronpedia_export(

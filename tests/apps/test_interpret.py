@@ -266,6 +266,23 @@ def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monke
     assert "--text must be given: the model was trained on" in capsys.readouterr().err
 
 
+def test_matches_and_exports_read_what_the_model_was_trained_on(folder, tmp_path):
+    """Language model, module and window need not be named again."""
+    reads = [
+        "--text", str(folder / "text.txt"), "--cache", str(folder / "cache"), "--device", "cpu",
+        "--no-progress",
+    ]  # fmt: skip
+    models = [str(folder / "bae"), str(folder / "topk")]
+    assert main(["match", *models, *reads, "--out", str(tmp_path / "match")]) == 0
+    found = json.loads((tmp_path / "match" / "match.json").read_text())
+    assert found["data"]["hook_name"] == "model.layers.0"
+    about = ["--release", "r", "--source-set", "s", "--creator", "c", "--creator-id", "i"]
+    export = ["neuronpedia", "--load", models[0], *about, *reads, "--out", str(tmp_path / "out")]
+    assert main(export) == 0
+    (release,) = (tmp_path / "out").rglob("release.jsonl")
+    assert release.parent.name == "0-s"
+
+
 def test_a_transcoder_is_read_where_it_reads(folder):
     metadata = {"hook_name": "model.layers.0", "transcoder_hooks": ["model.norm", "lm_head"]}
     model = make_baseline("transcoder", 16, 32, k=4, d_out=16, metadata=metadata)
