@@ -42,6 +42,12 @@ _CHUNK_ELEMENTS = 16 * 2**20
 # -- arguments ---------------------------------------------------------------------------------
 
 
+def numpy_hint(name: str, value: Any) -> str:
+    """How an array of NumPy becomes a tensor, for an error's end; nothing for other values."""
+    known = type(value).__module__.partition(".")[0] == "numpy"
+    return f"; torch.from_numpy({name}) makes one of it" if known else ""
+
+
 def check_rows(name: str, rows: Any, width: int, *, least: int = 1) -> None:
     """Refuse what is no tensor of hidden states ``[n, width]``.
 
@@ -53,11 +59,13 @@ def check_rows(name: str, rows: Any, width: int, *, least: int = 1) -> None:
         hint = ""
         if isinstance(getattr(rows, "rows", None), Tensor):
             hint = f"; its rows are {name}.rows"
-        elif type(rows).__module__.partition(".")[0] == "numpy":
-            hint = f"; torch.from_numpy({name}) makes one of it"
+        hint = hint or numpy_hint(name, rows)
         raise TypeError(f"{name} must be a tensor [n, {width}]; got {type(rows).__name__}{hint}")
     if rows.dim() != 2 or rows.shape[1] != width or not len(rows):
-        raise ValueError(f"{name} must have shape [n, {width}]; got {list(rows.shape)}")
+        hint = ""
+        if rows.dim() > 2 and rows.shape[-1] == width and rows.numel():
+            hint = f"; {name}.flatten(0, -2) has that shape"
+        raise ValueError(f"{name} must have shape [n, {width}]; got {list(rows.shape)}{hint}")
     if not rows.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point; got {rows.dtype}")
     if len(rows) < least:
@@ -308,7 +316,7 @@ class Autoencoder(nn.Module):
             ValueError: x has another width, or lies on another device.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}{numpy_hint('x', x)}")
         if x.shape[-1:] != self.x_mean.shape:
             raise ValueError(f"x must have shape [..., {len(self.x_mean)}]; got {list(x.shape)}")
         if not x.dtype.is_floating_point:
@@ -385,9 +393,13 @@ class Autoencoder(nn.Module):
             if units is not None:
                 relative = _relative_units(name, units, blocks, centre, scale)
             if not (math.isfinite(scale) and scale > 0):
-                raise ValueError(
-                    f"{name} must be finite and not constant; got root mean square {scale}"
-                )
+                bad = int(sum((~block.isfinite()).any(1).sum() for block in blocks))
+                found = f"root mean square {scale}"
+                if bad:
+                    found = f"NaN or Inf in {bad:,} of {len(rows):,} rows"
+                elif len(rows) == 1:
+                    found = "one row"
+                raise ValueError(f"{name} must be finite and not constant; got {found}")
             fitted.append((centre, scale, relative))
         for side, (centre, scale, relative) in zip("xy", fitted, strict=False):
             mean = getattr(self, f"{side}_mean")

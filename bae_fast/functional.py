@@ -297,7 +297,8 @@ def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if tensor.dtype != x.dtype and not autocast:
             raise TypeError(
-                f"{name} must have {x_name}'s dtype {x.dtype} outside autocast; got {tensor.dtype}"
+                f"{name} must have {x_name}'s dtype {x.dtype} outside autocast; "
+                f"got {tensor.dtype}: {x_name}.to({tensor.dtype}) has that of {name}"
             )
 
 

@@ -1,8 +1,8 @@
 """A Binary Autoencoder beside TopK in SAELens' own trainer: train_in_saelens.py rows.npy
 
-In place of the file it takes a folder of `bae-fast harvest`. All have their defaults but for the
-learning rates, and see the same rows in the same order. SAELens lives in an environment of its own;
-`make test-saelens` makes one.
+In place of the file it takes a folder of `bae-fast harvest`. Both methods have their defaults, are
+trained with the same learning rates, and see the same rows in the same order. SAELens lives in an
+environment of its own; `make test-saelens` makes one.
 """
 
 import argparse
@@ -104,21 +104,15 @@ def main(arguments=None):
         "--lr",
         type=float,
         nargs="*",
-        default=[1e-3],
-        help="The Binary Autoencoder's learning rates; it is trained once with each.",
-    )
-    parser.add_argument(
-        "--topk-lr",
-        type=float,
-        nargs="*",
-        default=[3e-4],
-        help="The learning rates of TopK, which is trained once with each.",
+        default=[3e-4, 1e-3],
+        help="The learning rates, one training of each method with each.",
     )
     parser.add_argument(
         "--entropy",
-        type=float,
+        type=lambda text: None if text == "default" else float(text),
         nargs="*",
-        help="The weights of the entropy, one training with each. Without them it is the default.",
+        default=[None, 0.0],
+        help="The weights of the entropy, one training with each: numbers, or default.",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="A JSON file for what was found.")
@@ -129,12 +123,10 @@ def main(arguments=None):
         rows *= options.deviation / rows.std()
     train_rows, heldout = rows[: -len(rows) // 10], rows[-len(rows) // 10 :]
     sizes = {"d_in": rows.shape[1], "d_sae": options.features or 4 * rows.shape[1]}
-    binary = [
-        BinaryTrainingSAEConfig(**sizes, entropy_coefficient=c) for c in options.entropy or [None]
-    ]
+    binary = [BinaryTrainingSAEConfig(**sizes, entropy_coefficient=c) for c in options.entropy]
     topk = [TopKTrainingSAEConfig(**sizes, k=k) for k in options.k]
     planned = [(BinaryTrainingSAE, config, lr) for config in binary for lr in options.lr]
-    planned += [(TopKTrainingSAE, config, lr) for config in topk for lr in options.topk_lr]
+    planned += [(TopKTrainingSAE, config, lr) for config in topk for lr in options.lr]
     found = []
     for kind, config, lr in planned:
         torch.manual_seed(options.seed)

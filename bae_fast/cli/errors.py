@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 DEBUG = "BAE_FAST_DEBUG"
 
 # characters of a line; what a file holds may be part of it
@@ -32,12 +34,29 @@ def is_usage(error: BaseException) -> bool:
     return type(error).__name__ in ("ArgumentError", "ArgumentTypeError")
 
 
+# what jsonargparse says of a value of another type, and of one that is none of several types
+_EXPECTED = re.compile(r": Expected an? (?P<kinds>.+)\. Got value: (?P<value>.*)")
+_NO_KIND = re.compile(
+    r": Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.+?)\] Errors: "
+    r".* Given value: (?P<value>.*)"
+)
+_WORDS = {"int": "a whole number", "float": "a number", "Path": "a path", "NoneType": "null"}
+
+
 def _option(line: str) -> str:
-    """'Parser key "batch_size": ...' -> '--batch-size: ...'."""
+    """'Parser key "batch_size": ...' -> '--batch-size must be a whole number; got 1.5'."""
     head, mark, rest = line.partition('Parser key "')
     if not mark:
         return line
     key, _, rest = rest.partition('"')
+    found = _EXPECTED.fullmatch(rest) or _NO_KIND.fullmatch(rest)
+    if found is not None:
+        names = re.findall(r"<class '(\w+)'>", found["kinds"])
+        kinds = [_WORDS[name] for name in names if name in _WORDS]
+        for choices in re.findall(r"Literal\[(.+?)\]", found["kinds"]):
+            kinds.insert(0, "one of " + choices.replace("'", ""))
+        if kinds:
+            rest = f" must be {' or '.join(kinds)}; got {found['value']}"
     return f"{head}--{key.replace('_', '-')}{rest}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import typing
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -46,8 +47,14 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
     except ImportError as error:
         raise ImportError(NEEDS) from error
+
+    class Parser(ArgumentParser):
+        def format_help(self) -> str:
+            # the class of a path is said as the types of other options are
+            return re.sub(r"<class\s+'Path'>", "path", str(super().format_help()))
+
     about, helps = documentation(config)
-    parser = ArgumentParser(
+    parser = Parser(
         prog=f"bae-fast {name}", description=about, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="A YAML file that sets any option.")

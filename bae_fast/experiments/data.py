@@ -190,12 +190,13 @@ def read_rows(path: Path) -> Tensor:
     Of several tensors in a .safetensors file the one called ``rows`` is taken.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another format, shape or dtype, or numbers that are not finite.
+        ConfigError: no such file, another format, shape or dtype, or numbers that are not finite.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError("states", f"must be a .npy or .safetensors file; {path} is a folder")
     if not path.is_file():
-        raise FileNotFoundError(f"states: {path} does not exist")
+        raise ConfigError("states", f"must be a .npy or .safetensors file; {path} does not exist")
     if path.suffix == ".npy":
         import numpy as np
 

@@ -23,6 +23,7 @@ from bae_fast.experiments.data import (
     Data,
     Source,
     TrainedOn,
+    block_width,
     cache_of,
     check_width,
     harvest_rows,
@@ -278,7 +279,8 @@ def open_model(
         with_text: whether the text of the training is looked for.
 
     Raises:
-        ConfigError: the model was trained on another hook, or on a text that is not here.
+        ConfigError: the model was trained on another hook, on rows of a file whose language model
+            is not named, or on a text that is not here; or it reads rows of another width.
     """
     model = load_autoencoder(folder, device=pick_device(config))
     metadata = model.config.metadata
@@ -289,12 +291,25 @@ def open_model(
         )
     if config.model is not None:
         check_model(metadata, config.model, "--model")
+    elif metadata.get("model_name") is None and metadata.get("rows") is not None:
+        raise runs.ConfigError(
+            "model",
+            f"and --hook must name whose hidden states it reads: the model in {folder} was trained "
+            f"on the file {metadata['rows']}",
+        )
     data = _data(
         config,
         model=metadata.get("model_name") if config.model is None else config.model,
         hook=config.hook or hooks[0],
         context=config.context or metadata.get("context_size"),
     )
+    width = block_width(data)
+    if width is not None and width != model.d_in:
+        raise runs.ConfigError(
+            "model",
+            f"must be one whose states the model in {folder} reads, of width {model.d_in}; those "
+            f"of {model_name(data.model)} are {width} wide",
+        )
     return model, text_of(config, data, metadata) if with_text else data
 
 

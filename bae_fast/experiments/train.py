@@ -281,7 +281,10 @@ def resolved_config(folder: Path) -> Config:
     """
     path = folder / runs.RESOLVED
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no run: {path} does not exist")
+        whole = folder.parent
+        inside = (folder / "cfg.json").is_file() and (whole / runs.RESOLVED).is_file()
+        hint = f"; it is a model of the run in {whole}" if inside else ""
+        raise FileNotFoundError(f"{folder} holds no run: {path} does not exist{hint}")
     values: dict[str, Any] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

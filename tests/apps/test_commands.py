@@ -134,6 +134,29 @@ def test_types_of_options():
     assert read_type(tuple[float, float] | None) == (float, 2, True)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--lr", "nan", "--lr must be a number or null; got nan (see --help)"),
+        ("--steps", "1.5", "--steps must be a whole number; got 1.5 (see --help)"),
+        ("--resume", "no", "--resume must be one of auto, never; got no (see --help)"),
+        ("--d-sae", "many", "--d-sae must be a whole number or null; got many (see --help)"),
+        ("--preset", "none", "--preset must be one of sparse, paper; got none (see --help)"),
+        ("--init", "x", "--init must be one of rows, density, none or null; got x (see --help)"),
+    ],
+)
+def test_a_value_of_another_type_is_told_in_words(option, value, said, capsys):
+    assert main(["train", option, value]) == 2
+    assert capsys.readouterr().err.strip() == f"bae-fast train: {said}"
+
+
+def test_help_names_no_class(capsys):
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "<class" not in shown
+    assert "(type: path, default:" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize("command", ["demo", "compare", "entropy synthetic"])
 @pytest.mark.parametrize("change", [["--seeds", "x", "--seed", "x"], ["--nothing", "1"], ["--out"]])
 def test_what_cannot_be_read_is_one_line(command, change, capsys):

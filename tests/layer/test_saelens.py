@@ -103,10 +103,11 @@ def trainer(sae: BinaryTrainingSAE, x: torch.Tensor, steps: int = 60, **options)
     batches = iter(lambda: x[torch.randperm(len(x))[:32]], None)
     config = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
-        total_training_samples=32 * steps, device="cpu", autocast=False, lr=1e-2, lr_end=1e-3,
+        total_training_samples=32 * steps, device="cpu", autocast=False,
         lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9, adam_beta2=0.999,
         lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=32, dead_feature_window=10,
-        feature_sampling_window=20, logger=LoggingConfig(log_to_wandb=False), **options,
+        feature_sampling_window=20, logger=LoggingConfig(log_to_wandb=False),
+        **{"lr": 1e-2, "lr_end": 1e-3, **options},
     )  # fmt: skip
     return SAETrainer(config, sae, batches)
 
@@ -143,19 +144,59 @@ def test_the_loss_in_sae_lens_is_d_in_times_ours():
     torch.testing.assert_close(found.loss, ours)
 
 
-def test_by_default_the_entropy_weighs_what_it_does_in_our_trainer(tmp_path):
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_lengthened_updates_are_those_of_a_larger_learning_rate(scale):
+    _, x = module()
+    rows = x.repeat(4, 1)
+
+    def run(lr: float, lr_scale: float) -> BinaryTrainingSAE:
+        torch.manual_seed(0)
+        config = BinaryTrainingSAEConfig(d_in=D, d_sae=F, lr_scale=lr_scale, revive_every=4)
+        sae = BinaryTrainingSAE(config)
+        step = trainer(sae, rows, lr=lr, lr_end=lr)
+        for _ in range(10):
+            step._train_step(sae, rows)
+        sae._lengthen()  # the last one, as the next pass would
+        return sae
+
+    one, other = run(4e-3 / scale, scale), run(4e-3, 1.0)
+    for name, want in other.named_parameters():
+        torch.testing.assert_close(dict(one.named_parameters())[name], want, rtol=1e-3, atol=1e-5)
+    assert (run(1e-3, 1.0).W_dec - other.W_dec).abs().max() > 5e-3
+
+
+def test_parameters_that_were_loaded_or_folded_are_not_lengthened():
+    bae, x = module()
+    sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F))
+    step = trainer(sae, x)
+    step._train_step(sae, x)
+    sae.load_state_dict(bae.state_dict())
+    sae._lengthen()
+    assert torch.equal(sae.W_dec, bae.W_dec)
+    step._train_step(sae, x)
+    sae._lengthen()
+    sae._remember()
+    sae.fold_W_dec_norm()
+    sae._lengthen()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+    with pytest.raises(ValueError, match=r"lr_scale must lie in \[1, 1000\]"):
+        BinaryTrainingSAEConfig(d_in=D, d_sae=F, lr_scale=0.5)
+
+
+def test_by_default_the_entropy_weighs_two_thirds_of_what_it_does_in_our_trainer(tmp_path):
     """Without its term nothing makes the code sparse; the weight follows the width alone."""
     bae, x = module()
     sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F))
     sae.load_state_dict(bae.state_dict())
     found = trainer(sae, x)._train_step(sae, x)
     bae.train()
-    ours = bae.loss(bae(x), x, entropy_weight=TrainingConfig().entropy_weight)
+    ours = bae.loss(bae(x), x, entropy_weight=TrainingConfig().entropy_weight * 2 / 3)
     torch.testing.assert_close(found.loss, D * ours)
     assert found.losses["entropy_loss"] > 0
     sae.save_model(tmp_path)
     again = TrainingSAE.load_from_disk(tmp_path)
-    assert again.cfg.entropy_coefficient == D * TrainingConfig().entropy_weight
+    assert again.cfg.entropy_coefficient == D * 1e-4
+    assert again.cfg.lr_scale == 4
     off = BinaryTrainingSAEConfig(d_in=D, d_sae=F, entropy_coefficient=0.0)
     assert off.entropy_coefficient == 0
 

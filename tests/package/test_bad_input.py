@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 import bae_fast as bf
+from bae_fast.autoencoder import check_rows
 
 D, F = 6, 40
 
@@ -85,6 +86,13 @@ def test_x_that_is_not_floating(bae, parameters, dtype):
             call(bad)
 
 
+def test_rows_of_numpy_or_of_more_dimensions_say_how_they_fit(bae, x):
+    with refused(TypeError, "x must be a tensor", "torch.from_numpy(x) makes one of it"):
+        bae(x.numpy())
+    with refused(ValueError, "rows must have shape [n, 6]", "rows.flatten(0, -2) has that shape"):
+        check_rows("rows", x.view(2, -1, D), D)
+
+
 def test_x_that_is_no_tensor(bae, parameters):
     bad = [[0.0] * D]
     for call in (bae, bae.encode, lambda x: bf.binary_autoencoder(x, **parameters)):
@@ -104,8 +112,12 @@ def test_fitting_on_no_rows_on_one_value_or_on_nan(bae, x):
         bae.fit_normalization_(x[:0])
     with refused(ValueError, "x must be finite and not constant"):
         bae.fit_normalization_(torch.ones(5, D))
-    with refused(ValueError, "x must be finite and not constant"):
-        bae.fit_normalization_(torch.full((5, D), torch.nan))
+    with refused(ValueError, "x must be finite and not constant", "got one row"):
+        bae.fit_normalization_(x[:1])
+    bad = torch.randn(5, D)
+    bad[1, 2], bad[3] = torch.nan, torch.inf
+    with refused(ValueError, "x must be finite and not constant", "NaN or Inf in 2 of 5 rows"):
+        bae.fit_normalization_(bad)
 
 
 def test_fitting_on_integers_or_on_no_tensor(bae):
@@ -195,7 +207,11 @@ def test_integer_parameters(parameters, x, name):
 
 def test_rows_wider_than_the_module(bae, x):
     for call in (bae, bae.encode):
-        with refused(TypeError, "W_enc must have x's dtype torch.float64", "got torch.float32"):
+        with refused(
+            TypeError,
+            "W_enc must have x's dtype torch.float64",
+            "got torch.float32: x.to(torch.float32) has that of W_enc",
+        ):
             call(x.double())
 
 

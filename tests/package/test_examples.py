@@ -95,13 +95,14 @@ def test_training_in_sae_lens(kept, rows, model, tmp_path):
         tokens = torch.randint(len(WORDS), (40, 32))
         rows = str(harvest_shards(lm, tokens, ["model.layers.0"], tmp_path / "cache").folder)
     options = ["--steps", "30", "--batch-size", "64", "--k", "4", "--deviation", "0.3"]
-    binary, topk = example("train_in_saelens")(
-        [rows, *options, "--out", str(tmp_path / "out.json")]
+    binary, without, topk = example("train_in_saelens")(
+        [rows, *options, "--lr", "1e-3", "--out", str(tmp_path / "out.json")]
     )
     assert binary["dead"] < 0.1
     assert binary["fvu"] < 1
     assert topk["l0"] <= 4
-    assert read_json(tmp_path / "out.json")["runs"] == [binary, topk]
+    assert binary["entropy"] > without["entropy"] == 0
+    assert read_json(tmp_path / "out.json")["runs"] == [binary, without, topk]
 
 
 def test_from_a_model_to_features_and_back_into_the_model(model, tmp_path, capsys):
