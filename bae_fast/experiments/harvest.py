@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,21 @@ class Config(Reading):
     shard_windows: int | None = None
 
 
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Errors of the folder under the option that names it."""
+    try:
+        yield
+    except ValueError as error:
+        head, mark, text = str(error).partition(" must hold a harvest of the same settings; ")
+        if not mark:
+            raise
+        folder = head.removeprefix("folder=").strip("'")
+        raise runs.ConfigError(
+            "out", f"{folder} holds a harvest of other settings, take another folder: {text}"
+        ) from error
+
+
 def run(config: Config) -> runs.Result:
     """Harvest, or open what is there.
 
@@ -65,7 +82,7 @@ def run(config: Config) -> runs.Result:
     stages = Stages(config.progress)
     lm = load_reader(config, stages)
     text = open_text(config, lm, documents)
-    with stages.stage("harvest hidden states"):
+    with stages.stage("harvest hidden states"), _named():
         cache = lm_tools.harvest_shards(
             lm,
             text,

@@ -180,6 +180,78 @@ def test_neon_kernels_equal_plain_loops_under_an_emulator(tmp_path):
     assert re.fullmatch(r"neon: \d{4,} cases\n", run(emulator, target, "back", "neon"))
 
 
+# -- operators without torch -------------------------------------------------------------------
+
+REPLAY = ROOT / "tests" / "backends" / "csrc" / "operators_replay.cpp"
+REPLAY_FLAGS = (
+    "-Icsrc",
+    f"-I{sysconfig.get_path('include')}",
+    f"-DPy_LIMITED_API={setup.PYTHON_TARGET_VERSION}",
+)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Calls of every operator with the results that the scalar kernels give on this machine, which
+    test_cpp_memory.py and the tests of the layer hold against torch."""
+    file = tmp_path_factory.mktemp("recorded") / "calls"
+    script = ROOT / "tests" / "support" / "recorded_calls.py"
+    run(sys.executable, script, file, BAE_FAST_SIMD="scalar", PYTHONPATH=str(ROOT))
+    return file
+
+
+def operators_of(printed):
+    """Numbers of calls by operator, and the level they were made at."""
+    level = int(re.search(r"^level (\d)$", printed, re.MULTILINE)[1])
+    return level, dict(re.findall(r"^cpp_(\w+): (\d+) calls$", printed, re.MULTILINE))
+
+
+@pytest.mark.long
+def test_operators_give_the_same_without_torch_and_a_wrong_result_is_found(
+    shipped, recorded, tmp_path
+):
+    """The stand-in for torch, on this machine at its best level."""
+    target = tmp_path / "replay"
+    objects = [shipped / "csrc" / f"{name}.o" for name in setup.SOURCES]
+    options = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *REPLAY_FLAGS)
+    run(*shlex.split(CXX), *options, REPLAY, *objects, "-o", target)
+    _, found = operators_of(run(target, recorded))
+    assert set(found) == RECORDED
+    # the last bytes are of a result of cpp_grouped: an index in 64 bits
+    spoilt = bytearray(recorded.read_bytes())
+    spoilt[-8] ^= 1
+    (tmp_path / "spoilt").write_bytes(spoilt)
+    done = subprocess.run([target, tmp_path / "spoilt"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("cpp_grouped: result 1 differs at element")
+
+
+RECORDED = {
+    "rows_to_columns", "column_counts", "count_ones", "rows_to_features", "salient", "grouped",
+    "threshold", "covariance", "pair_lists", "list_rows", "listed_covariance", "backward",
+    "list_window", "sparse_backward", "bits_product",
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_operators_for_arm_give_what_they_give_here_under_an_emulator(recorded, tmp_path):
+    """Every operator that an ARM machine has: products on units of their own are of x86-64."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    target = tmp_path / "replay"
+    own = [name for name in setup.SOURCES if name not in setup.KERNELS]
+    names = [*own, "dispatch", "kernels_scalar", "kernels_neon"]
+    sources = [f"csrc/{name}.cpp" for name in names]
+    run(compiler, *setup.FLAGS, "-static", *REPLAY_FLAGS, *sources, REPLAY, "-o", target)
+    level, found = operators_of(run(emulator, target, recorded))
+    assert level == 3  # NEON, as in csrc/dispatch.h
+    assert set(found) == RECORDED
+    assert sum(map(int, found.values())) > 500
+
+
 # -- instructions and symbols ------------------------------------------------------------------
 
 # before the opcode: operand and address size, lock, repeat, segments, REX. None may stand before
