@@ -49,9 +49,9 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         raise ImportError(NEEDS) from error
 
     class Parser(ArgumentParser):
-        def format_help(self) -> str:
-            # the class of a path is said as the types of other options are
-            return re.sub(r"<class\s+'Path'>", "path", str(super().format_help()))
+        def format_help(self, *given: Any, **named: Any) -> str:
+            # a path is said as the types of other options are
+            return re.sub(r"<class\s+'Path'>", "path", str(super().format_help(*given, **named)))
 
     about, helps = documentation(config)
     parser = Parser(
@@ -66,8 +66,7 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         required = field.default is dataclasses.MISSING
         options: dict[str, Any] = {"help": helps[field.name]}
         if not required:
-            default = field.default
-            options["default"] = list(default) if isinstance(default, tuple) else default
+            options["default"] = list(d) if isinstance(d := field.default, tuple) else d
         option = "--" + field.name.replace("_", "-")
         if field.name in positional:
             option = field.name
@@ -88,11 +87,8 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
 def read(parser: ArgumentParser, config: type, arguments: list[str]) -> Any:
     """The configuration that a command line and its YAML files give."""
     found = parser.parse_args(arguments)
-    values = {}
-    for field in dataclasses.fields(config):
-        value = found[field.name]
-        values[field.name] = tuple(value) if isinstance(value, list) else value
-    return config(**values)
+    names = [field.name for field in dataclasses.fields(config)]
+    return config(**{n: tuple(v) if isinstance(v := found[n], list) else v for n in names})
 
 
 def read_type(hint: Any) -> Field:
