@@ -62,6 +62,18 @@ def _raw(model: Autoencoder, allowed: tuple[str, ...], library: str) -> dict[str
     return found
 
 
+def _config_of(folder: Path, name: str, holds: str) -> dict[str, Any]:
+    """The configuration in a folder of another library.
+
+    Raises:
+        FileNotFoundError: it is not there; what such a folder holds is said.
+        ValueError: a file that is no JSON object.
+    """
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder / name} does not exist: a folder of {holds}")
+    return read_json(folder / name)
+
+
 def _module(
     method: str, tensors: dict[str, Tensor], k: int, metadata: dict[str, Any], source: Path
 ) -> SparseAutoencoder:
@@ -122,7 +134,7 @@ def load_dictionary_learning(folder: str | os.PathLike[str]) -> SparseAutoencode
         ValueError: a class that is not known, or a file that is damaged or holds other tensors.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = _config_of(folder, "config.json", "dictionary_learning has config.json and ae.pt")
     trainer = config.get("trainer")
     if not isinstance(trainer, dict):
         raise ValueError(f"{folder / 'config.json'} must have a trainer; got {trainer!r}")
@@ -275,7 +287,7 @@ def load_sparsify(folder: str | os.PathLike[str]) -> SparseAutoencoder:
     """
     folder = Path(folder)
     source = folder / "cfg.json"
-    config = read_json(source)
+    config = _config_of(folder, source.name, "sparsify has cfg.json and sae.safetensors")
     k = config.get("k")
     if not isinstance(k, int) or isinstance(k, bool):
         raise ValueError(f"{source}: k must be an int; got {k!r}")
