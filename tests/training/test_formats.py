@@ -144,9 +144,9 @@ def test_what_cannot_be_said_in_a_format_is_refused(tmp_path):
         save_dictionary_learning(BinaryAutoencoder(D, F), tmp_path)
     with pytest.raises(ValueError, match="for sparsify; got gated"):
         save_sparsify(make_baseline("gated", D, F, k=K), tmp_path)
-    with pytest.raises(FileNotFoundError, match="of dictionary_learning has config.json and ae.pt"):
+    with pytest.raises(FileNotFoundError, match=r"has config\.json and ae\.pt"):
         load_dictionary_learning(tmp_path)
-    with pytest.raises(FileNotFoundError, match="of sparsify has cfg.json and sae.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has cfg\.json and sae\.safetensors"):
         load_sparsify(tmp_path)
     (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "CrossCoder"}}')
     with pytest.raises(ValueError, match="dict_class must be one of AutoEncoder"):
