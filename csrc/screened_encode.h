@@ -1,8 +1,8 @@
 // Bits of x W + b by products of 16-bit integers, exact: a pre-activation is needed only as far as
 // to say on which side of zero (and of the window's width) it lies. Integers say that of nearly all
-// of them, with a bound on their error that holds whatever the numbers are; the others are
-// summed anew in float64. So a bit is that of the float64 sum, and products take half the time of
-// those in fp32.
+// of them, with a bound on their error that holds whatever the numbers are; the others are summed
+// anew, in float64 where fp32 does not decide either. So a bit is that of the float64 sum, and
+// products take half the time of those in fp32.
 //
 // A row x and a column w become integers, x = s p + dx and w = t q + dw, with steps
 //
