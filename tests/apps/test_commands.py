@@ -108,6 +108,12 @@ def test_a_resolved_configuration_can_be_read_again(name, tmp_path):
     assert again == dataclasses.replace(changed, progress=True)
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_takes_text_takes_the_field_of_json_lines(name):
+    names = {field.name for field in dataclasses.fields(config_of(name))}
+    assert "text" not in names or "field" in names
+
+
 def test_the_configuration_is_printed(capsys):
     assert main(["demo", "--steps", "7", "--print_config"]) == 0
     printed = capsys.readouterr().out

@@ -29,6 +29,7 @@ class Config(Fits):
         hooks: The paths of the modules that are read; * stands for any one part of a path.
         text: Text files, files of JSON lines, and folders of them, which the model reads. Without
             them it reads the topics and docstrings of Python's standard library.
+        field: The field of JSON lines that holds the text.
         context: The number of tokens in a window of text.
         windows: The number of windows, evenly spaced in the text. Without it all are read.
         positions: The positions in a window, from 0. At 0 many models keep a state of outlying
@@ -42,6 +43,7 @@ class Config(Fits):
 
     hooks: tuple[str, ...] = ("model.layers.*",)
     text: tuple[str, ...] | None = None
+    field: str = "text"
     context: int = 64
     windows: int | None = None
     positions: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 63)
