@@ -10,9 +10,14 @@ import gc
 import importlib.util
 import io
 import os
+import signal
 import sys
 
 import pytest
+
+# A run under nohup ignores it, and so would the commands under test.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @atexit.register

@@ -162,7 +162,10 @@ def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys)
         (["--d-sae", "0"], "--d-sae must be at least 1; got 0"),
         (["--device", "cuda:7"], "--device cuda:7: torch sees no CUDA device"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
-        (["--text", "nowhere.txt"], "--text must name text that can be read; path='nowhere"),
+        (
+            ["--text", "nowhere.txt"],
+            "--text must name text that can be read; nowhere",
+        ),
         (["--model", ""], "name='' is not allowed"),
         (["--impl", "cuda"], "--impl cuda cannot run here"),
         (["--bos"], "this tokenizer has no bos_token_id"),
