@@ -39,8 +39,29 @@ def levels():
     return found
 
 
+def levels_with_products():
+    """Those that multiply numbers as they are, in kernels of the package's own."""
+    from bae_fast.backends.cpp import extension
+
+    found = []
+    for name in levels():
+        extension.use_simd(name)
+        found += [name] if extension.op("unit_kind")() == 1 else []
+        extension.use_simd(None)
+    return found
+
+
 @pytest.fixture(params=levels())
 def level(request):
+    from bae_fast.backends.cpp import extension
+
+    extension.use_simd(request.param)
+    yield request.param
+    extension.use_simd(None)
+
+
+@pytest.fixture(params=levels_with_products())
+def level_with_products(request):
     from bae_fast.backends.cpp import extension
 
     extension.use_simd(request.param)
@@ -229,11 +250,10 @@ DENSE = [(5, 3, 7), (7, 257, 17), (97, 255, 33), (13, 513, 300), (96, 256, 256),
 
 @pytest.mark.parametrize("shape", DENSE, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dense_products_err_less_than_twice_torchs(level, shape, dtype):
+@pytest.mark.usefixtures("level_with_products")
+def test_dense_products_err_less_than_twice_torchs(shape, dtype):
     from bae_fast.backends.cpp import extension
 
-    if extension.op("unit_kind")() != 1:
-        pytest.skip(f"{level} has no products of numbers as they are")
     n, depth, columns = shape
     left, right = torch.randn(n, depth).to(dtype), torch.randn(depth, columns).to(dtype)
     left_by_columns, right_by_columns = left.t().contiguous().t(), right.t().contiguous().t()
@@ -300,12 +320,9 @@ def _operands(kind, n, d, k):
     ids=str,
 )
 @pytest.mark.parametrize("width", [None, 0.3], ids=str)
-def test_bits_are_those_of_float64_sums(level, kind, exact, shape, dtype, width):
+@pytest.mark.usefixtures("level_with_products")
+def test_bits_are_those_of_float64_sums(kind, exact, shape, dtype, width):
     """Whatever the integers of 16 bits do not decide is summed again (screened_encode.h)."""
-    from bae_fast.backends.cpp import extension
-
-    if extension.op("unit_kind")() != 1:
-        pytest.skip(f"{level} takes no part of a product in integers")
     n, d, k = shape
     x, W, b = (t.to(dtype) for t in _operands(kind, n, d, k))
     pre = x.double() @ W.double() + b.double()
