@@ -118,30 +118,32 @@ void pack_right(const Matrix& m, int64_t columns, int64_t k0, int64_t depth, flo
 
 // ---- products -----------------------------------------------------------------------------------
 
-// out [kRows, kFmaColumns] (+)= left right over `depth` of k.
-inline void multiply_block(const float* left, const float* right, int64_t depth, float* out,
-                           int64_t stride, bool add) {
-  typename Fma::Numbers sum[kFmaRows][2];
+// out [kRows, 2 kLanes] (+)= left right over `depth` of k, with vectors V: Fma, or Pairs of
+// screened_encode.h, whose k are pairs.
+template <typename V, typename T>
+inline void multiply_block(const T* left, const T* right, int64_t depth, T* out, int64_t stride,
+                           bool add) {
+  typename V::Numbers sum[V::kRows][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < kFmaRows; ++r) sum[r][0] = sum[r][1] = Fma::zero();
-  for (int64_t k = 0; k < depth; ++k, left += kFmaRows, right += kFmaColumns) {
-    const typename Fma::Numbers first = Fma::load(right), second = Fma::load(right + kFmaLanes);
+  for (int r = 0; r < V::kRows; ++r) sum[r][0] = sum[r][1] = V::zero();
+  for (int64_t k = 0; k < depth; ++k, left += V::kRows, right += 2 * V::kLanes) {
+    const typename V::Numbers first = V::load(right), second = V::load(right + V::kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kFmaRows; ++r) {
-      const typename Fma::Numbers of_row = Fma::broadcast(left + r);
-      sum[r][0] = Fma::multiply_add(of_row, first, sum[r][0]);
-      sum[r][1] = Fma::multiply_add(of_row, second, sum[r][1]);
+    for (int r = 0; r < V::kRows; ++r) {
+      const typename V::Numbers of_row = V::broadcast(left + r);
+      sum[r][0] = V::multiply_add(of_row, first, sum[r][0]);
+      sum[r][1] = V::multiply_add(of_row, second, sum[r][1]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kFmaRows; ++r) {
-    float* const to = out + r * stride;
+  for (int r = 0; r < V::kRows; ++r) {
+    T* const to = out + r * stride;
     if (add) {
-      sum[r][0] = Fma::add(Fma::load(to), sum[r][0]);
-      sum[r][1] = Fma::add(Fma::load(to + kFmaLanes), sum[r][1]);
+      sum[r][0] = V::add(V::load(to), sum[r][0]);
+      sum[r][1] = V::add(V::load(to + V::kLanes), sum[r][1]);
     }
-    Fma::store(to, sum[r][0]);
-    Fma::store(to + kFmaLanes, sum[r][1]);
+    V::store(to, sum[r][0]);
+    V::store(to + V::kLanes, sum[r][1]);
   }
 }
 
@@ -149,7 +151,7 @@ inline void multiply_block(const float* left, const float* right, int64_t depth,
 inline void multiply_edge(const float* left, const float* right, int64_t depth, int64_t rows,
                           int64_t columns, float* out, int64_t stride, bool add) {
   alignas(64) float block[kFmaRows * kFmaColumns];
-  multiply_block(left, right, depth, block, kFmaColumns, false);
+  multiply_block<Fma>(left, right, depth, block, kFmaColumns, false);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       float& to = out[r * stride + c];
@@ -180,7 +182,7 @@ void multiply_rows(const UnitStrip& s, int64_t first, int64_t last, float* out, 
           const float* const rows = left + m / kFmaRows * kFmaLeft;
           float* const to = out + (m - first) * stride + c;
           if (columns == kFmaColumns && m + kFmaRows <= m1) {
-            multiply_block(rows, right, depth, to, stride, add || k0 > 0);
+            multiply_block<Fma>(rows, right, depth, to, stride, add || k0 > 0);
           } else {
             const int64_t used = m1 - m < kFmaRows ? m1 - m : kFmaRows;
             multiply_edge(rows, right, depth, used, columns, to, stride, add || k0 > 0);

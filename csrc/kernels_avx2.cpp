@@ -230,17 +230,20 @@ struct Fma {
 // for screened_encode.h
 struct Pairs {
   static constexpr int64_t kLanes = 8, kRows = 6;
-  using Sums = __m256i;
+  using Numbers = __m256i;
 
-  static Sums zero() { return _mm256_setzero_si256(); }
-  static Sums load(const int32_t* from) {
+  static Numbers zero() { return _mm256_setzero_si256(); }
+  static Numbers load(const int32_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
-  static Sums broadcast(const int32_t* from) { return _mm256_set1_epi32(*from); }
-  static void store(int32_t* to, Sums v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
-  static Sums multiply_add(Sums a, Sums b, Sums sum) {
+  static Numbers broadcast(const int32_t* from) { return _mm256_set1_epi32(*from); }
+  static void store(int32_t* to, Numbers v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+  }
+  static Numbers add(Numbers a, Numbers b) { return _mm256_add_epi32(a, b); }
+  static Numbers multiply_add(Numbers a, Numbers b, Numbers sum) {
     // gcc moves the sums of the intrinsics back and forth, which halves the rate
-    Sums products;
+    Numbers products;
     __asm__("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
     __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
     return sum;

@@ -205,13 +205,14 @@ struct Fma {
 // for screened_encode.h
 struct Pairs {
   static constexpr int64_t kLanes = 16, kRows = 12;
-  using Sums = __m512i;
+  using Numbers = __m512i;
 
-  static Sums zero() { return _mm512_setzero_si512(); }
-  static Sums load(const int32_t* from) { return _mm512_loadu_si512(from); }
-  static Sums broadcast(const int32_t* from) { return _mm512_set1_epi32(*from); }
-  static void store(int32_t* to, Sums v) { _mm512_storeu_si512(to, v); }
-  static Sums multiply_add(Sums a, Sums b, Sums sum) {
+  static Numbers zero() { return _mm512_setzero_si512(); }
+  static Numbers load(const int32_t* from) { return _mm512_loadu_si512(from); }
+  static Numbers broadcast(const int32_t* from) { return _mm512_set1_epi32(*from); }
+  static void store(int32_t* to, Numbers v) { _mm512_storeu_si512(to, v); }
+  static Numbers add(Numbers a, Numbers b) { return _mm512_add_epi32(a, b); }
+  static Numbers multiply_add(Numbers a, Numbers b, Numbers sum) {
     // gcc copies the sums of the intrinsic back and forth, which halves the rate
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;

@@ -21,8 +21,8 @@
 // Written with Fma (fma_products.h) and a struct Pairs:
 //
 //     kLanes, kRows       sums of a vector; rows of a block of sums
-//     Sums                a vector of int32
-//     zero, load, store, broadcast    of pairs of 16-bit integers in an int32
+//     Numbers             a vector of int32
+//     zero, load, store, add, broadcast    of sums, or of pairs of 16-bit integers in an int32
 //     multiply_add        adds the two products of each pair
 #pragma once
 
@@ -101,8 +101,8 @@ struct Scale {
 struct Norms {
   float whole, error;
 
-  Norms(const Scale& scale, float squares, float errors, float largest, int64_t n) {
-    if (scale.step > 0) {
+  Norms(float step, float squares, float errors, float largest, int64_t n) {
+    if (step > 0) {
       whole = grown(squares, n);
       error = grown(errors, n);
     } else {
@@ -115,7 +115,7 @@ struct Norms {
 
 // Of a row in a panel: s, (|x| + |dx|) and |dx|.
 struct ScreenedRow {
-  float step, whole, error, unused;
+  float step, whole, error;
 };
 
 inline int64_t screened_groups(int64_t rows) { return (rows + kScreenRows - 1) / kScreenRows; }
@@ -165,7 +165,7 @@ bool screen_pack(const Matrix& left, int64_t first, int64_t total, int64_t depth
   bool fits = true;
   for (int64_t r = 0; r < kScreenRows; ++r) {
     if (first + r >= total) {
-      row[r] = {0, 0, 0, 0};
+      row[r] = {0, 0, 0};
       for (int64_t k = 0; k < pairs_of(depth); ++k) pairs[k * kScreenRows + r] = 0;
       continue;
     }
@@ -190,8 +190,8 @@ bool screen_pack(const Matrix& left, int64_t first, int64_t total, int64_t depth
         pairs[(k / 2 + i) * kScreenRows + r] = pair[i];
       }
     }
-    const Norms norms(scale, square, sum_of(errors), largest, depth);
-    row[r] = {scale.step, norms.whole + norms.error, norms.error, 0};
+    const Norms norms(scale.step, square, sum_of(errors), largest, depth);
+    row[r] = {scale.step, norms.whole + norms.error, norms.error};
   }
   return fits;
 }
@@ -258,8 +258,7 @@ bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pa
   }
   for (int64_t c = 0; c < used * kScreenLanes; ++c) {
     const int64_t at = c / kScreenLanes, lane = c % kScreenLanes;
-    const Scale scale(squares[at][lane], largest[at][lane]);
-    const Norms norms(scale, squares[at][lane], errors[at][lane], largest[at][lane], depth);
+    const Norms norms(out.step[c], squares[at][lane], errors[at][lane], largest[at][lane], depth);
     out.error[c] = (norms.error + kSlack * norms.whole) * kGrowth;
     out.whole[c] = norms.whole * kGrowth;
   }
@@ -267,29 +266,6 @@ bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pa
 }
 
 // ---- sums ---------------------------------------------------------------------------------------
-
-// out [kRows, kScreenColumns] = left right.
-inline void multiply_pairs(const int32_t* left, const int32_t* right, int64_t pairs, int32_t* out,
-                           int64_t stride) {
-  typename Pairs::Sums sum[kScreenRows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < kScreenRows; ++r) sum[r][0] = sum[r][1] = Pairs::zero();
-  for (int64_t k = 0; k < pairs; ++k, left += kScreenRows, right += kScreenColumns) {
-    const typename Pairs::Sums first = Pairs::load(right),
-                               second = Pairs::load(right + kScreenLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kScreenRows; ++r) {
-      const typename Pairs::Sums of_row = Pairs::broadcast(left + r);
-      sum[r][0] = Pairs::multiply_add(of_row, first, sum[r][0]);
-      sum[r][1] = Pairs::multiply_add(of_row, second, sum[r][1]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kScreenRows; ++r) {
-    Pairs::store(out + r * stride, sum[r][0]);
-    Pairs::store(out + r * stride + kScreenLanes, sum[r][1]);
-  }
-}
 
 // Words of one row from its sums, and those of the columns that they do not decide.
 inline void screen_row(const int32_t* sums, const ScreenedRow& row, const ScreenedColumns& column,
@@ -463,7 +439,8 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
         const int32_t* const left =
             screened_left(const_cast<uint8_t*>(s.left), s.rows, s.depth, m / kScreenRows);
         for (int64_t c = 0; c < s.columns; c += kScreenColumns) {
-          multiply_pairs(left, scratch.pairs + c * pairs, pairs, scratch.tile + c, kScreenStrip);
+          multiply_block<Pairs>(left, scratch.pairs + c * pairs, pairs, scratch.tile + c,
+                                kScreenStrip, false);
         }
       }
       uint32_t* const words = e.words + m * e.words_stride;

@@ -51,8 +51,7 @@ def levels_with_products():
     return found
 
 
-@pytest.fixture(params=levels())
-def level(request):
+def _at(request):
     from bae_fast.backends.cpp import extension
 
     extension.use_simd(request.param)
@@ -60,13 +59,8 @@ def level(request):
     extension.use_simd(None)
 
 
-@pytest.fixture(params=levels_with_products())
-def level_with_products(request):
-    from bae_fast.backends.cpp import extension
-
-    extension.use_simd(request.param)
-    yield request.param
-    extension.use_simd(None)
+level = pytest.fixture(params=levels(), name="level")(_at)
+level_with_products = pytest.fixture(params=levels_with_products(), name="level_with_products")(_at)
 
 
 @pytest.fixture(params=[1, 2])

@@ -48,9 +48,9 @@ def unit_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
 
 def encode_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
     """The same for encode, whose products of 16-bit integers no product of bf16 outruns."""
-    digits = unit_digits(dtype, rows, columns)
-    integers = dtype == torch.bfloat16 and op("unit_kind")() == 1
-    return digits or (unit_digits(torch.float32, rows, columns) if integers else 0)
+    if dtype == torch.bfloat16 and op("unit_kind")() == 1:
+        dtype = torch.float32
+    return unit_digits(dtype, rows, columns)
 
 
 def operand(matrix: Tensor, digits: int) -> Tensor:
