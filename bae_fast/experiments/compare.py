@@ -361,7 +361,6 @@ def one(
             settings["d_sae"],
             k=k,
             d_out=None if y is None else y.shape[1],
-            # no part of what a run is known by: dataset_path names the files there
             # the files are no part of what a run is known by: dataset_path names them there
             metadata=settings["data"]
             | {name: facts[name] for name in ("text_files", "text_sha256") if name in facts},

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +41,6 @@ class Config(Reading):
     shard_windows: int | None = None
 
 
-@contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Errors of the folder under the option that names it."""
-    try:
-        yield
-    except ValueError as error:
-        head, mark, text = str(error).partition(" must hold a harvest of the same settings; ")
-        if not mark:
-            raise
-        folder = head.removeprefix("folder=").strip("'")
-        raise runs.ConfigError(
-            "out", f"{folder} holds a harvest of other settings, take another folder: {text}"
-        ) from error
-
-
 def run(config: Config) -> runs.Result:
     """Harvest, or open what is there.
 
@@ -68,6 +51,7 @@ def run(config: Config) -> runs.Result:
         ValueError, OSError: naming the field or the file.
     """
     from bae_fast import lm as lm_tools
+    from bae_fast.lm.shards import OtherHarvestError
 
     start = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -82,20 +66,27 @@ def run(config: Config) -> runs.Result:
     stages = Stages(config.progress)
     lm = load_reader(config, stages)
     text = open_text(config, lm, documents)
-    with stages.stage("harvest hidden states"), _named():
-        cache = lm_tools.harvest_shards(
-            lm,
-            text,
-            config.hooks,
-            config.out,
-            shard_windows=config.shard_windows,
-            batch_size=config.batch_size,
-            drop_positions=config.drop_positions,
-            max_norm_ratio=config.max_norm_ratio,
-            rank=rank,
-            world=world,
-            progress=config.progress and rank == 0,
-        )
+    try:
+        with stages.stage("harvest hidden states"):
+            cache = lm_tools.harvest_shards(
+                lm,
+                text,
+                config.hooks,
+                config.out,
+                shard_windows=config.shard_windows,
+                batch_size=config.batch_size,
+                drop_positions=config.drop_positions,
+                max_norm_ratio=config.max_norm_ratio,
+                rank=rank,
+                world=world,
+                progress=config.progress and rank == 0,
+            )
+    except OtherHarvestError as error:
+        raise runs.ConfigError(
+            "out",
+            f"{error.folder} holds a harvest of other settings, take another folder: "
+            f"{error.difference}",
+        ) from error
     values: dict[str, Any] = {
         "folder": str(config.out),
         "hooks": cache.widths,

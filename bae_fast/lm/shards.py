@@ -72,6 +72,21 @@ _OPEN_FILES = 64
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+class OtherHarvestError(ValueError):
+    """A folder that holds a harvest of other settings.
+
+    Attributes:
+        folder: it.
+        difference: what is otherwise there.
+    """
+
+    def __init__(self, folder: Path, difference: str) -> None:
+        super().__init__(
+            f"folder={str(folder)!r} must hold a harvest of the same settings; {difference}"
+        )
+        self.folder, self.difference = folder, difference
+
+
 class Shard(NamedTuple):
     """What the manifest says of one shard.
 
@@ -520,9 +535,8 @@ class _Harvest:
         for name in {**theirs, **self.settings}:
             there, here = theirs.get(name), self.settings.get(name)
             if there != here:
-                raise ValueError(
-                    f"folder={str(self.folder)!r} must hold a harvest of the same settings; its "
-                    f"{name} is {_short(there)}, here it is {_short(here)}"
+                raise OtherHarvestError(
+                    self.folder, f"its {name} is {_short(there)}, here it is {_short(here)}"
                 )
 
     def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[bool]:
