@@ -63,10 +63,10 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         kind, count, optional = read_type(hints[field.name])
-        required = field.default is dataclasses.MISSING
         options: dict[str, Any] = {"help": helps[field.name]}
-        if not required:
-            options["default"] = list(d) if isinstance(d := field.default, tuple) else d
+        default = field.default
+        if default is not dataclasses.MISSING:
+            options["default"] = list(default) if isinstance(default, tuple) else default
         option = "--" + field.name.replace("_", "-")
         if field.name in positional:
             option = field.name
@@ -87,8 +87,8 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
 def read(parser: ArgumentParser, config: type, arguments: list[str]) -> Any:
     """The configuration that a command line and its YAML files give."""
     found = parser.parse_args(arguments)
-    names = [field.name for field in dataclasses.fields(config)]
-    return config(**{n: tuple(v) if isinstance(v := found[n], list) else v for n in names})
+    values = {field.name: found[field.name] for field in dataclasses.fields(config)}
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def read_type(hint: Any) -> Field:
