@@ -135,6 +135,12 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
         yield
 
 
+def normal_quantile(share: float) -> float:
+    """The z that a standard normal number is below with probability ``share``."""
+    # whatever device modules are made on (the meta device has no numbers)
+    return float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64, device="cpu")))
+
+
 # -- the contract ------------------------------------------------------------------------------
 
 
@@ -388,7 +394,7 @@ class Autoencoder(nn.Module):
             square = (
                 sum((block.double() - centre).square().sum() for block in blocks) / rows.numel()
             )
-            scale = float(torch.as_tensor(square).sqrt())
+            scale = math.sqrt(float(square))
             relative = None
             if units is not None:
                 relative = _relative_units(name, units, blocks, centre, scale)
@@ -634,7 +640,7 @@ def _relative_units(
         raise ValueError(f"{what} must be finite and positive; the least is {float(units.min())}")
     n = sum(block.numel() for block in blocks)
     square = sum(((block.double() - centre) / units).square().sum() for block in blocks) / n
-    return units * torch.as_tensor(square).sqrt() / scale
+    return units * math.sqrt(float(square)) / scale
 
 
 def as_code(features: BinaryCode | Tensor) -> BinaryCode:

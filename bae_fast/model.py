@@ -16,6 +16,7 @@ from bae_fast.autoencoder import (
     check_metadata,
     check_rows,
     check_sizes,
+    normal_quantile,
     register_architecture,
 )
 from bae_fast.codes import BinaryCode
@@ -241,12 +242,13 @@ class BinaryAutoencoder(Autoencoder):
 
         Columns of W_enc have norm about 1, so a normalised isotropic row has pre-activations of
         about unit variance; b_enc is the normal quantile of the preset's density. Rows of W_dec
-        are scaled so that the first reconstruction does not exceed the row.
+        are scaled so that the first reconstruction does not exceed the row. The normalisation
+        stays: where ``to_empty`` has left it without numbers, :meth:`fit_normalization_` sets it.
         """
         config = self.config
         nn.init.normal_(self.W_enc, std=config.d_in**-0.5)
         density = PRESETS[config.preset]["init_density"]
-        self.b_enc.fill_(float(torch.special.ndtri(torch.tensor(density, dtype=torch.float64))))
+        self.b_enc.fill_(normal_quantile(density))
         nn.init.normal_(self.W_dec, std=(config.d_sae * density) ** -0.5)
         nn.init.zeros_(self.b_dec)
 

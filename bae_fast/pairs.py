@@ -84,7 +84,7 @@ def sparse_pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
         columns: int64 ``[k]``.
     """
     k = len(columns)
-    found = torch.zeros(k, k)
+    found = torch.zeros(k, k, dtype=torch.float32, device=code.device)
     for words in code.words.split(ROW_BLOCK):
         bits = packing.unpack_rows(words, code.n_columns, torch.uint8)[:, columns]
         column, row = bits.T.nonzero().unbind(1)

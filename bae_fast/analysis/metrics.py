@@ -256,7 +256,7 @@ def density_histogram(
     n_bins = max(round(-math.log10(lowest) * bins_per_decade), 1)
     # Python's powers of ten are exact where they can be, so a density of 0.1 lies on an edge.
     powers = [10.0 ** ((i - n_bins) / bins_per_decade) for i in range(n_bins + 1)]
-    edges = torch.tensor(powers, dtype=torch.float64)
+    edges = torch.tensor(powers, dtype=torch.float64, device="cpu")
     live = p[p > 0]
     # Bins are [low, high), the last one [low, 1].
     bins = (torch.searchsorted(edges, live, right=True) - 1).clamp(0, n_bins - 1)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import Autoencoder, check_rows
+from bae_fast.autoencoder import Autoencoder, check_rows, normal_quantile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class FeatureSpec:
         """Unit directions, float32 ``[T, d]``."""
         # apart from the numbers that a module of the same seed begins with
         generator = torch.Generator().manual_seed(2**40 + self.seed)
-        drawn = torch.randn(self.n_features, self.d, generator=generator)
+        drawn = _normal(self.n_features, self.d, generator)
         return torch.nn.functional.normalize(drawn, dim=1)
 
     def sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -98,17 +98,17 @@ class FeatureSpec:
             raise ValueError(f"n must be at least 1; got {n}")
         generator = torch.Generator().manual_seed(seed)
         n_groups = -(-self.roots // self.group)
-        shared = torch.randn(n, n_groups, generator=generator)
+        shared = _normal(n, n_groups, generator)
         shared = shared.repeat_interleave(self.group, 1)[:, : self.roots]
-        own = torch.randn(n, self.roots, generator=generator)
+        own = _normal(n, self.roots, generator)
         gauss = math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * own
-        edge = torch.special.ndtri(torch.tensor(1 - self.p_root, dtype=torch.float64))
-        roots = gauss > float(edge)
-        below = torch.rand(n, self.roots * self.children, generator=generator) < self.p_child
+        edge = normal_quantile(1 - self.p_root)
+        roots = gauss > edge
+        below = _uniform(n, self.roots * self.children, generator) < self.p_child
         on = torch.cat([roots, below & roots.repeat_interleave(self.children, 1)], 1)
-        uniform = torch.rand(n, self.n_features, generator=generator)
+        uniform = _uniform(n, self.n_features, generator)
         values = on * (1 + self.spread * (2 * uniform - 1))
-        noise = self.noise * torch.randn(n, self.d, generator=generator)
+        noise = self.noise * _normal(n, self.d, generator)
         return values @ self.directions() + noise, on
 
 
@@ -198,11 +198,19 @@ def recovery(
     )
 
 
+def _normal(n: int, m: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, m, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _uniform(n: int, m: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, m, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _pairs(cosines: Tensor) -> tuple[Tensor, Tensor]:
     """One to one, the largest cosine first: partners int64 ``[T]`` and their cosines, 0 if none."""
     left = cosines.clone()
     partners = torch.full((len(cosines),), -1)
-    own = torch.zeros(len(cosines))
+    own = cosines.new_zeros(len(cosines))
     for _ in range(min(cosines.shape)):
         at = int(left.argmax())
         true, column = divmod(at, cosines.shape[1])

@@ -22,6 +22,7 @@ from bae_fast.autoencoder import (
     Autoencoder,
     check_metadata,
     check_sizes,
+    normal_quantile,
     register_architecture,
 )
 from bae_fast.training.pool import ALONE, Pool
@@ -153,7 +154,7 @@ class SparseAutoencoder(Autoencoder):
         """What ``multiple`` k features exceed at the start, if pre is about normal, as it is on
         normalised rows; not below 0, where half of the features are on."""
         share = min(multiple * self.config.k / self.config.d_sae, 0.5)
-        return max(-float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64))), 0.0)
+        return max(-normal_quantile(share), 0.0)
 
     # -- the layer -----------------------------------------------------------------------------
 

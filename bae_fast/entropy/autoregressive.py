@@ -84,14 +84,14 @@ class _Model(torch.nn.Module):
         last = torch.arange(n_hidden) * max(k - 1, 1) // n_hidden
         self.register_buffer("reads", torch.arange(k) <= last[:, None])
         self.tree_bias, self.tree_linear = bias, linear
-        draw = torch.randn(n_hidden, k, generator=generator)
+        draw = torch.randn(n_hidden, k, generator=generator, dtype=torch.float32)
         # a unit's input has unit variance for fair bits near it, whatever it could read
         self.u = torch.nn.Parameter(draw / math.sqrt(min(k, 16)))
-        self.c = torch.nn.Parameter(torch.zeros(n_hidden))
-        self.v = torch.nn.Parameter(torch.zeros(k, n_hidden))
+        self.c = torch.nn.Parameter(draw.new_zeros(n_hidden))
+        self.v = torch.nn.Parameter(draw.new_zeros(k, n_hidden))
         # beyond the tree
-        self.bias = torch.nn.Parameter(torch.zeros(k))
-        self.linear = torch.nn.Parameter(torch.zeros(k, k))
+        self.bias = torch.nn.Parameter(draw.new_zeros(k))
+        self.linear = torch.nn.Parameter(draw.new_zeros(k, k))
 
     def forward(self, bits: Tensor) -> Tensor:
         """Float bits ``[n, k]`` to logits ``[n, k]``."""
@@ -119,10 +119,15 @@ def autoregressive_bound(
     """
     if code.row_mask is not None:
         raise ValueError("code must have no row_mask: index the kept rows first")
-    rows = code.flatten().to("cpu")
-    n = len(rows)
+    n = code.words.shape[:-1].numel()
     if n < LEAST_ROWS:
         raise ValueError(f"code must have at least {LEAST_ROWS} rows for the bound; got {n}")
+    with torch.device("cpu"):  # all is computed on the host, whatever torch's default device is
+        return _bound(code.flatten().to("cpu"), documents, seed)
+
+
+def _bound(rows: BinaryCode, documents: Tensor | None, seed: int) -> AutoregressiveBound:
+    n = len(rows)
     if documents is None:
         documents = torch.arange(n) // max(min(_BLOCK_ROWS, n // _LEAST_BLOCKS), 1)
     if documents.shape != (n,):
@@ -145,7 +150,7 @@ def autoregressive_bound(
     held = rows[charged]
     # columns that the fitted rows show constant, by a probability that is never 0
     bits = torch.zeros(len(held), dtype=torch.float64)
-    fixed = torch.ones(code.n_columns, dtype=torch.bool).index_fill_(0, columns, False)
+    fixed = torch.ones(rows.n_columns, dtype=torch.bool).index_fill_(0, columns, False)
     p = (counts[fixed].double() + 0.5) / (len(fit) + 1)
     for at, block in _blocks(held):
         own = block[:, fixed].double()
@@ -188,7 +193,7 @@ def _tree(fit: BinaryCode, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     counts = fit.counts()
     if k == 1:
         own = counts[columns].double()
-        return columns, ((own + 0.5) / (n - own + 0.5)).log().float(), torch.zeros(1, 1)
+        return columns, ((own + 0.5) / (n - own + 0.5)).log().float(), torch.zeros(1, 1).float()
     joint = pair_counts(fit, columns)
     mutual_information_(joint, counts[columns], n)
     edges = spanning_tree(joint)

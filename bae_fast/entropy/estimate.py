@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.autoencoder import normal_quantile
 from bae_fast.codes import BinaryCode
 from bae_fast.entropy import chain
 from bae_fast.entropy.autoregressive import autoregressive_bound
@@ -151,8 +152,8 @@ def _from_counts(code: BinaryCode) -> EntropyEstimate:
     del joint
     both = edge_counts(rows, columns[edges[:, 0]], columns[edges[:, 1]])
     information, outcomes = pair_information(counts[edges[:, 0]], counts[edges[:, 1]], both, n)
-    tail = torch.tensor(_FALSE_EDGE / (live * (live - 1)), dtype=torch.float64)
-    least = float(torch.special.ndtri(tail).square()) * unit
+    quantile = normal_quantile(_FALSE_EDGE / (live * (live - 1)))
+    least = quantile * quantile * unit
     counted = information > least
     # Miller-Madow: I = H_i + H_j - H_ij with (2 - 1) + (2 - 1) - (m_ij - 1) terms
     corrected = information + (3 - outcomes) * unit

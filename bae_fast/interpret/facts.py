@@ -214,7 +214,7 @@ def top_tokens(code: BinaryCode, row_tokens: Tensor, *, k: int = 6) -> TopTokens
             bits = packing.unpack_rows(rows.words[start : start + step, some], width)
             row, column = bits.nonzero(as_tuple=True)
             key = column * v + index[start + row]
-            table.scatter_add_(0, key, torch.ones((), dtype=torch.int32).expand_as(key))
+            table.scatter_add_(0, key, table.new_ones(()).expand_as(key))
         n_on = table.view(width, v)
         lift, rank = token_lifts(n_on, n_total, n)
         best = rank.topk(k_found, dim=1)
@@ -323,7 +323,7 @@ def neighbours(code: BinaryCode, *, k: int = 6, max_rows: int = 2**16) -> Ranked
     if not isinstance(max_rows, int) or not 1 <= max_rows < 2**24:
         raise ValueError(f"max_rows must be an int from 1 to 2^24 - 1; got {max_rows!r}")
     if n > max_rows:
-        rows, n = rows[torch.arange(max_rows) * n // max_rows], max_rows
+        rows, n = rows[torch.arange(max_rows, device=rows.device) * n // max_rows], max_rows
     f = code.n_columns
     every = rows.counts()
     live = ((every > 0) & (every < n)).nonzero().flatten()

@@ -282,7 +282,7 @@ def _examples(
         inside = window == one
         place = cache.row_position[rows[inside].long()].long()
         tokens = cache.tokens[one]
-        line = torch.zeros(len(tokens))
+        line = torch.zeros(len(tokens), dtype=torch.float32)
         line[place] = values[inside]
         top = int(line.argmax())
         found.append(

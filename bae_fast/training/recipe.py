@@ -61,15 +61,15 @@ def init_from_rows_(
     rows = bae.normalize(x).to(bae.W_enc.dtype)
     each = bae.config.d_sae
     f, own = each * part[1], slice(each * part[0], each * (part[0] + 1))
-    order = torch.randperm(len(rows), generator=generator)
+    order = torch.randperm(len(rows), generator=generator, device="cpu")
     chosen = order.repeat(-(-f // len(rows)))[:f][own].to(rows.device)
     directions = torch.nn.functional.normalize(rows[chosen], dim=1)
     if f > len(rows):
-        noise = torch.randn((f, rows.shape[1]), generator=generator, dtype=torch.float32)[own].to(
-            directions
+        noise = torch.randn(
+            (f, rows.shape[1]), generator=generator, dtype=torch.float32, device="cpu"
         )
         directions = torch.nn.functional.normalize(
-            directions + _JITTER * noise / rows.shape[1] ** 0.5, dim=1
+            directions + _JITTER * noise[own].to(directions) / rows.shape[1] ** 0.5, dim=1
         )
     x, rows = x[:START_ROWS], rows[:START_ROWS]
     bae.W_dec.copy_(directions * decoder_norm)

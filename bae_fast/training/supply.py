@@ -275,7 +275,7 @@ class MemorySupply:
         if generator is not None and streams > 1:
             raise ValueError(f"generator must be None for several streams; got {streams} streams")
         self._generators = {v: generator or stream_generator(seed, v) for v in own}
-        self._orders = {v: torch.empty(0, dtype=torch.int64) for v in own}
+        self._orders = {v: torch.empty(0, dtype=torch.int64, device="cpu") for v in own}
         self._identity: dict[str, Any] | None = None
 
     def _range(self, stream: int) -> tuple[int, int]:
@@ -295,7 +295,8 @@ class MemorySupply:
         for stream, order in self._orders.items():
             if len(order) < each:
                 start, stop = self._range(stream)
-                order = torch.randperm(stop - start, generator=self._generators[stream])
+                generator = self._generators[stream]
+                order = torch.randperm(stop - start, generator=generator, device="cpu")
                 if start:
                     order += start
             picked.append(order[:each])
@@ -310,12 +311,12 @@ class MemorySupply:
             raise ValueError(f"n must be an int >= 1; got {n!r}")
         if not isinstance(seed, torch.Generator):
             seed = torch.Generator().manual_seed(seed)
-        return self._take(torch.randperm(self.n_rows, generator=seed)[:n])
+        return self._take(torch.randperm(self.n_rows, generator=seed, device="cpu")[:n])
 
     def heldout(self) -> Iterator[Rows]:
         n = len(next(iter(self._heldout.values()))) if self._heldout else 0
         for start in range(0, n, HELDOUT_BLOCK):
-            ids = torch.arange(start, min(start + HELDOUT_BLOCK, n))
+            ids = torch.arange(start, min(start + HELDOUT_BLOCK, n), device="cpu")
             yield Rows(
                 {hook: x[start : start + HELDOUT_BLOCK] for hook, x in self._heldout.items()},
                 ids + self.n_rows,
@@ -380,7 +381,7 @@ def fingerprint(rows: Tensor) -> str:
     """Shape and dtype of rows, and a digest of at most 64 MiB of them, evenly spaced."""
     size = max(rows.shape[1] * rows.element_size(), 1)
     kept = min(len(rows), max(_FINGERPRINT_BYTES // size, 1))
-    at = torch.arange(kept) * len(rows) // kept
-    data = rows[at.to(rows.device)].cpu().contiguous().view(torch.uint8)
+    at = torch.arange(kept, device=rows.device) * len(rows) // kept
+    data = rows[at].cpu().contiguous().view(torch.uint8)
     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
     return f"{list(rows.shape)} {str(rows.dtype).removeprefix('torch.')} {digest}"

@@ -339,33 +339,43 @@ def test_float64_rows_are_not_narrowed_unasked():
         make("bae").encode(rows().double())
 
 
-@pytest.fixture(params=[torch.float16, torch.float64])
-def default_dtype(request):
-    torch.set_default_dtype(request.param)
-    yield request.param
+@pytest.fixture(params=[torch.float16, torch.float64, "meta"], ids=str)
+def default(request):
+    """A default dtype, or a default device: numbers that are asked of "meta" are an error."""
+    is_dtype = isinstance(request.param, torch.dtype)
+    expected = numbers()
+    (torch.set_default_dtype if is_dtype else torch.set_default_device)(request.param)
+    yield expected
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 def numbers():
-    """What must not depend on the default dtype: counts, statistics, a short training."""
-    from bae_fast.entropy import estimate_entropy
+    """What must not depend on torch's defaults: counts, statistics, short trainings."""
+    from bae_fast.analysis.recovery import FeatureSpec
+    from bae_fast.entropy import autoregressive_bound, estimate_entropy
     from bae_fast.interpret import facts
-    from bae_fast.pairs import joint_counts
+    from bae_fast.pairs import joint_counts, pair_counts
     from bae_fast.training import TrainingConfig
 
+    kind = {"dtype": torch.float32, "device": "cpu"}
     g = torch.Generator().manual_seed(0)
-    bits = torch.rand(5000, 40, generator=g, dtype=torch.float32) < 0.6
-    code = bf.BinaryCode.from_dense(bits)
-    every = torch.arange(40)
+    drawn = torch.rand(5000, 40, generator=g, **kind)
+    code = bf.BinaryCode.from_dense(drawn < 0.6)
+    every = torch.arange(40, device="cpu")
     statistics = code.statistics(covariance=True)
     near = facts.neighbours(code, k=3)
-    tokens = facts.top_tokens(code, torch.arange(5000) % 7)
-    x = torch.randn(400, D, generator=g, dtype=torch.float32)
+    tokens = facts.top_tokens(code, torch.arange(5000, device="cpu") % 7)
+    # with pairs whose count no half-precision number is, and rows by which columns are sparse
+    sparse_code = bf.BinaryCode.from_dense((drawn < 0.02) | (every < 2) & (drawn[:, :1] < 0.6))
+    x = torch.randn(400, D, generator=g, **kind)
     torch.manual_seed(0)
-    bae = bf.BinaryAutoencoder(D, F, dtype=torch.float32).fit_normalization_(x)
-    config = TrainingConfig(steps=12, batch_size=64, revive_every=5, precision="float32")
+    bae = bf.BinaryAutoencoder(D, F, **kind).fit_normalization_(x)
+    config = TrainingConfig(
+        steps=12, batch_size=64, revive_every=5, bank_batches=2, precision="float32"
+    )
     line = Trainer(bae, x, config).fit()[-1]
-    sae = make_baseline("relu", D, F, k=5, dtype=torch.float32).fit_normalization_(x)
+    sae = make_baseline("batchtopk", D, F, k=5, **kind).fit_normalization_(x)
     sparse = dataclasses.replace(TRAINING, steps=12, batch_size=64, precision="float32")
     other = Trainer(sae, x, sparse).fit()[-1]
     return {
@@ -373,9 +383,12 @@ def numbers():
         "entropy": float(code.entropy()),
         "covariance": float(statistics.covariance()),
         "pairs": joint_counts(code, every, code, every).double().tolist(),
+        "sparse pairs": pair_counts(sparse_code, every).double().tolist(),
         "neighbours": (near.indices.tolist(), near.scores.double().tolist()),
         "tokens": (tokens.tokens.tolist(), tokens.lift.double().tolist()),
         "bits": estimate_entropy(code).summary(),
+        "bound": autoregressive_bound(code[:600]).bits,
+        "known features": FeatureSpec(roots=4, d=6).sample(5, 0)[0].double().tolist(),
         "bae": {k: v for k, v in line.items() if k != "seconds"},
         "sae": {k: v for k, v in other.items() if k != "seconds"},
         "evaluation": evaluate(bae, x).summary(),
@@ -383,13 +396,10 @@ def numbers():
     }
 
 
-def test_nothing_depends_on_the_default_dtype(default_dtype):
-    torch.set_default_dtype(torch.float32)
-    expected = numbers()
-    torch.set_default_dtype(default_dtype)
+def test_nothing_depends_on_the_default_dtype_or_device(default):
     found = numbers()
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
+    assert found.keys() == default.keys()
+    for name, value in default.items():
         assert found[name] == value, name
 
 

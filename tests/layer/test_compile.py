@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import bae_fast as bf
+from bae_fast.baselines import make_baseline
 from bae_fast.ops import registry, schemas
 
 N, D, F = 21, 6, 40
@@ -479,6 +480,20 @@ def test_a_step_on_the_meta_device_has_the_shapes_of_one_on_the_cpu(impl):
         return [(tensor.shape, tensor.dtype) for tensor in tensors]
 
     assert step("meta") == step("cpu")
+
+
+def test_a_module_made_in_a_device_context_is_on_it_and_can_be_filled():
+    """As a large model is made: on the meta device, then given memory and weights."""
+    with torch.device("meta"):
+        bae = bf.BinaryAutoencoder(D, F)
+        sae = make_baseline("jumprelu", D, F, k=4)
+    for module in (bae, sae):
+        assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"meta"}
+    torch.manual_seed(3)
+    bae.to_empty(device="cpu").reset_parameters()
+    torch.manual_seed(3)
+    for name, parameter in bf.BinaryAutoencoder(D, F).named_parameters():
+        assert torch.equal(bae.get_parameter(name), parameter)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
