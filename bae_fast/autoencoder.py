@@ -314,7 +314,7 @@ class Autoencoder(nn.Module):
         return scale if metric is None else scale * metric
 
     def normalize(self, x: Tensor) -> Tensor:
-        """(x - x_mean) / (x_scale x_metric), ``[..., d_in]``, in x's dtype, or in the buffers'
+        """(x - x_mean) / (x_scale x_metric), ``[..., d_in]``, in x's dtype, or in the parameters'
         where that is wider: rows of a bfloat16 cache go into a float32 layer.
 
         Raises:
@@ -331,7 +331,8 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"x must be on the module's device {self.x_mean.device}; got {x.device}"
             )
-        own = self.x_mean.dtype
+        # not the buffers' dtype: FSDP's mixed precision narrows parameters and leaves buffers wide
+        own = next(self.parameters(), self.x_mean).dtype
         dtype = own if torch.promote_types(x.dtype, own) == own else x.dtype
         return ((x - self.x_mean) / self._unit("x")).to(dtype)
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from bae_fast import reference
 from bae_fast.codes import BinaryCode, check_covariance_size, keep_signs
 from bae_fast.ops import registry
+from bae_fast.ops.limits import check_counted
 from bae_fast.ops.products import HALF
 from bae_fast.ops.schemas import EncoderBackward
 from bae_fast.packing import bit_weights, n_words, pack_rows
@@ -395,11 +396,10 @@ def _check_kept(row_mask: Tensor | None, least: int) -> None:
     """Check for the reference what the operators check themselves, on a CPU only, as they do."""
     if row_mask is None or row_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    kept = int(row_mask.sum())
-    if kept == 0:
-        raise ValueError(f"mask must keep at least one row; got none of {len(row_mask)}")
+    kept = row_mask.sum()
+    check_counted(kept)
     if kept < least:
-        raise ValueError(f"covariance needs at least {least} rows; got {kept}")
+        raise ValueError(f"covariance needs at least {least} rows; got {int(kept)}")
 
 
 def _copies(
@@ -469,6 +469,7 @@ def binary_autoencoder(
         covariance: also compute D, which costs O(F^2 N) bit operations, or O(N L0^2) where codes
             have few ones a row.
         mask: bool ``[...]``; rows where it is False get zero bits, no gradient, and do not count.
+            With ``stats`` it may keep none, as a rank's share of a batch may be padding alone.
         stats: statistics of more rows than x, which replace the call's own
             (:class:`bae_fast.CodeStatistics`). Without it the statistics are those of this call;
             averaging calls is then another loss.
@@ -537,7 +538,8 @@ def binary_autoencoder(
 
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
     if name == "reference":
-        _check_kept(row_mask, 2 if covariance and extra is None else 1)
+        if extra is None:
+            _check_kept(row_mask, 2 if covariance else 1)
         dense = reference.binary_autoencoder(
             rows, W_enc, b_enc, W_dec, b_dec,
             surrogate=surrogate, width=width, n_bits=n_bits, covariance=covariance,
@@ -590,7 +592,7 @@ def encode(
 ) -> BinaryCode:
     """Bits only: [x W_enc + b_enc > 0], packed, without gradient.
 
-    Arguments, errors: as :func:`binary_autoencoder`.
+    Arguments, errors: as :func:`binary_autoencoder`; a mask may keep no row.
     """
     _check_parameters(x, {"W_enc": W_enc, "b_enc": b_enc})
     _require("W_enc", W_enc, ("d_in", "k F"))
@@ -602,7 +604,6 @@ def encode(
     rows = x.reshape(-1, x.shape[-1])
     row_mask = None if mask is None else mask.reshape(-1)
     if name == "reference":
-        _check_kept(row_mask, 1)
         bits = rows @ W_enc + b_enc > 0
         words = pack_rows(bits if row_mask is None else bits & row_mask[:, None])
         counts = None
@@ -641,7 +642,6 @@ def encode_rows(
     name = registry.choose(impl, x.device.type, dtype, n_columns, n_bits, x.device.index)
     window_width = width if surrogate == "rectangle" else None
     if name == "reference":
-        _check_kept(row_mask, 1)
         pre = rows @ W_enc + b_enc
         bits = pre > 0 if row_mask is None else (pre > 0) & row_mask[:, None]
         inside = rows.new_empty(0, dtype=torch.int32)

@@ -405,7 +405,7 @@ class BinaryAutoencoder(Autoencoder):
     def mse(self, out: BAEOutput, target: Tensor, *, total: int | Tensor | None = None) -> Tensor:
         """Mean over rows and dimensions of (target - recon)^2 in normalised units, ``[]``.
 
-        float32 or wider; masked rows are left out. ``target`` is x, or the target of a
+        float32 or wider; masked rows are left out, and of none it is 0. ``target`` is x, or the target of a
         transcoder, raw. (SAELens sums over dimensions: its weights are d_in times ours.)
 
         Args:
@@ -428,7 +428,8 @@ class BinaryAutoencoder(Autoencoder):
         mask = out.code.row_mask
         if mask is not None:
             # before the square: the gradient of a dropped row that holds NaN must be zero
-            error, n = torch.where(mask[..., None], error, 0), mask.sum() * error.shape[-1]
+            error = torch.where(mask[..., None], error, 0)
+            n = mask.sum().clamp_min(1) * error.shape[-1]
         if total is not None:
             n = total * error.shape[-1]
         squares = error.square().sum()

@@ -1,4 +1,4 @@
-"""How large a covariance may be: its numerator is an int64."""
+"""How few rows have statistics, and how large a covariance may be: its numerator is an int64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from bae_fast.packing import popcount
 
 _BEYOND = 2**63
 _ROW_BLOCK = 256
+
+
+def check_counted(n_rows: Tensor) -> None:
+    """Refuse the statistics of no row; not on a GPU, which would be waited for.
+
+    Raises:
+        ValueError: no row is counted.
+    """
+    if n_rows.device.type == "cpu" and int(n_rows) == 0:
+        raise ValueError("mask must keep at least one of the rows that are counted; got none")
 
 
 def fits_any(n_rows: int, n_columns: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.ops.limits import check_counted
 from bae_fast.statistics import entropy_bits, entropy_gradient
 
 
@@ -12,6 +13,7 @@ def terms(
     counts: Tensor, n_rows: Tensor, numerator: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """H in bits and D, ``dtype []``, computed in float64; D is zero without a numerator."""
+    check_counted(n_rows)
     entropy = entropy_bits(counts, n_rows).to(dtype)
     if numerator is None:
         return entropy, entropy.new_zeros(())

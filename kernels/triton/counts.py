@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bae_fast.kernels import launch
 from bae_fast.kernels.bits import wide
+from bae_fast.ops.limits import check_counted
 from bae_fast.packing import n_words
 from bae_fast.statistics import EPS
 
@@ -138,6 +139,7 @@ def terms(
         counts, n_rows: int64 ``[K]`` and ``[]``.
         numerator: int64 ``[]``, sum_{i != j} |V_ij|.
     """
+    check_counted(n_rows)
     counts = counts.contiguous()
     config, blocks = _over_columns(counts)
     sums = torch.empty(blocks, dtype=torch.float64, device=counts.device)

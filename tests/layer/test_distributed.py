@@ -124,6 +124,35 @@ def test_fsdp_shards_the_layer_inside_a_model_and_passes_the_gradient_on(ranks):
         assert_same(found, expected)
 
 
+def test_fsdps_mixed_precision_computes_with_bfloat16_parameters(ranks):
+    """The normalisation is a buffer, which FSDP leaves as it is: it is applied in float32."""
+    expected: dict[str, Tensor] = {}
+    for rank in range(WORLD):
+        bae = worker.mixed_module()
+        for parameter in bae.parameters():
+            parameter.data = parameter.data.bfloat16()
+        x = worker.rows(rank).bfloat16()
+        worker.part_of_loss(bae, bae(x, covariance=True), x, TERMS).backward()
+        for name, grad in worker.gradients(bae).items():
+            expected[name] = expected.get(name, 0) + grad.float() / WORLD
+    for found in result(ranks, "fsdp in bfloat16"):
+        assert found["dtype"] == torch.bfloat16
+        for name, want in expected.items():
+            assert want.any()
+            difference = (found["gradients"][name] - want).abs().max()
+            assert difference <= 0.01 * want.abs().max(), name
+
+
+def test_ddp_adds_up_micro_batches_of_which_only_the_last_sends(ranks):
+    bae = worker.make_module()
+    for rank in range(WORLD):
+        for part in worker.rows(rank, 14).chunk(2):
+            out = bae(part, covariance=True)
+            (worker.part_of_loss(bae, out, part, TERMS) / WORLD).backward()
+    for found in result(ranks, "ddp in parts"):
+        assert_same(found, worker.gradients(bae))
+
+
 def test_under_fsdp_methods_that_it_knows_give_what_a_whole_module_gives(ranks):
     bae = worker.make_module()
     for rank, found in enumerate(result(ranks, "fsdp methods")):

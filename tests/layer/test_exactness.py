@@ -263,6 +263,31 @@ def test_statistics_of_more_rows_replace_those_of_the_call(impl):
     assert actual["covariance"] == everything["covariance"]
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_part_whose_rows_are_all_masked_adds_nothing_to_the_others(impl):
+    """As where one rank's share of a batch is padding: the others wait for it in a collective."""
+    x, parameters, _ = problem(48, 6, 40, 1, 6)
+    bae = bf.BinaryAutoencoder(6, 40, preset="paper", dtype=torch.float64, impl=impl)
+    with torch.no_grad():
+        for own, given in zip(bae.parameters(), parameters, strict=True):
+            own.copy_(given)
+    mask = torch.arange(48) < 24
+    parts = list(zip(x.chunk(2), mask.chunk(2), strict=True))
+    codes = [bae.encode(part, mask=kept) for part, kept in parts]
+    stats = bf.BinaryCode.cat(codes).statistics(covariance=True)
+    assert int(codes[1].n_rows()) == 0
+
+    def gradients(*parts):
+        bae.zero_grad()
+        for part, kept in parts:
+            out = bae(part, mask=kept, stats=stats)
+            bae.loss(out, part, entropy_weight=0.1, covariance_weight=0.1).backward()
+        return [p.grad for p in bae.parameters()]
+
+    assert all(map(torch.equal, gradients(*parts), gradients(parts[0])))
+    assert all(grad is not None and not grad.any() for grad in gradients(parts[1]))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("covariance", [False, True])
 def test_past_statistics_are_added_to_those_of_the_call(impl, covariance):

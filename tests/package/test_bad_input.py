@@ -455,12 +455,11 @@ def test_a_mask_that_is_no_tensor(bae, x):
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_mask_that_drops_every_row(parameters, x, impl):
     mask = torch.zeros(12, dtype=torch.bool)
-    for call in (
-        lambda: bf.binary_autoencoder(x, **parameters, mask=mask, impl=impl),
-        lambda: bf.encode(x, parameters["W_enc"], parameters["b_enc"], mask=mask, impl=impl),
-    ):
-        with refused(ValueError, "mask must keep at least one row", "none of 12"):
-            call()
+    with refused(ValueError, "mask must keep at least one of the rows that are counted", "none"):
+        bf.binary_autoencoder(x, **parameters, mask=mask, impl=impl)
+    with refused(ValueError, "covariance needs at least 2 rows", "got 0"):
+        code = bf.encode(x, parameters["W_enc"], parameters["b_enc"], mask=mask, impl=impl)
+        code.statistics(covariance=True)
 
 
 # -- covariance and statistics -----------------------------------------------------------------

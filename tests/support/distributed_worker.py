@@ -106,6 +106,39 @@ def fsdp_inside_a_model(rank: int) -> dict[str, Any]:
     return gradients(model)
 
 
+def mixed_module() -> bf.BinaryAutoencoder:
+    """Wide parameters whose bfloat16 copies lose nothing, and a normalisation that would."""
+    bae = make_module()
+    with torch.no_grad():
+        for parameter in bae.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return bae.float()
+
+
+def fsdp_in_bfloat16(rank: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    bae = mixed_module()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(bae, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
+    x = rows(rank).float()
+    out = bae(x, covariance=True)
+    part_of_loss(bae, out, x, TERMS).backward()
+    return {"gradients": gradients(bae), "dtype": out.recon.dtype}
+
+
+def ddp_in_parts(rank: int) -> dict[str, Any]:
+    """Two micro-batches of one update, of which the first sends nothing."""
+    bae = make_module()
+    wrapped = nn.parallel.DistributedDataParallel(bae)
+    parts = rows(rank, 14).chunk(2)
+    with wrapped.no_sync():
+        part_of_loss(bae, wrapped(parts[0], covariance=True), parts[0], TERMS).backward()
+    part_of_loss(bae, wrapped(parts[1], covariance=True), parts[1], TERMS).backward()
+    return gradients(bae)
+
+
 def fsdp_methods(rank: int) -> dict[str, Any]:
     """Methods beside forward, before and after FSDP was told of them, and the two files."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -222,6 +255,8 @@ def cases() -> dict[str, Any]:
             found[f"{kind.__name__} without {'+'.join(frozen)}"] = (kind, TERMS, frozen)
     found["fsdp inside a model"] = (fsdp_inside_a_model,)
     found["fsdp methods"] = (fsdp_methods,)
+    found["fsdp in bfloat16"] = (fsdp_in_bfloat16,)
+    found["ddp in parts"] = (ddp_in_parts,)
     found["pooled"] = (pooled, False)
     found["pooled masked"] = (pooled, True)
     for case in GATHERED:

@@ -55,10 +55,5 @@ def encode(
                 window[rows] if width is not None else window,
             )
     counts = op("column_counts")(words, k)
-    if row_mask is None:
-        n_rows = torch.full((), n, dtype=torch.int64)
-    else:
-        n_rows = row_mask.sum()
-        if n_rows == 0:
-            raise ValueError(f"mask must keep at least one row; got none of {n}")
+    n_rows = torch.full((), n, dtype=torch.int64) if row_mask is None else row_mask.sum()
     return words, window, counts, n_rows
