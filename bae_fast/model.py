@@ -405,8 +405,9 @@ class BinaryAutoencoder(Autoencoder):
     def mse(self, out: BAEOutput, target: Tensor, *, total: int | Tensor | None = None) -> Tensor:
         """Mean over rows and dimensions of (target - recon)^2 in normalised units, ``[]``.
 
-        float32 or wider; masked rows are left out, and of none it is 0. ``target`` is x, or the target of a
-        transcoder, raw. (SAELens sums over dimensions: its weights are d_in times ours.)
+        float32 or wider; masked rows are left out, and of none it is 0. ``target`` is x, or the
+        target of a transcoder, raw. (SAELens sums over dimensions: its weights are d_in times
+        ours.)
 
         Args:
             total: rows that the sum is divided by in place of the call's own: the rows of the whole

@@ -34,7 +34,7 @@ LINES = (
     {"training", "analysis", "saelens", "released", ""},
     {"model"},
     {"functional", "columns", "autoencoder", "compression", "distributed"},
-    {"backends", "kernels", "kernels_cuda", "codes", "pairs", "info"},
+    {"backends", "kernels", "kernels_cuda", "codes", "pairs", "info", "flops"},
     {"ops", "reference", "lm"},
     {
         "packing",
