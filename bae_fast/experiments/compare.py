@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.metrics import FVUAccumulator
+from bae_fast.autoencoder import seeded
 from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import methods, runs
 from bae_fast.experiments.data import (
@@ -354,18 +355,18 @@ def one(
     name = "-".join([*parts, f"s{seed}"])
 
     def new(x: Tensor, y: Tensor | None) -> Any:
-        units = metrics.of(method, pair)
-        torch.manual_seed(seed)
-        model: Any = methods.method(method).make(
-            x.shape[1],
-            settings["d_sae"],
-            k=k,
-            d_out=None if y is None else y.shape[1],
-            # the files are no part of what a run is known by: dataset_path names them there
-            metadata=settings["data"]
-            | {name: facts[name] for name in ("text_files", "text_sha256") if name in facts},
-            device=pick_device(config),
-        )
+        units, device = metrics.of(method, pair), pick_device(config)
+        with seeded(seed, device):
+            model: Any = methods.method(method).make(
+                x.shape[1],
+                settings["d_sae"],
+                k=k,
+                d_out=None if y is None else y.shape[1],
+                # the files are no part of what a run is known by: dataset_path names them there
+                metadata=settings["data"]
+                | {name: facts[name] for name in ("text_files", "text_sha256") if name in facts},
+                device=device,
+            )
         return model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
 
     def ordinary() -> Any:

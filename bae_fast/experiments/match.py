@@ -67,10 +67,14 @@ def run(config: Config) -> runs.Result:
     if len(config.folders) != 2:
         raise runs.ConfigError("folders", f"must be two folders; got {len(config.folders)}")
     device = pick_device(config)
-    models = [load_autoencoder(folder, device=device) for folder in config.folders]
+    data, folders = None, list(config.folders)
+    models = []
+    if config.states is None:
+        first, data = open_model(config, folders.pop(0))
+        models.append(first)
+    models += [load_autoencoder(folder, device=device) for folder in folders]
     if any(model.is_transcoder for model in models):
         raise ValueError("FOLDER must be of an autoencoder of --hook; a transcoder reads elsewhere")
-    data = None if config.states is not None else open_model(config, config.folders[0])[1]
     stages = Stages(config.progress)
     with runs.results(config) as folder:
         if config.states is not None:

@@ -274,7 +274,9 @@ def test_a_metric_is_given_to_every_method_and_names_the_run(
 def test_weights_of_the_binary_autoencoder_are_varied_as_k_is(arguments, tmp_path):
     more = ["--methods", "bae", "topk", "--entropy-weight", "1e-4", "0.02", "--bank-batches", "0",
             "--no-description", "--substitution-tokens", "0", "--out", str(tmp_path)]  # fmt: skip
+    before = torch.random.get_rng_state()
     assert main([*arguments, *more]) == 0
+    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's random numbers
     done = json.loads((tmp_path / "compare.json").read_text())["runs"]
     assert [run["variant"] for run in done] == [
         {"entropy_weight": 1e-4, "bank_batches": 0},

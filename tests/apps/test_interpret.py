@@ -266,14 +266,25 @@ def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monke
     assert "--text must be given: the model was trained on" in capsys.readouterr().err
 
 
-def test_matches_and_exports_read_what_the_model_was_trained_on(folder, tmp_path):
-    """Language model, module and window need not be named again."""
+def test_matches_and_exports_read_what_the_model_was_trained_on(folder, tmp_path, monkeypatch):
+    """Language model, module and window need not be named again; each model is read once."""
+    from bae_fast.experiments import interpret, match
+
+    loaded = []
+    for module in (interpret, match):
+
+        def load(path, *, real=module.load_autoencoder, **options):
+            loaded.append(str(path))
+            return real(path, **options)
+
+        monkeypatch.setattr(module, "load_autoencoder", load)
     reads = [
         "--text", str(folder / "text.txt"), "--cache", str(folder / "cache"), "--device", "cpu",
         "--no-progress",
     ]  # fmt: skip
     models = [str(folder / "bae"), str(folder / "topk")]
     assert main(["match", *models, *reads, "--out", str(tmp_path / "match")]) == 0
+    assert loaded == models
     found = json.loads((tmp_path / "match" / "match.json").read_text())
     assert found["data"]["hook_name"] == "model.layers.0"
     about = ["--release", "r", "--source-set", "s", "--creator", "c", "--creator-id", "i"]
