@@ -24,10 +24,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from bae_fast import functional
 from bae_fast.codes import BinaryCode
@@ -139,9 +144,8 @@ class BinaryTrainingSAEConfig(_Fields, TrainingSAEConfig):
         revive_every: steps between revivals of dead features (0: never); SAELens' optimizer keeps
             what it knew of them.
         lr_scale: the optimizer's updates are lengthened by this factor, so that the learning rate
-            is that of SAELens' other classes. Each is lengthened at the next forward pass in
-            training, and the last one of a run stays as it is; a copy of the parameters is kept
-            for it. Change parameters by hand while it trains with 1, which lengthens none.
+            is that of SAELens' other classes: those of every optimizer, by a hook on its steps,
+            from the first forward pass in training on. With 1 none is lengthened.
 
     Raises:
         ValueError: a constant of another type or out of its range.
@@ -282,8 +286,8 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
         self._started = cfg.start == "none"
         self._fired: Tensor | None = None
         self._seen = self._steps = 0
-        # the parameters at the last forward pass, which the optimizer has updated since
-        self._before: dict[str, Tensor] = {}
+        # the parameters as they were, while an optimizer updates them
+        self._before: dict[nn.Parameter, Tensor] = {}
         # weights that were loaded, from a checkpoint or by hand, are trained on from where they are
         self.register_load_state_dict_post_hook(_mark_as_started)
 
@@ -312,29 +316,21 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
         self._started = True
 
     @torch.no_grad()
-    def _lengthen(self) -> None:
-        """Multiply what the optimizer has added since the last pass by ``cfg.lr_scale``.
+    def remember(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the parameters that a step of an optimizer is about to update."""
+        updated = {p for group in optimizer.param_groups for p in group["params"]}
+        self._before = {p: p.detach().clone() for p in self.parameters() if p in updated}
+
+    @torch.no_grad()
+    def lengthen(self) -> None:
+        """Multiply what the step has added by ``cfg.lr_scale``.
 
         To Adam, whose updates do not depend on the size of gradients, that is a learning rate of so
         many times as much; of its own the class can give SAELens' trainer none.
         """
-        scale = self.cfg.lr_scale
-        if scale == 1:
-            return
-        for name, parameter in self.named_parameters():
-            before = self._before.get(name)
-            if before is not None and before.device == parameter.device:
-                parameter.copy_(before.lerp(parameter, scale))
-
-    @torch.no_grad()
-    def _remember(self) -> None:
-        """Keep the parameters as they are, for :meth:`_lengthen`."""
-        if self.cfg.lr_scale != 1:
-            self._before = {name: p.detach().clone() for name, p in self.named_parameters()}
-
-    def fold_W_dec_norm(self) -> None:  # noqa: N802 (theirs)
-        super().fold_W_dec_norm()
-        self._before = {}  # that was no update
+        for parameter, before in self._before.items():
+            parameter.copy_(before.lerp(parameter, self.cfg.lr_scale))
+        self._before = {}
 
     def _count(self, code: BinaryCode) -> None:
         """Note in how many rows each feature was on since the last revival."""
@@ -385,9 +381,9 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
         x = step_input.sae_in.to(self.dtype)
         if not self._started:
             self.start_(x)
-        self._lengthen()
+        if self.cfg.lr_scale != 1:
+            _LENGTHENED.add(self)
         self._revive(x)
-        self._remember()
         target = self._normalized(x)
         weights = step_input.coefficients
         out = functional.binary_autoencoder(
@@ -441,7 +437,20 @@ def _fit_decoder_norm_(bae: BinaryAutoencoder, x: Tensor) -> None:
 
 def _mark_as_started(module: Any, _: Any) -> None:
     module._started = True
-    module._before = {}
+
+
+# modules in training whose updates are lengthened; SAELens makes the optimizer, and asks nobody
+_LENGTHENED: weakref.WeakSet[BinaryTrainingSAE] = weakref.WeakSet()
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for module in _LENGTHENED:
+        module.remember(optimizer)
+
+
+def _after_step(*_: Any) -> None:
+    for module in _LENGTHENED:
+        module.lengthen()
 
 
 def _register() -> None:
@@ -452,6 +461,8 @@ def _register() -> None:
         registry.register_sae_training_class(
             ARCHITECTURE, BinaryTrainingSAE, BinaryTrainingSAEConfig
         )
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
 
 
 _register()

@@ -153,10 +153,7 @@ def test_lengthened_updates_are_those_of_a_larger_learning_rate(scale):
         torch.manual_seed(0)
         config = BinaryTrainingSAEConfig(d_in=D, d_sae=F, lr_scale=lr_scale, revive_every=4)
         sae = BinaryTrainingSAE(config)
-        step = trainer(sae, rows, lr=lr, lr_end=lr)
-        for _ in range(10):
-            step._train_step(sae, rows)
-        sae._lengthen()  # the last one, as the next pass would
+        trainer(sae, rows, steps=10, lr=lr, lr_end=lr).fit()
         return sae
 
     one, other = run(4e-3 / scale, scale), run(4e-3, 1.0)
@@ -165,20 +162,21 @@ def test_lengthened_updates_are_those_of_a_larger_learning_rate(scale):
     assert (run(1e-3, 1.0).W_dec - other.W_dec).abs().max() > 5e-3
 
 
-def test_parameters_that_were_loaded_or_folded_are_not_lengthened():
+def test_updates_alone_are_lengthened_and_those_of_the_module_alone():
     bae, x = module()
     sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F))
     step = trainer(sae, x)
     step._train_step(sae, x)
     sae.load_state_dict(bae.state_dict())
-    sae._lengthen()
     assert torch.equal(sae.W_dec, bae.W_dec)
-    step._train_step(sae, x)
-    sae._lengthen()
-    sae._remember()
     sae.fold_W_dec_norm()
-    sae._lengthen()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
+    before = sae.W_dec.clone()
+    other = torch.nn.Parameter(torch.zeros(3))
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=1.0).step()  # of another module, with the same hooks
+    assert torch.equal(other, -torch.ones(3))
+    assert torch.equal(sae.W_dec, before)
     with pytest.raises(ValueError, match=r"lr_scale must lie in \[1, 1000\]"):
         BinaryTrainingSAEConfig(d_in=D, d_sae=F, lr_scale=0.5)
 
@@ -208,7 +206,7 @@ def test_the_first_batch_sets_scale_directions_and_density(tmp_path, scale):
     rows = scale * x.repeat(4, 1)
     torch.manual_seed(1)
     sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F, density=0.1))
-    step = trainer(sae, rows)
+    step = trainer(sae, rows, lr=1e-4, lr_end=1e-4)  # the start is looked at after a step
     batch = torch.cat([rows, 500 * scale * torch.ones(1, D)])
     step._train_step(sae, batch)
     ours = BinaryAutoencoder(D, F).fit_normalization_(rows)
@@ -301,7 +299,14 @@ def test_sae_lens_loads_from_the_hub_by_repository_and_by_registry(tmp_path):
 
 
 def test_importing_again_registers_once():
+    from torch.optim import optimizer
+
+    before = len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks)
     importlib.reload(bae_fast.saelens)
+    assert before == (
+        len(optimizer._global_optimizer_pre_hooks),
+        len(optimizer._global_optimizer_post_hooks),
+    )
 
 
 def test_a_configuration_that_is_none_of_ours_is_refused(tmp_path):
