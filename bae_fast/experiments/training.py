@@ -111,8 +111,8 @@ def training_config(config: Training) -> TrainingConfig:
     names = {field.name for field in dataclasses.fields(TrainingConfig)} - {"cuda_graph"}
     values = {name: getattr(config, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
-    if "betas" in given:
-        given["betas"] = tuple(given["betas"])
+    if isinstance(config.betas, list):  # of a file of jobs
+        given["betas"] = tuple(config.betas)
     return dataclasses.replace(PRESETS[config.preset], **given)
 
 

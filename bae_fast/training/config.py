@@ -45,8 +45,9 @@ def check_bounds(config: object, bounds: dict[str, tuple[float, float]]) -> None
         value = getattr(config, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (number and low <= value <= min(high, sys.float_info.max)):
-            allowed = "not be negative" if high == math.inf else f"lie in [{low:g}, {high:g}]"
-            raise ValueError(f"{name} must {allowed} and be finite; got {value!r}")
+            if high == math.inf:
+                raise ValueError(f"{name} must be finite and not negative; got {value!r}")
+            raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -623,6 +623,12 @@ class JobTrainer:
 def _check_jobs(jobs: Sequence[Job], supply: Supply) -> None:
     if not jobs:
         raise ValueError("jobs must hold at least one job; got none")
+    batch_size = jobs[0].config.batch_size
+    if batch_size % supply.streams:  # the supply would say so too, of a number n, after the start
+        raise ValueError(
+            f"batch_size must be a multiple of the {supply.streams} streams of rows; "
+            f"got {batch_size}"
+        )
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
         raise ValueError(f"jobs must have names of their own; got {', '.join(names)}")

@@ -382,8 +382,8 @@ class LiveSupply:
         capacity = self.buffer_rows // self.streams
         if each > capacity:
             raise ValueError(
-                f"n must be at most {capacity * self.streams:,} by buffer_rows="
-                f"{self.buffer_rows:,}; got {n}"
+                f"n, the rows of a batch, must be at most {capacity * self.streams:,} by "
+                f"buffer_rows={self.buffer_rows:,}; got {n}"
             )
         total = each * len(self._streams)
         a_pass = self.batch_size * (self.text.context_size - self.capture.drop_positions)

@@ -194,8 +194,8 @@ class ShardSupply:
         least = min(stream.buffer.capacity for stream in self._streams.values())
         if each > least:
             raise ValueError(
-                f"n must be at most {least * self.streams:,}, {least:,} rows a stream, by "
-                f"buffer_rows={self.buffer_rows:,} and the rows there are; got {n}"
+                f"n, the rows of a batch, must be at most {least * self.streams:,}, {least:,} rows "
+                f"a stream, by buffer_rows={self.buffer_rows:,} and the rows there are; got {n}"
             )
         self._wait()
         total = each * len(self._streams)

@@ -286,9 +286,10 @@ class MemorySupply:
 
     def next(self, n: int) -> Rows:
         each = rows_of_a_stream(n, self.streams)
-        if each > self.n_rows // self.streams:
+        most = self.n_rows // self.streams
+        if each > most:
             raise ValueError(
-                f"n must be at most {self.n_rows // self.streams * self.streams}, the rows of "
+                f"n, the rows of a batch, must be at most {most * self.streams:,}, the rows of "
                 f"{self.streams} streams; got {n}"
             )
         picked = []

@@ -514,7 +514,10 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
             ["--bank-batches", "4"],
             "bank_batches is of the Binary Autoencoder, and methods",
         ),
-        (["--methods", "bae", "--entropy-weight", "-1"], "entropy_weight must not be negative"),
+        (
+            ["--methods", "bae", "--entropy-weight", "-1"],
+            "entropy_weight must be finite and not negative",
+        ),
         (["--expansion", "0"], "--expansion must be at least 1; got 0"),
         (
             ["--k", "3", "33"],

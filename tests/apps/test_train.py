@@ -144,6 +144,22 @@ def test_a_bad_list_of_jobs_is_named(states, tmp_path, capsys, text, words):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("{name: a, betas: 3}", "betas must be two numbers in [0, 1); got 3"),
+        ("{name: a, batch_size: 9}", "batch_size must be a multiple of the 8 streams of rows"),
+    ],
+)
+def test_a_job_that_cannot_run_leaves_no_folder(states, tmp_path, capsys, job, words):
+    (tmp_path / "jobs.yaml").write_text(f"[{job}]")
+    out = tmp_path / "out"
+    jobs = ["--jobs", str(tmp_path / "jobs.yaml"), "--out", str(out)]
+    assert main(["train", "--states", states, *jobs]) == 1
+    assert words in capsys.readouterr().err
+    assert not out.exists() or not list(out.iterdir())
+
+
 def test_a_number_of_a_job_may_be_written_without_a_point(states, tmp_path):
     (tmp_path / "jobs.yaml").write_text("- {name: a, lr: 1e-3}\n- {name: b, lr: 0.001}")
     out = tmp_path / "out"

@@ -294,5 +294,7 @@ def test_after_close_nothing_is_given_out(supplies):
 def test_what_is_not_allowed_is_said(supplies, options, text):
     with pytest.raises(ValueError, match=text):
         supplies(**options)
-    with pytest.raises(ValueError, match="n must be at most 256 by buffer_rows=256; got 260"):
+    with pytest.raises(
+        ValueError, match="n, the rows of a batch, must be at most 256 by buffer_rows=256; got 260"
+    ):
         supplies().next(260)

@@ -129,7 +129,7 @@ def test_betas_out_of_range_are_refused(betas):
 
 
 def test_a_constant_too_large_for_a_float_is_refused():
-    with pytest.raises(ValueError, match="entropy_weight must not be negative and be finite"):
+    with pytest.raises(ValueError, match="entropy_weight must be finite and not negative"):
         TrainingConfig(entropy_weight=10**400)
 
 
@@ -420,7 +420,7 @@ def test_shares_of_a_wide_dictionary_fall_as_one_over_its_features():
     kept = dataclasses.replace(preset, wide_from=0.0).for_sizes(576, 262144)
     assert kept.settings() == preset.settings()
     assert dataclasses.replace(preset, wide_from=4).for_sizes(16, 128).density == 0.01
-    with pytest.raises(ValueError, match="wide_from must not be negative"):
+    with pytest.raises(ValueError, match="wide_from must be finite and not negative"):
         TrainingConfig(wide_from=-1.0)
 
 

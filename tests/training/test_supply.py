@@ -124,7 +124,11 @@ def test_rows_in_memory_are_a_supply():
             "generator must be None for several streams; got 2",
         ),
         (lambda: MemorySupply(rows(), streams=4).next(10), ValueError, "multiple of the 4 streams"),
-        (lambda: MemorySupply(rows()).next(41), ValueError, "n must be at most 40"),
+        (
+            lambda: MemorySupply(rows()).next(41),
+            ValueError,
+            "n, the rows of a batch, must be at most 40",
+        ),
         (lambda: MemorySupply(rows()).sample(0, 1), ValueError, "n must be an int >= 1; got 0"),
     ],
 )

@@ -299,8 +299,8 @@ def test_batches_cover_every_row_once_before_any_twice():
     [
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"entropy_weight": -1.0}, "entropy_weight must not be negative"),
-        ({"entropy_weight": float("nan")}, "entropy_weight must not be negative and be finite"),
+        ({"entropy_weight": -1.0}, "entropy_weight must be finite and not negative"),
+        ({"entropy_weight": float("nan")}, "entropy_weight must be finite and not negative"),
         ({"steps": 2.5}, "steps must be an int; got 2.5"),
         ({"decay_from": 2.0}, r"decay_from must lie in \[0, 1\]"),
         ({"revive_quantile": 7}, r"revive_quantile must lie in \[0, 1\]"),
