@@ -30,6 +30,9 @@ from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages
 from bae_fast.training import Trainer, TrainingConfig
 
+# the file of codes among the results
+CODES = "codes.bae"
+
 # rows encoded and decoded at a time
 _ROW_BLOCK = 8192
 
@@ -90,7 +93,7 @@ def run(config: Config) -> runs.Result:
             seconds[name] = round(time.perf_counter() - start, 3)
             return found
 
-        path = folder / "codes.bae"
+        path = folder / CODES
         with stages.stage("encode, compress, read again and compare"):
             code = timed("encode", lambda: encode(bae, rows))
             note = {"save_id": save_id(model_folder), "rows": config.rows, **facts}
@@ -143,7 +146,7 @@ def run(config: Config) -> runs.Result:
         text = report.table(values)
         write_text(folder / "compress.md", text)
         save_png(folder / "compress.png", report.plot(values, spectrum))
-    names = ("codes.bae", "compress.json", "compress.md", "compress.png")
+    names = (CODES, "compress.json", "compress.md", "compress.png")
     return runs.Result(values, text, tuple(config.out / name for name in names))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bae_fast.compression import CompressedCode
 from bae_fast.experiments import runs
-from bae_fast.experiments.compress import save_id
+from bae_fast.experiments.compress import CODES, save_id
 from bae_fast.files import write_safetensors
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages, tracked
@@ -24,7 +24,7 @@ class Config:
     """Write a compressed file's codes, or with a model their reconstructions, as safetensors.
 
     Attributes:
-        file: The file of codes that is read.
+        file: The file of codes that is read, or the folder that compress wrote it into.
         load: The folder of the model that made the file. With it the reconstructions are written,
             as rows.
         dtype: The type of the reconstructions.
@@ -47,16 +47,17 @@ def run(config: Config) -> runs.Result:
     """
     start = time.perf_counter()
     runs.check_one_of("dtype", config.dtype, DTYPES)
-    compressed = CompressedCode.open(config.file)
-    target = config.out or config.file.with_suffix(".safetensors")
-    if target.resolve() == config.file.resolve():
+    file = config.file / CODES if config.file.is_dir() else config.file
+    compressed = CompressedCode.open(file)
+    target = config.out or file.with_suffix(".safetensors")
+    if target.resolve() == file.resolve():
         raise runs.ConfigError("out", f"{target} is the file that is read")
     values: dict[str, Any] = {"shape": list(compressed.shape), "n_bits": compressed.n_bits}
     stages = Stages(config.progress)
     if config.load is None:
         with stages.stage("read the codes"):
             code = compressed.code()
-        code.save(target, {"source": config.file.name})
+        code.save(target, {"source": file.name})
         text = str(code)
     else:
         bae = BinaryAutoencoder.from_pretrained(config.load)
@@ -64,12 +65,12 @@ def run(config: Config) -> runs.Result:
             raise runs.ConfigError(
                 "load",
                 f"{config.load} has {bae.W_enc.shape[1]} columns of {bae.config.n_bits} bits; "
-                f"{config.file} has {compressed.shape[-1]} of {compressed.n_bits}",
+                f"{file} has {compressed.shape[-1]} of {compressed.n_bits}",
             )
         made_with = compressed.metadata.get("save_id")
         if made_with is not None and made_with != save_id(config.load):
             raise runs.ConfigError(
-                "load", f"{config.load} is not the model {config.file} came from"
+                "load", f"{config.load} is not the model {file} came from"
             )
         n = compressed.n_blocks
         with stages.stage("read and decode"), torch.no_grad():
@@ -78,7 +79,7 @@ def run(config: Config) -> runs.Result:
                 for i in tracked(range(n), n, "blocks")
             ]
         rows = torch.cat(parts).reshape(*compressed.shape[:-1], -1)
-        write_safetensors(target, {"rows": rows}, {"source": config.file.name})
+        write_safetensors(target, {"rows": rows}, {"source": file.name})
         values["rows"] = list(rows.shape)
         text = f"rows {list(rows.shape)}, {config.dtype}"
     text += f"\n{target}: {time.perf_counter() - start:.1f} s"

@@ -783,6 +783,8 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
     bae = bf.BinaryAutoencoder.from_pretrained(own / "bae")
     rows = torch.from_numpy(np.load(own / "rows.npy")).float()
     assert decompress(tmp_path / "codes.bae").equal(bae.encode(rows))
+    assert main(["decompress", str(tmp_path)]) == 0  # the folder, as other commands take it
+    assert bf.BinaryCode.load(tmp_path / "codes.safetensors").equal(bae.encode(rows))
     assert main(["compress", *options, "--steps", "5", "--batch-size", "64"]) == 0
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path / "model").config.d_in == 16
 
