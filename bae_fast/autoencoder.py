@@ -471,12 +471,14 @@ class Autoencoder(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
     ) -> None:
-        """Take a metric that the state has and the module has not yet."""
+        """Have a metric where the state's normalisation has one, and none where it has none."""
         for side in "xy":
             name, mean = f"{side}_metric", getattr(self, f"{side}_mean", None)
-            if not isinstance(mean, Tensor) or prefix + name not in state_dict:
+            if not isinstance(mean, Tensor) or f"{prefix}{side}_mean" not in state_dict:
                 continue
-            if getattr(self, name) is None:
+            if prefix + name not in state_dict:
+                setattr(self, name, None)
+            elif getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(mean))
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 

@@ -69,9 +69,7 @@ def run(config: Config) -> runs.Result:
             )
         made_with = compressed.metadata.get("save_id")
         if made_with is not None and made_with != save_id(config.load):
-            raise runs.ConfigError(
-                "load", f"{config.load} is not the model {file} came from"
-            )
+            raise runs.ConfigError("load", f"{config.load} is not the model {file} came from")
         n = compressed.n_blocks
         with stages.stage("read and decode"), torch.no_grad():
             parts = [

@@ -179,19 +179,21 @@ def test_what_it_cannot_take_is_named():
         metric_scales("std", torch.ones(9, D))
 
 
-def test_a_module_without_a_metric_takes_that_of_a_state():
+def test_a_state_says_whether_there_is_a_metric():
     x = rows()
-    bae = module(x.std(0))
+    bae, plain = module(x.std(0)), module(None)
     for strict in (True, False):
         net = torch.nn.Sequential(bf.BinaryAutoencoder(D, F))
-        net.load_state_dict({f"0.{k}": v for k, v in bae.state_dict().items()}, strict=strict)
-        assert torch.equal(net[0].x_metric, bae.x_metric)
-        assert net[0].encode(x).equal(bae.encode(x))
-    transcoder = bf.BinaryAutoencoder(D, F, d_out=3)
-    other = bf.BinaryAutoencoder(D, F, d_out=3)
-    other.y_metric = torch.ones(3)
-    with pytest.raises(RuntimeError, match="y_metric"):  # what it has, a state must have
-        other.load_state_dict(transcoder.state_dict())
+        for given in (bae, plain, bae):
+            state = {f"0.{k}": v for k, v in given.state_dict().items()}
+            net.load_state_dict(state, strict=strict)
+            if given is plain:
+                assert net[0].x_metric is None
+            else:
+                assert torch.equal(net[0].x_metric, bae.x_metric)
+            assert net[0].encode(x).equal(given.encode(x))
+    net[0].load_state_dict({"b_dec": bae.b_dec}, strict=False)  # says nothing of a normalisation
+    assert torch.equal(net[0].x_metric, bae.x_metric)
     state = {**bae.state_dict(), "y_metric": torch.ones(3)}
     with pytest.raises(RuntimeError, match="y_metric"):  # a module without targets has no place
         bf.BinaryAutoencoder(D, F).load_state_dict(state)
