@@ -365,8 +365,9 @@ class Autoencoder(nn.Module):
 
         Raises:
             TypeError: x or target is not a floating point tensor.
-            ValueError: no rows, non-finite or constant x, a target missing or not wanted, or a
-                metric that is not wanted, of another width, or not positive.
+            ValueError: no rows, non-finite or constant x, a mean or a scale that the module's
+                dtype does not hold, a target missing or not wanted, or a metric that is not
+                wanted, of another width, or not positive.
         """
         if self.is_transcoder != (target is not None):
             raise ValueError(
@@ -407,6 +408,7 @@ class Autoencoder(nn.Module):
                 elif len(rows) == 1:
                     found = "one row"
                 raise ValueError(f"{name} must be finite and not constant; got {found}")
+            _check_held(name, centre, scale, mean.dtype)
             fitted.append((centre, scale, relative))
         for side, (centre, scale, relative) in zip("xy", fitted, strict=False):
             mean = getattr(self, f"{side}_mean")
@@ -627,6 +629,17 @@ class Reconstruction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.reconstruct(x)
+
+
+def _check_held(name: str, centre: Any, scale: float, dtype: torch.dtype) -> None:
+    """Refuse a normalisation that the module's dtype has no numbers for."""
+    held = centre.new_tensor(scale).to(dtype)
+    if not (bool(held.isfinite()) and held > 0 and bool(centre.to(dtype).isfinite().all())):
+        raise ValueError(
+            f"{name} must have a mean and a scale within {str(dtype).removeprefix('torch.')}, the "
+            f"dtype of x_mean and x_scale; got means up to {float(centre.abs().max()):.3g} and a "
+            f"root mean square of {scale:.3g}"
+        )
 
 
 def _relative_units(

@@ -120,6 +120,26 @@ def test_fitting_on_no_rows_on_one_value_or_on_nan(bae, x):
         bae.fit_normalization_(bad)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor", "shift"),
+    [
+        (torch.float16, 1e5, 0),
+        (torch.float16, 1e-9, 0),
+        (torch.float16, 1, 1e5),
+        (torch.float32, 1e-50, 0),
+        (torch.float32, 1e50, 0),
+    ],
+)
+def test_fitting_a_scale_that_the_modules_dtype_does_not_hold(dtype, factor, shift):
+    """Left to itself the scale would be 0 or infinite, and every row NaN or the mean."""
+    bae = bf.BinaryAutoencoder(D, F, dtype=dtype)
+    x = torch.randn(50, D, dtype=torch.float64) * factor + shift
+    with refused(ValueError, "x must have a mean and a scale within", str(dtype)[6:], "got means"):
+        bae.fit_normalization_(x)
+    assert not bae.x_mean.any()
+    assert bae.x_scale == 1
+
+
 def test_fitting_on_integers_or_on_no_tensor(bae):
     with refused(TypeError, "x must be floating point", "got torch.int64"):
         bae.fit_normalization_(torch.arange(12).view(2, D))
