@@ -463,6 +463,15 @@ def test_functional_gradients_of_the_reference_and_of_activations_equal_backward
         torch.testing.assert_close(found, x.grad)
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_the_layer_is_exported_for_any_number_of_rows(impl):
+    layer = bf.BinaryAutoencoder(D, F, impl=impl).eval().as_layer()
+    rows = {0: torch.export.Dim("n", min=2)}
+    program = torch.export.export(layer, (torch.randn(N, D),), dynamic_shapes=(rows,)).module()
+    x = torch.randn(N + 3, D)
+    assert torch.equal(program(x), layer(x))
+
+
 # -- shapes without numbers --------------------------------------------------------------------
 
 
