@@ -647,7 +647,7 @@ def encode_rows(
         inside = rows.new_empty(0, dtype=torch.int32)
         if window_width is not None:
             inside = pack_rows(pre.abs() < window_width)
-        n_rows = bits.new_full((), len(rows), dtype=torch.int64)
+        n_rows = bits.new_full((), rows.shape[0], dtype=torch.int64)
         n_rows = n_rows if row_mask is None else row_mask.sum()
         return Encoded(pack_rows(bits), inside, bits.sum(0), n_rows)
     return Encoded(*_ops(name)["encode"](rows.to(dtype), W_enc, b_enc, row_mask, window_width))

@@ -113,7 +113,7 @@ def binary_autoencoder(
 
     b = bits.double()
     if stats is None:
-        n = b.new_full((), len(x)) if mask is None else mask.sum().to(b.dtype)
+        n = b.new_full((), x.shape[0]) if mask is None else mask.sum().to(b.dtype)
         counts = b.sum(0)
         joint = b.T @ b if covariance else None
     else:
