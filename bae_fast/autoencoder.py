@@ -822,9 +822,7 @@ def write_pretrained(
     folder: str | os.PathLike[str], module: nn.Module, values: dict[str, Any]
 ) -> Path:
     """Write a module's tensors and its configuration (JSON values) into a folder."""
-    tensors = {
-        name: _whole(tensor).cpu().contiguous() for name, tensor in module.state_dict().items()
-    }
+    tensors = {name: _whole(tensor).cpu().contiguous() for name, tensor in _as_used(module).items()}
     content = json.dumps(values, sort_keys=True, allow_nan=False)
     save_id = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
     values = {**values, "save_id": save_id}
@@ -832,6 +830,21 @@ def write_pretrained(
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
     write_json(folder / CONFIG_NAME, values)
     return folder
+
+
+def _as_used(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state, where parametrized and pruned tensors stand by their names, as they are
+    used: a file says nothing of how they are made."""
+    state = module.state_dict()
+    found = {}
+    for name, tensor in state.items():
+        stem = name.removesuffix("_orig").removesuffix("_mask")
+        if name.startswith("parametrizations."):
+            stem = name.split(".")[1]
+        elif f"{stem}_orig" not in state:
+            stem = name
+        found[stem] = tensor if stem == name else getattr(module, stem)
+    return found
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.codes import BinaryCode
@@ -224,6 +224,16 @@ class BinaryObjective(Objective):
             )
             if used
         ]
+        computed = [
+            name
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+            if not isinstance(getattr(self.model, name), nn.Parameter)
+        ]
+        if computed and changed:
+            raise ValueError(
+                f"{computed[0]} must be a parameter itself, or {' and '.join(changed)} be off, as "
+                "they change it in place; got one that is parametrized or pruned"
+            )
         if frozen and changed:
             raise ValueError(
                 f"{frozen[0]} must require a gradient, or {' and '.join(changed)} be off, as "

@@ -547,6 +547,22 @@ def test_unknown_keys_of_a_later_version_are_ignored(tmp_path):
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path).config == bae.config
 
 
+@pytest.mark.parametrize("kind", ["weight norm", "orthogonal", "pruned"])
+def test_a_tensor_that_is_computed_is_saved_as_it_is_used(tmp_path, kind):
+    x, bae = rows(), module(impl="torch")
+    if kind == "weight norm":
+        torch.nn.utils.parametrizations.weight_norm(bae, "W_dec", dim=0)
+    elif kind == "orthogonal":
+        torch.nn.utils.parametrizations.orthogonal(bae, "W_dec")
+    else:
+        from torch.nn.utils import prune
+
+        prune.l1_unstructured(bae, "W_dec", 0.5)
+    loaded = bf.BinaryAutoencoder.from_pretrained(bae.save_pretrained(tmp_path))
+    assert torch.equal(loaded.W_dec, bae.W_dec)
+    assert torch.equal(loaded.decode(bae.encode(x)), bae.decode(bae.encode(x)))
+
+
 def test_saving_again_replaces_the_first_model(tmp_path):
     module(n_bits=2).save_pretrained(tmp_path)
     second = module()

@@ -146,6 +146,18 @@ def test_a_frozen_module_is_refused():
         Trainer(sae, x, dataclasses.replace(TRAINING, steps=1, batch_size=64))
 
 
+def test_a_parametrized_decoder_is_trained_where_nothing_would_set_it():
+    """The start, the revival and the refit write into W_dec, and a computed one would forget it."""
+    x = synthetic(n=900)
+    bae = module(x)
+    torch.nn.utils.parametrizations.weight_norm(bae, "W_dec", dim=0)
+    with pytest.raises(ValueError, match=r"W_dec must be a parameter itself, or init and revive"):
+        Trainer(bae, x, SMALL)
+    before = bae.W_dec.detach().clone()
+    Trainer(bae, x, dataclasses.replace(SMALL, init="none", revive_every=0, refit=False)).fit()
+    assert not torch.equal(bae.W_dec, before)
+
+
 def test_a_frozen_decoder_stays_where_nothing_else_would_change_it():
     x = synthetic(n=900)
     bae = module(x)
