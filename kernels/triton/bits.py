@@ -16,7 +16,7 @@ at a time. Position c of a word's 32 in the inner order is bit
 Where the product is cuBLAS's, ``unpack_kernel`` writes the operand in its plain order, 16 bytes a
 store.
 
-Transposing. ``transpose_kernel`` turns row-packed words into feature-packed or column-packed ones
+Transposing. ``transpose_kernel`` turns row-packed words into feature-packed ones
 (:mod:`bae_fast.packing`) through 256 rows x 32 columns a word of bits in registers.
 """
 
@@ -278,10 +278,3 @@ def feature_packed(words: Tensor, n_columns: int) -> Tensor:
     width = launch.cdiv(words.shape[0], unit) * FEATURE_ALIGN_WORDS
     out = torch.empty(n_columns, width, dtype=torch.int32, device=words.device)
     return _transpose(words, n_columns, out)
-
-
-def column_packed(words: Tensor, n_columns: int) -> Tensor:
-    """Row-packed int32 ``[N, ceil(K/32)]`` to column-packed int32 ``[ceil(N/32), K]``."""
-    out = words.new_empty(n_words(words.shape[0]), n_columns)
-    _transpose(words, n_columns, out.t())
-    return out

@@ -34,8 +34,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 cdiv = triton.cdiv
 
-# least compute capability: bf16 products and asynchronous copies
-LEAST_CAPABILITY = (8, 0)
 _FAMILIES = {(8, 0): "sm_80", (9, 0): "sm_90"}
 _FAMILIES_BY_MAJOR = {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}
 

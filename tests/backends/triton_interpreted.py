@@ -506,7 +506,6 @@ def test_more_rows_than_int32_can_hold(n, monkeypatch):
 def test_transposed_words_equal_the_layouts_definition(shape):
     _, words = codes(*shape)
     columns = packing.rows_to_columns(words, shape[1])
-    assert torch.equal(bits.column_packed(words, shape[1]), columns)
     assert torch.equal(bits.feature_packed(words, shape[1]), packing.columns_to_features(columns))
 
 
@@ -1005,7 +1004,6 @@ def test_no_grid_is_higher_than_a_device_starts(monkeypatch):
     k = 2**23
     words = torch.empty(2**17, k // 32, dtype=torch.int32, device="meta")
     bits.feature_packed(words, k)
-    bits.column_packed(words, k)
     bits.unpack(words, k, torch.bfloat16)
     assert len(grids) == 2
     for grid in grids.values():

@@ -20,10 +20,10 @@ from bae_fast.backends.cpp.extension import op, simd
 from bae_fast.ops.limits import check_numerator
 
 # Products of bits in the time of one visited entry, infinite for no lists at all: where both forms
-# take the same time for the covariance and its gradient, on one thread (`python -m bench crossover`:
-# N, F = 512, 2304; 512, 8192; 4096, 2304). avx512 is of a processor with AVX-512, avx2 and scalar of
-# one with AVX2 alone, on which they are 1,633 and 149; with AVX-512 these two are 1,376 and 64.
-# neon and amx are estimates, not measured.
+# take the same time for the covariance and its gradient, on one thread (N, F = 512, 2304; 512,
+# 8192; 4096, 2304 of `python -m bench crossover`). avx512 is of a processor with AVX-512, avx2 and
+# scalar of one with AVX2 alone, on which they are 1,633 and 149; with AVX-512 these two are 1,376
+# and 64. neon and amx are estimates, not measured.
 LIST_COST = {"scalar": 150.0, "avx2": 1600.0, "avx512": 3600.0, "neon": 500.0, "amx": 4000.0}
 
 

@@ -15,6 +15,7 @@ from bae_fast.ops import nvidia, registry, schemas
 
 _BODIES = "bae_fast.kernels.bodies"
 _KERNELS = "bae_fast.kernels.covariance"
+# bf16 products and asynchronous copies
 _LEAST_CAPABILITY = (8, 0)
 
 
