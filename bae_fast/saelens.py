@@ -315,22 +315,27 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
                 bae.init_density_(rows, self.cfg.density)
         self._started = True
 
+    def _updated_by(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        updated = {p for group in optimizer.param_groups for p in group["params"]}
+        return [p for p in self.parameters() if p in updated]
+
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the parameters that a step of an optimizer is about to update."""
-        updated = {p for group in optimizer.param_groups for p in group["params"]}
-        self._before = {p: p.detach().clone() for p in self.parameters() if p in updated}
+        for parameter in self._updated_by(optimizer):
+            self._before[parameter] = parameter.detach().clone()
 
     @torch.no_grad()
-    def lengthen(self) -> None:
+    def lengthen(self, optimizer: torch.optim.Optimizer) -> None:
         """Multiply what the step has added by ``cfg.lr_scale``.
 
         To Adam, whose updates do not depend on the size of gradients, that is a learning rate of so
         many times as much; of its own the class can give SAELens' trainer none.
         """
-        for parameter, before in self._before.items():
-            parameter.copy_(before.lerp(parameter, self.cfg.lr_scale))
-        self._before = {}
+        for parameter in self._updated_by(optimizer):
+            before = self._before.pop(parameter, None)
+            if before is not None:  # none where the step itself made the first forward pass
+                parameter.copy_(before.lerp(parameter, self.cfg.lr_scale))
 
     def _count(self, code: BinaryCode) -> None:
         """Note in how many rows each feature was on since the last revival."""
@@ -448,9 +453,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         module.remember(optimizer)
 
 
-def _after_step(*_: Any) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for module in _LENGTHENED:
-        module.lengthen()
+        module.lengthen(optimizer)
 
 
 def _register() -> None:

@@ -177,6 +177,11 @@ def test_updates_alone_are_lengthened_and_those_of_the_module_alone():
     torch.optim.SGD([other], lr=1.0).step()  # of another module, with the same hooks
     assert torch.equal(other, -torch.ones(3))
     assert torch.equal(sae.W_dec, before)
+    sae.remember(step.optimizer)  # a step under way in another thread
+    torch.optim.SGD([other], lr=1.0).step()
+    sae.W_dec.data += 1
+    sae.lengthen(step.optimizer)
+    torch.testing.assert_close(sae.W_dec, before + 4)
     with pytest.raises(ValueError, match=r"lr_scale must lie in \[1, 1000\]"):
         BinaryTrainingSAEConfig(d_in=D, d_sae=F, lr_scale=0.5)
 
