@@ -866,21 +866,24 @@ def read_pretrained(
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"folder {folder} {kind}")
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        inside = sorted(folder.glob(f"*/{WEIGHTS_NAME}"))  # of a run, whose models have folders
+        hint = f"; {inside[0].parent} holds a model" if inside else ""
+        raise FileNotFoundError(f"{weights} does not exist{hint}")
     source = folder / CONFIG_NAME
     # a first save cut off between the two files leaves the weights, which carry the same
     values = read_json(source) if source.is_file() else None
-    tensors, header = read_safetensors(folder / WEIGHTS_NAME)
+    tensors, header = read_safetensors(weights)
     try:
         saved_with = json.loads(header.get("config", "null"))
     except ValueError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_NAME} holds an invalid configuration: {error}"
-        ) from error
+        raise ValueError(f"{weights} holds an invalid configuration: {error}") from error
     if isinstance(saved_with, dict) and (
         values is None or saved_with.get("save_id") != values.get("save_id")
     ):
         # a save was cut off between the two files: the weights' own configuration is theirs
-        values, source = saved_with, folder / WEIGHTS_NAME
+        values, source = saved_with, weights
     if values is None:
         raise FileNotFoundError(f"{source} does not exist")
     return values, source, tensors

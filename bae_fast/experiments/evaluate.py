@@ -53,7 +53,9 @@ def run(config: Config) -> runs.Result:
         if (config.folder / name / "cfg.json").is_file()
     }
     if not jobs:
-        raise FileNotFoundError(f"{config.folder} holds no trained model: has the run ended?")
+        raise FileNotFoundError(
+            f"{config.folder} holds no trained model: has the run of bae-fast train ended?"
+        )
     found: dict[str, Any] = {}
     order = {"seed": made_with.seed, "streams": made_with.streams}
     with rows_for(made_with, jobs.values(), order=order) as source:

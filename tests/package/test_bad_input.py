@@ -625,6 +625,13 @@ def test_a_folder_without_weights(folder):
         load(folder)
 
 
+def test_the_folder_of_a_run_whose_model_lies_in_a_folder_of_its_own(tmp_path):
+    bf.BinaryAutoencoder(8, 16).save_pretrained(tmp_path / "run" / "bae")
+    place = str(tmp_path / "run" / "bae")
+    with refused(FileNotFoundError, "sae_weights.safetensors does not exist", place, "a model"):
+        load(tmp_path / "run")
+
+
 def test_foreign_weights_without_a_config(folder):
     (folder / "cfg.json").unlink()
     change_weights(folder, {}, keep_header=False)
