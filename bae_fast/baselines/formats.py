@@ -172,6 +172,11 @@ def load_dictionary_learning(folder: str | os.PathLike[str]) -> SparseAutoencode
     return _module(CLASSES.get(name, "relu"), tensors, max(round(k), 1), metadata, source)
 
 
+def _turned(weight: Tensor) -> Tensor:
+    """The transpose of a matrix; what is none stays, and its shape is refused later."""
+    return weight.T.contiguous() if weight.dim() == 2 else weight
+
+
 def _divisors(norms: Tensor) -> Tensor:
     """Norms to divide by: a feature without a direction adds nothing, whatever it is."""
     return torch.where(norms > 0, norms, 1.0)
@@ -199,8 +204,8 @@ def _of_dictionary(name: str, state: dict[str, Tensor], source: Path) -> dict[st
         W, D, b_dec, r_mag, b_gate, b_mag = _taken(state, names, source)
         norms = D.norm(dim=0)
         return {
-            "W_enc": W.T.contiguous(),
-            "W_dec": (D / _divisors(norms)).T.contiguous(),
+            "W_enc": _turned(W),
+            "W_dec": _turned(D / _divisors(norms)),
             "b_dec": b_dec,
             "b_gate": b_gate,
             "r_mag": r_mag + norms.log(),
@@ -212,9 +217,9 @@ def _of_dictionary(name: str, state: dict[str, Tensor], source: Path) -> dict[st
     if name == "AutoEncoderNew":  # does not subtract its bias before the encoder
         b_enc = b_enc + W @ b_dec
     found = {
-        "W_enc": W.T.contiguous(),
+        "W_enc": _turned(W),
         "b_enc": b_enc,
-        "W_dec": D.T.contiguous(),
+        "W_dec": _turned(D),
         "b_dec": b_dec,
     }
     if name == "BatchTopKSAE":
@@ -301,7 +306,7 @@ def load_sparsify(folder: str | os.PathLike[str]) -> SparseAutoencoder:
     W, b_enc, W_dec, b_dec = _taken(
         state, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), source
     )
-    tensors = {"W_enc": W.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    tensors = {"W_enc": _turned(W), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     method = "transcoder" if config.get("transcode", False) else "topk"
     return _module(method, tensors, k, {}, source)
 
