@@ -428,4 +428,12 @@ def _column_counts(device_type: str) -> Callable[[Tensor, int], Tensor]:
 
 
 def _rebuild(words: Tensor, n_columns: int, n_bits: int, row_mask: Tensor | None) -> BinaryCode:
-    return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=row_mask)
+    code = BinaryCode(words, n_columns, n_bits=n_bits, row_mask=row_mask)
+    # kernels trust the bits behind the last column; a device is not waited for
+    if words.device.type == "cpu" and not packing.tail_is_zero(words, n_columns):
+        raise ValueError(f"words must have no bits past column {n_columns}")
+    return code
+
+
+# torch.load reads files of torch.save that hold codes, with its default weights_only=True too
+torch.serialization.add_safe_globals([_rebuild])

@@ -494,6 +494,16 @@ def test_codes_can_be_pickled():
     assert torch.equal(back.row_mask, keep)
 
 
+def test_codes_in_a_file_of_torch_are_read_by_its_safe_default(tmp_path):
+    code = module().encode(rows())
+    torch.save({"codes": [code]}, tmp_path / "codes.pt")
+    assert torch.load(tmp_path / "codes.pt", weights_only=True)["codes"][0].equal(code)
+    code.words[3, -1] |= 1 << (code.n_columns % 32)  # kernels would count it
+    torch.save(code, tmp_path / "codes.pt")
+    with pytest.raises(ValueError, match="words must have no bits past column"):
+        torch.load(tmp_path / "codes.pt", weights_only=True)
+
+
 # -- files -------------------------------------------------------------------------------------
 
 
