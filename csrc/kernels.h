@@ -124,8 +124,10 @@ struct Units {
 // Bits of x W + b as those of float64 sums, by products of integers (screened_encode.h). A result
 // is false where the operands are not finite or too large, or where the integers decide too few of
 // the bits: then what was written is of no use.
+constexpr int64_t kScreenedAtOnce = 4096;  // rows of a strip
 struct Screen {
   int64_t rows;                       // packed at once
+  int64_t least_rows;                 // that it is faster for than the next
   int64_t depth;                      // the most that is summed
   int64_t (*columns)(int64_t depth);  // of a strip
   int64_t (*panel_bytes)(int64_t rows, int64_t depth);
@@ -214,8 +216,8 @@ struct Kernels {
   // then what was written is of no use.
   bool (*bits_product)(const BitsProduct& product);
 
-  const Units* units;    // or null
-  const Screen* screen;  // or null
+  const Units* units;        // or null
+  const Screen* screens[2];  // by bytes, then by pairs (screened_bytes.h), or null
 
   // kernels_sparse.h
   SparseKernels<float> sparse_f32;

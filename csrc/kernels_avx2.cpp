@@ -421,7 +421,7 @@ constexpr Kernels make_avx2_kernels() {
   k.backward_strip_f32 = lookup_backward_strip_f32;
   k.backward_strip_f64 = lookup_backward_strip_f64;
   k.units = &kFmaUnits;
-  k.screen = &kScreen;
+  k.screens[1] = &kScreen;
   return k;
 }
 

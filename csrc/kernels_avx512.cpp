@@ -1,5 +1,5 @@
 // AVX-512 with VPOPCNTDQ and VBMI: pairs are counted by popcounts, B S by look-ups of six bits
-// (vpermb), and dense products of its own (fma_products.h, screened_encode.h). Compiled with
+// (vpermb), and dense products of its own (fma_products.h, screened_bytes.h). Compiled with
 // -mavx512{f,bw,dq,vl,vbmi,vnni,vpopcntdq}.
 #include "kernels.h"
 #include "layout.h"
@@ -219,6 +219,14 @@ struct Pairs {
   }
 };
 
+// for screened_bytes.h
+struct Quads : Pairs {
+  static Numbers multiply_add(Numbers a, Numbers b, Numbers sum) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+};
+
 }  // namespace
 }  // namespace bae_fast
 
@@ -226,7 +234,7 @@ struct Pairs {
 #include "kernels_lookup.h"
 // after the vectors and what sets thresholds
 #include "fma_products.h"
-#include "screened_encode.h"
+#include "screened_bytes.h"
 
 namespace bae_fast {
 namespace {
@@ -239,7 +247,8 @@ constexpr Kernels make_avx512_kernels() {
   k.backward_strip_f32 = lookup_backward_strip_f32;
   k.backward_strip_f64 = lookup_backward_strip_f64;
   k.units = &kFmaUnits;
-  k.screen = &kScreen;
+  k.screens[0] = &kByteScreen;
+  k.screens[1] = &kScreen;
   return k;
 }
 

@@ -1,4 +1,7 @@
 // Products, and what turns pre-activations into bits.
+#include <iterator>
+#include <vector>
+
 #include "operators.h"
 #include "units.h"
 
@@ -7,8 +10,6 @@ namespace {
 
 // Rows and summed elements of a left panel: tens of MiB.
 constexpr int64_t kRowsAtOnce = 1024, kDepthAtOnce = 8192;
-// Of a screen, which prepares the right side anew for each.
-constexpr int64_t kScreenedAtOnce = 4096;
 
 // Pre-activations without their bias, of one row: the sum never leaves the inner cache.
 template <typename T>
@@ -73,6 +74,50 @@ int64_t unit_kind() {
   return found == nullptr ? 0 : found->split ? 2 : 1;
 }
 
+namespace {
+
+struct Columns {
+  int64_t begin, end;
+};
+
+void add(std::vector<Columns>& to, const Columns& some) {
+  if (!to.empty() && to.back().end == some.begin) {
+    to.back().end = some.end;
+  } else {
+    to.push_back(some);
+  }
+}
+
+struct Encoded {
+  std::vector<Columns> done, left;
+};
+
+// encode(strip, scratch) of strips of columns. A thread stops where it fails more often than not.
+template <typename Encode>
+Encoded by_strips(const std::vector<Columns>& all, int64_t most_columns, int64_t scratch_bytes,
+                  const Encode& encode) {
+  std::vector<Columns> strips;
+  for (const Columns& c : all) {
+    const int64_t width = strip_width(c.end - c.begin, most_columns);
+    for (int64_t at = c.begin; at < c.end; at += width) {
+      strips.push_back({at, std::min(c.end, at + width)});
+    }
+  }
+  std::vector<char> done(strips.size());
+  parallel_for(0, static_cast<int64_t>(strips.size()), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(scratch_bytes);
+    for (int64_t balance = 0; begin < end && balance >= 0; ++begin) {
+      done[begin] = encode(strips[begin], scratch.get());
+      balance += done[begin] ? 1 : -1;
+    }
+  });
+  Encoded out;
+  for (size_t i = 0; i < strips.size(); ++i) add(done[i] ? out.done : out.left, strips[i]);
+  return out;
+}
+
+}  // namespace
+
 // Bits and window of x W + b, as `threshold`, without ever holding x W. False, and nothing of use,
 // where the operands are too large for the digits.
 bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, double width,
@@ -80,51 +125,62 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
   const int64_t n = x.size(0), depth = x.size(1), columns = W.size(1);
   const Matrix left = as_matrix(x), right = as_matrix(W);
   const bool windowed = window.numel() > 0;
-  // encode(strip, out) by strips; false as soon as one of them is
-  const auto by_strips = [&](int64_t most_columns, int64_t scratch_bytes, const LeftPanel& panel,
-                             int64_t top, int64_t rows, auto encode) {
-    const int64_t strip = strip_width(columns, most_columns);
-    std::atomic<bool> exact{panel.exact()};
-    parallel_for(0, (columns + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(scratch_bytes);
-      for (int64_t at = begin * strip; exact && at < std::min(end * strip, columns); at += strip) {
-        const UnitStrip s{
-            panel.get(),   from(right, 0, at), rows, depth, std::min(columns - at, strip), digits,
-            scratch.get(), from(left, top, 0)};
-        EncodeStrip e{};
-        e.bias = data<float>(bias) + at;
-        e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
-        e.width = static_cast<float>(width);
-        e.words_stride = row_stride(words);
-        e.words = mutable_data<uint32_t>(words) + top * e.words_stride + at / kWordBits;
-        if (windowed) {
-          e.window_stride = row_stride(window);
-          e.window = mutable_data<uint32_t>(window) + top * e.window_stride + at / kWordBits;
-        }
-        if (!encode(s, e)) exact = false;
+  // by strips of those columns, of the rows in a panel
+  const auto encode = [&](const std::vector<Columns>& some, int64_t most_columns,
+                          int64_t scratch_bytes, const LeftPanel& panel, int64_t top, int64_t rows,
+                          auto kernel) {
+    if (!panel.exact()) return Encoded{{}, some};
+    return by_strips(some, most_columns, scratch_bytes, [&](const Columns& c, uint8_t* scratch) {
+      const UnitStrip s{panel.get(), from(right, 0, c.begin), rows, depth, c.end - c.begin, digits,
+                        scratch,     from(left, top, 0)};
+      EncodeStrip e{};
+      e.bias = data<float>(bias) + c.begin;
+      e.keep = keep.has_value() ? data<bool>(*keep) + top : nullptr;
+      e.width = static_cast<float>(width);
+      e.words_stride = row_stride(words);
+      e.words = mutable_data<uint32_t>(words) + top * e.words_stride + c.begin / kWordBits;
+      if (windowed) {
+        e.window_stride = row_stride(window);
+        e.window = mutable_data<uint32_t>(window) + top * e.window_stride + c.begin / kWordBits;
       }
+      return kernel(s, e);
     });
-    return exact.load();
   };
-  const Screen* const screen = kernels().screen;
-  bool screened = screen != nullptr && digits == 3 && depth <= screen->depth;
-  int64_t rows = 0;
-  for (int64_t top = 0; top < n; top += rows) {
-    if (screened) {
-      rows = std::min(n - top, kScreenedAtOnce);
-      const LeftPanel panel(screen->panel_bytes(rows, depth), rows, screen->rows,
-                            [&](int64_t first, uint8_t* to) {
-                              return screen->pack(from(left, top, 0), first, rows, depth, to);
+  // The columns that each screen takes, and after them sums in fp32. What a screen leaves goes to
+  // the next, for all rows below too; the last leaves all or nothing, as bits are not exact after
+  // it.
+  constexpr size_t kScreens = std::size(Kernels{}.screens);
+  std::vector<Columns> of[kScreens + 1];
+  size_t first = 0;
+  const auto serves = [&](const Screen* screen) {
+    return screen != nullptr && digits == 3 && depth <= screen->depth && n >= screen->least_rows;
+  };
+  while (first < kScreens && !serves(kernels().screens[first])) ++first;
+  of[first] = {{0, columns}};
+  for (int64_t top = 0; top < n; top += kScreenedAtOnce) {
+    const int64_t rows = std::min(n - top, kScreenedAtOnce);
+    for (size_t i = first; i < kScreens; ++i) {
+      if (of[i].empty()) continue;
+      const Screen& screen = *kernels().screens[i];
+      const LeftPanel panel(screen.panel_bytes(rows, depth), rows, screen.rows,
+                            [&](int64_t row, uint8_t* to) {
+                              return screen.pack(from(left, top, 0), row, rows, depth, to);
                             });
-      screened = by_strips(screen->columns(depth), screen->scratch_bytes(depth), panel, top, rows,
-                           screen->encode);
+      Encoded parts = encode(of[i], screen.columns(depth), screen.scratch_bytes(depth), panel, top,
+                             rows, screen.encode);
+      if (i + 1 == kScreens && !parts.left.empty()) parts = {{}, of[i]};
+      of[i] = parts.done;
+      for (const Columns& c : parts.left) add(of[i + 1], c);
     }
-    if (screened) continue;
-    // these rows and all below by sums in fp32
-    rows = std::min(n - top, kRowsAtOnce);
+    if (of[kScreens].empty()) continue;
     const Units& units = *kernels().units;
-    const LeftPanel panel(from(left, top, 0), rows, depth, digits);
-    if (!by_strips(units.columns, units.scratch, panel, top, rows, units.encode)) return false;
+    for (int64_t row = top; row < top + rows; row += kRowsAtOnce) {
+      const int64_t some = std::min(top + rows - row, kRowsAtOnce);
+      const LeftPanel panel(from(left, row, 0), some, depth, digits);
+      const Encoded parts =
+          encode(of[kScreens], units.columns, units.scratch, panel, row, some, units.encode);
+      if (!parts.left.empty()) return false;
+    }
   }
   return true;
 }

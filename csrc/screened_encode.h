@@ -15,8 +15,9 @@
 // where norms are measured, not estimated. All of this is done in fp32, whose own errors are far
 // below: kSlack covers them (u = 2^-24). 3 u of the conversion, the product and the sum that make
 // the pre-activation, 2 u of the distance to a threshold, and 2 u of each of dx and dw, all
-// relative to |x| |w| + |b| + width; kGrowth covers those of a product of two norms. A norm of n
-// squares in any order is off by at most (n + 2) u, which `grown` adds.
+// relative to (|x| + |dx|) |w| + |b| + width; kGrowth covers those of a product of two norms, and
+// what is relative to |dw| in place of |w|. A norm of n squares in any order is off by at most
+// (n + 2) u, which `grown` adds.
 //
 // Written with Fma (fma_products.h) and a struct Pairs:
 //
@@ -34,22 +35,40 @@ namespace {
 
 constexpr int64_t kScreenRows = Pairs::kRows, kScreenLanes = Pairs::kLanes;
 constexpr int64_t kScreenColumns = 2 * kScreenLanes;  // of a block of sums
-constexpr int64_t kScreenStrip = 128;
-constexpr int64_t kScreenWords = kScreenStrip / kWordBits;
+constexpr int64_t kScreenStrip = 128, kMostStrips = 4;
+constexpr int64_t kScreenWords = kScreenStrip / kWordBits, kWideWords = kMostStrips * kScreenWords;
+// Rows that all strips take in turn, so that they stay in the outermost cache; whole groups.
+constexpr int64_t kScreenBlock = 252;
+static_assert(kScreenBlock % kScreenRows == 0);
 // (kNorm (1 + growth) + sqrt(n) / 2)^2 < 2^31 up to this many numbers
 constexpr int64_t kMostScreened = 1 << 15;
-constexpr int64_t kScreenRowsAtOnce = 1024;  // whose doubts are kept
-constexpr float kNorm = 46000.0f, kLargest = 32766.0f;
 constexpr float kSlack = 0x1p-20f, kGrowth = 1 + 0x1p-10f;
 // Beyond, squares overflow or vanish. Smaller numbers count as errors altogether.
 constexpr float kMostNumber = 1e15f, kLeastNumber = 1e-10f;
 // More than what sums of products lose where products are too small for fp32.
 constexpr float kVanishing = 0x1p-120f;
-constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, which the low bits then are
+// adding it rounds to an integer, which the low bits then are
+constexpr float kMagic = 0x1.8p23f;
+constexpr int32_t kMagicInteger = 0x4B400000;  // its bits
 
 using Floats = float __attribute__((vector_size(kScreenLanes * 4)));
 using Integers = int32_t __attribute__((vector_size(kScreenLanes * 4)));
-using Halves = int16_t __attribute__((vector_size(kScreenLanes * 2)));
+constexpr int64_t kClasses = kScreenLanes / 2;
+
+// Integers of 16 bits, two of an int32.
+struct ByPairs {
+  using Block = Pairs;
+  using Small = int16_t __attribute__((vector_size(kScreenLanes * 2)));
+  static constexpr int64_t kOf = 2, kBits = 16;
+  static constexpr float kNorm = 46000.0f, kLargest = 32766.0f;
+  static constexpr int32_t kOffset = 0;  // added to those of rows
+  static constexpr bool kByLane = false;
+  // A strip of some rows is given up where more than one entry in so many is open after `done` of
+  // them, each time that kJudged are: as many sums of single entries would take as long as products
+  // in fp32 of all.
+  static constexpr int64_t kJudged = 1020;
+  static int64_t most_open(int64_t, int64_t) { return 4; }
+};
 
 template <typename V>
 inline V load_vector(const void* from) {
@@ -88,9 +107,9 @@ struct Scale {
   float step, inverse;
   bool fits;
 
-  Scale(float squares, float largest) {
+  Scale(float squares, float largest, float most_norm, float most) {
     fits = largest < kMostNumber && squares < kMostNumber * kMostNumber;  // not so for NaN
-    const float by_norm = root(squares) / kNorm, by_size = largest / kLargest;
+    const float by_norm = root(squares) / most_norm, by_size = largest / most;
     step = largest < kLeastNumber ? 0 : by_norm > by_size ? by_norm : by_size;
     inverse = step > 0 ? 1 / step : 0;
   }
@@ -119,22 +138,28 @@ struct ScreenedRow {
 };
 
 inline int64_t screened_groups(int64_t rows) { return (rows + kScreenRows - 1) / kScreenRows; }
-inline int64_t pairs_of(int64_t depth) { return (depth + 1) / 2; }
+// int32 that hold the integers of a row
+template <typename I>
+constexpr int64_t held(int64_t depth) {
+  return (depth + I::kOf - 1) / I::kOf;
+}
 
-// [rows] of ScreenedRow, whole cache lines of them; then [group][pair of k][kRows] pairs.
+// [rows] of ScreenedRow, whole cache lines of them; then [group][held][kScreenRows] int32.
 inline int64_t screened_rows_bytes(int64_t rows) {
   return round_up(screened_groups(rows) * kScreenRows * static_cast<int64_t>(sizeof(ScreenedRow)),
                   64);
 }
 
+template <typename I>
 int64_t screen_panel_bytes(int64_t rows, int64_t depth) {
   return screened_rows_bytes(rows) +
-         round_up(screened_groups(rows) * kScreenRows * pairs_of(depth) * 4, 64);
+         round_up(screened_groups(rows) * kScreenRows * held<I>(depth) * 4, 64);
 }
 
+template <typename I>
 inline int32_t* screened_left(uint8_t* panel, int64_t rows, int64_t depth, int64_t group) {
   return reinterpret_cast<int32_t*>(panel + screened_rows_bytes(rows)) +
-         group * kScreenRows * pairs_of(depth);
+         group * kScreenRows * held<I>(depth);
 }
 
 // Number (row, column) of a matrix of floats or of bf16 numbers.
@@ -159,50 +184,113 @@ inline Floats numbers_of_row(const Matrix& m, int64_t row, int64_t k, int64_t de
   return v;
 }
 
-bool screen_pack(const Matrix& left, int64_t first, int64_t total, int64_t depth, uint8_t* panel) {
-  ScreenedRow* const row = reinterpret_cast<ScreenedRow*>(panel) + first;
-  int32_t* const pairs = screened_left(panel, total, depth, first / kScreenRows);
-  bool fits = true;
-  for (int64_t r = 0; r < kScreenRows; ++r) {
-    if (first + r >= total) {
-      row[r] = {0, 0, 0};
-      for (int64_t k = 0; k < pairs_of(depth); ++k) pairs[k * kScreenRows + r] = 0;
-      continue;
-    }
-    Floats squares = {}, sizes = {}, errors = {};
+// Of a row: its sum of squares, that of the numbers of one class, and its largest number. Number k
+// is of class k / 2 mod kClasses, as are all that a lane of pairs holds.
+struct RowSize {
+  float squares, of_class, largest;
+
+  RowSize(const Matrix& m, int64_t row, int64_t depth) {
+    Floats sums = {}, sizes = {};
     for (int64_t k = 0; k < depth; k += kScreenLanes) {
-      const Floats v = numbers_of_row(left, first + r, k, depth), size = size_of(v);
-      squares += v * v;
+      const Floats v = numbers_of_row(m, row, k, depth), size = size_of(v);
+      sums += v * v;
       sizes = size > sizes ? size : sizes;
     }
-    const float square = sum_of(squares), largest = largest_of(sizes);
-    const Scale scale(square, largest);
-    fits = fits && scale.fits;
-    if (!scale.fits) continue;
-    for (int64_t k = 0; k < depth; k += kScreenLanes) {
-      const Floats v = numbers_of_row(left, first + r, k, depth);
-      const Floats high = v * scale.inverse + kMagic;
-      const Floats error = v - (high - kMagic) * scale.step;
-      errors += error * error;
-      int32_t pair[kScreenLanes / 2];
-      store_vector(pair, __builtin_convertvector((Integers)high, Halves));
-      for (int64_t i = 0; i < kScreenLanes / 2 && k / 2 + i < pairs_of(depth); ++i) {
-        pairs[(k / 2 + i) * kScreenRows + r] = pair[i];
-      }
+    squares = sum_of(sums);
+    of_class = 0;
+    for (int64_t i = 0; i < kScreenLanes; i += 2) {
+      const float both = sums[i] + sums[i + 1];
+      of_class = both > of_class ? both : of_class;
     }
-    const Norms norms(scale.step, square, sum_of(errors), largest, depth);
-    row[r] = {scale.step, norms.whole + norms.error, norms.error};
+    largest = largest_of(sizes);
+  }
+};
+
+// put(k, integers) for every vector of a row.
+template <typename I, typename Put>
+inline ScreenedRow quantise_row(const Matrix& m, int64_t row, int64_t depth, const RowSize& size,
+                                const Scale& scale, const Put& put) {
+  Floats errors = {};
+  for (int64_t k = 0; k < depth; k += kScreenLanes) {
+    const Floats v = numbers_of_row(m, row, k, depth);
+    const Floats high = v * scale.inverse + kMagic;
+    const Floats error = v - (high - kMagic) * scale.step;
+    errors += error * error;
+    // the low bits of a number that kMagic was added to are the integer's
+    put(k, __builtin_convertvector((Integers)high + I::kOffset, typename I::Small));
+  }
+  const Norms norms(scale.step, size.squares, sum_of(errors), size.largest, depth);
+  return {scale.step, norms.whole + norms.error, norms.error};
+}
+
+// Of one row to a panel; false where its numbers do not fit.
+template <typename I>
+bool screen_pack_row(const Matrix& left, int64_t row, int64_t total, int64_t depth,
+                     const RowSize& size, uint8_t* panel) {
+  constexpr int64_t kAtOnce = kScreenLanes / I::kOf;
+  ScreenedRow& out = reinterpret_cast<ScreenedRow*>(panel)[row];
+  int32_t* const to = screened_left<I>(panel, total, depth, row / kScreenRows) + row % kScreenRows;
+  const Scale scale(size.squares, size.largest, I::kNorm, I::kLargest);
+  if (!scale.fits) return false;
+  out = quantise_row<I>(left, row, depth, size, scale, [&](int64_t k, typename I::Small integers) {
+    int32_t words[kAtOnce];
+    store_vector(words, integers);
+    for (int64_t i = 0; i < kAtOnce && k / I::kOf + i < held<I>(depth); ++i) {
+      to[(k / I::kOf + i) * kScreenRows] = words[i];
+    }
+  });
+  return true;
+}
+
+// Rows of the last group that there are not.
+template <typename I>
+void screen_pack_nothing(int64_t row, int64_t total, int64_t depth, uint8_t* panel) {
+  reinterpret_cast<ScreenedRow*>(panel)[row] = {0, 0, 0};
+  int32_t* const to = screened_left<I>(panel, total, depth, row / kScreenRows) + row % kScreenRows;
+  for (int64_t k = 0; k < held<I>(depth); ++k) to[k * kScreenRows] = 0;
+}
+
+bool screen_pack(const Matrix& left, int64_t first, int64_t total, int64_t depth, uint8_t* panel) {
+  bool fits = true;
+  for (int64_t row = first; row < first + kScreenRows; ++row) {
+    if (row < total) {
+      const RowSize size(left, row, depth);
+      fits = screen_pack_row<ByPairs>(left, row, total, depth, size, panel) && fits;
+    } else {
+      screen_pack_nothing<ByPairs>(row, total, depth, panel);
+    }
   }
   return fits;
 }
 
 // ---- columns ------------------------------------------------------------------------------------
 
+// Of a strip: its panels stay in the outer cache of a core.
+inline int64_t columns_of_strip(int64_t depth) {
+  return depth <= 2048 ? kScreenStrip : depth <= 4096 ? kScreenStrip / 2 : kWordBits;
+}
+// Strips are copied together, as rows of W lie pages apart, and to find a page takes as long as to
+// read a strip's part of it. Of very deep ones a row is long enough, and there is much to hold.
+inline int64_t strips_at_once(int64_t depth) { return depth <= 4096 ? kMostStrips : 1; }
+int64_t screen_columns_at_once(int64_t depth) {
+  return columns_of_strip(depth) * strips_at_once(depth);
+}
+
+constexpr int64_t kScreenVectors = kScreenStrip / kScreenLanes;
+
 // Of the columns of a strip: t, |dw| with the slack of |w|, |w|, the slack of b and of the width,
-// and b. Past the last column 0.
+// b, and what the offset of rows adds to sums. Past the last column 0.
 struct ScreenedColumns {
   alignas(64) float step[kScreenStrip], error[kScreenStrip], whole[kScreenStrip];
   alignas(64) float slack[kScreenStrip], bias[kScreenStrip];
+  alignas(64) int32_t offset[kScreenStrip];
+
+  void begin(const EncodeStrip& e, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) {
+      bias[c] = e.bias[c];
+      slack[c] = kSlack * (__builtin_fabsf(e.bias[c]) + e.width) + kVanishing;
+    }
+  }
 };
 
 // kScreenLanes numbers of row k from a column on, zero past the last of `columns`.
@@ -215,52 +303,79 @@ inline Floats numbers_of_columns(const Matrix& m, int64_t k, int64_t column, int
   return v;
 }
 
-// Quantises a strip to pairs [kScreenColumns columns][pair of k][kScreenColumns] and copies it to
-// numbers [depth][kScreenStrip], as rows a power of two apart would push each other out of the
-// caches. False where the numbers do not fit.
-bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pairs, float* numbers,
-                    ScreenedColumns& out) {
-  constexpr int64_t kVectors = kScreenStrip / kScreenLanes;
-  const int64_t used = (columns + kScreenColumns - 1) / kScreenColumns * 2;
-  Floats squares[kVectors] = {}, largest[kVectors] = {}, errors[kVectors] = {};
-  Floats step[kVectors] = {}, inverse[kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    float* const to = numbers + k * kScreenStrip;
+// A strip copied to numbers [depth][kScreenStrip].
+struct StripNumbers {
+  float* numbers;
+  int64_t depth, columns, used;  // vectors that columns are in, whole blocks of sums
+  Floats squares[kScreenVectors] = {}, of_class[kScreenVectors] = {};
+  Floats largest[kScreenVectors] = {}, sums[kClasses][kScreenVectors] = {};
+
+  void begin(float* memory, int64_t deep, int64_t width) {
+    numbers = memory;
+    depth = deep;
+    columns = width;
+    used = (columns + kScreenColumns - 1) / kScreenColumns * 2;
+  }
+  // Row k of a strip that begins at a column.
+  void take(const Matrix& m, int64_t k, int64_t first) {
     for (int64_t c = 0; c < used; ++c) {
-      const Floats v = numbers_of_columns(m, k, c * kScreenLanes, columns), size = size_of(v);
-      store_vector(to + c * kScreenLanes, v);
-      squares[c] += v * v;
+      const Floats v = numbers_of_columns(m, k, first + c * kScreenLanes, first + columns);
+      const Floats size = size_of(v);
+      store_vector(numbers + k * kScreenStrip + c * kScreenLanes, v);
+      sums[k / 2 % kClasses][c] += v * v;
       largest[c] = size > largest[c] ? size : largest[c];
     }
   }
-  for (int64_t c = 0; c < used * kScreenLanes; ++c) {
+  void end() {
+    for (int64_t c = 0; c < used; ++c) {
+      for (const auto& sum : sums) {
+        squares[c] += sum[c];
+        of_class[c] = sum[c] > of_class[c] ? sum[c] : of_class[c];
+      }
+    }
+  }
+};
+
+// Quantises a strip to [kScreenColumns columns][held][kScreenColumns] int32. False where the
+// numbers do not fit.
+template <typename I>
+bool screen_columns(const StripNumbers& strip, int32_t* right, ScreenedColumns& out) {
+  Floats errors[kScreenVectors] = {}, step[kScreenVectors] = {}, inverse[kScreenVectors] = {};
+  Integers sums[kScreenVectors] = {};
+  for (int64_t c = 0; c < strip.used * kScreenLanes; ++c) {
     const int64_t at = c / kScreenLanes, lane = c % kScreenLanes;
-    const Scale scale(squares[at][lane], largest[at][lane]);
+    const float limited = I::kByLane ? strip.of_class[at][lane] : strip.squares[at][lane];
+    const Scale scale(limited, strip.largest[at][lane], I::kNorm, I::kLargest);
     if (!scale.fits) return false;
     step[at][lane] = out.step[c] = scale.step;
     inverse[at][lane] = scale.inverse;
   }
-  for (int64_t k = 0; k < depth; k += 2) {
-    for (int64_t c = 0; c < used; ++c) {
-      const float* const from = numbers + k * kScreenStrip + c * kScreenLanes;
-      const Floats a = load_vector<Floats>(from);
-      const Floats b = k + 1 < depth ? load_vector<Floats>(from + kScreenStrip) : Floats{};
-      const Floats high_a = a * inverse[c] + kMagic, high_b = b * inverse[c] + kMagic;
-      const Floats error_a = a - (high_a - kMagic) * step[c];
-      const Floats error_b = b - (high_b - kMagic) * step[c];
-      errors[c] += error_a * error_a;
-      errors[c] += error_b * error_b;
-      // the low 16 bits of a number that kMagic was added to are the integer's
-      store_vector(pairs + c / 2 * kScreenColumns * pairs_of(depth) + k / 2 * kScreenColumns +
-                       c % 2 * kScreenLanes,
-                   ((Integers)high_a & 0xFFFF) | (Integers)high_b << 16);
+  for (int64_t k = 0; k < strip.depth; k += I::kOf) {
+    for (int64_t c = 0; c < strip.used; ++c) {
+      const float* const from = strip.numbers + k * kScreenStrip + c * kScreenLanes;
+      Integers together = {};
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < I::kOf; ++i) {
+        const Floats v =
+            k + i < strip.depth ? load_vector<Floats>(from + i * kScreenStrip) : Floats{};
+        const Floats high = v * inverse[c] + kMagic;
+        const Floats error = v - (high - kMagic) * step[c];
+        errors[c] += error * error;
+        together |= ((Integers)high & ((1 << I::kBits) - 1)) << (i * I::kBits);
+        if (I::kOffset != 0) sums[c] += (Integers)high - kMagicInteger;
+      }
+      store_vector(right + c / 2 * kScreenColumns * held<I>(strip.depth) +
+                       k / I::kOf * kScreenColumns + c % 2 * kScreenLanes,
+                   together);
     }
   }
-  for (int64_t c = 0; c < used * kScreenLanes; ++c) {
+  for (int64_t c = 0; c < strip.used * kScreenLanes; ++c) {
     const int64_t at = c / kScreenLanes, lane = c % kScreenLanes;
-    const Norms norms(out.step[c], squares[at][lane], errors[at][lane], largest[at][lane], depth);
+    const Norms norms(out.step[c], strip.squares[at][lane], errors[at][lane],
+                      strip.largest[at][lane], strip.depth);
     out.error[c] = (norms.error + kSlack * norms.whole) * kGrowth;
     out.whole[c] = norms.whole * kGrowth;
+    out.offset[c] = sums[at][lane] * I::kOffset;
   }
   return true;
 }
@@ -268,12 +383,15 @@ bool screen_columns(const Matrix& m, int64_t depth, int64_t columns, int32_t* pa
 // ---- sums ---------------------------------------------------------------------------------------
 
 // Words of one row from its sums, and those of the columns that they do not decide.
+template <typename I>
 inline void screen_row(const int32_t* sums, const ScreenedRow& row, const ScreenedColumns& column,
                        int64_t columns, float width, uint32_t* words, uint32_t* window,
                        uint32_t* doubts) {
   alignas(64) float pre[kScreenStrip], margin[kScreenStrip];
   for (int64_t c = 0; c < kScreenStrip; c += kScreenLanes) {
-    const Floats sum = __builtin_convertvector(load_vector<Integers>(sums + c), Floats);
+    Integers of_integers = load_vector<Integers>(sums + c);
+    if (I::kOffset != 0) of_integers -= load_vector<Integers>(column.offset + c);
+    const Floats sum = __builtin_convertvector(of_integers, Floats);
     const Floats v = sum * load_vector<Floats>(column.step + c) * row.step +
                      load_vector<Floats>(column.bias + c);
     const Floats size = size_of(v);
@@ -318,23 +436,6 @@ inline T dot(const float* a, const float* b, int64_t n) {
   return sum[0];
 }
 
-// By a sum in fp32 where that decides, else by one in float64, of products that float64 holds
-// exactly. In fp32 a sum of products is off by at most (n / 64 + 8) u |x| |w|, as no number takes
-// part in more additions; the slack of b and of the width is that of the integers' sums.
-struct Decision {
-  bool on, inside;
-};
-
-inline Decision decide(const float* x, const float* w, int64_t n, float norms, float bias,
-                       float slack, float width) {
-  const float quick = dot<float, 64>(x, w, n) + bias, size = __builtin_fabsf(quick);
-  const float edge = __builtin_fabsf(size - width), nearest = edge < size ? edge : size;
-  const float bound = norms * (0x1p-24f * static_cast<float>(n / 64 + 16)) + slack;
-  if (nearest > bound) return {quick > 0, size < width};
-  const double pre = dot<double, 32>(x, w, n) + static_cast<double>(bias);
-  return {pre > 0, __builtin_fabs(pre) < static_cast<double>(width)};
-}
-
 // Columns that are turned to lie in one piece each, at once.
 constexpr int64_t kTurned = Fma::kLanes;
 
@@ -356,40 +457,93 @@ inline void set_bit(uint32_t& word, int64_t bit, bool on) {
   word = (word & ~(1u << bit)) | static_cast<uint32_t>(on) << bit;
 }
 
-// What a strip needs beside its panels.
+// What strips need beside their panels.
+template <typename I>
 struct ScreenScratch {
-  int32_t *pairs, *tile;
-  uint32_t* doubts;  // [rows at once][kScreenWords]
+  int32_t *right, *tile;
+  uint32_t *words, *window, *doubts;  // [row][kWideWords]
   float *numbers, *turned, *row;
 
   static int64_t bytes(int64_t depth) {
-    return round_up((kScreenStrip * pairs_of(depth) + kScreenRows * kScreenStrip +
-                     kScreenRowsAtOnce * kScreenWords + (kScreenStrip + kTurned + 1) * depth) *
+    const int64_t columns = strips_at_once(depth) * kScreenStrip;
+    return round_up((columns * held<I>(depth) + kScreenRows * kScreenStrip +
+                     3 * kScreenedAtOnce * kWideWords + (columns + kTurned + 1) * depth) *
                         4,
                     64);
   }
   ScreenScratch(uint8_t* memory, int64_t depth) {
-    pairs = reinterpret_cast<int32_t*>(memory);
-    tile = pairs + kScreenStrip * pairs_of(depth);
-    doubts = reinterpret_cast<uint32_t*>(tile + kScreenRows * kScreenStrip);
-    numbers = reinterpret_cast<float*>(doubts + kScreenRowsAtOnce * kScreenWords);
-    turned = numbers + kScreenStrip * depth;
+    const int64_t columns = strips_at_once(depth) * kScreenStrip;
+    right = reinterpret_cast<int32_t*>(memory);
+    tile = right + columns * held<I>(depth);
+    words = reinterpret_cast<uint32_t*>(tile + kScreenRows * kScreenStrip);
+    window = words + kScreenedAtOnce * kWideWords;
+    doubts = window + kScreenedAtOnce * kWideWords;
+    numbers = reinterpret_cast<float*>(doubts + kScreenedAtOnce * kWideWords);
+    turned = numbers + columns * depth;
     row = turned + kTurned * depth;
   }
 };
 
-// Decides what the integers left open of rows first .. last.
-void settle(const UnitStrip& s, const EncodeStrip& e, const ScreenedColumns& of_column,
-            int64_t first, int64_t last, const ScreenScratch& scratch) {
+// One of several strips side by side. Its words lie together with those of the others, in the
+// scratch: in the code every row is pages apart.
+struct Strip {
+  UnitStrip s{};
+  EncodeStrip e{};
+  StripNumbers numbers{};
+  ScreenedColumns columns{};
+  int32_t* right = nullptr;
+  uint32_t* doubts = nullptr;
+  int64_t open = 0;
+
+  void set(int64_t row, int64_t column, bool on, bool inside) const {
+    const int64_t at = row * kWideWords + column / kWordBits, bit = column % kWordBits;
+    set_bit(e.words[at], bit, on);
+    if (e.window != nullptr) set_bit(e.window[at], bit, inside);
+  }
+
+  template <typename I>
+  void begin(const UnitStrip& all, const EncodeStrip& out, int64_t index,
+             const ScreenScratch<I>& scratch) {
+    const int64_t width = columns_of_strip(all.depth), first = index * width;
+    s = all;
+    s.columns = all.columns - first < width ? all.columns - first : width;
+    e = out;
+    e.bias += first;
+    e.words = scratch.words + first / kWordBits;
+    e.window = out.window == nullptr ? nullptr : scratch.window + first / kWordBits;
+    e.words_stride = e.window_stride = kWideWords;
+    numbers.begin(scratch.numbers + index * kScreenStrip * s.depth, s.depth, s.columns);
+    columns.begin(e, s.columns);
+    right = scratch.right + index * kScreenStrip * held<I>(s.depth);
+    doubts = scratch.doubts + first / kWordBits;
+  }
+};
+
+// Sets what a sum that is off by `bound` at most says of an entry; false where it says nothing.
+inline bool decide_entry(const Strip& strip, int64_t row, int64_t column, float pre, float bound) {
+  const float size = __builtin_fabsf(pre), edge = __builtin_fabsf(size - strip.e.width);
+  if (!((edge < size ? edge : size) > bound)) return false;  // so for NaN
+  strip.set(row, column, pre > 0, size < strip.e.width);
+  return true;
+}
+
+// Decides what the integers left open: by a sum in fp32 where that does, else by one in float64,
+// of products that float64 holds exactly. In fp32 a sum of products is off by at most
+// (n / 64 + 8) u |x| |w|, as no number takes part in more additions; the slack of b and of the
+// width is that of the integers' sums.
+template <typename I>
+void settle(const Strip& strip, const ScreenScratch<I>& scratch) {
   constexpr uint32_t kOfGroup = (1u << kTurned) - 1;
+  const UnitStrip& s = strip.s;
+  const float rounding = 0x1p-24f * static_cast<float>(s.depth / 64 + 16);
   const ScreenedRow* const rows = reinterpret_cast<const ScreenedRow*>(s.left);
-  for (int64_t column = 0; column < s.columns; column += kTurned) {
-    const int64_t word = column / kWordBits, bit = column % kWordBits;
+  for (int64_t first = 0; first < s.columns; first += kTurned) {
     bool turned = false;
-    for (int64_t row = first; row < last; ++row) {
-      uint32_t open = scratch.doubts[(row - first) * kScreenWords + word] >> bit & kOfGroup;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const uint32_t* const doubts = strip.doubts + row * kWideWords;
+      uint32_t open = doubts[first / kWordBits] >> first % kWordBits & kOfGroup;
       if (open == 0) continue;
-      if (!turned) turn_columns(scratch.numbers + column, s.depth, scratch.turned);
+      if (!turned) turn_columns(strip.numbers.numbers + first, s.depth, scratch.turned);
       turned = true;
       const float* x = scratch.row;
       if (s.source.column == 1 && s.source.element == Matrix::kFloat) {
@@ -398,74 +552,107 @@ void settle(const UnitStrip& s, const EncodeStrip& e, const ScreenedColumns& of_
         for (int64_t k = 0; k < s.depth; ++k) scratch.row[k] = number_at(s.source, row, k);
       }
       for (; open != 0; open &= open - 1) {
-        const int64_t c = __builtin_ctz(open);
-        const Decision is = decide(x, scratch.turned + c * s.depth, s.depth,
-                                   rows[row].whole * of_column.whole[column + c],
-                                   e.bias[column + c], of_column.slack[column + c], e.width);
-        set_bit(e.words[row * e.words_stride + word], bit + c, is.on);
-        if (e.window != nullptr) {
-          set_bit(e.window[row * e.window_stride + word], bit + c, is.inside);
-        }
+        const int64_t c = first + __builtin_ctz(open);
+        const float* const w = scratch.turned + __builtin_ctz(open) * s.depth;
+        const float bound =
+            rows[row].whole * strip.columns.whole[c] * rounding + strip.columns.slack[c];
+        const float quick = dot<float, 64>(x, w, s.depth) + strip.e.bias[c];
+        if (decide_entry(strip, row, c, quick, bound)) continue;
+        const double pre = dot<double, 32>(x, w, s.depth) + static_cast<double>(strip.e.bias[c]);
+        strip.set(row, c, pre > 0, __builtin_fabs(pre) < static_cast<double>(strip.e.width));
       }
     }
   }
 }
 
-// ---- a strip ------------------------------------------------------------------------------------
+// ---- strips -------------------------------------------------------------------------------------
 
-// Columns of a strip: its panels stay in the outer cache of a core.
-int64_t screen_columns_at_once(int64_t depth) {
-  return depth <= 2048 ? kScreenStrip : depth <= 4096 ? kScreenStrip / 2 : kWordBits;
-}
-
-bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
-  const int64_t pairs = pairs_of(s.depth);
-  const ScreenScratch scratch(s.scratch, s.depth);
-  ScreenedColumns column{};
-  if (!screen_columns(s.right, s.depth, s.columns, scratch.pairs, scratch.numbers, column)) {
-    return false;
-  }
-  for (int64_t c = 0; c < s.columns; ++c) {
-    column.bias[c] = e.bias[c];
-    column.slack[c] = kSlack * (__builtin_fabsf(e.bias[c]) + e.width) + kVanishing;
-  }
+// Bits and doubts of rows first .. last; false where there are too many doubts so far.
+template <typename I>
+bool screen_rows(Strip& strip, int64_t first, int64_t last, int32_t* tile) {
+  const UnitStrip& s = strip.s;
+  const EncodeStrip& e = strip.e;
+  const int64_t deep = held<I>(s.depth);
   const ScreenedRow* const rows = reinterpret_cast<const ScreenedRow*>(s.left);
-  for (int64_t first = 0; first < s.rows; first += kScreenRowsAtOnce) {
-    const int64_t last = s.rows - first < kScreenRowsAtOnce ? s.rows : first + kScreenRowsAtOnce;
-    int64_t open = 0;
-    for (int64_t m = first; m < last; ++m) {
-      const int64_t of_group = m % kScreenRows;
-      if (of_group == 0 || m == first) {
-        const int32_t* const left =
-            screened_left(const_cast<uint8_t*>(s.left), s.rows, s.depth, m / kScreenRows);
-        for (int64_t c = 0; c < s.columns; c += kScreenColumns) {
-          multiply_block<Pairs>(left, scratch.pairs + c * pairs, pairs, scratch.tile + c,
-                                kScreenStrip, false);
-        }
-      }
-      uint32_t* const words = e.words + m * e.words_stride;
-      uint32_t* const window = e.window == nullptr ? nullptr : e.window + m * e.window_stride;
-      uint32_t* const of_row = scratch.doubts + (m - first) * kScreenWords;
-      if (e.keep != nullptr && !e.keep[m]) {
+  for (; first < last; first += kScreenRows) {
+    const int64_t end = last - first < kScreenRows ? last : first + kScreenRows;
+    const int32_t* const left =
+        screened_left<I>(const_cast<uint8_t*>(s.left), s.rows, s.depth, first / kScreenRows);
+    for (int64_t c = 0; c < s.columns; c += kScreenColumns) {
+      multiply_block<typename I::Block>(left, strip.right + c * deep, deep, tile + c, kScreenStrip,
+                                        false);
+    }
+    for (int64_t row = first; row < end; ++row) {
+      uint32_t* const words = e.words + row * kWideWords;
+      uint32_t* const window = e.window == nullptr ? nullptr : e.window + row * kWideWords;
+      uint32_t* const doubts = strip.doubts + row * kWideWords;
+      if (e.keep != nullptr && !e.keep[row]) {
         for (int64_t w = 0; w < n_words(s.columns); ++w) {
-          words[w] = of_row[w] = 0;
+          words[w] = doubts[w] = 0;
           if (window != nullptr) window[w] = 0;
         }
         continue;
       }
-      screen_row(scratch.tile + of_group * kScreenStrip, rows[m], column, s.columns, e.width, words,
-                 window, of_row);
-      for (int64_t w = 0; w < n_words(s.columns); ++w) open += popcount(of_row[w]);
+      screen_row<I>(tile + (row - first) * kScreenStrip, rows[row], strip.columns, s.columns,
+                    e.width, words, window, doubts);
+      for (int64_t w = 0; w < n_words(s.columns); ++w) strip.open += popcount(doubts[w]);
     }
-    // as many sums of single entries would take as long as products in fp32 of all
-    if (open > (last - first) * s.columns / 4 + 64) return false;
-    if (open > 0) settle(s, e, column, first, last, scratch);
+    const bool judged = end % I::kJudged == 0 || end == s.rows;
+    if (judged && strip.open > end * s.columns / I::most_open(s.rows, end) + 64) return false;
   }
   return true;
 }
 
-constexpr Screen kScreen = {kScreenRows,        kMostScreened,        screen_columns_at_once,
-                            screen_panel_bytes, ScreenScratch::bytes, screen_pack,
+// Strips side by side, by blocks of rows. finer.decide(index, strip, first, last) comes after each
+// block of rows, with what is open there, and finer.prepare(index, strip) once before.
+template <typename I, typename Finer>
+bool encode_strips(const UnitStrip& s, const EncodeStrip& e, const ScreenScratch<I>& scratch,
+                   Finer&& finer) {
+  Strip strip[kMostStrips];
+  const int64_t width = columns_of_strip(s.depth), strips = (s.columns + width - 1) / width;
+  for (int64_t i = 0; i < strips; ++i) strip[i].begin(s, e, i, scratch);
+  for (int64_t k = 0; k < s.depth; ++k) {
+    for (int64_t i = 0; i < strips; ++i) strip[i].numbers.take(s.right, k, i * width);
+  }
+  for (int64_t first = 0; first < s.rows; first += kScreenBlock) {
+    const int64_t last = s.rows - first < kScreenBlock ? s.rows : first + kScreenBlock;
+    for (int64_t i = 0; i < strips; ++i) {
+      if (first == 0) {
+        strip[i].numbers.end();
+        if (!screen_columns<I>(strip[i].numbers, strip[i].right, strip[i].columns)) return false;
+      }
+      if (!screen_rows<I>(strip[i], first, last, scratch.tile)) return false;
+      if (first == 0) finer.prepare(i, strip[i]);
+      finer.decide(i, strip[i], first, last);
+    }
+  }
+  for (int64_t i = 0; i < strips; ++i) settle(strip[i], scratch);
+  for (int64_t row = 0; row < s.rows; ++row) {
+    for (int64_t w = 0; w < n_words(s.columns); ++w) {
+      const int64_t from = row * kWideWords + w;
+      e.words[row * e.words_stride + w] = scratch.words[from];
+      if (e.window != nullptr) e.window[row * e.window_stride + w] = scratch.window[from];
+    }
+  }
+  return true;
+}
+
+struct NothingFiner {
+  void prepare(int64_t, const Strip&) {}
+  void decide(int64_t, const Strip&, int64_t, int64_t) {}
+};
+
+bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
+  return encode_strips(s, e, ScreenScratch<ByPairs>(s.scratch, s.depth), NothingFiner());
+}
+
+constexpr Screen kScreen = {kScreenRows,
+                            1,
+                            kMostScreened,
+                            screen_columns_at_once,
+                            screen_panel_bytes<ByPairs>,
+                            ScreenScratch<ByPairs>::bytes,
+                            screen_pack,
                             screen_encode};
 
 }  // namespace

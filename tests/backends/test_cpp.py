@@ -268,8 +268,9 @@ def test_dense_products_err_less_than_twice_torchs(shape, dtype):
     assert (made[0] - 2 * exact).abs().max() <= 2 * allowed
 
 
-def _operands(kind, n, d, k):
-    """x, W_enc, b_enc. The bias leaves row 3 with nothing but its own rounding error."""
+def _operands(kind, n, d, k, *, sparse=False):
+    """x, W_enc, b_enc. The bias leaves row 3 with nothing but its own rounding error, or, of a
+    sparse code, the fourth of the largest entries of each column."""
     x, W = torch.randn(n, d), torch.randn(d, k) / d**0.5
     if kind == "outliers":
         x *= torch.exp(2 * torch.randn(d))
@@ -287,6 +288,8 @@ def _operands(kind, n, d, k):
     elif kind == "mostly near zero":
         W = W * 1e-4 * torch.randn(k).abs() + torch.ones(d, 1) / d**0.5
         x -= x.mean(1, keepdim=True)
+    if sparse:
+        return x, W, -(x.double() @ W.double()).topk(4, dim=0).values[3].float()
     return x, W, (-(x[3].double() @ W.double())).float()
 
 
@@ -304,21 +307,24 @@ def _operands(kind, n, d, k):
     ],
 )
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "sparse"),
     [
-        ((40, 7, 130), torch.float32),
-        ((70, 300, 257), torch.float32),
-        ((1030, 65, 96), torch.float32),
-        ((70, 65, 150), torch.bfloat16),
+        ((40, 7, 130), torch.float32, False),
+        ((70, 300, 257), torch.float32, False),
+        ((1030, 65, 96), torch.float32, False),
+        ((70, 65, 150), torch.bfloat16, False),
+        ((400, 130, 600), torch.float32, True),
+        ((1100, 70, 130), torch.bfloat16, True),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("width", [None, 0.3], ids=str)
 @pytest.mark.usefixtures("level_with_products")
-def test_bits_are_those_of_float64_sums(kind, exact, shape, dtype, width):
-    """Whatever the integers of 16 bits do not decide is summed again (screened_encode.h)."""
+def test_bits_are_those_of_float64_sums(kind, exact, shape, dtype, sparse, width):
+    """Whatever integers do not decide is summed again: those of 8 bits, which sparse codes of many
+    rows begin with (screened_bytes.h), or of 16 (screened_encode.h)."""
     n, d, k = shape
-    x, W, b = (t.to(dtype) for t in _operands(kind, n, d, k))
+    x, W, b = (t.to(dtype) for t in _operands(kind, n, d, k, sparse=sparse))
     pre = x.double() @ W.double() + b.double()
     limit = torch.tensor(0.0 if width is None else width).double()  # of float32
     sizes = x.double().abs() @ W.double().abs() + b.double().abs() + limit

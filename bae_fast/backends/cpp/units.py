@@ -6,9 +6,9 @@ could not, because an operand is not finite or nearly so: then torch's own produ
 
 With AVX2 and AVX-512 numbers of fp32 and of bf16 are multiplied as they are, by fused
 multiply-adds; where the processor multiplies bf16 natively, torch's product of such numbers is
-faster. Encode makes products of 16-bit integers there (``csrc/screened_encode.h``). Either way what
-comes before and after a product of the package's own is done strip by strip, without a matrix
-[N, F] in memory.
+faster. Encode makes products of integers there, of 16 bits (``csrc/screened_encode.h``) or of 8
+(``csrc/screened_bytes.h``). Either way what comes before and after a product of the package's own
+is done strip by strip, without a matrix [N, F] in memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def unit_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
 
 
 def encode_digits(dtype: torch.dtype, rows: int, columns: int) -> int:
-    """The same for encode, whose products of 16-bit integers no product of bf16 outruns."""
+    """The same for encode, whose products of integers no product of bf16 outruns."""
     if dtype == torch.bfloat16 and op("unit_kind")() == 1:
         dtype = torch.float32
     return unit_digits(dtype, rows, columns)
