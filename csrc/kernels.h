@@ -128,6 +128,7 @@ constexpr int64_t kScreenedAtOnce = 4096;  // rows of a strip
 struct Screen {
   int64_t rows;                       // packed at once
   int64_t least_rows;                 // that it is faster for than the next
+  int64_t tried;                      // rows that show whether it decides enough; or 0
   int64_t depth;                      // the most that is summed
   int64_t (*columns)(int64_t depth);  // of a strip
   int64_t (*panel_bytes)(int64_t rows, int64_t depth);

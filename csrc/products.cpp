@@ -156,18 +156,28 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
     return screen != nullptr && digits == 3 && depth <= screen->depth && n >= screen->least_rows;
   };
   while (first < kScreens && !serves(kernels().screens[first])) ++first;
+  // by a screen, of columns of the rows from `top` on
+  const auto by_screen = [&](const Screen& screen, const std::vector<Columns>& some, int64_t top,
+                             int64_t rows) {
+    const LeftPanel panel(screen.panel_bytes(rows, depth), rows, screen.rows,
+                          [&](int64_t row, uint8_t* to) {
+                            return screen.pack(from(left, top, 0), row, rows, depth, to);
+                          });
+    return encode(some, screen.columns(depth), screen.scratch_bytes(depth), panel, top, rows,
+                  screen.encode);
+  };
+  // A few rows of a few columns, which are made again, save the panels of a screen that gives up.
+  if (first < kScreens && kernels().screens[first]->tried > 0) {
+    const Screen& screen = *kernels().screens[first];
+    const std::vector<Columns> some = {{0, std::min(columns, kMaxStrip)}};
+    if (!by_screen(screen, some, 0, std::min(n, screen.tried)).left.empty()) ++first;
+  }
   of[first] = {{0, columns}};
   for (int64_t top = 0; top < n; top += kScreenedAtOnce) {
     const int64_t rows = std::min(n - top, kScreenedAtOnce);
     for (size_t i = first; i < kScreens; ++i) {
       if (of[i].empty()) continue;
-      const Screen& screen = *kernels().screens[i];
-      const LeftPanel panel(screen.panel_bytes(rows, depth), rows, screen.rows,
-                            [&](int64_t row, uint8_t* to) {
-                              return screen.pack(from(left, top, 0), row, rows, depth, to);
-                            });
-      Encoded parts = encode(of[i], screen.columns(depth), screen.scratch_bytes(depth), panel, top,
-                             rows, screen.encode);
+      Encoded parts = by_screen(*kernels().screens[i], of[i], top, rows);
       if (i + 1 == kScreens && !parts.left.empty()) parts = {{}, of[i]};
       of[i] = parts.done;
       for (const Columns& c : parts.left) add(of[i + 1], c);

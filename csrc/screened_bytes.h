@@ -27,12 +27,9 @@ struct ByQuads {
   static constexpr int32_t kOffset = 128;
   static constexpr bool kByLane = false;
   static constexpr int64_t kJudged = 96;
-  // A dozen products of 16 bits take as long as those of 8 and a sum of its own for one of them,
-  // and more where few rows pay for the columns' integers. What has been done for many rows is not
-  // given up so soon.
-  static int64_t most_open(int64_t rows, int64_t done) {
-    return (rows < 1024 ? 24 : 12) / (done > kJudged ? 2 : 1);
-  }
+  // A dozen products of 16 bits take as long as those of 8 and a sum of its own for one of them.
+  // What has been done for many rows is not given up so soon.
+  static int64_t most_open(int64_t done) { return done > kJudged ? 6 : 12; }
 };
 static_assert(Quads::kLanes == kScreenLanes && Quads::kRows == kScreenRows);
 
@@ -217,11 +214,11 @@ bool byte_encode(const UnitStrip& s, const EncodeStrip& e) {
 }
 
 // Of fewer rows, columns take longer to prepare than products become faster.
-constexpr int64_t kLeastScreened = 384;
+constexpr int64_t kLeastScreened = 1024;
 
 constexpr Screen kByteScreen = {
-    kScreenRows,      kLeastScreened,     kMostScreened, screen_columns_at_once,
-    byte_panel_bytes, ByteScratch::bytes, byte_pack,     byte_encode};
+    kScreenRows,      kLeastScreened,     ByQuads::kJudged, kMostScreened, screen_columns_at_once,
+    byte_panel_bytes, ByteScratch::bytes, byte_pack,        byte_encode};
 
 }  // namespace
 }  // namespace bae_fast

@@ -63,11 +63,10 @@ struct ByPairs {
   static constexpr float kNorm = 46000.0f, kLargest = 32766.0f;
   static constexpr int32_t kOffset = 0;  // added to those of rows
   static constexpr bool kByLane = false;
-  // A strip of some rows is given up where more than one entry in so many is open after `done` of
-  // them, each time that kJudged are: as many sums of single entries would take as long as products
-  // in fp32 of all.
+  // A strip is given up where more than one entry in so many is open after `done` rows, each time
+  // that kJudged are: as many sums of single entries would take as long as products in fp32 of all.
   static constexpr int64_t kJudged = 1020;
-  static int64_t most_open(int64_t, int64_t) { return 4; }
+  static int64_t most_open(int64_t) { return 4; }
 };
 
 template <typename V>
@@ -598,7 +597,7 @@ bool screen_rows(Strip& strip, int64_t first, int64_t last, int32_t* tile) {
       for (int64_t w = 0; w < n_words(s.columns); ++w) strip.open += popcount(doubts[w]);
     }
     const bool judged = end % I::kJudged == 0 || end == s.rows;
-    if (judged && strip.open > end * s.columns / I::most_open(s.rows, end) + 64) return false;
+    if (judged && strip.open > end * s.columns / I::most_open(end) + 64) return false;
   }
   return true;
 }
@@ -648,6 +647,7 @@ bool screen_encode(const UnitStrip& s, const EncodeStrip& e) {
 
 constexpr Screen kScreen = {kScreenRows,
                             1,
+                            0,
                             kMostScreened,
                             screen_columns_at_once,
                             screen_panel_bytes<ByPairs>,

@@ -313,7 +313,7 @@ def _operands(kind, n, d, k, *, sparse=False):
         ((70, 300, 257), torch.float32, False),
         ((1030, 65, 96), torch.float32, False),
         ((70, 65, 150), torch.bfloat16, False),
-        ((400, 130, 600), torch.float32, True),
+        ((1030, 130, 600), torch.float32, True),
         ((1100, 70, 130), torch.bfloat16, True),
     ],
     ids=str,
