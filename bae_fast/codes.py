@@ -65,6 +65,11 @@ def check_covariance_size(n_rows: int, n_columns: int, device_type: str = "cpu")
 _INDEX_HELP = "a code is indexed by rows: an int, a slice, 1-D integers or a bool mask; "
 
 
+def _check_tail(words: Tensor, n_columns: int) -> None:
+    if not packing.tail_is_zero(words, n_columns):
+        raise ValueError(f"words must have no bits past column {n_columns}; some are set")
+
+
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
@@ -87,16 +92,21 @@ class BinaryCode:
         n_bits: int = 1,
         row_mask: Tensor | None = None,
         counts: Tensor | None = None,
+        trusted: bool = False,
     ) -> None:
-        """Wrap row-packed words; the data is not copied and tail bits are taken to be zero.
+        """Wrap row-packed words; the data is not copied and must not change afterwards.
 
-        ``counts`` is int64 ``[K]``, the ones in each column where an encoder knows them already;
-        None: counted when asked for. The words must not change afterwards.
+        Args:
+            counts: int64 ``[K]``, the ones in each column where an encoder knows them already;
+                None: counted when asked for.
+            trusted: the words are an encoder's. Others are looked through on a CPU for bits behind
+                the last column, which kernels would take for columns.
 
         Raises:
             TypeError: words is not int32.
-            ValueError: words' last dimension is not ceil(n_columns / 32), n_columns is not a
-                multiple of n_bits, or row_mask is not bool of words' leading shape.
+            ValueError: words' last dimension is not ceil(n_columns / 32), words have bits behind
+                the last column, n_columns is not a multiple of n_bits, or row_mask is not bool of
+                words' leading shape.
         """
         if not isinstance(words, Tensor) or words.dtype != torch.int32:
             raise TypeError(f"words must be an int32 tensor; got {_kind(words)}")
@@ -116,6 +126,10 @@ class BinaryCode:
                 f"row_mask must be bool {tuple(words.shape[:-1])}; "
                 f"got {row_mask.dtype} {tuple(row_mask.shape)}"
             )
+        # a subclass (a fake tensor) may have no numbers, and a device is not waited for
+        readable = words.device.type == "cpu" and type(words) is Tensor
+        if not (trusted or torch.compiler.is_compiling()) and readable:
+            _check_tail(words, n_columns)
         self.words = words
         self.n_columns = n_columns
         self.n_bits = n_bits
@@ -133,7 +147,7 @@ class BinaryCode:
             raise ValueError(f"bits must have shape [..., K], K >= 1; got {list(bits.shape)}")
         if not bool(((bits == 0) | (bits == 1)).all()):
             raise ValueError("bits must hold only 0 and 1")
-        return cls(packing.pack_rows(bits), bits.shape[-1], n_bits=n_bits)
+        return cls(packing.pack_rows(bits), bits.shape[-1], n_bits=n_bits, trusted=True)
 
     # -- shape ---------------------------------------------------------------------------------
 
@@ -162,7 +176,9 @@ class BinaryCode:
         return self.words.reshape(-1, self.words.shape[-1])
 
     def _like(self, words: Tensor, row_mask: Tensor | None) -> BinaryCode:
-        return BinaryCode(words, self.n_columns, n_bits=self.n_bits, row_mask=row_mask)
+        return BinaryCode(
+            words, self.n_columns, n_bits=self.n_bits, row_mask=row_mask, trusted=True
+        )
 
     def __len__(self) -> int:
         return len(self.words)
@@ -232,9 +248,9 @@ class BinaryCode:
     def flatten(self) -> BinaryCode:
         """The same rows with one leading dimension: ``[N, K]``."""
         mask = None if self.row_mask is None else self.row_mask.reshape(-1)
-        return BinaryCode(
-            self._rows, self.n_columns, n_bits=self.n_bits, row_mask=mask, counts=self._counts
-        )
+        flat = self._like(self._rows, mask)
+        flat._counts = self._counts
+        return flat
 
     def to(self, device: torch.device | str) -> BinaryCode:
         """Copy to a device."""
@@ -405,10 +421,6 @@ class BinaryCode:
             code = cls(tensors["words"], n_columns, n_bits=n_bits, row_mask=tensors.get("row_mask"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid BinaryCode: {error}") from error
-        if not packing.tail_is_zero(code.words, n_columns):
-            raise ValueError(
-                f"{path} is not a valid BinaryCode: bits past column {n_columns} are set"
-            )
         return code
 
     def __reduce__(self) -> Any:
@@ -428,11 +440,7 @@ def _column_counts(device_type: str) -> Callable[[Tensor, int], Tensor]:
 
 
 def _rebuild(words: Tensor, n_columns: int, n_bits: int, row_mask: Tensor | None) -> BinaryCode:
-    code = BinaryCode(words, n_columns, n_bits=n_bits, row_mask=row_mask)
-    # kernels trust the bits behind the last column; a device is not waited for
-    if words.device.type == "cpu" and not packing.tail_is_zero(words, n_columns):
-        raise ValueError(f"words must have no bits past column {n_columns}")
-    return code
+    return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=row_mask)
 
 
 # torch.load reads files of torch.save that hold codes, with its default weights_only=True too

@@ -89,7 +89,7 @@ def all_gather_code(code: BinaryCode, group: dist.ProcessGroup | None = None) ->
         if flat.row_mask is not None:
             kept = flat.row_mask.to(torch.uint8)
         mask = _gather_rows(kept, sizes, group).bool()
-    return BinaryCode(words, flat.n_columns, n_bits=flat.n_bits, row_mask=mask)
+    return BinaryCode(words, flat.n_columns, n_bits=flat.n_bits, row_mask=mask, trusted=True)
 
 
 # -- the grid of a training run ----------------------------------------------------------------

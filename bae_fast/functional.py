@@ -425,7 +425,7 @@ def _as_code(
 ) -> BinaryCode:
     """Words [N, W] in the leading shape of the hidden states."""
     words = words.view(*lead, words.shape[-1])
-    return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=mask, counts=counts)
+    return BinaryCode(words, n_columns, n_bits=n_bits, row_mask=mask, counts=counts, trusted=True)
 
 
 def _savable(tensor: Tensor) -> Tensor:

@@ -440,7 +440,7 @@ class BinaryObjective(Objective):
             code = None
             if words is not None:
                 columns = model.W_enc.shape[1] * self._features
-                code = BinaryCode(words, columns, n_bits=model.config.n_bits)
+                code = BinaryCode(words, columns, n_bits=model.config.n_bits, trusted=True)
             self.bank.append_counts(n_rows, counts, code)
         self._fired += counts
         self._seen += n
@@ -451,7 +451,7 @@ class BinaryObjective(Objective):
         if past is not None:
             words = torch.cat([past.require_words(), words])
         columns = self.model.W_enc.shape[1] * self._features
-        code = BinaryCode(words, columns, n_bits=self.model.config.n_bits)
+        code = BinaryCode(words, columns, n_bits=self.model.config.n_bits, trusted=True)
         return code.statistics(covariance=True, impl=self.model.impl)
 
     def _spread(

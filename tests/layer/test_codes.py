@@ -194,6 +194,10 @@ def test_constructor_names_what_is_wrong():
         bf.BinaryCode(words, 40, n_bits=3)
     with pytest.raises(ValueError, match="row_mask must be bool"):
         bf.BinaryCode(words, 40, row_mask=torch.ones(4, dtype=torch.bool))
+    words[2, 1] = 1 << 8  # column 40: the covariance of such a code ended the process
+    with pytest.raises(ValueError, match="words must have no bits past column 40; some are set"):
+        bf.BinaryCode(words, 40)
+    assert int(bf.BinaryCode(words, 41).counts()[40]) == 1
 
 
 def counting(monkeypatch):

@@ -420,8 +420,9 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
         compress(code, tmp_path / "other", block_rows=0)
     with pytest.raises(ValueError, match="coder must be one of tree, columns; got 'forest'"):
         compress(code, tmp_path / "other", coder="forest")
+    words = torch.full((2, 2), -1, dtype=torch.int32)
     with pytest.raises(ValueError, match="bits past column 40"):
-        compress(bf.BinaryCode(torch.full((2, 2), -1, dtype=torch.int32), 40), tmp_path / "other")
+        compress(bf.BinaryCode(words, 40, trusted=True), tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["code"]
 
 
