@@ -65,9 +65,18 @@ def check_covariance_size(n_rows: int, n_columns: int, device_type: str = "cpu")
 _INDEX_HELP = "a code is indexed by rows: an int, a slice, 1-D integers or a bool mask; "
 
 
-def _check_tail(words: Tensor, n_columns: int) -> None:
+def check_tail(name: str, words: Tensor, n_columns: int) -> None:
+    """Refuse bits behind the last column, which kernels would take for columns; on a CPU only.
+
+    Raises:
+        ValueError: some are set.
+    """
+    # a subclass (a fake tensor) may have no numbers, and a device is not waited for
+    readable = words.device.type == "cpu" and type(words) is Tensor
+    if not readable or torch.compiler.is_compiling():
+        return
     if not packing.tail_is_zero(words, n_columns):
-        raise ValueError(f"words must have no bits past column {n_columns}; some are set")
+        raise ValueError(f"{name} must have no bits past column {n_columns}; some are set")
 
 
 def _kind(value: Any) -> str:
@@ -126,10 +135,8 @@ class BinaryCode:
                 f"row_mask must be bool {tuple(words.shape[:-1])}; "
                 f"got {row_mask.dtype} {tuple(row_mask.shape)}"
             )
-        # a subclass (a fake tensor) may have no numbers, and a device is not waited for
-        readable = words.device.type == "cpu" and type(words) is Tensor
-        if not (trusted or torch.compiler.is_compiling()) and readable:
-            _check_tail(words, n_columns)
+        if not trusted:
+            check_tail("words", words, n_columns)
         self.words = words
         self.n_columns = n_columns
         self.n_bits = n_bits

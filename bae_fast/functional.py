@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bae_fast import reference
-from bae_fast.codes import BinaryCode, check_covariance_size, keep_signs
+from bae_fast.codes import BinaryCode, check_covariance_size, check_tail, keep_signs
 from bae_fast.ops import registry
 from bae_fast.ops.limits import check_counted
 from bae_fast.ops.products import HALF
@@ -307,9 +307,10 @@ def _check_packed(
     name: str,
     given: CodeStatistics | Encoded,
     kinds: dict[str, tuple[torch.dtype, tuple[int | str, ...]]],
+    n_columns: int,
     device: torch.device,
 ) -> None:
-    """Shape, dtype and device of each field that is there: kernels read them as they are."""
+    """Shape, dtype, device and last bits of each field that is there: kernels read them so."""
     for field, (dtype, shape) in kinds.items():
         tensor = getattr(given, field)
         if tensor is None:
@@ -319,6 +320,8 @@ def _check_packed(
             raise TypeError(f"{name}.{field} must be {dtype}; got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}.{field} must be on x's device {device}; got {tensor.device}")
+        if dtype == torch.int32:
+            check_tail(f"{name}.{field}", tensor, n_columns)
 
 
 def _check_statistics(
@@ -332,7 +335,7 @@ def _check_statistics(
         "numerator": (torch.int64, ()),
         "signs": (torch.int32, (2, n_columns, n)),
     }
-    _check_packed(name, given, kinds, device)
+    _check_packed(name, given, kinds, n_columns, device)
 
 
 def _check_encoded(
@@ -353,7 +356,7 @@ def _check_encoded(
         )
     if surrogate == "rectangle":
         kinds["window"] = bits
-    _check_packed("encoded", encoded, kinds, device)
+    _check_packed("encoded", encoded, kinds, n_columns, device)
 
 
 def _check_x(

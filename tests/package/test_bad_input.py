@@ -332,6 +332,11 @@ def test_an_unknown_impl(parameters, x):
             call()
 
 
+def _column_63(words):
+    """With a bit set that is no column's: a kernel's list of the ones would run over its end."""
+    return words | torch.iinfo(torch.int32).min
+
+
 @pytest.mark.parametrize(
     ("field", "change", "error", "said"),
     [
@@ -365,6 +370,8 @@ def test_an_unknown_impl(parameters, x):
         ("words", lambda t: t[:, :1], ValueError, "stats.words must have shape [N, 2]; got [12"),
         ("numerator", lambda t: t[None], ValueError, "stats.numerator must have shape []; got"),
         ("signs", lambda t: t[..., :1], ValueError, "stats.signs must have shape [2, 40, 2]; got"),
+        ("words", _column_63, ValueError, "stats.words must have no bits past column 40; some"),
+        ("signs", _column_63, ValueError, "stats.signs must have no bits past column 40; some"),
     ],
 )
 def test_statistics_of_another_shape_dtype_or_device(parameters, x, field, change, error, said):
@@ -388,6 +395,8 @@ def test_statistics_of_another_shape_dtype_or_device(parameters, x, field, chang
         ("counts", lambda t: t.float(), TypeError, "encoded.counts must be torch.int64; got tor"),
         ("counts", lambda t: t[1:], ValueError, "encoded.counts must have shape [40]; got [39]"),
         ("n_rows", int, TypeError, "encoded.n_rows must be a tensor; got int"),
+        ("words", _column_63, ValueError, "encoded.words must have no bits past column 40; some"),
+        ("window", _column_63, ValueError, "encoded.window must have no bits past column 40; so"),
     ],
 )
 def test_encoded_rows_of_another_shape_or_dtype(bae, x, field, change, error, said):
