@@ -114,8 +114,8 @@ class BinaryCode:
         Raises:
             TypeError: words is not int32.
             ValueError: words' last dimension is not ceil(n_columns / 32), words have bits behind
-                the last column, n_columns is not a multiple of n_bits, or row_mask is not bool of
-                words' leading shape.
+                the last column, n_columns is not a multiple of n_bits, row_mask is not bool of
+                words' leading shape, or counts are not int64 ``[K]``.
         """
         if not isinstance(words, Tensor) or words.dtype != torch.int32:
             raise TypeError(f"words must be an int32 tensor; got {_kind(words)}")
@@ -134,6 +134,10 @@ class BinaryCode:
             raise ValueError(
                 f"row_mask must be bool {tuple(words.shape[:-1])}; "
                 f"got {row_mask.dtype} {tuple(row_mask.shape)}"
+            )
+        if counts is not None and (counts.dtype != torch.int64 or counts.shape != (n_columns,)):
+            raise ValueError(
+                f"counts must be int64 [{n_columns}]; got {counts.dtype} {list(counts.shape)}"
             )
         if not trusted:
             check_tail("words", words, n_columns)

@@ -194,6 +194,9 @@ def test_constructor_names_what_is_wrong():
         bf.BinaryCode(words, 40, n_bits=3)
     with pytest.raises(ValueError, match="row_mask must be bool"):
         bf.BinaryCode(words, 40, row_mask=torch.ones(4, dtype=torch.bool))
+    for counts in (torch.zeros(40), torch.zeros(3, dtype=torch.int64)):  # kernels read 40 int64
+        with pytest.raises(ValueError, match=r"counts must be int64 \[40\]; got torch"):
+            bf.BinaryCode(words, 40, counts=counts)
     words[2, 1] = 1 << 8  # column 40: the covariance of such a code ended the process
     with pytest.raises(ValueError, match="words must have no bits past column 40; some are set"):
         bf.BinaryCode(words, 40)
