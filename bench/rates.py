@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from bae_fast.files import read_json
 from bae_fast.report import tables
 from bae_fast.report.compare import LABELS
 
-BITS = (125, 140, 150, 160, 170)
-
 # folders with comparisons that measured the loss with rounded values, by model; runs of one model
-# in one metric may lie in several
+# in one metric may lie in several. First those of two million tokens of six kinds of text
 SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "SmolLM2, block 12": (("mixed",),),
+}
+BITS = (110, 125, 140, 160, 180, 200)
+
+# and those of some ten epochs of a text of 113,000 or 81,920 tokens
+SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
     "SmolLM2, block 12": (("smollm", "smollm_k12"), ("smollm_metric",)),
     "Gemma 3 270M, block 10": (("gemma_metric",),),
 }
+SMALL_BITS = (125, 140, 150, 160, 170)
 
 
 def points(run: dict[str, Any]) -> list[tuple[float, float]]:
@@ -60,8 +65,10 @@ def at(line: list[tuple[float, float]], bits: float) -> float | None:
     return math.exp(math.log(left[1]) + share * math.log(kl / left[1]))
 
 
-def lines(some: Iterable[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """By method and steps of a tail: KL at every number of ``BITS``, one entry a seed."""
+def lines(
+    some: Iterable[dict[str, Any]], places: Sequence[int]
+) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """By method and steps of a tail: KL at so many bits, one entry a seed."""
     runs: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
     for run in some:
         name = run["method"], run["variant"].get("kl_tail", 0)
@@ -69,26 +76,38 @@ def lines(some: Iterable[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for name, by_seed in runs.items():
         fronts = [frontier(some) for some in by_seed.values()]
-        found[name] = [{str(bits): at(front, bits) for bits in BITS} for front in fronts]
+        found[name] = [{str(bits): at(front, bits) for bits in places} for front in fronts]
     return found
 
 
 def equal_bits(results: Path) -> str:
+    """The runs on much text of several kinds."""
+    return _table(results, SOURCES, BITS)
+
+
+def equal_bits_small(results: Path) -> str:
+    """The runs on little text of one kind."""
+    return _table(results, SMALL_SOURCES, SMALL_BITS)
+
+
+def _table(
+    results: Path, sources: dict[str, tuple[tuple[str, ...], ...]], places: Sequence[int]
+) -> str:
     """A line a model, metric, tail and method; beside a rival's loss how far it is from that of the
     binary code with the same tail."""
     body = []
-    for label, groups in SOURCES.items():
+    for label, groups in sources.items():
         for folders in groups:
             found = (read_json(results / folder / "compare.json") for folder in folders)
             runs = [run for result in found for run in result["runs"]]
             metric = runs[0]["settings"].get("metric", "none")
-            by_name = lines(runs)
+            by_name = lines(runs, places)
             for (method, tail), seeds in sorted(by_name.items(), key=lambda line: line[0][1]):
                 own = None if method == "bae" else by_name.get(("bae", tail))
                 steps = f"{tail} steps" if tail else "no"
-                cells = [_cell(seeds, own, str(bits)) for bits in BITS]
+                cells = [_cell(seeds, own, str(bits)) for bits in places]
                 body.append([label, metric, steps, LABELS.get(method, method), *cells])
-    header = ["model", "metric", "KL tail", "code", *(f"KL at {bits} bits" for bits in BITS)]
+    header = ["model", "metric", "KL tail", "code", *(f"KL at {bits} bits" for bits in places)]
     return "\n".join(tables.table(header, body))
 
 

@@ -38,6 +38,7 @@ from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.progress import Stages, say
 from bae_fast.training import Trainer
+from bae_fast.training.supply import evenly
 
 if TYPE_CHECKING:
     from bae_fast.causal import InPlaceDivergence
@@ -85,11 +86,14 @@ class Config(JudgeOptions, Data):
         precision: The precision of the products; auto is bfloat16 where it is native.
         transcoder_hooks: The modules that the transcoder reads and writes. Without them those are
             the norm before the MLP of the hook's block, and the MLP.
+        heldout_rows: The number of rows at the end of the text, in whole windows, that nothing is
+            trained on.
         substitution_tokens: The number of held-out tokens on which the language model runs with
             each reconstruction in its state's place; 0 leaves this out.
         description: Bits under one and the same coder for every method stand in the table, those
-            of independent columns and those along a tree, fitted to the training rows and charged
-            on the held-out ones, with values at the precision that is best for the method.
+            of independent columns and those along a tree, fitted to the training rows (at most
+            262,144 of them, evenly spread) and charged on the held-out ones, with values at the
+            precision that is best for the method.
         probe: How well the best 1, 2 and 5 features tell properties of tokens, such as capitals,
             digits or code, stands in the table.
         encoder: The folder of a sentence encoder. With it the table has the share of draws in
@@ -117,6 +121,7 @@ class Config(JudgeOptions, Data):
     value_bits: int = 5
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     transcoder_hooks: tuple[str, str] | None = None
+    heldout_rows: int = N_HELDOUT
     substitution_tokens: int = 2048
     description: bool = True
     probe: bool = False
@@ -156,6 +161,7 @@ def train_all(config: Config) -> dict[str, Any]:
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
     runs.check_at_least(config, 0, "kl_tail")
+    runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)
     cache_of(config)
@@ -163,9 +169,9 @@ def train_all(config: Config) -> dict[str, Any]:
     if width is not None:
         _check_k(config, width)
     stages = Stages(config.progress)
-    cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size)
+    cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size, config.heldout_rows)
     _check_k(config, cache.d_in)  # of any other module the width is known by its states
-    split = cache.split(N_HELDOUT)
+    split = cache.split(config.heldout_rows)
     train = cache.rows[split.train.start : split.train.stop]
     heldout = cache.rows[split.heldout.start : split.heldout.stop]
     facts["split"] = split.as_dict()
@@ -173,7 +179,7 @@ def train_all(config: Config) -> dict[str, Any]:
 
     def hook_rows(hook: str) -> ActivationCache:
         other = dataclasses.replace(config, hook=hook)
-        return harvest_rows(other, stages, config.batch_size)[0]
+        return harvest_rows(other, stages, config.batch_size, config.heldout_rows)[0]
 
     pair: dict[str, Tensor] = {}
     if "transcoder" in config.methods:
@@ -402,7 +408,7 @@ def one(
         log = runs.fit(trainer, unfinished, log=unfinished / "log.jsonl", progress=config.progress)
         folder = model.save_pretrained(config.out / "models" / name)
         found = evaluate(
-            model, x_held, y_held, training_rows=x, value_bits=config.value_bits
+            model, x_held, y_held, training_rows=evenly(x), value_bits=config.value_bits
         ).summary()
         runs.discard(unfinished)
         return {

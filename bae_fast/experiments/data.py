@@ -255,9 +255,19 @@ def cache_of(config: Source) -> Path:
 
 
 def harvest_rows(
-    config: Data, stages: Stages, batch_size: int
+    config: Data, stages: Stages, batch_size: int, n_heldout: int = N_HELDOUT
 ) -> tuple[ActivationCache, Any, dict[str, Any]]:
-    """Hidden states from the cache or the language model: (cache, tokenizer, facts)."""
+    """Hidden states from the cache or the language model: (cache, tokenizer, facts).
+
+    Args:
+        config: says which.
+        stages: shows how far it is.
+        batch_size: rows of a step, of which the text must hold some.
+        n_heldout: rows that are going to be held out of the text.
+
+    Raises:
+        ConfigError: they cannot be had; the field is named.
+    """
     from bae_fast import lm as lm_tools
 
     if config.context < 1:
@@ -271,11 +281,11 @@ def harvest_rows(
         windows, text_facts = read_windows(config, tokenizer)
         text_name = text_facts["dataset_path"]
         # held out, the window left out before them, and a first batch with room for dropped rows
-        least = N_HELDOUT + 3 * config.context + 2 * batch_size
+        least = n_heldout + 3 * config.context + 2 * batch_size
         if windows.numel() < least:
             raise ConfigError(
                 "tokens",
-                f"or --text must give at least {least:,} tokens ({N_HELDOUT:,} are held out); "
+                f"or --text must give at least {least:,} tokens ({n_heldout:,} are held out); "
                 f"got {windows.numel():,}",
             )
         say(f"   {windows.numel():,} tokens of {text_name}")

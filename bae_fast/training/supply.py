@@ -23,6 +23,14 @@ _FINGERPRINT_BYTES = 64 * 2**20
 # held-out rows are given out so many at a time
 HELDOUT_BLOCK = 4096
 
+# rows on which what is made at the end of a run, or a coder, can be fitted: more change little
+FITTED_ROWS = 262_144
+
+
+def evenly(rows: Tensor, most: int = FITTED_ROWS) -> Tensor:
+    """Every k-th of rows ``[n, d]``, with the least k that leaves at most so many: a view."""
+    return rows[:: -(-len(rows) // most)]
+
 
 class Rows(NamedTuple):
     """Rows of one batch: the states of every hook at the same tokens.

@@ -34,7 +34,7 @@ from bae_fast.training.learner import (
     check_same_run,
     learning,
 )
-from bae_fast.training.supply import MemorySupply, Rows
+from bae_fast.training.supply import MemorySupply, Rows, evenly
 
 
 class Trainer(Generic[Config]):
@@ -257,7 +257,7 @@ class Trainer(Generic[Config]):
                         with _whole():
                             self.save(checkpoint)
             with _whole(), learning():
-                self.objective.finish(self.rows)
+                self.objective.finish(evenly(self.rows))
                 self.learner.publish()
         except (KeyboardInterrupt, SystemExit):
             if checkpoint is not None and not self._in_step:

@@ -162,6 +162,27 @@ def test_bits_under_one_coder_stand_in_every_run(arguments):
     assert "| bits, tree |" in (out / "compare.md").read_text()
 
 
+def test_as_many_rows_are_held_out_as_asked_for(arguments, tmp_path, capsys):
+    more = ["--methods", "bae", "--out", str(tmp_path), "--heldout-rows"]
+    assert main([*arguments, *more, "600"]) == 0
+    (run,) = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    cache = ActivationCache.open(next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*")))
+    split, rows = cache.split(600), cache.rows.float()
+    assert run["settings"]["data"]["split"] == split.as_dict()
+    train, held = rows[: split.train.stop], rows[split.heldout.start :]
+    assert 500 < run["heldout"]["n_rows"] == len(held) <= 600
+    model = bf.BinaryAutoencoder.from_pretrained(tmp_path / run["model"])
+    assert torch.allclose(model.x_mean, train.mean(0), atol=1e-5)
+    with torch.no_grad():
+        assert run["heldout"]["fvu"] == pytest.approx(fvu(held, model.reconstruct(held)), rel=1e-5)
+    length = description_length(model.active(held), "tree", fitted_to=model.active(train))
+    assert run["scores"]["description"]["tree"] == pytest.approx(length.bits)
+    # the text is 37 windows long, of 14 judged tokens each
+    assert run["scores"]["substitution"]["n_tokens"] == len(held) // 15 * 14
+    assert main([*arguments, *more, "9"]) == 1
+    assert "--heldout-rows must be at least 32; got 9" in capsys.readouterr().err
+
+
 class Rounded:
     """An autoencoder whose decoder reads values of so many bits."""
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bae_fast.training import MemorySupply, Supply, merge_states
+from bae_fast.training.supply import evenly
 
 
 def rows(n=40, d=3, seed=0):
@@ -88,6 +89,12 @@ def test_several_hooks_come_row_by_row():
     batch = supply.next(6)
     assert torch.equal(batch.x["a"], x[batch.ids])
     assert torch.equal(batch.x["b"], y[batch.ids])
+
+
+@pytest.mark.parametrize(("n", "step"), [(10, 1), (262_144, 1), (262_145, 2), (600_000, 3)])
+def test_rows_for_a_fit_are_spread_over_all_of_them(n, step):
+    rows = torch.arange(n)[:, None]
+    assert evenly(rows).flatten().tolist() == list(range(0, n, step))
 
 
 def test_heldout_rows_come_in_order_under_numbers_of_their_own():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from bae_fast.experiments.data import N_HELDOUT, load_model
+from bae_fast.experiments.data import load_model
 from bae_fast.progress import Stages
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Context:
     Attributes:
         config: the experiment's configuration.
         cache: hidden states of ``config.hook`` and the tokens they belong to.
-        heldout: row numbers of the cache that nothing was trained on.
+        train, heldout: row numbers of the cache that methods were trained on, and that they were
+            not.
         tokenizer: the language model's tokenizer.
         transcoder_hooks: modules that a transcoder reads and writes.
         pair: rows of the transcoder, empty where there is none.
@@ -83,9 +84,8 @@ class Context:
         self.stages = stages
         self.cache = cache
         self.tokenizer = tokenizer
-        split = cache.split(N_HELDOUT)
-        self.heldout = split.heldout
-        self._last_trained = split.train.stop - 1
+        split = cache.split(config.heldout_rows)
+        self.train, self.heldout = split.train, split.heldout
         self.transcoder_hooks = transcoder_hooks
         self.pair = pair
         self._hook_rows = hook_rows
@@ -126,7 +126,7 @@ class Context:
 
     def training_windows(self) -> Tensor:
         """The windows that methods are trained on."""
-        return self.cache.tokens[: int(self.cache.row_window[self._last_trained]) + 1].long()
+        return self.cache.tokens[: int(self.cache.row_window[self.train.stop - 1]) + 1].long()
 
     def windows(self, n_tokens: int) -> Tensor:
         """Held-out windows of at least so many tokens if there are, from the first."""

@@ -16,8 +16,8 @@ from bae_fast.analysis.metrics import (
 from bae_fast.analysis.quantisers import quantize, value_ranges
 from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
-from bae_fast.experiments.data import N_HELDOUT
 from bae_fast.experiments.scorers import Column, Context, Scorer
+from bae_fast.training.supply import evenly
 
 ORDER = -1
 
@@ -135,10 +135,10 @@ def describe(model: Autoencoder, train: Tensor, precision: Precision) -> dict[st
 
 
 def rows_of(context: Context, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs that a method was trained on, held-out inputs and held-out targets."""
+    """Some inputs that a method was trained on, held-out inputs and held-out targets."""
     if method == "transcoder":
         pair = context.pair
-        return pair["x_train"], pair["x_heldout"], pair["y_heldout"]
-    rows, split = context.cache.rows, context.cache.split(N_HELDOUT)
-    held = rows[split.heldout.start : split.heldout.stop]
-    return rows[split.train.start : split.train.stop], held, held
+        return evenly(pair["x_train"]), pair["x_heldout"], pair["y_heldout"]
+    rows, train, heldout = context.cache.rows, context.train, context.heldout
+    held = rows[heldout.start : heldout.stop]
+    return evenly(rows[train.start : train.stop]), held, held

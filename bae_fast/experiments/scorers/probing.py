@@ -8,7 +8,6 @@ from torch import Tensor
 
 from bae_fast.analysis.labels import LABELS, token_labels
 from bae_fast.analysis.probing import sparse_probes
-from bae_fast.experiments.data import N_HELDOUT
 from bae_fast.experiments.scorers import Column, Context, Scorer
 
 ORDER = 2
@@ -28,9 +27,8 @@ def make(context: Context) -> list[Scorer]:
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
         cache = context.read_by(method)
         # the same windows for each module that is read
-        split = context.cache.split(N_HELDOUT)
-        last = int(context.cache.row_window[split.train.stop - 1])
-        first = int(context.cache.row_window[split.heldout.start])
+        last = int(context.cache.row_window[context.train.stop - 1])
+        first = int(context.cache.row_window[context.heldout.start])
         if id(cache) not in made:
             made[id(cache)] = token_labels(context.tokenizer, cache.tokens)
         window, position = cache.row_window.long(), cache.row_position.long()
