@@ -24,7 +24,7 @@ from bae_fast.report.compare import LABELS
 SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
     "SmolLM2, block 12": (("mixed",),),
 }
-BITS = (110, 125, 140, 160, 180, 200)
+BITS = (126, 140, 160, 180, 200)
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
