@@ -221,7 +221,6 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "smollm-k12": _first_table_of("smollm_k12/compare"),
     "smollm-metric": _first_table_of("smollm_metric/compare"),
     "mixed": _first_table_of("mixed/compare"),
-    "gates": _first_table_of("gates/compare"),
     "equal-bits": rates.equal_bits,
     "equal-bits-small": rates.equal_bits_small,
     "compress": _first_table_of("compress/compress"),
