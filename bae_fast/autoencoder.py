@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bae_fast import hub
-from bae_fast.codes import BinaryCode
+from bae_fast.codes import BinaryCode, check_strided
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
 from bae_fast.progress import tracked
 
@@ -323,6 +323,7 @@ class Autoencoder(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor; got {type(x).__name__}{numpy_hint('x', x)}")
+        check_strided("x", x)
         if x.shape[-1:] != self.x_mean.shape:
             raise ValueError(f"x must have shape [..., {len(self.x_mean)}]; got {list(x.shape)}")
         if not x.dtype.is_floating_point:
@@ -383,6 +384,7 @@ class Autoencoder(nn.Module):
             mean = self.x_mean if name == "x" else self.target_mean
             if not isinstance(rows, Tensor):
                 check_rows(name, rows, len(mean))
+            check_strided(name, rows)
             if not rows.dtype.is_floating_point:
                 raise TypeError(f"{name} must be floating point; got {rows.dtype}")
             if rows.shape[-1:] != mean.shape or rows.numel() == 0:

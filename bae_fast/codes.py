@@ -65,6 +65,17 @@ def check_covariance_size(n_rows: int, n_columns: int, device_type: str = "cpu")
 _INDEX_HELP = "a code is indexed by rows: an int, a slice, 1-D integers or a bool mask; "
 
 
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Refuse sparse, nested and other tensors that are no rectangle of numbers in memory.
+
+    Raises:
+        TypeError: naming the layout.
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor; got a {kind} one")
+
+
 def check_tail(name: str, words: Tensor, n_columns: int) -> None:
     """Refuse bits behind the last column, which kernels would take for columns; on a CPU only.
 
@@ -119,6 +130,7 @@ class BinaryCode:
         """
         if not isinstance(words, Tensor) or words.dtype != torch.int32:
             raise TypeError(f"words must be an int32 tensor; got {_kind(words)}")
+        check_strided("words", words)
         if not isinstance(n_columns, int) or n_columns < 1:
             raise ValueError(f"n_columns must be an int >= 1; got {n_columns!r}")
         if words.dim() < 1 or words.shape[-1] != packing.n_words(n_columns):

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bae_fast import reference
-from bae_fast.codes import BinaryCode, check_covariance_size, check_tail, keep_signs
+from bae_fast.codes import (
+    BinaryCode,
+    check_covariance_size,
+    check_strided,
+    check_tail,
+    keep_signs,
+)
 from bae_fast.ops import registry
 from bae_fast.ops.limits import check_counted
 from bae_fast.ops.products import HALF
@@ -280,16 +286,23 @@ def _check_whole(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_columns(name: str, weight: Tensor) -> None:
+    if weight.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one column; got none")
+
+
 def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x") -> None:
-    """One device; one floating dtype outside autocast."""
+    """Dense; one device; one floating dtype outside autocast."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{x_name} must be a tensor; got {type(x).__name__}")
+    check_strided(x_name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{x_name} must be floating point; got {x.dtype}")
     autocast = _autocasts(x.device)
     for name, tensor in parameters.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+        check_strided(name, tensor)
         if not hasattr(x, "full_tensor"):
             _check_whole(name, tensor)
         if tensor.device != x.device:
@@ -366,8 +379,7 @@ def _check_x(
         raise ValueError(f"x must have shape [..., {W_enc.shape[0]}]; got {list(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one row; got shape {list(x.shape)}")
-    if W_enc.shape[1] == 0:
-        raise ValueError("W_enc must have at least one column; got none")
+    _check_columns("W_enc", W_enc)
     if (
         isinstance(n_bits, bool)
         or not isinstance(n_bits, int)
@@ -380,6 +392,8 @@ def _check_x(
         )
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor; got {type(mask).__name__}")
+    if mask is not None:
+        check_strided("mask", mask)
     if mask is not None and (
         mask.dtype != torch.bool or mask.shape != x.shape[:-1] or mask.device != x.device
     ):
@@ -510,6 +524,7 @@ def binary_autoencoder(
     n_columns = W_enc.shape[1]
     _require("b_enc", b_enc, (n_columns,))
     _require("W_dec", W_dec, (n_columns // n_bits, "d_out"))
+    _check_columns("W_dec", W_dec)
     _require("b_dec", b_dec, (W_dec.shape[1],))
     surrogate, width = resolve_surrogate(surrogate, surrogate_width)
 
@@ -713,6 +728,7 @@ def decode(
         ValueError: another number of features, shape or device.
     """
     _require("W_dec", W_dec, ("F", "d_out"))
+    _check_columns("W_dec", W_dec)
     _require("b_dec", b_dec, (W_dec.shape[1],))
     if isinstance(code, Tensor):
         _check_parameters(code, {"W_dec": W_dec, "b_dec": b_dec})

@@ -60,10 +60,15 @@ class CodeBank:
         """Add a batch by its statistics, int64 ``[]`` and ``[K]``, with its code where it is kept.
 
         Raises:
-            ValueError: no code for a bank that keeps codes.
+            ValueError: no code for a bank that keeps codes, or one of other columns.
         """
         if self.keep_codes and code is None:
             raise ValueError("code must be given to a bank that keeps codes; got None")
+        if self._batches and counts.shape != self._batches[0].counts.shape:
+            raise ValueError(
+                f"code must have the {len(self._batches[0].counts)} columns of those held; "
+                f"got {len(counts)}"
+            )
         total, ones = n_rows, counts
         if self._sums is not None:
             total, ones = self._sums[0] + n_rows, self._sums[1] + counts

@@ -140,6 +140,47 @@ def test_fitting_a_scale_that_the_modules_dtype_does_not_hold(dtype, factor, shi
     assert bae.x_scale == 1
 
 
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "nested"])
+def test_rows_that_are_no_rectangle_of_numbers(bae, parameters, x, kind):
+    if kind == "nested":
+        other = torch.nested.nested_tensor([x[:3], x[3:]])
+    else:
+        other = x.to_sparse() if kind == "sparse_coo" else x.to_sparse_csr()
+    for call in (
+        bae,
+        bae.encode,
+        bae.fit_normalization_,
+        lambda x: bf.binary_autoencoder(x, **parameters),
+        lambda x: bf.encode(x, parameters["W_enc"], parameters["b_enc"]),
+    ):
+        with refused(TypeError, "x must be a dense tensor", f"got a {kind} one"):
+            call(other)
+
+
+def test_weights_that_are_sparse_or_empty(parameters, x):
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        wrong = parameters | {name: parameters[name].to_sparse()}
+        with refused(TypeError, f"{name} must be a dense tensor", "got a sparse_coo one"):
+            bf.binary_autoencoder(x, **wrong)
+    nothing = {"W_dec": torch.zeros(F, 0), "b_dec": torch.zeros(0)}
+    code = bf.encode(x, parameters["W_enc"], parameters["b_enc"])
+    for call in (
+        lambda: bf.binary_autoencoder(x, **parameters | nothing),
+        lambda: bf.decode(code, **nothing),
+    ):
+        with refused(ValueError, "W_dec must have at least one column", "got none"):
+            call()
+
+
+def test_a_bank_of_codes_of_other_columns():
+    from bae_fast.training import CodeBank
+
+    bank = CodeBank(2)
+    bank.append(bf.BinaryCode.from_dense(torch.ones(3, 40)))
+    with refused(ValueError, "code must have the 40 columns of those held", "got 64"):
+        bank.append(bf.BinaryCode.from_dense(torch.ones(3, 64)))
+
+
 def test_fitting_on_integers_or_on_no_tensor(bae):
     with refused(TypeError, "x must be floating point", "got torch.int64"):
         bae.fit_normalization_(torch.arange(12).view(2, D))
