@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from bae_fast import functional
 from bae_fast.autoencoder import (
@@ -424,16 +425,18 @@ class BinaryAutoencoder(Autoencoder):
                 f"target must have shape {list(out.recon.shape)}; got {list(target.shape)}"
             )
         wide = torch.promote_types(out.recon.dtype, torch.float32)
-        error = (out.recon.to(wide) - target.to(wide)) / self.target_scale.to(wide)
-        n: int | Tensor = error.numel()
+        recon, target, scale = out.recon.to(wide), target.to(wide), self.target_scale.to(wide)
+        n: int | Tensor = recon.numel()
         mask = out.code.row_mask
         if mask is not None:
             # before the square: the gradient of a dropped row that holds NaN must be zero
-            error = torch.where(mask[..., None], error, 0)
-            n = mask.sum().clamp_min(1) * error.shape[-1]
+            recon = torch.where(mask[..., None], recon, 0)
+            target = torch.where(mask[..., None], target, 0)
+            n = mask.sum().clamp_min(1) * recon.shape[-1]
         if total is not None:
-            n = total * error.shape[-1]
-        squares = error.square().sum()
+            n = total * recon.shape[-1]
+        # one pass each way, where the square of a difference takes two and three
+        squares = mse_loss(recon / scale, target / scale, reduction="sum")
         # out.variance is zero: it carries the curvature of the squares to the bits
         return (squares if out.variance is None else squares + out.variance) / n
 

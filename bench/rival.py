@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, mse_loss
 
 from bae_fast import binary_autoencoder
 from bae_fast.devices import has_bfloat16
@@ -107,7 +107,7 @@ def recipe_step(
                 rows, *parameters, surrogate="rectangle", surrogate_width=width, past=past,
                 multilinear=True, impl=name.split()[0],
             )  # fmt: skip
-            loss = (rows - out.recon).square().mean(dtype=torch.float32)
+            loss = mse_loss(out.recon.float(), rows.float())
         assert out.variance is not None
         terms = RECIPE.entropy_weight * out.entropy
         if past is not None:

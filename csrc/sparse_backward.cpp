@@ -10,9 +10,10 @@ namespace {
 // listed at once, one tile of columns at least: entries, and lists of them
 constexpr int64_t kEntries = int64_t{1} << 21, kLists = int64_t{1} << 18;
 constexpr int64_t kReuse = 2;  // entries of a group for a row of it, from which panels are copied
-constexpr int64_t kScattered = 1;      // the same of all columns, below which rows are not blocked
-constexpr int64_t kIndexed = 1 << 16;  // rows that an index of a block may name
-constexpr int64_t kSignBlock = 256;    // words of a row: 512 KiB of a block of rows
+constexpr int64_t kScattered = 1;  // the same of all columns, below which rows are not blocked
+constexpr int64_t kGroup = 4 * kPanelRows;  // columns for which a part of all rows stays at hand
+constexpr int64_t kIndexed = 1 << 16;       // rows that an index of a block may name
+constexpr int64_t kSignBlock = 256;         // words of a row: 512 KiB of a block of rows
 
 template <typename T>
 const SparseKernels<T>& sparse_kernels() {
@@ -225,7 +226,7 @@ class SparseBackward {
 
   // With several blocks of rows a panel serves so many columns that its copy does not count.
   int64_t group(int64_t from, int64_t to) const {
-    return blocks_ == 1 ? to - from : std::min(to - from, kPanelRows);
+    return blocks_ == 1 ? to - from : std::min(to - from, kGroup);
   }
 
   void dots(Worker& w, int64_t from, int64_t to) {
@@ -361,7 +362,8 @@ class SparseBackward {
     const int64_t d = x.width;
     for (int64_t j0 = from, step = group(from, to); j0 < to; j0 += step) {
       const int64_t j1 = std::min(to, j0 + step), few = std::min(step, kPanelRows);
-      const bool here = in_place(j0, j1 - j0, x);
+      // columns that a panel serves
+      const bool here = in_place(j0, blocks_ == 1 ? j1 - j0 : std::min(few, j1 - j0), x);
       for (int64_t c = 0; c < d; c += kWidth) {
         for (int64_t j = j0; j < j1; j += few) {
           const int64_t count = std::min(j1 - j, few);

@@ -21,7 +21,7 @@ from bae_fast.backends.cpp import extension, sparse_backward  # noqa: E402
 NAMES = ("x", "W_enc", "b_enc", "W_dec", "b_dec")
 
 # (N, d_in, F, d_out): edges of words, tiles of 64 columns, panels (512 rows; 128 floats or 64
-# doubles of depth) and of groups of 512 columns
+# doubles of depth) and of 512 columns
 SHAPES = [
     (1, 1, 1, 1),
     (1, 70, 65, 3),
@@ -201,6 +201,16 @@ def test_few_entries_read_rows_where_they_lie(dtype, always):
     assert always
     actual = {name: g.double() for name, g in actual.items()}
     assert_same(actual, expected, 1e-12 if dtype == torch.float64 else 1e-4)
+
+
+def test_panels_of_several_blocks_serve_more_columns_than_a_group_has(always):
+    """Blocks of 512 rows, groups of 2048 columns."""
+    torch.set_num_threads(1)
+    x, parameters, direction = problem(520, 5, 4200, 3)
+    options = {"surrogate_width": 1.0, "weights": (1.0, 0.01, 0, 0.7)}
+    expected = run("reference", x, parameters, direction, **options)
+    assert_same(run("cpp", x, parameters, direction, **options), expected)
+    assert always
 
 
 @pytest.mark.parametrize(("n", "k"), [(70_000, 40), (3, 2**18 + 70)])
