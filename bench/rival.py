@@ -72,7 +72,7 @@ def topk_parts(x: Tensor, parameters: list[Tensor], k: int) -> tuple[Tensor, Ten
     values, indices = (x @ W_enc + b_enc).topk(k, dim=-1)
     values = values.relu()
     recon = embedding_bag(indices, W_dec, per_sample_weights=values.to(W_dec.dtype), mode="sum")
-    return (x - (recon + b_dec)).square().mean(), indices, values
+    return mse_loss(recon + b_dec, x), indices, values
 
 
 def topk_step(name: str, x: Tensor, parameters: list[Tensor], k: int) -> Callable[[], Tensor]:
