@@ -221,6 +221,7 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "smollm-k12": _first_table_of("smollm_k12/compare"),
     "smollm-metric": _first_table_of("smollm_metric/compare"),
     "mixed": _first_table_of("mixed/compare"),
+    "mixed-jumprelu": _first_table_of("mixed_jumprelu/compare"),
     "equal-bits": rates.equal_bits,
     "equal-bits-small": rates.equal_bits_small,
     "compress": _first_table_of("compress/compress"),

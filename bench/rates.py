@@ -22,7 +22,7 @@ from bae_fast.report.compare import LABELS
 # folders with comparisons that measured the loss with rounded values, by model; runs of one model
 # in one metric may lie in several. First those of two million tokens of six kinds of text
 SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "SmolLM2, block 12": (("mixed",),),
+    "SmolLM2, block 12": (("mixed", "mixed_jumprelu"),),
 }
 BITS = (126, 140, 160, 180, 200)
 

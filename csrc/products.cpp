@@ -1,5 +1,6 @@
 // Products, and what turns pre-activations into bits.
 #include <iterator>
+#include <utility>
 #include <vector>
 
 #include "operators.h"
@@ -80,6 +81,7 @@ struct Columns {
   int64_t begin, end;
 };
 
+// One by one: copies of vectors need a symbol of libstdc++ that is too new for manylinux_2_28.
 void add(std::vector<Columns>& to, const Columns& some) {
   if (!to.empty() && to.back().end == some.begin) {
     to.back().end = some.end;
@@ -129,7 +131,11 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
   const auto encode = [&](const std::vector<Columns>& some, int64_t most_columns,
                           int64_t scratch_bytes, const LeftPanel& panel, int64_t top, int64_t rows,
                           auto kernel) {
-    if (!panel.exact()) return Encoded{{}, some};
+    if (!panel.exact()) {
+      Encoded none;
+      for (const Columns& c : some) add(none.left, c);
+      return none;
+    }
     return by_strips(some, most_columns, scratch_bytes, [&](const Columns& c, uint8_t* scratch) {
       const UnitStrip s{panel.get(), from(right, 0, c.begin), rows, depth, c.end - c.begin, digits,
                         scratch,     from(left, top, 0)};
@@ -169,18 +175,24 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
   // A few rows of a few columns, which are made again, save the panels of a screen that gives up.
   if (first < kScreens && kernels().screens[first]->tried > 0) {
     const Screen& screen = *kernels().screens[first];
-    const std::vector<Columns> some = {{0, std::min(columns, kMaxStrip)}};
+    std::vector<Columns> some;
+    some.push_back({0, std::min(columns, kMaxStrip)});
     if (!by_screen(screen, some, 0, std::min(n, screen.tried)).left.empty()) ++first;
   }
-  of[first] = {{0, columns}};
+  of[first].push_back({0, columns});
   for (int64_t top = 0; top < n; top += kScreenedAtOnce) {
     const int64_t rows = std::min(n - top, kScreenedAtOnce);
     for (size_t i = first; i < kScreens; ++i) {
       if (of[i].empty()) continue;
       Encoded parts = by_screen(*kernels().screens[i], of[i], top, rows);
-      if (i + 1 == kScreens && !parts.left.empty()) parts = {{}, of[i]};
-      of[i] = parts.done;
-      for (const Columns& c : parts.left) add(of[i + 1], c);
+      if (parts.left.empty()) continue;
+      if (i + 1 == kScreens) {
+        for (const Columns& c : of[i]) add(of[i + 1], c);
+        of[i].clear();
+      } else {
+        for (const Columns& c : parts.left) add(of[i + 1], c);
+        of[i] = std::move(parts.done);
+      }
     }
     if (of[kScreens].empty()) continue;
     const Units& units = *kernels().units;
