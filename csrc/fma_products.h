@@ -119,7 +119,7 @@ void pack_right(const Matrix& m, int64_t columns, int64_t k0, int64_t depth, flo
 // ---- products -----------------------------------------------------------------------------------
 
 // out [kRows, 2 kLanes] (+)= left right over `depth` of k, with vectors V: Fma, or Pairs of
-// screened_encode.h, whose k are pairs.
+// screened_encode.h and Quads of screened_bytes.h, whose k are two and four integers.
 template <typename V, typename T>
 inline void multiply_block(const T* left, const T* right, int64_t depth, T* out, int64_t stride,
                            bool add) {

@@ -121,10 +121,11 @@ struct Units {
   bool (*product)(const UnitStrip& strip, float* out, int64_t out_stride, bool add);
 };
 
+constexpr int64_t kScreenedAtOnce = 4096;  // rows of a strip
+
 // Bits of x W + b as those of float64 sums, by products of integers (screened_encode.h). A result
 // is false where the operands are not finite or too large, or where the integers decide too few of
 // the bits: then what was written is of no use.
-constexpr int64_t kScreenedAtOnce = 4096;  // rows of a strip
 struct Screen {
   int64_t rows;                       // packed at once
   int64_t least_rows;                 // that it is faster for than the next
