@@ -96,6 +96,13 @@ _WIDTHS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, math.inf)
 # bits unpacked at a time
 _CHUNK_BITS = 2**26
 
+# what a file may ask of its reader before a row is seen, that a few bytes may not fill the memory;
+# of columns the coder of trees can number no more
+_MOST_COLUMNS = 1 << 24
+_MOST_BLOCK_BITS = 1 << 32
+# log(p / (1-p)) in steps of 1/16 are 712 classes
+_MOST_CLASSES = 1024
+
 
 def _constriction() -> Any:
     try:
@@ -180,6 +187,10 @@ class _Gaps:
     def _categorical(weights: list[int]) -> Any:
         # whole numbers below 2^53: float64 holds them as they are
         return _categorical(np.array([weight >> 44 for weight in weights], dtype=np.float64))
+
+    def most_symbols(self, n_bits: int) -> int:
+        """Symbols "go on" that a sequence of so many bits can have."""
+        return n_bits // (_HIGH - 1 << self.shift)
 
     def encode(self, encoder: Any, gaps: np.ndarray) -> int:
         """Feed int64 gaps; returns the symbols of the first alphabet."""
@@ -298,8 +309,8 @@ class _Model:
 
     def decode_rows(self, data: bytes, n_rows: int) -> Tensor:
         """Inverse of :meth:`encode_rows`; ValueError for data that it did not make."""
-        most = n_rows * self.n_columns
-        parts = _decode_places(self.gaps, data, self.expected(n_rows), most)
+        lengths = [size * n_rows for size in self.sizes]
+        parts = _decode_places(self.gaps, data, self.expected(n_rows), lengths)
         places, start = [np.empty(0, np.int64)], 0
         for size, part in zip(self.sizes, parts, strict=True):
             if len(part) and part[-1] >= size * n_rows:
@@ -487,7 +498,8 @@ class _TreeModel:
     def decode_rows(self, data: bytes, n_rows: int) -> Tensor:
         """Inverse of :meth:`encode_rows`; ValueError for data that it did not make."""
         most = n_rows * self.n_columns
-        found = _decode_places(self.gaps, data, [0] * len(self.gaps), most)
+        lengths = [most] * len(self.gaps)
+        found = _decode_places(self.gaps, data, [0] * len(self.gaps), lengths)
         if any(len(part) and part[-1] >= most for part in found):
             raise ValueError("a difference beyond the last row")
         # ascending over all classes
@@ -608,18 +620,25 @@ def _encode_places(
 
 
 def _decode_places(
-    gaps: list[_Gaps], data: bytes, expected: list[int], most: int
+    gaps: list[_Gaps], data: bytes, expected: list[int], lengths: list[int]
 ) -> list[np.ndarray]:
     """Inverse of :func:`_encode_places`: the places of each class, counted from its begin.
 
+    Args:
+        lengths: the most bits that each class can have.
+
     Raises:
-        ValueError: data that it did not make; a class has at most ``most`` symbols.
+        ValueError: data that it did not make.
     """
     numbers, at = [], 0
     for less in expected:
         number, at = _read_number(data, at)
         numbers.append(number + less)
-    if (len(data) - at) % 4 or any(not 0 <= number <= most for number in numbers):
+    # a symbol takes a bit or more, as p is at most 1/2, but for those that go on
+    most = 10 * (len(data) - at)
+    goes_on = [one.most_symbols(length) for one, length in zip(gaps, lengths, strict=True)]
+    fits = all(0 <= n <= length for n, length in zip(numbers, lengths, strict=True))
+    if (len(data) - at) % 4 or not fits or sum(numbers) > most + sum(goes_on):
         raise ValueError("numbers of symbols out of range")
     stream = np.frombuffer(data, dtype="<u4", offset=at).astype(np.uint32)
     decoder = _constriction().queue.RangeDecoder(stream)
@@ -686,6 +705,13 @@ def _read_number(data: bytes, at: int) -> tuple[int, int]:
 # -- the file ----------------------------------------------------------------------------------
 
 
+def _machine_bytes() -> int:
+    """The memory of the machine; where the system does not say, more than any has."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 1 << 62
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _digest(*parts: bytes) -> bytes:
     state = hashlib.blake2b(digest_size=_DIGEST)
     for part in parts:
@@ -725,7 +751,8 @@ def compress(
     columns that vary, at most 1 GiB.
 
     Args:
-        code: ``[..., K]`` on any device, fewer than 2^31 rows; read block by block.
+        code: ``[..., K]`` on any device, fewer than 2^31 rows and at most 2^24 columns, the mask's
+            included; read block by block.
         block_rows: rows coded together: fewer are read faster on their own, and cost a byte or
             two more for each class of columns.
         coder: "columns" codes each column on its own; "tree" codes it given the one it shares most
@@ -734,8 +761,8 @@ def compress(
 
     Raises:
         ImportError: no ``constriction``.
-        ValueError: block_rows below 1, another coder, bits past the last column, or a block of
-            4 GiB.
+        ValueError: a code that is too large, block_rows below 1 or of more than 2^32 bits in a
+            block, another coder, or bits past the last column.
     """
     queue = _constriction().queue
     if not isinstance(block_rows, int) or not 1 <= block_rows < 2**31:
@@ -748,6 +775,13 @@ def compress(
     if n_rows >= 2**31 or code.n_bits >= 2**16:
         raise ValueError(f"code must have fewer than 2^31 rows and 2^16 bits; got {code!r}")
     n_columns = code.n_columns + masked
+    if n_columns > _MOST_COLUMNS:
+        raise ValueError(f"code must have at most 2^24 columns, the mask's included; got {code!r}")
+    if min(block_rows, n_rows) * n_columns > _MOST_BLOCK_BITS:
+        raise ValueError(
+            f"block_rows must be at most {_MOST_BLOCK_BITS // n_columns:,} for {n_columns:,} "
+            f"columns, 2^32 bits a block; got {block_rows}"
+        )
     tops = range(0, n_rows, block_rows)
     counts = torch.zeros(n_columns, dtype=torch.int64)
     for top in tops:
@@ -796,8 +830,6 @@ def compress(
         for top in tracked(tops, n_rows, "rows", by=block_rows):
             block = _block(flat, top, block_rows)
             data = model.encode_rows(block)
-            if len(data) >= _ONE:
-                raise ValueError(f"block_rows={block_rows} makes a block of 4 GiB: give fewer")
             index.append(_ENTRY.pack(len(data), _digest(data), _checksum(block)))
             file.write(data)
         size = file.tell()
@@ -860,6 +892,7 @@ def decompress(path: str | os.PathLike[str]) -> BinaryCode:
     Raises:
         FileNotFoundError: no such file.
         ImportError: no ``constriction``.
+        MemoryError: a code of more words than this machine has memory.
         ValueError: a foreign, truncated or corrupt file, or another version.
     """
     return CompressedCode.open(path).code()
@@ -897,6 +930,23 @@ class CompressedCode:
             return found
 
         lead = [int(n) for n in numbers("<u8", n_lead)]
+        n_rows, n_coded = math.prod(lead), self._columns + masked
+        if not (
+            self._columns >= 1
+            and self.n_bits >= 1
+            and self._columns % self.n_bits == 0
+            and masked <= 1
+            and self.block_rows >= 1
+            and n_rows < 2**31
+            and math.prod(max(n, 1) for n in lead) < 2**48
+            and n_classes <= _MOST_CLASSES
+        ):
+            raise ValueError("sizes are out of range")
+        if n_coded > _MOST_COLUMNS or min(self.block_rows, n_rows) * n_coded > _MOST_BLOCK_BITS:
+            raise ValueError(
+                f"{n_coded:,} columns in blocks of {self.block_rows:,} rows are more than a file "
+                "may have"
+            )
         self.shape = torch.Size((*lead, self._columns))
         self._masked = bool(masked)
         shares = numbers("<u4", n_classes).astype(np.uint32)
@@ -905,11 +955,10 @@ class CompressedCode:
         id_words = numbers("<u4", n_id_words).astype(np.uint32)
         self.metadata: dict[str, Any] = json.loads(head[at : at + n_note])
         at += n_note
-        n_coded = self._columns + masked
         n_parts = n_coded + n_edges
-        if self._columns < 1 or self.block_rows < 1 or int(members.sum()) != n_parts:
+        if int(members.sum()) != n_parts or not isinstance(self.metadata, dict):
             raise ValueError("sizes do not agree")
-        n_blocks = -(-math.prod(lead) // self.block_rows)
+        n_blocks = -(-n_rows // self.block_rows)
         entries = [_ENTRY.unpack_from(head, at + i * _ENTRY.size) for i in range(n_blocks)]
         at += n_blocks * _ENTRY.size + _DIGEST
         self._starts = [at]
@@ -938,7 +987,7 @@ class CompressedCode:
             head = cls._read_head(file, path, size)
         try:
             return cls(path, head, size)
-        except (ValueError, struct.error, AssertionError, UnicodeDecodeError) as error:
+        except (ValueError, struct.error, AssertionError, RecursionError) as error:
             raise ValueError(f"{path} is truncated or corrupt: {error}") from error
 
     @staticmethod
@@ -953,12 +1002,13 @@ class CompressedCode:
             raise ValueError(
                 f"{path} has version {version}; can read {FORMAT_VERSION} and {TREE_VERSION}"
             )
-        header = file.read(length)
+        # no more is asked for than the file has: a length of 4 GiB would be set apart first
+        header = file.read(min(length, size))
         try:
             fields = _FIXED.unpack_from(header)
             lead = struct.unpack_from(f"<{fields[2]}Q", header, _FIXED.size)
-            index = file.read(-(-math.prod(lead) // fields[4]) * _ENTRY.size)
-        except (struct.error, ZeroDivisionError, OverflowError, MemoryError, OSError) as error:
+            index = file.read(min(-(-math.prod(lead) // fields[4]) * _ENTRY.size, size))
+        except (struct.error, ZeroDivisionError) as error:
             raise ValueError(f"{path} is truncated or corrupt: {error}") from error
         if file.read(_DIGEST) != _digest(prefix, header, index):
             raise ValueError(f"{path} is truncated or corrupt: its header fails the digest")
@@ -1018,8 +1068,19 @@ class CompressedCode:
         return BinaryCode(words, self._columns, n_bits=self.n_bits, row_mask=mask)
 
     def code(self) -> BinaryCode:
-        """All rows."""
+        """All rows.
+
+        Raises:
+            MemoryError: their words take more than this machine has.
+            ValueError: a corrupt block.
+        """
         n_rows = math.prod(self.shape[:-1])
+        n_bytes, most = n_rows * packing.n_words(self._columns) * 4, _machine_bytes()
+        if n_bytes > most:
+            raise MemoryError(
+                f"{self.path} holds {n_bytes / 2**30:,.1f} GiB of words, and this machine has "
+                f"{most / 2**30:,.1f} GiB of memory: read some of its rows at a time"
+            )
         words = torch.empty(n_rows, packing.n_words(self._columns), dtype=torch.int32)
         mask = torch.empty(n_rows, dtype=torch.bool) if self._masked else None
         for i in tracked(range(self.n_blocks), self.n_blocks, "blocks"):

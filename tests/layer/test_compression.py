@@ -502,6 +502,81 @@ def test_a_block_that_was_never_encoded_along_a_tree_is_an_error_or_bits(data, n
     assert words.shape == (n_rows, 2)
 
 
+def sealed(
+    *, columns=32, n_bits=1, lead=(1,), masked=0, block_rows=4096, shares=(0,), members=None,
+    note=b"{}", data=b"",
+):  # fmt: skip
+    """A file of one block whose digests are right, whatever its sizes say."""
+    members = [columns + masked] if members is None else members
+    header = compression._FIXED.pack(
+        columns, n_bits, len(lead), masked, block_rows, len(shares), 0, len(note)
+    )
+    for values, dtype in ((lead, "<u8"), (shares, "<u4"), (members, "<u4")):
+        header += np.array(values, dtype=dtype).tobytes()
+    header += note
+    blocks = -(-math.prod(lead) // block_rows)
+    entries = compression._ENTRY.pack(len(data), compression._digest(data), 0) * min(blocks, 1)
+    head = compression._PREFIX.pack(compression.MAGIC, 1, len(header)) + header + entries
+    return head + compression._digest(head) + data
+
+
+def announced(number):
+    out = bytearray()
+    compression._append_number(out, number)
+    return bytes(out)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"columns": 2**32 - 1},  # 32 GiB for the classes of its columns
+        {"columns": 2**24, "masked": 1},
+        {"columns": 2**16, "lead": (2**31 - 1,), "block_rows": 2**31 - 1},  # a block of 16 TiB
+        {"columns": 2**10, "lead": (2**22 + 1,), "block_rows": 2**23},
+        # a class of 2^28 bits that announces 2^27 ones in no byte
+        {"columns": 2**16, "lead": (4096,), "shares": (2**12,), "data": announced(2**27)},
+        {"lead": (2**31,), "block_rows": 2**31},
+        {"lead": (0, 2**63)},
+        {"lead": (0, 2**40, 2**20)},
+        {"columns": 1025, "shares": (0,) * 1025, "members": (1,) * 1025},
+        {"note": b"[" * 100_000},
+        {"note": b"[]"},
+        {"n_bits": 3},
+        {"n_bits": 0},
+        {"masked": 2, "members": [34]},
+        {"block_rows": 2**32 - 1, "members": [31]},
+    ],
+    ids=lambda made: ",".join(made),
+)
+def test_a_few_bytes_cannot_ask_for_all_of_the_memory(tmp_path, made):
+    """A stranger's file with right digests, whose sizes are no code's."""
+    path = tmp_path / "bomb"
+    path.write_bytes(sealed(**made))
+    with pytest.raises(ValueError, match=str(path)):
+        decompress(path)
+
+
+def test_a_code_beyond_the_memory_is_read_by_rows(tmp_path, monkeypatch):
+    code = bf.BinaryCode(torch.zeros(75, 2, dtype=torch.int32), 40)
+    compress(code, tmp_path / "code", block_rows=32)
+    monkeypatch.setattr(compression, "_machine_bytes", lambda: 75 * 8)
+    assert decompress(tmp_path / "code").equal(code)
+    monkeypatch.setattr(compression, "_machine_bytes", lambda: 75 * 8 - 1)
+    with pytest.raises(MemoryError, match=r"code holds 0.0 GiB of words.* some of its rows"):
+        decompress(tmp_path / "code")
+    assert CompressedCode.open(tmp_path / "code")[:3].equal(code[:3])
+
+
+def test_sizes_that_no_reader_takes_are_not_written(tmp_path):
+    wide = bf.BinaryCode(torch.zeros(2, 2**19 + 1, dtype=torch.int32), 2**24 + 32)
+    with pytest.raises(ValueError, match=r"at most 2\^24 columns, the mask's included; got"):
+        compress(wide, tmp_path / "code")
+    long = bf.BinaryCode(torch.zeros(1, 1, dtype=torch.int32).expand(2**27 + 1, 1), 32)
+    with pytest.raises(ValueError, match="block_rows must be at most 134,217,728 for 32 columns"):
+        compress(long, tmp_path / "code", block_rows=2**27 + 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_files_are_named(tmp_path):
     code = mixed()
     code.save(tmp_path / "code.safetensors")
