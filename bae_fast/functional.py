@@ -8,6 +8,7 @@ backends keep a half-precision copy of W_dec as well.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -95,6 +96,51 @@ def _squared_steps(W_dec: Tensor, n_bits: int, dtype: torch.dtype) -> Tensor:
         return squared
     steps = bit_weights(n_bits, dtype, W_dec.device)
     return torch.outer(squared, steps.square()).flatten()
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, behind which none is taken: what they depend on follows them.
+
+    torch's ``once_differentiable`` refuses a second derivative only where an incoming gradient
+    depends on something. Behind a loss that is linear in the reconstruction none does, and a
+    penalty on the gradient would be taken for a constant, without a word.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:n])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise RuntimeError(
+            "binary_autoencoder is differentiable once: its gradient was differentiated "
+            "(impl='reference' can be differentiated again)"
+        )
+
+
+def _differentiable_once(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A backward pass whose gradients refuse to be differentiated."""
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return found
+        own = [grad for grad in found if grad is not None]
+        given = [tensor for tensor in (*ctx.saved_tensors[:5], *grads) if tensor is not None]
+        refusing = iter(_Once.apply(len(own), *own, *given))
+        return tuple(None if grad is None else next(refusing) for grad in found)
+
+    return once
 
 
 class _PackedAutoencoder(torch.autograd.Function):
@@ -190,7 +236,7 @@ class _PackedAutoencoder(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(
         ctx: Any,
         grad_recon: Tensor | None,

@@ -413,8 +413,48 @@ def test_a_second_backward_through_the_gradient_is_refused(term):
     loss = loss_of(bae, x, (term,))
     # times itself, so that the incoming gradient depends on the parameters too
     (grad,) = torch.autograd.grad(loss * loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="is differentiable once"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("term", ["recon", "entropy", "covariance"])
+def test_a_penalty_on_the_gradient_of_a_linear_loss_is_refused_and_no_constant(term):
+    """No incoming gradient depends on anything, but the gradient does on x and the parameters."""
+    bae, x = module(), torch.randn(N, D, requires_grad=True)
+    out = bae(x, covariance=True)
+    (grad,) = torch.autograd.grad(getattr(out, term).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        (bae.mse(out, x) + grad.square().sum()).backward()
+
+
+def test_second_derivatives_are_refused_by_functional_transforms_too():
+    bae, x = module(), torch.randn(N, D)
+
+    def total(rows):
+        return bae(rows, covariance=False).recon.sum()
+
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        torch.autograd.functional.hessian(total, x)
+    with pytest.raises(RuntimeError, match="is differentiable once"):
+        torch.func.grad(lambda rows: torch.func.grad(total)(rows).square().sum())(x)
+
+
+def test_gradients_with_a_graph_equal_those_without_and_many_at_once():
+    bae, x = module(), torch.randn(N, D, requires_grad=True)
+    recon = bae(x).recon
+    outer = torch.randn(3, *recon.shape)
+    each = [torch.autograd.grad(recon, x, one, retain_graph=True)[0] for one in outer]
+    for one, expected in zip(outer, each, strict=True):
+        (grad,) = torch.autograd.grad(recon, x, one, create_graph=True)
+        assert torch.equal(grad, expected)
+    (many,) = torch.autograd.grad(recon, x, outer, is_grads_batched=True, create_graph=True)
+    assert torch.equal(many, torch.stack(each))
+
+    def rows_to_recon(rows):
+        return bae(rows, covariance=False).recon
+
+    jacobian = torch.func.jacrev(rows_to_recon)(x[:2].detach())
+    assert torch.equal(jacobian, torch.autograd.functional.jacobian(rows_to_recon, x[:2].detach()))
 
 
 def test_a_second_backward_through_decode_is_refused():
