@@ -43,31 +43,49 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` if the body succeeds.
 
     The parent folder is made where it is missing. Another process that writes the same path
-    wins or loses whole.
+    wins or loses whole. As with a file that is opened for writing, a link stays and what it points
+    to is replaced, a file that is there keeps its mode, and one that nobody may write is refused.
 
     Raises:
-        OSError: naming ``path``, where the system's own error names another file or none.
+        OSError: naming ``path``, where the system's own error names another file or none; it is a
+            device or a pipe, which a file would take the place of.
     """
     target = Path(path)
+    place = Path(os.path.realpath(target))
+    # a name may take 255 bytes; 60 characters take at most 240
+    name = place.name if len(os.fsencode(place.name)) <= 240 else place.name[:60]
     # not mkstemp, which makes files private: what mode a file should have only the umask would say,
     # and reading that means setting it, for all threads of the process
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = place.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        before = place.stat().st_mode if place.exists() else None
+        if before is not None:
+            _check_replaceable(before)
         temporary.touch(exist_ok=False)
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+        mode = stat.S_IMODE(temporary.stat().st_mode if before is None else before)
     except OSError as error:
         raise _naming(error, target) from error
     try:
         yield temporary
         temporary.chmod(mode)  # writers of libraries may have put a private file there
-        os.replace(temporary, target)
+        os.replace(temporary, place)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary), temporary):
             raise
         raise _naming(error, target) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_replaceable(mode: int) -> None:
+    """Refuse what is no file, and a file that is protected, by the mode that it has."""
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, and must be a file")
+    if not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EACCES, "it is write-protected")
 
 
 def _naming(error: OSError, path: Path) -> OSError:

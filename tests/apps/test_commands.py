@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -629,6 +630,45 @@ def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
         write_json(file / "below.json", {})
     with pytest.raises(OSError, match="file"):
         check_writable(file / "below")
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    for name in ("there", "not yet"):
+        link, real = tmp_path / f"link to {name}", tmp_path / "far" / name
+        link.symlink_to(real)
+        write_text(link, name)
+        assert link.is_symlink()
+        assert real.read_text() == name
+        write_text(link, "again")
+        assert real.read_text() == "again"
+    assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["not yet", "there"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_devices_pipes_folders_and_protected_files_are_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "protected", "kept").chmod(0o444)
+    before = {path.name: path.lstat().st_mode for path in tmp_path.iterdir()}
+    for name, why in (
+        ("pipe", "must be a file"), ("folder", "directory"), ("protected", "write-protected"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match=f"{why}.*{name}"):
+            write_text(tmp_path / name, "new")
+    assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "protected").read_text() == "kept"
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    file = write_text(tmp_path / "private", "old")
+    file.chmod(0o640)
+    assert stat.S_IMODE(write_text(file, "new").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00fc" * 127, "\U0001f600" * 63])
+def test_a_name_may_be_as_long_as_the_system_has_it(tmp_path, name):
+    assert write_text(tmp_path / name, "a").read_text() == "a"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path):
