@@ -3,7 +3,8 @@
 A state is a tree of dictionaries, lists, tensors and plain values. Its tensors are written by all
 ranks, each its own parts, into ``step-N.tmp``, which is renamed when every rank has written: a
 folder under its final name is whole. Written with R ranks, it is read with any other number.
-Nothing in it is unpickled but torch's own table of contents.
+Nothing in it is unpickled but torch's table of contents, and that only where it asks for torch's
+own classes: a stranger's checkpoint can run nothing.
 
 torch promises no compatibility of this format between its versions: results of a run are files of
 ``save_pretrained``.
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +36,19 @@ VALUES = "run.json"
 _PREFIX, _UNFINISHED = "step-", ".tmp"
 # keys of the JSON that stand for something else than an object of JSON
 _TENSOR, _ITEMS, _TUPLE = "tensor", "items", "tuple"
+
+# what torch's table of contents is made of; besides, dtypes
+_CONTENTS = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # of Python 3.13
+}  # fmt: skip
 
 # path of a tensor within the state -> dimensions in which ranks along "data" and along "feature"
 # have parts of their own, or None where all ranks of the axis have the same
@@ -71,6 +86,16 @@ def unflatten(values: Any, tensors: dict[str, Tensor]) -> Any:
     if _TUPLE in values:
         return tuple(unflatten(value, tensors) for value in values[_TUPLE])
     return {key: unflatten(value, tensors) for key, value in values[_ITEMS]}
+
+
+class _Contents(pickle.Unpickler):
+    """torch's table of contents; anything that could run is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _CONTENTS.get(module, ()):
+            raise pickle.UnpicklingError(f"its table of contents asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -115,6 +140,11 @@ class Checkpoints:
         self._replaced: set[Path] = set()
         if self._first:
             for path in self.folder.glob(_PREFIX + "*" + _UNFINISHED):
+                target = path.with_name(path.name.removesuffix(_UNFINISHED))
+                # a process killed while it put one of the same step aside leaves a whole one
+                named = target.name.removeprefix(_PREFIX).isdecimal()
+                if named and (path / VALUES).is_file() and not target.exists():
+                    os.replace(path, target)
                 shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, step: int) -> None:
@@ -174,9 +204,12 @@ class Checkpoints:
             # the first rank's save ends when those of all have
             if self._first:
                 write_json(work / VALUES, snapshot.values)
+                # aside, not removed: that takes long, and a process may be killed meanwhile
+                aside = target.with_name(f"{target.name}.aside{_UNFINISHED}")
                 if target.exists():
-                    shutil.rmtree(target)
+                    os.replace(target, aside)
                 os.replace(work, target)
+                shutil.rmtree(aside, ignore_errors=True)
                 self._drop(snapshot)
 
     def _drop(self, latest: _Snapshot) -> None:
@@ -186,7 +219,7 @@ class Checkpoints:
         self._replaced = set()
         found = checkpoints(self.folder)
         stay = {path for _, path in found[-self.keep :]}
-        best = [path for _, path in found if read_json(path / VALUES)["best"]]
+        best = [path for _, path in found if _is_best(path)]
         stay |= set(best[-1:])
         for _, path in found:
             if path not in stay:
@@ -242,6 +275,8 @@ class Checkpoints:
         reader = checkpoint.FileSystemReader(path)
         wanted: dict[str, Tensor] = {}
         try:
+            with (path / ".metadata").open("rb") as file:
+                _Contents(file).load()
             for name, entry in reader.read_metadata().state_dict_metadata.items():
                 wanted[name] = self._room(entry, dims(tuple(name.split("/"))))
             with _quiet():
@@ -251,11 +286,11 @@ class Checkpoints:
                     process_group=self._group,
                     no_dist=self.mesh is None,
                 )
+            local = {name: _local(tensor) for name, tensor in wanted.items()}
+            state: dict[str, Any] = unflatten(values["state"], local)
         except (Exception, checkpoint.api.CheckpointException) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-        local = {name: _local(tensor) for name, tensor in wanted.items()}
-        state: dict[str, Any] = unflatten(values["state"], local)
         return state
 
     def _room(self, entry: Any, dims: tuple[int | None, int | None]) -> Tensor:
@@ -265,6 +300,13 @@ class Checkpoints:
                 if dim is not None:
                     shape[dim] //= processes
         return self._as_global(torch.empty(shape, dtype=dtype), dims)
+
+
+def _is_best(path: Path) -> bool:
+    """Whether a checkpoint stays as the best one; a damaged one does not, and harms no other."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(path / VALUES).get("best") is True
+    return False
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import pickle
 import resource
+import shutil
 import signal
 import sys
 import types
@@ -14,7 +17,7 @@ from sparse_rows import module, synthetic
 import bae_fast as bf
 from bae_fast.baselines import TRAINING, make_baseline
 from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, TrainingConfig
-from bae_fast.training.checkpoints import checkpoints
+from bae_fast.training.checkpoints import Checkpoints, checkpoints
 
 SMALL = TrainingConfig(steps=30, batch_size=64, precision="float32", revive_every=10)
 
@@ -173,6 +176,72 @@ def test_a_run_that_begins_anew_goes_on_from_its_own_checkpoints(tmp_path):
     branch.resume(tmp_path / "checkpoints" / "step-21")
     branch.fit()
     assert there() == [21, 28]
+
+
+def saved(folder, *steps):
+    store = Checkpoints(folder, keep=2, mesh=None)
+    for step in steps:
+        store.save({"step": step, "x": torch.arange(float(step))}, step, whole)
+        store.wait()
+        assert store.error is None, store.error
+    return store
+
+
+def whole(path):
+    return None, None
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "no JSON"])
+def test_a_damaged_checkpoint_does_not_make_those_after_it_fail(tmp_path, damage):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-1" / "run.json").write_text(damage)
+    saved(tmp_path, 3)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
+    saved(tmp_path, 4)
+    (tmp_path / "step-4" / "run.json").write_text(damage)
+    with pytest.raises(ValueError, match="step-4"):
+        saved(tmp_path).load(tmp_path / "step-4", whole)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_process_killed_while_a_step_is_saved_again_leaves_one_of_it(
+    tmp_path, monkeypatch, killed_at
+):
+    """At each rename and removal of the second save of a step."""
+    folder, calls = tmp_path, []
+    store = saved(folder, 7)
+
+    def dying(act):
+        def instead(path, *rest, **options):
+            if "step-7" in str(path) and "run.json" not in str(path):
+                calls.append(path)
+                if len(calls) >= killed_at:  # nothing is done after it
+                    raise KeyboardInterrupt
+            return act(path, *rest, **options)
+
+        return instead
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying(os.replace))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        store.save({"step": 7, "x": torch.arange(7.0)}, 7, whole)
+        with pytest.raises(KeyboardInterrupt):
+            store.wait()
+    found = saved(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-7"]
+    assert torch.equal(found.load(found.latest(), whole)["x"], torch.arange(7.0))
+
+
+def test_a_strangers_checkpoint_runs_nothing(tmp_path):
+    class Stranger:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    store = saved(tmp_path / "checkpoints", 1)
+    (store.path(1) / ".metadata").write_bytes(pickle.dumps(Stranger()))
+    with pytest.raises(ValueError, match=r"step-1 is not a readable checkpoint: .* asks for posix"):
+        store.load(store.path(1), whole)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_of_another_run_or_none_is_refused(tmp_path):
