@@ -228,7 +228,9 @@ def locked(path: str | os.PathLike[str], *, wait: bool) -> Iterator[bool]:
 
 # -- folders of results ------------------------------------------------------------------------
 
-_UNFINISHED, _FINISHED = ".unfinished", ".finished"
+# what a run that has not ended leaves in the folder of its results
+UNFINISHED = ".unfinished"
+_FINISHED = ".finished"
 
 
 @contextmanager
@@ -258,7 +260,7 @@ def publishing(
                 errno.EWOULDBLOCK, "another process writes its results there", str(folder)
             )
         _move_up(folder)
-        work = folder / _UNFINISHED
+        work = folder / UNFINISHED
         if fresh and work.is_dir():
             shutil.rmtree(work)
         check_writable(work)

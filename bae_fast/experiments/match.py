@@ -24,7 +24,7 @@ from bae_fast.report.match import table
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OwnRows, Source):
+class Config(OwnRows, Source, runs.Overwriting):
     """Match the features of two autoencoders by the rows in which they are on.
 
     Attributes:

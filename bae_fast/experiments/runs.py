@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from bae_fast._version import __version__
-from bae_fast.files import check_place, locked, publishing, read_json, write_json, write_text
+from bae_fast.files import (
+    UNFINISHED,
+    check_place,
+    locked,
+    publishing,
+    read_json,
+    write_json,
+    write_text,
+)
 from bae_fast.progress import say
 from bae_fast.training import Trainer
 
@@ -38,6 +46,18 @@ class ConfigError(ValueError):
     def __init__(self, field: str, text: str) -> None:
         super().__init__(f"{field} {text}")
         self.field, self.text = field, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Overwriting:
+    """What a configuration has whose results take the place of those of the last run.
+
+    Attributes:
+        overwrite: Whether results, and a run that was stopped, of other settings in the folder are
+            replaced. Without it they are refused; the same settings always run again.
+    """
+
+    overwrite: bool = False
 
 
 class InterruptedRunError(KeyboardInterrupt):
@@ -95,6 +115,47 @@ def check_out(config: Any) -> None:
         raise ConfigError(
             "out", f"must name a {kind} that can be written; {out}: {error.strerror or error}"
         ) from error
+
+
+# what decides how a run is made and shown, and not what it finds
+_NO_SETTINGS = ("out", "overwrite", "resume", "progress", "cache")
+
+
+def check_kept(config: Any) -> None:
+    """Refuse to replace results, or a run that was stopped, of other settings.
+
+    Args:
+        config: where it has no field ``overwrite``, or asks for the report of a result alone,
+            nothing is replaced.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    if getattr(config, "overwrite", True) or getattr(config, "report_only", False):
+        return
+    out, unfinished = config.out, config.out / UNFINISHED
+    stopped = (unfinished / CHECKPOINT).is_file()
+    for path in (out / RESOLVED, *([unfinished / RESOLVED] if stopped else [])):
+        kept, here = _settings(path), dict(_lines(config))
+        differing = [name for name, value in here.items() if kept.get(name, value) != value]
+        differing = [name for name in differing if name not in _NO_SETTINGS]
+        if differing:
+            parts = [f"{name} {kept[name]}, here {here[name]}" for name in differing[:3]]
+            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            what = "results" if path.parent == out else "a run that was stopped,"
+            raise ConfigError(
+                "out",
+                f"must be a folder without {what} of other settings, unless --overwrite is given; "
+                f"{out} has {'; '.join(parts)}{more}",
+            )
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """The lines of a saved configuration by their names; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: value for name, mark, value in (line.partition(": ") for line in lines) if mark}
 
 
 @contextmanager
@@ -196,8 +257,10 @@ def results(config: Any, *, wait: bool = False) -> Iterator[Path]:
             little time and adds to what is there.
 
     Raises:
-        ConfigError: another process writes its results there, and ``wait`` is False.
+        ConfigError: another process writes its results there, and ``wait`` is False; or see
+            :func:`check_kept`.
     """
+    check_kept(config)
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(publishing(config.out, wait=wait))
@@ -227,16 +290,18 @@ def _taken(folder: Path) -> ConfigError:
 
 def resolved(config: Any) -> str:
     """A configuration as YAML, a line a field."""
+    return "".join(f"{name}: {value}\n" for name, value in _lines(config))
 
+
+def _lines(config: Any) -> Iterator[tuple[str, str]]:
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    lines = []
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        # a saved configuration repeats its run, and gives no leave to replace another
+        value = getattr(config, field.name) if field.name != "overwrite" else False
         value = [plain(v) for v in value] if isinstance(value, (list, tuple)) else plain(value)
-        lines.append(f"{field.name}: {json.dumps(value)}")
-    return "\n".join(lines) + "\n"
+        yield field.name, json.dumps(value)
 
 
 def fit(

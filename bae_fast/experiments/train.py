@@ -37,7 +37,7 @@ _JOB_OPTIONS = ("hook",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RowsFrom, Training):
+class Config(RowsFrom, Training, runs.Overwriting):
     """Train autoencoders on hidden states, on one process or many, and go on where a run stopped.
 
     Attributes:
@@ -116,6 +116,8 @@ def run(config: Config) -> runs.Result:
         peak_flops=config.peak_flops,
     )
     check_writable(config.out)
+    if any(config.out.glob("*/cfg.json")):  # what a run leaves that has ended
+        runs.check_kept(config)
     order = {"seed": config.seed, "streams": config.streams}
     hooks = [one.hook for one in settings.values()]
     writes = int(os.environ.get("RANK", "0")) == 0  # one process writes the files

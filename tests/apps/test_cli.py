@@ -118,7 +118,7 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
     out = tmp_path / "out"
     assert main(arguments) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".jsonl"}
-    longer = [*arguments, *LONGER]
+    longer = [*arguments, *LONGER, "--overwrite"]
     status, (line,) = stopped(longer, 57, number)
     assert status == 128 + number
     assert line.startswith("bae-fast demo: stopped at step ")
@@ -142,12 +142,39 @@ def test_a_signal_leaves_the_last_results_and_the_same_command_goes_on(
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_results_of_other_settings_are_replaced_only_when_that_is_asked_for(
+    arguments, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = [*arguments, "--seed", "3", "--lr", "1e-3"]
+    assert main(other) == 1
+    line = capsys.readouterr().err.strip()
+    assert line == (
+        "bae-fast demo: --out must be a folder without results of other settings, unless "
+        f"--overwrite is given; {out} has lr null, here 0.001; seed 0, here 3"
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*other, "--overwrite"]) == 0
+    assert (out / "cfg.json").read_bytes() != before["cfg.json"]
+    # the same settings run again, whatever says how they are shown
+    assert main([*other, "--progress"]) == 0
+    # a saved configuration is no leave to replace others
+    assert main(["demo", "--config", str(out / "resolved.yaml"), "--seed", "4"]) == 1
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys):
     out = tmp_path / "out"
     status, (line,) = stopped([*arguments, *LONGER], 17, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     assert line.startswith("bae-fast demo: stopped at step ")
-    assert main(arguments) == 0
+    checkpoint = (out / ".unfinished" / "checkpoint.pt").read_bytes()
+    assert main(arguments) == 1
+    assert "without a run that was stopped, of other settings" in capsys.readouterr().err
+    assert (out / ".unfinished" / "checkpoint.pt").read_bytes() == checkpoint
+    assert main([*arguments, "--overwrite"]) == 0
     assert "is of another run" in capsys.readouterr().out
     steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30]

@@ -825,7 +825,10 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
     assert decompress(tmp_path / "codes.bae").equal(bae.encode(rows))
     assert main(["decompress", str(tmp_path)]) == 0  # the folder, as other commands take it
     assert bf.BinaryCode.load(tmp_path / "codes.safetensors").equal(bae.encode(rows))
-    assert main(["compress", *options, "--steps", "5", "--batch-size", "64"]) == 0
+    other = ["--steps", "5", "--batch-size", "64"]
+    assert main(["compress", *options, *other]) == 1
+    assert decompress(tmp_path / "codes.bae").equal(bae.encode(rows))
+    assert main(["compress", *options, *other, "--overwrite"]) == 0
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path / "model").config.d_in == 16
 
 

@@ -90,6 +90,24 @@ def test_a_run_that_was_stopped_goes_on_and_one_that_is_done_is_not_trained_agai
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_that_has_ended_is_replaced_by_other_settings_only_when_asked_for(
+    states, tmp_path, capsys
+):
+    base = ["train", "--states", states, *SMALL, "--out", str(tmp_path / "run")]
+    assert main([*base, "--checkpoint-every", "0"]) == 0
+    first = weights(tmp_path / "run" / "bae")
+    other = [*base, "--checkpoint-every", "0", "--seed", "1"]
+    for more in ([], ["--resume", "never"]):
+        assert main([*other, *more]) == 1
+        line = capsys.readouterr().err.strip()
+        assert "--out must be a folder without results of other settings, unless" in line
+        assert line.endswith("has seed 0, here 1")
+    assert all(torch.equal(one, first[k]) for k, one in weights(tmp_path / "run" / "bae").items())
+    assert main([*other, "--overwrite"]) == 0
+    assert not torch.equal(weights(tmp_path / "run" / "bae")["W_enc"], first["W_enc"])
+    assert main(other) == 0
+
+
 def test_a_saved_model_is_trained_on(states, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     base = ["train", "--states", states, *SMALL, "--no-refit"]
