@@ -336,13 +336,23 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         FileNotFoundError: no such file.
         ValueError: not a safetensors file, or a truncated one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     # one read: opening by name twice could meet two files where another process replaces it
-    data = Path(path).read_bytes()
+    return parse_safetensors(Path(path).read_bytes(), path)
+
+
+def parse_safetensors(
+    data: bytes, path: str | os.PathLike[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the bytes of a safetensors file, which errors name.
+
+    Raises:
+        ValueError: not a safetensors file, or a truncated one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -353,10 +354,16 @@ def read_windows(config: Data, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
         saved = config if isinstance(config, TrainedOn) else TrainedOn()
         try:
             documents = lm_tools.TextFiles(list(config.text), field=config.field)
-            facts = documents.source() | {"text_sha256": documents.identity()["sha256"]}
         except ValueError as error:
             reason = str(error).removeprefix("paths must name text files or folders of them; ")
             raise ConfigError("text", f"must name text that can be read; {reason}") from error
+        if saved.packed:
+            sha256 = documents.identity()["sha256"]
+        else:  # every file is read once: what is hashed is what is read
+            digest = hashlib.sha256()
+            text = own_text(config.text, config.field, digest)
+            sha256 = digest.hexdigest()
+        facts = documents.source() | {"text_sha256": sha256}
         if saved.sha256 not in (None, facts["text_sha256"]):
             raise ConfigError(
                 "text",
@@ -365,7 +372,6 @@ def read_windows(config: Data, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
             )
         if saved.packed:
             return _packed_windows(config, tokenizer, documents), facts | {"text_packed": True}
-        text = own_text(config.text, config.field)
     windows = lm_tools.windows(
         tokenizer, text, config.context, n_tokens=config.tokens, prepend_bos=config.bos
     )
@@ -399,8 +405,8 @@ def heldout_rows(config: Data, cache: ActivationCache) -> range:
     return range(int((cache.row_window < n).sum()))
 
 
-def own_text(paths: tuple[str, ...], field: str = "text") -> str:
-    """The text of the user's files and folders, see :func:`bae_fast.lm.read_text`.
+def own_text(paths: tuple[str, ...], field: str = "text", digest: Any = None) -> str:
+    """The text of the user's files and folders; arguments as :func:`bae_fast.lm.read_text`.
 
     Raises:
         ConfigError: text that is not there or cannot be read.
@@ -408,7 +414,7 @@ def own_text(paths: tuple[str, ...], field: str = "text") -> str:
     from bae_fast.lm import read_text
 
     try:
-        return read_text(list(paths), field=field)
+        return read_text(list(paths), field=field, digest=digest)
     except ValueError as error:
         raise ConfigError("text", f"must name text that can be read; {error}") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from bae_fast.lm.cache import tokens_digest
 from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
-from bae_fast.lm.text import LINES, TEXT_FORMS, open_bytes, text_ending, text_files, text_of_line
+from bae_fast.lm.text import (
+    LINES,
+    TEXT_FORMS,
+    bytes_before,
+    open_bytes,
+    text_ending,
+    text_files,
+    text_of_line,
+)
 
 # a file is read and tokenized in pieces of so many bytes, cut at white space
 _PIECE_BYTES = 1 << 20
@@ -153,12 +162,21 @@ class TextFiles:
         self.files = text_files(self.paths)
         self._file = self._at = 0
         self._identity: dict[str, Any] | None = None
+        # of each file, as its digest was made: another one may stand there when it is read
+        self._states: dict[Path, tuple[int, ...]] = {}
 
     def pieces(self) -> Iterator[Piece]:
+        """Read on from where the reading stands.
+
+        Raises:
+            ValueError: a file that is no text, or is another one than :meth:`identity` is of.
+        """
         while self._file < len(self.files):
             path = self.files[self._file]
             by_line = text_ending(path) in LINES
-            with open_bytes(path, self._at) as file:
+            with path.open("rb") as raw, open_bytes(path, raw, self._at) as file:
+                if self._states.get(path) not in (None, _state_of(raw)):
+                    raise ValueError(f"{path} must stay as it is while it is read; it was changed")
                 for data, ends in _lines(file) if by_line else _cut(file):
                     first, self._at = self._at == 0, self._at + len(data)
                     text = _decoded(data, path, self._at - len(data), first)
@@ -172,12 +190,9 @@ class TextFiles:
         if self._identity is None:
             digest = hashlib.sha256()
             for path in self.files:
-                # the ending says what the bytes are: lines or one text, compressed or plain
-                ending = path.suffix
-                if text_ending(path) != ending.lower():
-                    ending = text_ending(path) + ending
-                digest.update(f"{ending} {path.stat().st_size} ".encode())
                 with path.open("rb") as file:
+                    self._states[path] = _state_of(file)
+                    digest.update(bytes_before(path, self._states[path][0]))
                     while data := file.read(1 << 22):
                         digest.update(data)
             self._identity = {
@@ -194,6 +209,12 @@ class TextFiles:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._file, self._at = int(state["file"]), int(state["at"])
+
+
+def _state_of(file: IO[bytes]) -> tuple[int, ...]:
+    """What changes when a file is written to, or replaced by another."""
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns, state.st_ino
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:

@@ -34,8 +34,8 @@ from torch import Tensor
 from bae_fast.files import (
     file_digest,
     locked,
+    parse_safetensors,
     read_json,
-    read_safetensors,
     replacing,
     write_json,
     write_safetensors,
@@ -306,11 +306,10 @@ class ShardedCache:
     def _read_index(self, number: int) -> dict[str, Tensor]:
         path = self._path(INDEX_FOLDER, number)
         shard = self.shards[number]
-        tensors, _ = read_safetensors(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != shard.files[f"{INDEX_FOLDER}/{shard_name(number)}"]:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != shard.files[f"{INDEX_FOLDER}/{shard_name(number)}"]:
             raise ValueError(f"{path} is corrupt: its digest is not the manifest's; {_MEND}")
-        return tensors
+        return parse_safetensors(data, path)[0]
 
     def index(self, number: int) -> ShardIndex:
         """Which tokens the rows of a shard belong to.

@@ -35,19 +35,19 @@ _TEXTS = (".txt", ".md", ".rst", *LINES)
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".parquet", ".arrow")
 
 
-def _open_zstd(path: Path) -> Any:
+def _open_zstd(raw: IO[bytes], path: Path) -> Any:
     try:
         import zstandard
     except ImportError as error:
         raise ImportError(f"{path} needs the package zstandard: pip install zstandard") from error
-    return zstandard.open(path, "rb")
+    return zstandard.open(raw, "rb")
 
 
-# what opens a compressed file, by the ending behind the text's own
-_COMPRESSED: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.GzipFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+# what decompresses the bytes of a file, by the ending behind the text's own
+_COMPRESSED: dict[str, Callable[[IO[bytes], Path], Any]] = {
+    ".gz": lambda raw, path: gzip.GzipFile(fileobj=raw, mode="rb"),
+    ".bz2": lambda raw, path: bz2.BZ2File(raw),
+    ".xz": lambda raw, path: lzma.LZMAFile(raw),  # noqa: SIM115
     ".zst": _open_zstd,
 }
 TEXT_FORMS = "UTF-8 text, plain or compressed (" + ", ".join(_COMPRESSED) + ")"
@@ -60,11 +60,16 @@ def text_ending(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def open_bytes(path: Path, start: int = 0) -> Iterator[IO[bytes]]:
+def open_bytes(path: Path, raw: IO[bytes], start: int = 0) -> Iterator[IO[bytes]]:
     """The bytes of a text file from one of them on, decompressed where its ending says so.
 
     A plain file is read from there on; a compressed one from its beginning, and what comes before
     is dropped.
+
+    Args:
+        path: says by its ending what the bytes are, and is named in errors.
+        raw: the file, or its bytes, from the beginning.
+        start: the first byte, of what is decompressed.
 
     Raises:
         ValueError: an archive, or a compressed file that is damaged.
@@ -76,12 +81,11 @@ def open_bytes(path: Path, start: int = 0) -> Iterator[IO[bytes]]:
         raise ValueError(f"{path} must be {TEXT_FORMS}; {archive} is an archive: unpack it")
     opener = _COMPRESSED.get(path.suffix.lower())
     if opener is None:
-        with path.open("rb") as file:
-            file.seek(start)
-            yield file
+        raw.seek(start)
+        yield raw
         return
     try:
-        with opener(path) as stream, io.BufferedReader(stream) as file:
+        with opener(raw, path) as stream, io.BufferedReader(stream) as file:
             while start > 0:
                 part = len(file.read(min(start, 1 << 20)))
                 if not part:
@@ -184,12 +188,28 @@ def text_of_line(line: str, path: Path, at: int, field: str = "text") -> str:
     return text
 
 
-def read_text(path: str | Path | Sequence[str | Path], *, field: str = "text") -> str:
+def bytes_before(path: Path, size: int) -> bytes:
+    """What stands before a file's bytes in the digest of a text: what they are, and how many."""
+    ending = path.suffix
+    if text_ending(path) != ending.lower():
+        ending = text_ending(path) + ending
+    return f"{ending} {size} ".encode()
+
+
+def read_text(
+    path: str | Path | Sequence[str | Path], *, field: str = "text", digest: Any = None
+) -> str:
     """Read files, and folders of .txt, .md, .rst, .jsonl and .ndjson, in the order given, as UTF-8.
 
     Files that end in .gz, .bz2, .xz or .zst behind that are decompressed. Two line breaks stand
     between files, and between the texts of a file of JSON lines, which are in ``field``. Files of a
     folder that hold no text are left out.
+
+    Args:
+        path: files and folders.
+        field: the field of a line of JSON that holds the text.
+        digest: an object of hashlib, which is given what is read, as the identity of
+            :class:`bae_fast.lm.TextFiles` has it. Every file is read once.
 
     Raises:
         ValueError: a path that is missing, a folder without any text, a file that is not UTF-8 or
@@ -205,17 +225,25 @@ def read_text(path: str | Path | Sequence[str | Path], *, field: str = "text") -
         except ValueError as error:
             state = str(error).rpartition(f"{item} ")[2]
             raise ValueError(f"path={str(item)!r} {state}: a UTF-8 text file is needed") from error
-        found = [text for text in (_file_text(file, field) for file in files) if text.strip()]
+        found = []
+        for file in files:
+            data = file.read_bytes()
+            if digest is not None:
+                digest.update(bytes_before(file, len(data)))
+                digest.update(data)
+            text = _file_text(file, data, field)
+            if text.strip():
+                found.append(text)
         if not found:
             raise ValueError(f"path={str(item)!r} holds no text: a UTF-8 text file is needed")
         texts += found
     return "\n\n".join(texts)
 
 
-def _file_text(path: Path, field: str) -> str:
-    """The text of one file."""
+def _file_text(path: Path, data: bytes, field: str) -> str:
+    """The text of one file, from the bytes that it has."""
     try:
-        with open_bytes(path) as file:
+        with open_bytes(path, io.BytesIO(data)) as file:
             data = file.read()
         # line ends of any kind, as files of text have them
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()

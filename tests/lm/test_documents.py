@@ -2,9 +2,12 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +229,65 @@ def test_a_changed_text_is_another_one(tmp_path):
     one = folder_of(tmp_path, texts()).identity()
     assert folder_of(tmp_path, texts()).identity() == one
     assert folder_of(tmp_path, texts(seed=1)).identity() != one
+
+
+@pytest.mark.parametrize("change", ["written", "replaced"])
+def test_a_text_that_changes_behind_its_digest_is_refused(tmp_path, change):
+    text = folder_of(tmp_path, texts())
+    text.identity()
+    assert len(list(text.pieces())) > 0
+    path = text.files[-1]
+    body = path.read_bytes()
+    if change == "replaced":  # by as many bytes of the same time
+        before = path.stat()
+        path.rename(tmp_path / "old")
+        path.write_bytes(bytes(reversed(body)))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        path.write_bytes(body + b" more")
+    text.load_state_dict({"file": 0, "at": 0})
+    with pytest.raises(ValueError, match=f"{path.name} must stay as it is while it is read"):
+        list(text.pieces())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_the_digest_of_a_text_in_memory_is_of_the_bytes_that_were_read(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    data = b'{"text": "one"}\n{"text": "two"}\n'
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    reads = []
+    read_bytes = Path.read_bytes
+
+    def counted(path):
+        reads.append(path)
+        found = read_bytes(path)
+        path.write_bytes(b"another text")  # as soon as it has been read
+        return found
+
+    identity = TextFiles(path).identity()
+    want = read_text(path)
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    digest = hashlib.sha256()
+    assert read_text(path, digest=digest) == want
+    assert digest.hexdigest() == identity["sha256"]
+    assert reads == [path]
+
+
+def test_an_experiment_reads_its_text_once(tmp_path, monkeypatch):
+    from bae_fast.experiments import data, demo
+
+    text = folder_of(tmp_path, texts())
+    want = text.identity()["sha256"]
+    reads = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    monkeypatch.setattr(TextFiles, "identity", None)  # it reads, too
+    windows, facts = data.read_windows(
+        demo.Config(text=(str(tmp_path),), context=8), LetterTokenizer()
+    )
+    assert len(windows)
+    assert facts["text_sha256"] == want
+    assert reads == text.files
 
 
 def test_shards_of_documents_are_those_of_their_windows_whoever_makes_them(tmp_path):
