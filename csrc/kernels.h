@@ -225,6 +225,10 @@ struct Kernels {
   SparseKernels<float> sparse_f32;
   SparseKernels<double> sparse_f64;
   void (*sign_counts)(const SignCounts& signs);
+
+  // Writes the number of every one among the bits of n words, rising, and returns how many there
+  // are; out has room for 32 n.
+  int64_t (*set_bits)(const uint32_t* words, int64_t n, int32_t* out);
 };
 
 extern const Kernels kScalarKernels;

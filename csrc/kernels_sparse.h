@@ -267,6 +267,50 @@ void sign_counts(const SignCounts& s) {
   }
 }
 
+// The words that are not zero are brought together first: few are in a sparse code, and which ones
+// no processor guesses.
+int64_t set_bits(const uint32_t* words, int64_t n, int32_t* out) {
+  constexpr int64_t kAtOnce = 256, kLine = 16;
+  uint32_t some[kAtOnce + kLine];
+  int32_t place[kAtOnce + kLine];
+  int64_t found = 0;
+  for (int64_t first = 0; first < n; first += kAtOnce) {
+    const int64_t end = n - first < kAtOnce ? n : first + kAtOnce;
+    int64_t w = first, used = 0;
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (; w + kLine <= end; w += kLine) {
+      const __m512i line = _mm512_loadu_si512(words + w);
+      const __mmask16 any = _mm512_test_epi32_mask(line, line);
+      const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(w)));
+      _mm512_storeu_si512(some + used, _mm512_maskz_compress_epi32(any, line));
+      _mm512_storeu_si512(place + used, _mm512_maskz_compress_epi32(any, places));
+      used += __builtin_popcount(any);
+    }
+#endif
+    while (w < end) {
+      const int64_t to = end - w < kLine ? end : w + kLine;
+      uint32_t any = 0;
+      for (int64_t v = w; v < to; ++v) any |= words[v];
+      if (any == 0) w = to;
+      for (; w < to; ++w) {
+        some[used] = words[w];
+        place[used] = static_cast<int32_t>(w);
+        used += words[w] != 0;
+      }
+    }
+    for (int64_t u = 0; u < used; ++u) {
+      const int32_t column = place[u] * 32;
+      uint32_t rest = some[u];
+      do {
+        out[found++] = column + __builtin_ctz(rest);
+        rest &= rest - 1;
+      } while (rest != 0);
+    }
+  }
+  return found;
+}
+
 void sparse_dots_f32(const SparseLists<float>& s, const float* weight, int64_t stride,
                      float* value) {
   sparse_dots(s, weight, stride, value);
@@ -295,6 +339,7 @@ constexpr Kernels with_sparse(Kernels k) {
   k.sparse_f32 = {sparse_dots_f32, sparse_sums_f32, transpose_f32};
   k.sparse_f64 = {sparse_dots_f64, sparse_sums_f64, transpose_f64};
   k.sign_counts = sign_counts;
+  k.set_bits = set_bits;
   return k;
 }
 

@@ -70,28 +70,6 @@ class Scratch {
   uint8_t* memory_ = nullptr;
 };
 
-// Calls add with the number of every set bit. Sixteen words at a time are looked at first: nearly
-// all are zero in a sparse code.
-template <typename Add>
-void for_each_bit(const uint32_t* words, int64_t n, Add add) {
-  constexpr int64_t kLine = 16;
-  for (int64_t w0 = 0; w0 < n; w0 += kLine) {
-    const int64_t w1 = std::min(n, w0 + kLine);
-    if (w1 - w0 == kLine) {
-      uint64_t line[kLine / 2];
-      __builtin_memcpy(line, words + w0, sizeof(line));
-      uint64_t any = 0;
-      for (uint64_t part : line) any |= part;
-      if (any == 0) continue;
-    }
-    for (int64_t w = w0; w < w1; ++w) {
-      for (uint32_t rest = words[w]; rest != 0; rest &= rest - 1) {
-        add(w * kWordBits + __builtin_ctz(rest));
-      }
-    }
-  }
-}
-
 // The set bits of rows by their names, one row after the other, by blocks of rows.
 struct FoundBits {
   static constexpr int64_t kRows = 64;
@@ -104,7 +82,7 @@ struct FoundBits {
 // have none. Where there are more than `most`, what was found is not complete.
 template <typename Name>
 FoundBits find_bits(const Tensor& words, int64_t n, const bool* keep, int64_t most, Name name) {
-  constexpr int64_t kRows = FoundBits::kRows;
+  constexpr int64_t kRows = FoundBits::kRows, kWords = 1024;
   const int64_t rows = words.size(0), stride = row_stride(words);
   const uint32_t* const in = data<uint32_t>(words);
   FoundBits out;
@@ -112,15 +90,24 @@ FoundBits find_bits(const Tensor& words, int64_t n, const bool* keep, int64_t mo
   out.length.assign(rows, 0);
   std::atomic<int64_t> total{0};
   parallel_for(0, static_cast<int64_t>(out.blocks.size()), 1, [&](int64_t from, int64_t to) {
+    std::vector<int32_t> bits(std::min(n, kWords) * kWordBits);
     for (int64_t b = from; b < to && total <= most; ++b) {
       std::vector<int32_t>& found = out.blocks[b];
       for (int64_t r = b * kRows; r < std::min(rows, (b + 1) * kRows); ++r) {
         if (keep != nullptr && !keep[r]) continue;
         const size_t before = found.size();
-        for_each_bit(in + r * stride, n, [&](int64_t j) {
-          const int32_t named = name(j);
-          if (named >= 0) found.push_back(named);
-        });
+        for (int64_t w = 0; w < n; w += kWords) {
+          const int64_t ones =
+              kernels().set_bits(in + r * stride + w, std::min(n - w, kWords), bits.data());
+          size_t used = found.size();
+          found.resize(used + ones);
+          for (int64_t i = 0; i < ones; ++i) {
+            const int32_t named = name(w * kWordBits + bits[i]);
+            found[used] = named;
+            used += named >= 0;
+          }
+          found.resize(used);
+        }
         out.length[r] = static_cast<int32_t>(found.size() - before);
       }
       total += static_cast<int64_t>(found.size());
