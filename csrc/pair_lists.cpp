@@ -321,10 +321,19 @@ SignRow::SignRow(const ListedSigns& source)
     : source_(source),
       pairs_(source.ranks.active, 0),
       counted_(source.ranks.active + 1),
-      touched_(source.ranks.active + 1),
       again_(2 * source.ranks.active + 1),
       above_(source.ranks.active, 0),
+      zeros_of_row_(source.at_hand.rows, 0),
       signs_(2 * n_words(source.ranks.dense)) {}
+
+void SignRow::count_zeros(int32_t change) {
+  const RowLists& rows = source_.at_hand;
+  for (const int32_t j : zeros_) {
+    for (int32_t e = rows.feature_begin[j]; e < rows.feature_begin[j + 1]; ++e) {
+      zeros_of_row_[rows.row[e]] += change;
+    }
+  }
+}
 
 void SignRow::make(int64_t feature) {
   const Ranks& ranks = source_.ranks;
@@ -332,13 +341,21 @@ void SignRow::make(int64_t feature) {
   const int64_t dense = ranks.dense, w = n_words(dense);
   // pointers of their own: a store of a byte may change any member
   int32_t *const pairs = pairs_.data(), *const counted = counted_.data();
-  int32_t *const touched = touched_.data(), *const again = again_.data();
+  int32_t* const again = again_.data();
   uint8_t* const above = above_.data();
-  for (int64_t t = 0, used = n_touched_; t < used; ++t) above[touched[t]] = 0;
-  n_touched_ = 0;
+  count_zeros(-1);
+  zeros_.clear();
   counts_signs_ = 0;
   rank_ = ranks.of[feature];
   if (rank_ < 0) return;
+  // two stamps a feature: all() has the second
+  constexpr int kStamps = 2, kLast = UINT8_MAX - kStamps + 1;
+  if (stamp_ == kLast) {
+    std::fill(above_.begin(), above_.end(), 0);
+    stamp_ = 0;
+  }
+  stamp_ += kStamps;
+  const uint8_t stamp = static_cast<uint8_t>(stamp_);
 
   const bool rare = rank_ >= dense;
   // from this rank on, S = 1 where n_ij > 0: nothing is counted
@@ -348,7 +365,7 @@ void SignRow::make(int64_t feature) {
   const int32_t* const first_entry = rare ? begin : lists.dense_end;
   // the ones of all that is visited are known by row: those of what was met before come off again,
   // so that the counts of most features are not looked up
-  int64_t used = 0, kept = 0, met_again = 0, visited_ones = 0;
+  int64_t used = 0, met_again = 0, visited_ones = 0;
   const auto take_off = [&] {
     for (int64_t t = 0; t < met_again; ++t) visited_ones -= ones[again[t]];
     met_again = 0;
@@ -364,14 +381,12 @@ void SignRow::make(int64_t feature) {
       counted[used] = j;
       used += pairs[j]++ == 0;
     }
+#pragma GCC unroll 4
     for (; p < end; ++p) {
       const int32_t j = entries[p];
-      const int32_t first = above[j] == 0;
-      above[j] = 2;
-      touched[kept] = j;
-      kept += first;
       again[met_again] = j;
-      met_again += 1 - first;
+      met_again += above[j] >= stamp;
+      above[j] = stamp;
     }
     if (met_again > ranks.active) take_off();
   }
@@ -404,19 +419,21 @@ void SignRow::make(int64_t feature) {
     const int32_t j = counted[t];
     if (j >= dense) {
       visited_ones -= pairs[j] * static_cast<int64_t>(ones[j]);
-      above[j] = static_cast<uint8_t>(sign(j) + 1);
-      sum += above[j] * static_cast<int64_t>(ones[j]);
-      touched[kept++] = j;
+      const int s = sign(j);
+      sum += (s + 1) * static_cast<int64_t>(ones[j]);
+      if (s > 0) above[j] = stamp;
+      if (s == 0) zeros_.push_back(j);
     }
     pairs[j] = 0;
   }
-  n_touched_ = kept;
   sum += 2 * visited_ones;
-  // S_ii = 0: one more than the -1 that every entry of a row is taken for
+  // V_ii > 0, but S_ii = 0
   if (rare) {
-    sum += (1 - above_[rank_]) * n_i;
-    above_[rank_] = 1;
+    sum -= n_i;
+    above[rank_] = 0;
+    zeros_.push_back(rank_);
   }
+  count_zeros(1);
   counts_signs_ = static_cast<double>(sum);
 }
 
@@ -443,45 +460,53 @@ void SignRow::listed(const int32_t* row, int64_t count, int32_t* out) const {
   const int32_t *const begin = rows.begin, *const dense_end = rows.dense_end;
   const int32_t* const entries = rows.entries;
   const uint8_t* const above = above_.data();
+  const uint8_t stamp = static_cast<uint8_t>(stamp_);
   for (int64_t e = 0; e < count; ++e) {
     if (e + kAhead < count) prefetch_row(entries + dense_end[row[e + kAhead]]);
     const int32_t from = dense_end[row[e]], to = begin[row[e] + 1];
-    int32_t sum = from - to, other = 0, p = from;
+    int32_t below = 0, other = 0, p = from;
 #pragma GCC unroll 4
     for (; p + 1 < to; p += 2) {
-      sum += above[entries[p]];
-      other += above[entries[p + 1]];
+      below += above[entries[p]] < stamp;
+      other += above[entries[p + 1]] < stamp;
     }
-    if (p < to) sum += above[entries[p]];
-    out[e] = sum + other;
+    if (p < to) below += above[entries[p]] < stamp;
+    out[e] = to - from - 2 * (below + other) + zeros_of_row_[row[e]];
   }
 }
 
 // Row by row, or feature by feature that is on together with this one: whichever visits less.
-void SignRow::all(int32_t* out) const {
-  const RowLists& rows = source_.at_hand;
+void SignRow::all(int32_t* out) {
+  const RowLists &rows = source_.at_hand, &counted = source_.counted;
   if (rank_ < 0) {
     std::fill_n(out, rows.rows, 0);
     return;
   }
-  int64_t of_partners = 0;
-  for (int64_t t = 0; t < n_touched_; ++t) {
-    of_partners += rows.feature_begin[touched_[t] + 1] - rows.feature_begin[touched_[t]];
+  // each feature with S = 1 once: the second stamp is for those that were met
+  const uint8_t stamp = static_cast<uint8_t>(stamp_);
+  int32_t* const above = counted_.data();
+  int64_t n_above = 0, of_partners = 0;
+  for (int32_t e = counted.feature_begin[rank_]; e < counted.feature_begin[rank_ + 1]; ++e) {
+    const int32_t r = counted.row[e];
+    for (int32_t p = counted.dense_end[r]; p < counted.begin[r + 1]; ++p) {
+      const int32_t j = counted.entries[p];
+      if (above_[j] != stamp) continue;
+      above_[j] = stamp + 1;
+      above[n_above++] = j;
+      of_partners += rows.feature_begin[j + 1] - rows.feature_begin[j];
+    }
   }
   const bool by_row = of_partners >= rows.total - rows.feature_begin[source_.ranks.dense];
   for (int64_t r = 0; r < rows.rows; ++r) {
-    int32_t sum = rows.dense_end[r] - rows.begin[r + 1];
+    int32_t sum = rows.dense_end[r] - rows.begin[r + 1] + zeros_of_row_[r];
     for (int32_t p = rows.dense_end[r]; by_row && p < rows.begin[r + 1]; ++p) {
-      sum += above_[rows.entries[p]];
+      sum += above_[rows.entries[p]] >= stamp ? 2 : 0;
     }
     out[r] = sum;
   }
-  if (!by_row) {
-    for (int64_t t = 0; t < n_touched_; ++t) {
-      const int32_t j = touched_[t];
-      for (int32_t e = rows.feature_begin[j]; e < rows.feature_begin[j + 1]; ++e) {
-        out[rows.row[e]] += above_[j];
-      }
+  for (int64_t t = 0; !by_row && t < n_above; ++t) {
+    for (int32_t e = rows.feature_begin[above[t]]; e < rows.feature_begin[above[t] + 1]; ++e) {
+      out[rows.row[e]] += 2;
     }
   }
   add_dense(0, nullptr, rows.rows, out);

@@ -94,16 +94,22 @@ class SignRow {
   void add_dense(int64_t first, const uint16_t* index, int64_t count, int32_t* out) const;
 
   // out[row] = (B S) of every row at hand.
-  void all(int32_t* out) const;
+  void all(int32_t* out);
 
  private:
+  // What zeros_ holds is added to zeros_of_row_, or taken off.
+  void count_zeros(int32_t change);
+
   const ListedSigns& source_;
   std::vector<int32_t> pairs_;    // n_ij by rank of j; zero between calls
   std::vector<int32_t> counted_;  // ranks j with n_ij > 0 that were counted
-  std::vector<int32_t> touched_;  // ranks j with n_ij > 0 that are not dense
   std::vector<int32_t> again_;    // ranks j that were met before
-  int64_t n_touched_ = 0;
-  std::vector<uint8_t> above_;   // S_ij + 1 by rank of j that is not dense
+  // By rank of j that is not dense: S_ij = 1 where it is stamp_ or more, else -1, or zero where
+  // zeros_ has j. What features before left here is less.
+  std::vector<uint8_t> above_;
+  int stamp_ = 0;
+  std::vector<int32_t> zeros_;
+  std::vector<int32_t> zeros_of_row_;  // by row at hand
   std::vector<uint32_t> signs_;  // planes of dense j
   const uint32_t* planes_[2] = {nullptr, nullptr};
   int64_t rank_ = -1;
