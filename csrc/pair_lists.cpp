@@ -468,15 +468,16 @@ void SignRow::listed(const int32_t* row, int64_t count, int32_t* out) const {
   const uint8_t stamp = static_cast<uint8_t>(stamp_);
   for (int64_t e = 0; e < count; ++e) {
     if (e + kAhead < count) prefetch_row(entries + dense_end[row[e + kAhead]]);
-    const int32_t from = dense_end[row[e]], to = begin[row[e] + 1];
-    int32_t below = 0, other = 0, p = from;
+    const int32_t *p = entries + dense_end[row[e]], *const to = entries + begin[row[e] + 1];
+    const int32_t length = static_cast<int32_t>(to - p);
+    int32_t below = 0, other = 0;
 #pragma GCC unroll 4
-    for (; p + 1 < to; p += 2) {
-      below += above[entries[p]] < stamp;
-      other += above[entries[p + 1]] < stamp;
+    for (; to - p > 1; p += 2) {
+      below += above[p[0]] < stamp;
+      other += above[p[1]] < stamp;
     }
-    if (p < to) below += above[entries[p]] < stamp;
-    out[e] = to - from - 2 * (below + other) + zeros_of_row_[row[e]];
+    if (p < to) below += above[*p] < stamp;
+    out[e] = length - 2 * (below + other) + zeros_of_row_[row[e]];
   }
 }
 
