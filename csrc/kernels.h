@@ -227,7 +227,7 @@ struct Kernels {
   void (*sign_counts)(const SignCounts& signs);
 
   // Writes the number of every one among the bits of n words, rising, and returns how many there
-  // are; out has room for 32 n.
+  // are: as many as out must have room for.
   int64_t (*set_bits)(const uint32_t* words, int64_t n, int32_t* out);
 };
 

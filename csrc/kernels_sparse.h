@@ -267,24 +267,25 @@ void sign_counts(const SignCounts& s) {
   }
 }
 
-// The words that are not zero are brought together first: few are in a sparse code, and which ones
-// no processor guesses.
+// Pairs of words that are not zero are brought together first: few are in a sparse code, and which
+// ones no processor guesses.
 int64_t set_bits(const uint32_t* words, int64_t n, int32_t* out) {
-  constexpr int64_t kAtOnce = 256, kLine = 16;
-  uint32_t some[kAtOnce + kLine];
-  int32_t place[kAtOnce + kLine];
+  constexpr int64_t kAtOnce = 512, kLine = 16;
+  uint64_t some[(kAtOnce + kLine) / 2];
+  int32_t place[(kAtOnce + kLine) / 2];
   int64_t found = 0;
   for (int64_t first = 0; first < n; first += kAtOnce) {
     const int64_t end = n - first < kAtOnce ? n : first + kAtOnce;
     int64_t w = first, used = 0;
 #if defined(__AVX512F__)
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i lanes = _mm256_set_epi32(14, 12, 10, 8, 6, 4, 2, 0);
     for (; w + kLine <= end; w += kLine) {
       const __m512i line = _mm512_loadu_si512(words + w);
-      const __mmask16 any = _mm512_test_epi32_mask(line, line);
-      const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(w)));
-      _mm512_storeu_si512(some + used, _mm512_maskz_compress_epi32(any, line));
-      _mm512_storeu_si512(place + used, _mm512_maskz_compress_epi32(any, places));
+      const __mmask8 any = _mm512_test_epi64_mask(line, line);
+      const __m256i places = _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int32_t>(w)));
+      _mm512_storeu_si512(some + used, _mm512_maskz_compress_epi64(any, line));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + used),
+                          _mm256_maskz_compress_epi32(any, places));
       used += __builtin_popcount(any);
     }
 #endif
@@ -293,17 +294,19 @@ int64_t set_bits(const uint32_t* words, int64_t n, int32_t* out) {
       uint32_t any = 0;
       for (int64_t v = w; v < to; ++v) any |= words[v];
       if (any == 0) w = to;
-      for (; w < to; ++w) {
-        some[used] = words[w];
+      for (; w < to; w += 2) {
+        uint64_t pair = words[w];
+        if (w + 1 < to) __builtin_memcpy(&pair, words + w, sizeof(pair));
+        some[used] = pair;
         place[used] = static_cast<int32_t>(w);
-        used += words[w] != 0;
+        used += pair != 0;
       }
     }
     for (int64_t u = 0; u < used; ++u) {
       const int32_t column = place[u] * 32;
-      uint32_t rest = some[u];
+      uint64_t rest = some[u];
       do {
-        out[found++] = column + __builtin_ctz(rest);
+        out[found++] = column + __builtin_ctzll(rest);
         rest &= rest - 1;
       } while (rest != 0);
     }

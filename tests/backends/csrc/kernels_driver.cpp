@@ -248,6 +248,27 @@ void test_column_counts(const Kernels& k) {
   }
 }
 
+// Words that are zero but a few, all ones, or random.
+void test_set_bits(const Kernels& k) {
+  for (int64_t n : kEdges) {
+    for (int kind = 0; kind < 4; ++kind) {
+      begin("%s set_bits: words %lld, kind %d", k.name, (long long)n, kind);
+      Buffer<uint32_t> words(n);
+      std::vector<int64_t> want;
+      for (int64_t w = 0; w < n; ++w) {
+        if (kind < 2) words[w] = random_between(0, 9) < kind ? 1u << random_between(0, 31) : 0;
+        if (kind == 2) words[w] = ~0u;
+        for (int64_t b = 0; b < 32; ++b) {
+          if (words[w] >> b & 1) want.push_back(w * 32 + b);
+        }
+      }
+      Buffer<int32_t> out(static_cast<int64_t>(want.size()));
+      equal("number", 0, 0, k.set_bits(words.get(), n, out.get()), out.size());
+      for (int64_t i = 0; i < out.size(); ++i) equal("bit", 0, i, out[i], want[i]);
+    }
+  }
+}
+
 float float_of(float x) { return x; }
 double float_of(double x) { return x; }
 float float_of(uint16_t half) {
@@ -936,6 +957,7 @@ void test_level(const Kernels& k) {
   cases = 0;
   test_transpose(k);
   test_column_counts(k);
+  test_set_bits(k);
   test_threshold(k.name, "f32", k.threshold_f32);
   test_threshold(k.name, "f64", k.threshold_f64);
   test_threshold(k.name, "bf16", k.threshold_bf16);
