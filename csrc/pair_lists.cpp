@@ -18,7 +18,7 @@ namespace bae_fast {
 namespace {
 
 constexpr int64_t kRanksAtOnce = 64;
-constexpr int64_t kAhead = 6;  // rows whose entries are asked for before they are needed
+constexpr int64_t kAhead = 6;    // rows whose entries are asked for before they are needed
 constexpr int64_t kLookUps = 8;  // in the time of a product of one row's bits of dense features
 constexpr double kGain = 0.5;  // lists keep no signs for backward: they must take half of the time
 

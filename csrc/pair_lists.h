@@ -110,7 +110,7 @@ class SignRow {
   int stamp_ = 0;
   std::vector<int32_t> zeros_;
   std::vector<int32_t> zeros_of_row_;  // by row at hand
-  std::vector<uint32_t> signs_;  // planes of dense j
+  std::vector<uint32_t> signs_;        // planes of dense j
   const uint32_t* planes_[2] = {nullptr, nullptr};
   int64_t rank_ = -1;
   double counts_signs_ = 0;
