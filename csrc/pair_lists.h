@@ -2,7 +2,8 @@
 // never on together are known without counting: n_ij = 0 gives V_ij = -n_i n_j.
 //
 // Features are ranked by falling counts and named by their ranks. Constant ones, whose V is zero,
-// have none. The first `dense` of them are on so often that bits count their pairs faster.
+// have none. The first `dense` of them are on so often that bits count their pairs faster, where a
+// row has enough of them; else `dense` is zero.
 #pragma once
 
 #include <vector>
