@@ -95,6 +95,17 @@ def _naming(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, str(path))
 
 
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of which file an error of the system is, where it does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise _naming(error, Path(path)) from error
+
+
 def torch_reason(error: BaseException) -> str | None:
     """Why torch's writer of archives failed, in words; None for an error of another kind.
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bae_fast.files import cache_folder, check_writable, locked, write_safetensors
+from bae_fast.files import cache_folder, check_writable, locked, naming, write_safetensors
 from bae_fast.lm.cache import (
     DTYPE_NAMES,
     FORMAT,
@@ -157,7 +157,11 @@ def harvest(
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
         n_windows, context_size = token_windows.shape
-        with locked(temporary, wait=False), RowsFile(temporary / ROWS_NAME) as file:
+        with (
+            naming(root / key),
+            locked(temporary, wait=False),
+            RowsFile(temporary / ROWS_NAME) as file,
+        ):
             norms = _run(engine, token_windows, mask, file, batch_size, drop_positions, progress)
             wanted = text_places(token_windows, mask, text, drop_positions)
             keep, dropped = _keep(norms, wanted, max_norm_ratio)

@@ -34,6 +34,7 @@ from torch import Tensor
 from bae_fast.files import (
     file_digest,
     locked,
+    naming,
     parse_safetensors,
     read_json,
     replacing,
@@ -639,7 +640,7 @@ class _Harvest:
             done = 0
             for part in self._candidates(tokens):
                 for hook, rows in part.x.items():
-                    with _naming(paths[hook]):
+                    with naming(paths[hook]):
                         temporary[hook].append(rows)
                 n = min(self.batch_size, len(tokens) - done)
                 # rows are on disk: of them only places and norms are kept
@@ -654,7 +655,7 @@ class _Harvest:
             keep, dropped = within(norms, limits, before)
             files, sums, widths = {}, {}, {}
             for hook, file in temporary.items():
-                with _naming(paths[hook]):
+                with naming(paths[hook]):
                     file.finish(keep)
                 digest, sums[f"crc32 {hook}"] = _sums(file)
                 files[f"{hook}/{shard_name(number)}"] = digest
@@ -774,17 +775,6 @@ def _rows_file(path: Path) -> Iterator[RowsFile]:
         left.unlink(missing_ok=True)
     with replacing(path) as temporary, RowsFile(temporary) as file:
         yield file
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say of which file an error of the system is, where it does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sums(file: RowsFile) -> tuple[str, Tensor]:

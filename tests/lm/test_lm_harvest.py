@@ -216,6 +216,19 @@ def test_an_interrupted_harvest_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is full")
+def test_a_full_disk_is_named_and_nothing_stays(lm, tmp_path, monkeypatch):
+    def full(self, rows):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"0")
+
+    monkeypatch.setattr("bae_fast.lm.cache.RowsFile.append", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        harvest(lm, _tokens(), "model.layers.1", folder=tmp_path, batch_size=2)
+    assert os.path.dirname(raised.value.filename) == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rows_are_mapped_and_writing_to_them_leaves_the_file_alone(cache):
     again = ActivationCache.open(cache.folder)
     again.rows[:] = 0
