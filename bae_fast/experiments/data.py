@@ -162,11 +162,29 @@ def rows_of(config: Any, stages: Stages, batch_size: int) -> Rows:
         ValueError, OSError: they cannot be had; the field or the file is named.
     """
     if config.states is not None:
+        check_one_source(config, "states")
         return own_rows(config.states)
     cache, tokenizer, facts = harvest_rows(config, stages, batch_size)
     split = cache.split(N_HELDOUT)
     facts["split"] = split.as_dict()
     return Rows(cache.rows, split.train, split.heldout, facts, cache, tokenizer)
+
+
+def check_one_source(config: Any, given: str) -> None:
+    """Refuse a language model or a text beside rows that come from elsewhere.
+
+    Args:
+        config: the configuration.
+        given: the field that says where they come from.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    for name in ("model", "text", "dataset"):
+        value = getattr(config, name, None)
+        if value is not None:
+            shown = " ".join(value) if isinstance(value, tuple) else value
+            raise ConfigError(name, f"must be left out where --{given} gives the rows; got {shown}")
 
 
 def own_rows(path: Path) -> Rows:

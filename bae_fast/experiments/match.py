@@ -11,6 +11,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.data import (
     OwnRows,
     Source,
+    check_one_source,
     check_width,
     harvest_rows,
     pick_device,
@@ -62,10 +63,15 @@ def run(config: Config) -> runs.Result:
     """
     from bae_fast import causal
 
+    runs.check_at_least(config, 0, "seed")
+    if config.seed >= 2**63:
+        raise runs.ConfigError("seed", f"must be below 2^63; got {config.seed}")
     if config.rows < 2:
         raise runs.ConfigError("rows", f"must be at least 2; got {config.rows}")
     if len(config.folders) != 2:
         raise runs.ConfigError("folders", f"must be two folders; got {len(config.folders)}")
+    if config.states is not None:
+        check_one_source(config, "states")
     device = pick_device(config)
     data, folders = None, list(config.folders)
     models = []

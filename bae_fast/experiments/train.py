@@ -20,6 +20,7 @@ import torch
 from bae_fast.autoencoder import seeded
 from bae_fast.distributed import TIMEOUT_SECONDS, Mesh
 from bae_fast.experiments import runs
+from bae_fast.experiments.data import check_one_source
 from bae_fast.experiments.metric import error_metric
 from bae_fast.experiments.reading import local_device
 from bae_fast.experiments.supplies import RowsFrom, Source, rows_for
@@ -98,6 +99,10 @@ def run(config: Config) -> runs.Result:
     """
     runs.check_one_of("resume", config.resume, ("auto", "never"))
     runs.check_at_least(config, 1, "data", "feature", "streams")
+    runs.check_at_least(config, 0, "peak_flops", "timeout")
+    for given in ("states", "cache"):
+        if getattr(config, given) is not None:
+            check_one_source(config, given)
     settings = read_jobs(config)
     for one in settings.values():
         check(one)

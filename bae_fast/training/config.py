@@ -30,13 +30,15 @@ WIDE_FROM = 16.0
 
 
 def check_integers(config: object, least: dict[str, int]) -> None:
-    """Raise ValueError unless each named constant is an int of at least its bound."""
+    """Raise ValueError unless each named constant is an int of at least its bound, below 2^63."""
     for name, bound in least.items():
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name} must be an int; got {value!r}")
         if value < bound:
             raise ValueError(f"{name} must be at least {bound}; got {value}")
+        if value >= 2**63:
+            raise ValueError(f"{name} must be below 2^63; got {value}")
 
 
 def check_bounds(config: object, bounds: dict[str, tuple[float, float]]) -> None:

@@ -813,7 +813,7 @@ def test_ones_own_rows_are_matched_without_a_language_model(own, tmp_path, monke
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
+def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path, capsys):
     pytest.importorskip("constriction")
     pytest.importorskip("matplotlib")
     options = ["--states", str(own / "rows.npy"), "--out", str(tmp_path), "--device", "cpu"]
@@ -825,6 +825,10 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path):
     assert decompress(tmp_path / "codes.bae").equal(bae.encode(rows))
     assert main(["decompress", str(tmp_path)]) == 0  # the folder, as other commands take it
     assert bf.BinaryCode.load(tmp_path / "codes.safetensors").equal(bae.encode(rows))
+    for name, value in (("--model", "gpt2"), ("--text", "book.txt")):  # read by nobody
+        given = ["--load", str(own / "bae"), name, value, "--overwrite"]
+        assert main(["compress", *options, *given]) == 1
+        assert f"{name} must be left out where --states gives" in capsys.readouterr().err
     other = ["--steps", "5", "--batch-size", "64"]
     assert main(["compress", *options, *other]) == 1
     assert decompress(tmp_path / "codes.bae").equal(bae.encode(rows))

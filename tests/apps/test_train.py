@@ -198,6 +198,16 @@ def test_what_a_run_lacks_is_named(states, tmp_path, capsys):
         (["--states", states, "--data", "2"], "--data times feature must be the number of proc"),
         (["--states", states, "--streams", "0"], "--streams must be at least 1"),
         (["--states", states, "--patience", "2"], "evaluate_every must be at least 1"),
+        (
+            ["--states", states, "--text", "a", "b"],
+            "--text must be left out where --states gives the rows; got a b",
+        ),
+        (
+            ["--cache", str(tmp_path), "--dataset", "d"],
+            "--dataset must be left out where --cache gives the rows; got d",
+        ),
+        (["--states", states, "--seed", str(2**63)], "seed must be below 2^63; got 92233720"),
+        (["--states", states, "--peak-flops", "-1"], "--peak-flops must be at least 0; got -1"),
     ):
         assert main(["train", *given, "--out", str(tmp_path / "x"), *SMALL]) == 1
         assert words in capsys.readouterr().err
