@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -52,22 +53,50 @@ inline void prefer_large_pages(const Tensor& fresh) {
 
 // Memory on a cache line, not set to anything; from half a large page on, whole ones: packed panels
 // are read again and again, and the processor has few places for the addresses of small pages.
+//
+// The system clears a large page before it gives it, which takes as long as the products of a small
+// step: a thread keeps a block of a few for the next that asks for no more.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
     if (bytes <= 0) return;
     const int64_t unit = bytes < kLargePage / 2 ? 64 : kLargePage;
-    memory_ = static_cast<uint8_t*>(std::aligned_alloc(unit, round_up(bytes, unit)));
+    bytes_ = round_up(bytes, unit);
+    if (unit == kLargePage && kept().bytes >= bytes_) {
+      std::swap(memory_, kept().memory);
+      bytes_ = std::exchange(kept().bytes, 0);
+      return;
+    }
+    memory_ = static_cast<uint8_t*>(std::aligned_alloc(unit, bytes_));
     check(memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
-    if (unit == kLargePage) prefer_large_pages(memory_, round_up(bytes, unit));
+    if (unit == kLargePage) prefer_large_pages(memory_, bytes_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory_); }
+  ~Scratch() {
+    if (bytes_ >= kLargePage && bytes_ <= kMostKept && bytes_ > kept().bytes) {
+      std::swap(memory_, kept().memory);
+      kept().bytes = bytes_;
+    }
+    std::free(memory_);
+  }
   uint8_t* get() const { return memory_; }
 
  private:
+  static constexpr int64_t kMostKept = 2 * kLargePage;
+
+  struct Kept {
+    uint8_t* memory = nullptr;
+    int64_t bytes = 0;
+    ~Kept() { std::free(memory); }
+  };
+  static Kept& kept() {
+    static thread_local Kept of_thread;
+    return of_thread;
+  }
+
   uint8_t* memory_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 // The set bits of rows by their names, one row after the other, by blocks of rows.
