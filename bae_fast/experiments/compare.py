@@ -141,8 +141,10 @@ def run(config: Config) -> runs.Result:
     """
     from bae_fast.report import compare as report
     from bae_fast.report.plots import save_png
+    from bae_fast.report.style import check_figures
 
     runs.check_out(config)
+    check_figures()
     path = config.out / "compare.json"
     values = read_json(path) if config.report_only else train_all(config)
     with runs.reading(path, kept=config.report_only):

@@ -72,9 +72,11 @@ def run(config: Config) -> runs.Result:
     from bae_fast.entropy import estimate_entropy
     from bae_fast.report import compress as report
     from bae_fast.report.plots import save_png
+    from bae_fast.report.style import check_figures
 
     if importlib.util.find_spec("constriction") is None:
         raise ImportError("compress needs constriction: pip install 'bae-fast[compress]'")
+    check_figures()
     runs.check_one_of("rows", config.rows, ("all", "heldout"))
     runs.check_one_of("coder", config.coder, CODERS)
     constants = check(config)

@@ -103,7 +103,9 @@ def run(config: Config) -> runs.Result:
     """
     from bae_fast.report import steer as report
     from bae_fast.report.plots import save_png
+    from bae_fast.report.style import check_figures
 
+    check_figures()
     if not config.report_only:
         check(config)
     with runs.results(config) as folder:

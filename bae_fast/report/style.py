@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +39,19 @@ def ink_of(dark: bool) -> Ink:
     return _DARK if dark else _LIGHT
 
 
+_NEEDS = "figures need matplotlib: pip install 'bae-fast[report]'"
+
+
+def check_figures() -> None:
+    """Find out, before anything slow has run, whether figures can be drawn at its end.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(_NEEDS)
+
+
 def new_figure(ink: Ink, width: float, height: float) -> Any:
     """An empty figure of a width and height in inches, drawn without a display.
 
@@ -49,7 +63,7 @@ def new_figure(ink: Ink, width: float, height: float) -> Any:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'bae-fast[report]'") from error
+        raise ImportError(_NEEDS) from error
     figure = Figure(
         figsize=(width, height),
         dpi=DPI,

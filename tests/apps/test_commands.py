@@ -894,3 +894,30 @@ def test_an_experiment_is_three_lines_of_python(tmp_path):
     assert "| fair |" in result.text
     assert all(path.is_file() for path in result.files)
     assert (tmp_path / "resolved.yaml").read_text().startswith('kinds: ["fair"]\n')
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "compare", "compress", "steer", "entropy synthetic", "entropy layers", "entropy icl"],
+)
+def test_a_command_that_draws_misses_matplotlib_before_anything_slow(
+    command, tmp_path, monkeypatch, capsys
+):
+    if command == "demo":
+        pytest.importorskip("transformers")
+    if command == "compress":
+        pytest.importorskip("constriction")
+
+    def slow(*_arguments, **_options):
+        raise AssertionError("it began")
+
+    for name in ("data.harvest_rows", "data.rows_of", "compare.harvest_rows", "compress.rows_of",
+                 "steer.steer", "runs.once"):  # fmt: skip
+        monkeypatch.setattr(f"bae_fast.experiments.{name}", slow, raising=False)
+    monkeypatch.setattr("bae_fast.lm.load_language_model", slow)
+    monkeypatch.setattr("bae_fast.lm.load_tokenizer", slow)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*command.split(), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert re.search(r"matplotlib: pip install 'bae-fast\[(lm,)?report\]'", said), said
+    assert not (tmp_path / "out").exists()

@@ -88,7 +88,9 @@ def finish(
     """Run or read, write the three files; the CSV has a row for each entropy."""
     from bae_fast.report.plots import save_png
     from bae_fast.report.series import plot_panels
+    from bae_fast.report.style import check_figures
 
+    check_figures()
     out: Path = config.out
     path = out / f"{name}.json"
     made = [] if config.report_only else make()
