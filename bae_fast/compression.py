@@ -100,8 +100,8 @@ _CHUNK_BITS = 2**26
 # of columns the coder of trees can number no more
 _MOST_COLUMNS = 1 << 24
 _MOST_BLOCK_BITS = 1 << 32
-# log(p / (1-p)) in steps of 1/16 are 712 classes
-_MOST_CLASSES = 1024
+# log(p / (1-p)) in steps of 1/16 are 712, of columns that vary, are never on and always on
+_MOST_CLASSES = 4096
 
 
 def _constriction() -> Any:
@@ -761,14 +761,16 @@ def compress(
 
     Raises:
         ImportError: no ``constriction``.
+        TypeError: metadata is no dict of JSON values.
         ValueError: a code that is too large, block_rows below 1 or of more than 2^32 bits in a
             block, another coder, or bits past the last column.
     """
-    queue = _constriction().queue
     if not isinstance(block_rows, int) or not 1 <= block_rows < 2**31:
         raise ValueError(f"block_rows must be an int of 1 to 2^31 - 1; got {block_rows!r}")
     if coder not in CODERS:
         raise ValueError(f"coder must be one of {', '.join(CODERS)}; got {coder!r}")
+    if not isinstance(metadata or {}, dict):
+        raise TypeError(f"metadata must be a dict; got {type(metadata).__name__}")
     note = json.dumps(metadata or {}, allow_nan=False).encode()
     flat = code.flatten()
     n_rows, masked = len(flat), flat.row_mask is not None
@@ -789,23 +791,7 @@ def compress(
         if not packing.tail_is_zero(block, n_columns):
             raise ValueError(f"code has bits past column {n_columns}")
         counts += packing.column_counts(block, n_columns)
-    encoder = queue.RangeEncoder()
-    parents, both = _choose_parents(flat, n_columns, counts, coder)
-    is_tree = bool((parents >= 0).any())
-    if is_tree:
-        halves = _Halves(parents.numpy())
-        ones, length = halves.counts(counts, both, n_rows)
-        shares, ids = _choose_classes(ones, length, len(tops), number_bits=20)
-        halves.encode(encoder)
-        model: _Model | _TreeModel = _TreeModel(shares, ids, halves)
-    else:
-        length = np.full(n_columns, n_rows)
-        shares, ids = _choose_classes(counts.numpy(), length, len(tops), number_bits=12)
-        model = _Model(shares, ids)
-    members = np.bincount(ids, minlength=len(shares))
-    if len(shares) > 1:
-        encoder.encode(ids, _categorical(members.astype(np.float64)))
-    id_words = encoder.get_compressed().astype("<u4")
+    model, shares, ids, n_edges, id_words = _choose_model(flat, n_columns, counts, coder, len(tops))
     lead = code.shape[:-1]
     header = b"".join(
         [
@@ -815,14 +801,13 @@ def compress(
             ),
             np.array(lead, dtype="<u8").tobytes(),
             shares.astype("<u4").tobytes(),
-            members.astype("<u4").tobytes(),
-            struct.pack("<I", int((parents >= 0).sum())) if is_tree else b"",
+            np.bincount(ids, minlength=len(shares)).astype("<u4").tobytes(),
+            struct.pack("<I", n_edges) if n_edges else b"",
             id_words.tobytes(),
             note,
         ]
     )  # fmt: skip
-    version = TREE_VERSION if is_tree else FORMAT_VERSION
-    prefix = _PREFIX.pack(MAGIC, version, len(header))
+    prefix = _PREFIX.pack(MAGIC, TREE_VERSION if n_edges else FORMAT_VERSION, len(header))
     index = []
     with replacing(path) as temporary, open(temporary, "wb") as file:
         start = len(prefix) + len(header) + len(tops) * _ENTRY.size + _DIGEST
@@ -836,8 +821,36 @@ def compress(
         head = b"".join([prefix, header, *index])
         file.seek(0)
         file.write(head + _digest(head))
-    kept = int(flat.n_rows())
-    own = counts[: code.n_columns]
+    return _size(flat, counts[: code.n_columns], size, start, n_edges)
+
+
+def _choose_model(
+    flat: BinaryCode, n_columns: int, counts: Tensor, coder: str, n_blocks: int
+) -> tuple[_Model | _TreeModel, np.ndarray, np.ndarray, int, np.ndarray]:
+    """(what codes the blocks, p of classes, class of columns or halves, edges, their words)."""
+    encoder = _constriction().queue.RangeEncoder()
+    parents, both = _choose_parents(flat, n_columns, counts, coder)
+    n_edges = int((parents >= 0).sum())
+    if n_edges:
+        halves = _Halves(parents.numpy())
+        ones, length = halves.counts(counts, both, len(flat))
+        shares, ids = _choose_classes(ones, length, n_blocks, number_bits=20)
+        halves.encode(encoder)
+        model: _Model | _TreeModel = _TreeModel(shares, ids, halves)
+    else:
+        length = np.full(n_columns, len(flat))
+        shares, ids = _choose_classes(counts.numpy(), length, n_blocks, number_bits=12)
+        model = _Model(shares, ids)
+    if len(shares) > 1:
+        encoder.encode(ids, _categorical(np.bincount(ids).astype(np.float64)))
+    return model, shares, ids, n_edges, encoder.get_compressed().astype("<u4")
+
+
+def _size(
+    code: BinaryCode, own: Tensor, file_bytes: int, header_bytes: int, edges: int
+) -> CompressedSize:
+    """The file's bytes beside the bound and plainer forms, from the ones of each column."""
+    n_rows, kept = len(code), int(code.n_rows())
     differences = int(torch.minimum(own, n_rows - own).sum())
     field = math.ceil(math.log2(code.n_columns)) if code.n_columns > 1 else 1
     listed = n_rows * code.n_columns.bit_length() + differences * field + code.n_columns
@@ -847,13 +860,13 @@ def compress(
     return CompressedSize(
         n_rows=n_rows,
         n_columns=code.n_columns,
-        file_bytes=size,
-        header_bytes=start,
+        file_bytes=file_bytes,
+        header_bytes=header_bytes,
         entropy_bits=bound,
         differences=differences,
         packed_bytes=n_rows * -(-code.n_columns // 8),
         listed_bytes=-(-listed // 8),
-        edges=int((parents >= 0).sum()),
+        edges=edges,
     )
 
 

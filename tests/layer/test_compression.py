@@ -538,7 +538,7 @@ def announced(number):
         {"lead": (2**31,), "block_rows": 2**31},
         {"lead": (0, 2**63)},
         {"lead": (0, 2**40, 2**20)},
-        {"columns": 1025, "shares": (0,) * 1025, "members": (1,) * 1025},
+        {"columns": 4097, "shares": (0,) * 4097, "members": (1,) * 4097},
         {"note": b"[" * 100_000},
         {"note": b"[]"},
         {"n_bits": 3},
@@ -565,6 +565,12 @@ def test_a_code_beyond_the_memory_is_read_by_rows(tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match=r"code holds 0.0 GiB of words.* some of its rows"):
         decompress(tmp_path / "code")
     assert CompressedCode.open(tmp_path / "code")[:3].equal(code[:3])
+
+
+def test_metadata_that_no_reader_takes_are_not_written(tmp_path):
+    with pytest.raises(TypeError, match="metadata must be a dict; got list"):
+        compress(mixed(), tmp_path / "code", metadata=["hook"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_that_no_reader_takes_are_not_written(tmp_path):
