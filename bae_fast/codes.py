@@ -164,8 +164,12 @@ class BinaryCode:
         """Pack dense bits ``[..., K]`` of any dtype; every entry must be 0 or 1.
 
         Raises:
+            TypeError: no dense tensor.
             ValueError: an entry is neither 0 nor 1.
         """
+        if not isinstance(bits, Tensor):
+            raise TypeError(f"bits must be a tensor; got {_kind(bits)}")
+        check_strided("bits", bits)
         if bits.dim() < 1 or bits.shape[-1] < 1:
             raise ValueError(f"bits must have shape [..., K], K >= 1; got {list(bits.shape)}")
         if not bool(((bits == 0) | (bits == 1)).all()):
@@ -342,7 +346,13 @@ class BinaryCode:
         return packing.unpack_rows(self.words, self.n_columns, dtype)
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Feature values ``dtype [..., F]``: sum_i b_i 2^i / (2^k - 1), bits where k is 1."""
+        """Feature values ``dtype [..., F]``: sum_i b_i 2^i / (2^k - 1), bits where k is 1.
+
+        Raises:
+            TypeError: an integer dtype for several bits a feature, whose values are fractions.
+        """
+        if self.n_bits > 1 and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point for n_bits={self.n_bits}; got {dtype}")
         bits = self.to_dense(dtype)
         if self.n_bits == 1:
             return bits

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +54,8 @@ def run_experiment(
         result = run(settings)
     if as_json:
         if result.text:  # of several processes one reports
-            say(json.dumps({"values": plain(result.values), "files": list(map(str, result.files))}))
+            files = list(map(str, result.files))
+            _write(json.dumps({"values": plain(result.values), "files": files}))
         return 0
     if result.text:
         say("\n" + result.text)
@@ -60,6 +63,22 @@ def run_experiment(
         first, *rest = result.files
         say(", ".join([str(first), *(path.name for path in rest)]))
     return 0
+
+
+def _write(line: str) -> None:
+    """A line on standard output that a program reads, which must not be lost without a word.
+
+    Raises:
+        OSError: it cannot be written, but for a reader that has gone.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        print(line, flush=True)
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        raise OSError(error.errno, f"the result cannot be printed: {error.strerror}") from error
 
 
 def plain(value: Any) -> Any:

@@ -255,6 +255,24 @@ def test_json_is_all_that_standard_output_gets(own, tmp_path, capsys):
     assert "== match" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is full")
+def test_a_result_for_a_program_that_cannot_be_printed_is_an_error(own, tmp_path):
+    bae, out = str(own / "bae"), str(tmp_path / "out")
+    line = (
+        f"'{sys.executable}' -m bae_fast match '{bae}' '{bae}' --states '{own / 'rows.npy'}' "
+        f"--out '{out}' --json"
+    )
+    for redirection, status in ((">/dev/full", 1), (">&-", 1), ("| true; exit $PIPESTATUS", 0)):
+        done = subprocess.run(
+            ["bash", "-c", f"{line} {redirection}"],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert ("the result cannot be printed" in last) == bool(status), done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_json_has_null_for_what_is_not_finite():
     values = {"a": float("nan"), "b": [1.5, float("inf"), (True, "c")]}
     assert plain(values) == {"a": None, "b": [1.5, None, [True, "c"]]}

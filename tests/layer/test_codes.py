@@ -177,6 +177,21 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["code.safetensors"]
 
 
+def test_integers_do_not_stand_for_the_values_of_several_bits():
+    code = bf.BinaryCode.from_dense(torch.ones(2, 6), n_bits=3)
+    with pytest.raises(TypeError, match=r"floating point for n_bits=3; got torch\.int64"):
+        code.values(torch.int64)
+    one = bf.BinaryCode.from_dense(torch.ones(2, 6))
+    assert one.values(torch.int64).sum() == 12
+
+
+def test_from_dense_names_what_is_no_dense_tensor():
+    with pytest.raises(TypeError, match="bits must be a tensor; got list"):
+        bf.BinaryCode.from_dense([[0, 1]])
+    with pytest.raises(TypeError, match="bits must be a dense tensor; got a sparse_coo one"):
+        bf.BinaryCode.from_dense(torch.eye(3).to_sparse())
+
+
 def test_from_dense_refuses_values_that_are_not_bits():
     with pytest.raises(ValueError, match="only 0 and 1"):
         bf.BinaryCode.from_dense(torch.tensor([[0.0, 0.5]]))
