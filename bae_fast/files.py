@@ -286,8 +286,12 @@ def _move_up(folder: Path) -> None:
         return
     for path in sorted(finished.iterdir()):
         target = folder / path.name
-        if path.is_dir() and target.is_dir():
+        # a file takes the place of a file or of a link; what else stands there would refuse it, at
+        # the end of a run and of every later one
+        if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
+        elif path.is_dir():
+            target.unlink(missing_ok=True)
         os.replace(path, target)
     finished.rmdir()
 

@@ -640,6 +640,23 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_run(tmp_path, monkeyp
         assert {(tmp_path / f"{name}.txt").read_text() for name in "ab"} == {"new"}
 
 
+def test_results_take_the_place_of_what_is_of_another_kind(tmp_path):
+    (tmp_path / "far").mkdir()
+    write_text(tmp_path / "far" / "kept", "kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model").symlink_to(tmp_path / "far")  # a folder of results
+    (tmp_path / "out" / "table.md").mkdir()
+    write_text(tmp_path / "out" / "names", "a file")
+    (tmp_path / "out" / "plot.png").symlink_to(tmp_path / "nowhere")
+    with publishing(tmp_path / "out") as folder:
+        for name in ("model/cfg.json", "table.md", "names/a", "plot.png"):
+            write_text(folder / name, "new")
+    for name in ("model/cfg.json", "table.md", "names/a", "plot.png"):
+        assert (tmp_path / "out" / name).read_text() == "new"
+    assert (tmp_path / "far" / "kept").read_text() == "kept"
+    assert not (tmp_path / "out" / ".finished").exists()
+
+
 def test_errors_of_the_system_name_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"a\.json"), replacing(tmp_path / "a.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
