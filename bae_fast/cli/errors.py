@@ -13,7 +13,7 @@ _LONGEST = 2000
 _CLEAR = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
-def describe(error: Exception, *, debug: bool = False) -> str:
+def describe(error: BaseException, *, debug: bool = False) -> str:
     """An error as one line; options are named as they are typed."""
     field, text = getattr(error, "field", None), getattr(error, "text", None)
     if field is not None and text is not None:

@@ -77,7 +77,7 @@ def caught(name: str, run: Callable[[], int], *, debug: bool = False) -> int:
             text = one_line(error) if _said(error) else INTERRUPTED
             say(f"bae-fast {name}: {text}", error=True)
             return 128 + _number(error)
-        except Exception as error:
+        except BaseException as error:  # a library in Rust panics by one that is no Exception
             if debug:
                 _trace()
             say(f"bae-fast {name}: {describe(error, debug=debug)}", error=True)

@@ -640,6 +640,19 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_run(tmp_path, monkeyp
         assert {(tmp_path / f"{name}.txt").read_text() for name in "ab"} == {"new"}
 
 
+def test_a_panic_of_a_library_in_rust_is_one_line(capsys):
+    class PanicException(BaseException):  # noqa: N818 (pyo3's name)
+        pass
+
+    def panics():
+        raise PanicException("index out of bounds")
+
+    assert net.caught("demo", panics) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("bae-fast demo: PanicException: index out of bounds (")
+    assert said.count("\n") == 1
+
+
 def test_results_take_the_place_of_what_is_of_another_kind(tmp_path):
     (tmp_path / "far").mkdir()
     write_text(tmp_path / "far" / "kept", "kept")
