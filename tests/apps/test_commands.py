@@ -641,7 +641,7 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_run(tmp_path, monkeyp
 
 
 def test_a_panic_of_a_library_in_rust_is_one_line(capsys):
-    class PanicException(BaseException):  # noqa: N818 (pyo3's name)
+    class PanicException(BaseException):  # its name in pyo3
         pass
 
     def panics():
