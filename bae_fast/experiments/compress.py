@@ -41,7 +41,7 @@ _QUANTISED_ROWS = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training, OwnRows, Data, runs.Overwriting):
+class Config(runs.Overwriting, Training, OwnRows, Data):
     """Write hidden states as a file of codes, near the entropy of the code.
 
     Attributes:

@@ -30,7 +30,7 @@ N_FEATURES_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training, Data, runs.Overwriting):
+class Config(runs.Overwriting, Training, Data):
     """Train on a language model's hidden states and show what was learned.
 
     Attributes:

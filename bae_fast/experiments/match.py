@@ -25,7 +25,7 @@ from bae_fast.report.match import table
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(OwnRows, Source, runs.Overwriting):
+class Config(runs.Overwriting, OwnRows, Source):
     """Match the features of two autoencoders by the rows in which they are on.
 
     Attributes:

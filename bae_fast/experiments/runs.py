@@ -53,8 +53,8 @@ class Overwriting:
     """What a configuration has whose results take the place of those of the last run.
 
     Attributes:
-        overwrite: Whether results, and a run that was stopped, of other settings in the folder are
-            replaced. Without it they are refused; the same settings always run again.
+        overwrite: What lies in the folder of other settings is replaced, results as well as a run
+            that was stopped. Without this option it is refused; the same settings run again.
     """
 
     overwrite: bool = False

@@ -41,7 +41,7 @@ _PROMPT_SHOWN = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Training, Data, runs.Overwriting):
+class Config(runs.Overwriting, Training, Data):
     """Find features that differ between two sets of prompts and set them by hand.
 
     Attributes:

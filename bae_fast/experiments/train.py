@@ -38,7 +38,7 @@ _JOB_OPTIONS = ("hook",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RowsFrom, Training, runs.Overwriting):
+class Config(runs.Overwriting, RowsFrom, Training):
     """Train autoencoders on hidden states, on one process or many, and go on where a run stopped.
 
     Attributes:
