@@ -66,6 +66,7 @@ SOURCES = [
     "operators",
     "layouts",
     "salient",
+    "search",
     "covariance",
     "pair_lists",
     "products",

@@ -15,6 +15,7 @@ from bae_fast.info import info, warmup
 from bae_fast.model import BAEConfig, BinaryAutoencoder
 from bae_fast.ops.registry import BackendUnavailableError
 from bae_fast.released import load_released
+from bae_fast.search import SearchedAutoencoder
 from bae_fast.statistics import CodeStatistics
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "BinaryAutoencoder",
     "BinaryCode",
     "CodeStatistics",
+    "SearchedAutoencoder",
     "__version__",
     "binary_autoencoder",
     "decode",

@@ -528,6 +528,8 @@ class Autoencoder(nn.Module):
     ) -> Self:
         """Load what :meth:`save_pretrained` wrote, in eval mode, from disk or from the Hub.
 
+        A file of a subclass is loaded as that.
+
         Args:
             folder: the folder of both files, or ``user/name`` of a repository on the Hugging Face
                 Hub, whose files are kept in the Hub's cache.
@@ -542,7 +544,11 @@ class Autoencoder(nn.Module):
             ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
         """
         found = find_pretrained(folder, revision=revision, subfolder=subfolder, token=token)
-        return _made(cls, found, read_pretrained(found), device, **options)
+        files = read_pretrained(found)
+        named = files[0].get("architecture")
+        kind = ARCHITECTURES.get(named) if isinstance(named, str) else None
+        own = kind if kind is not None and issubclass(kind, cls) else cls
+        return _made(own, found, files, device, **options)
 
     def push_to_hub(
         self,

@@ -573,9 +573,12 @@ class BinaryAutoencoder(Autoencoder):
 
     @classmethod
     def from_config(
-        cls, values: dict[str, Any], source: str, *, impl: str = "auto"
+        cls, values: dict[str, Any], source: str, *, impl: str = "auto", **options: Any
     ) -> BinaryAutoencoder:
         """A module on the meta device from the content of ``cfg.json``.
+
+        Args:
+            options: further arguments of a subclass.
 
         Raises:
             ValueError: see :meth:`BAEConfig.from_dict`.
@@ -595,4 +598,5 @@ class BinaryAutoencoder(Autoencoder):
             impl=impl,
             metadata=config.metadata,
             device="meta",
+            **options,
         )

@@ -175,6 +175,18 @@ struct SignCounts {
   int32_t* out;
 };
 
+// One row of a search for a code: see search.cpp.
+struct SearchRow {
+  float* gain;        // [columns], of flipping each bit
+  float* direction;   // [columns], 1 where the bit is off, -1 where it is on
+  float* best;        // [ceil(columns / kSearchBlock)], not set on entry
+  const float* gram;  // [columns, columns]
+  int64_t columns, most;
+  float least;
+};
+
+constexpr int64_t kSearchBlock = 64;  // columns whose largest gain is kept
+
 struct Kernels {
   const char* name;
   int64_t strip;  // columns of a strip: a multiple of 64, at most 256
@@ -210,6 +222,10 @@ struct Kernels {
   // The same for a strip with `products`, which the two above do not read.
   void (*backward_given_f32)(const BackwardStrip<float>& strip);
   void (*backward_given_f64)(const BackwardStrip<double>& strip);
+
+  // Flips bits of one row, the one that gains most first, until none gains more than `least` or
+  // `most` are flipped; returns their number.
+  int64_t (*search_row)(const SearchRow& row);
 
   // By adding the rows of `dense` where bits are one: cost goes with the number of ones.
   void (*gather_product)(const BitsProduct& product);

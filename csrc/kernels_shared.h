@@ -536,6 +536,70 @@ bool table_product(const BitsProduct& p) {
   return true;
 }
 
+// ---- search for a code --------------------------------------------------------------------------
+
+// The gains of a block after the flip, and the largest of them. Products with a direction are
+// exact, so every instruction set gives the same gains.
+inline float update_gains(float* gain, const float* direction, const float* gram, float flipped,
+                          int64_t columns) {
+  constexpr int64_t kLanesAtOnce = 16;
+  float lane[kLanesAtOnce];
+  for (float& value : lane) value = -__builtin_inff();
+  int64_t j = 0;
+  for (; j + kLanesAtOnce <= columns; j += kLanesAtOnce) {
+    for (int64_t l = 0; l < kLanesAtOnce; ++l) {
+      const float value = gain[j + l] - flipped * direction[j + l] * gram[j + l];
+      gain[j + l] = value;
+      lane[l] = lane[l] < value ? value : lane[l];
+    }
+  }
+  float best = -__builtin_inff();
+  for (; j < columns; ++j) {
+    gain[j] -= flipped * direction[j] * gram[j];
+    best = best < gain[j] ? gain[j] : best;
+  }
+  for (float value : lane) best = best < value ? value : best;
+  return best;
+}
+
+inline float largest(const float* values, int64_t n) {
+  float best = -__builtin_inff();
+  for (int64_t j = 0; j < n; ++j) best = best < values[j] ? values[j] : best;
+  return best;
+}
+
+int64_t search_row(const SearchRow& s) {
+  const auto width = [&](int64_t first) {
+    return s.columns - first < kSearchBlock ? s.columns - first : kSearchBlock;
+  };
+  const int64_t blocks = (s.columns + kSearchBlock - 1) / kSearchBlock;
+  for (int64_t b = 0; b < blocks; ++b) {
+    s.best[b] = largest(s.gain + b * kSearchBlock, width(b * kSearchBlock));
+  }
+  int64_t flips = 0;
+  for (; flips < s.most; ++flips) {
+    int64_t top = -1;
+    float gained = s.least;
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (s.best[b] > gained) gained = s.best[b], top = b;
+    }
+    if (top < 0) break;  // a row that holds NaN ends here too
+    int64_t at = top * kSearchBlock;
+    while (s.gain[at] != gained) ++at;
+    const float flipped = s.direction[at];
+    const float* const gram = s.gram + at * s.columns;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t j = b * kSearchBlock;
+      s.best[b] = update_gains(s.gain + j, s.direction + j, gram + j, flipped, width(j));
+    }
+    // flipping it back loses what was gained
+    s.direction[at] = -flipped;
+    s.gain[at] = -gained;
+    s.best[top] = largest(s.gain + top * kSearchBlock, width(top * kSearchBlock));
+  }
+  return flips;
+}
+
 // All but what counts pairs. A level with a bits_product of its own says how many columns it takes.
 constexpr Kernels make_shared_kernels(const char* name, int64_t product_columns) {
   Kernels k{};
@@ -551,6 +615,7 @@ constexpr Kernels make_shared_kernels(const char* name, int64_t product_columns)
   k.product_columns = product_columns;
   k.product_scratch = kTableScratch;
   k.bits_product = table_product;
+  k.search_row = search_row;
   k.backward_given_f32 = backward_given_f32;
   k.backward_given_f64 = backward_given_f64;
   return k;

@@ -29,6 +29,7 @@ void register_operators() {
   cpu.impl<&count_ones>("cpp_count_ones");
   cpu.impl<&salient>("cpp_salient");
   cpu.impl<&grouped>("cpp_grouped");
+  cpu.impl<&search>("cpp_search");
   cpu.impl<&threshold>("cpp_threshold");
   cpu.impl<&covariance>("cpp_covariance");
   cpu.impl<&pair_lists>("cpp_pair_lists");

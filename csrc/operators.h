@@ -19,6 +19,10 @@ int64_t count_ones(Tensor words);
 Tensor salient(Tensor words, Tensor order, int64_t n_columns, int64_t k);
 std::tuple<Tensor, Tensor> grouped(Tensor numbers, int64_t n_groups);
 
+// search.cpp
+Tensor search(Tensor projection, Tensor gram, Tensor on, Tensor off, int64_t most, double least,
+              Tensor words);
+
 // covariance.cpp
 std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_rows, bool keep_signs);
 

@@ -12,6 +12,7 @@ from bae_fast.baselines.base import (
     register_method,
 )
 from bae_fast.baselines.methods import AUXK_WEIGHT
+from bae_fast.baselines.pursuit import PursuedAutoencoder
 from bae_fast.training import SparseConfig
 
 # what Trainer is given for a baseline: Adam as the methods' papers have it
@@ -21,6 +22,7 @@ __all__ = [
     "AUXK_WEIGHT",
     "METHODS",
     "TRAINING",
+    "PursuedAutoencoder",
     "SAEConfig",
     "SAEOutput",
     "SparseAutoencoder",

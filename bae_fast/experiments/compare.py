@@ -94,6 +94,9 @@ class Config(JudgeOptions, Data):
             of independent columns and those along a tree, fitted to the training rows (at most
             262,144 of them, evenly spread) and charged on the held-out ones, with values at the
             precision that is best for the method.
+        search_prices: The prices of a bit at which codes of the Binary Autoencoder are searched for
+            instead of encoded. With any, the table has every method's error and bits with searched
+            codes too: those of a sparse autoencoder by orthogonal matching pursuit with its k.
         probe: How well the best 1, 2 and 5 features tell properties of tokens, such as capitals,
             digits or code, stands in the table.
         encoder: The folder of a sentence encoder. With it the table has the share of draws in
@@ -124,6 +127,7 @@ class Config(JudgeOptions, Data):
     heldout_rows: int = N_HELDOUT
     substitution_tokens: int = 2048
     description: bool = True
+    search_prices: tuple[float, ...] = ()
     probe: bool = False
     encoder: Path | None = None
     judge: tuple[str, ...] = ()
@@ -162,7 +166,7 @@ def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
-    runs.check_at_least(config, 0, "kl_tail")
+    runs.check_at_least(config, 0, "kl_tail", "search_prices")
     runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)

@@ -79,6 +79,9 @@ class Extras:
         column_counts: (words int32 ``[N, W]``, K) -> ones in each column, int64 ``[K]``.
         salient: (words, order int64 ``[m]``, K, k) -> places in ``order`` of the first k entries
             that hold in each row, int32 ``[N, k]``; m where a row has fewer.
+        search: (projection float32 ``[N, K]``, gram ``[K, K]``, on ``[K]``, off ``[K]``, words,
+            most, least) -> (words, flips int32 ``[N]``), see :func:`bae_fast.search.flip_bits`.
+            The projection may be written to.
         grouped: (numbers int32 ``[M]``, G) -> offsets int64 ``[G + 1]`` and the rising indices of
             each number in 0 .. G-1; other numbers are left out.
         covariance_columns: (gradient at D ``[]``, words of the rows at hand, words, counts and
@@ -89,6 +92,7 @@ class Extras:
 
     column_counts: Callable[[Tensor, int], Tensor] | None = None
     salient: Callable[[Tensor, Tensor, int, int], Tensor] | None = None
+    search: Callable[..., tuple[Tensor, Tensor]] | None = None
     grouped: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     covariance_columns: (
         Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Callable[[Tensor, int], None]] | None

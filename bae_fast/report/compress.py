@@ -50,7 +50,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['d_in']}, {result['d_sae']} features. The file: {size['file_bytes']:,} bytes, "
         f"{how}{overhead} the bound of independent columns, header and index "
         f"{size['header_bytes']:,} bytes; every bit "
-        f"compared after reading. FVU of the held-out rows {result['fvu_heldout']:.4f}. Not "
+        f"compared after reading. {_searched(result)}FVU of the held-out rows {result['fvu_heldout']:.4f}. Not "
         f"counted: the decoder, {result['decoder_bytes'] / 1e6:.1f} MB in float32, once for any "
         f"number of rows. Seconds: encode {seconds['encode']:.1f}, compress "
         f"{seconds['compress']:.1f}, decompress {seconds['decompress']:.1f}, decode "
@@ -59,6 +59,11 @@ def table(result: dict[str, Any]) -> str:
         "bound where groups of features, and xz where rows, repeat.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _searched(result: dict[str, Any]) -> str:
+    price = result.get("bit_price")
+    return "" if price is None else f"Codes are searched for, at {price:g} a bit. "
 
 
 def plot(result: dict[str, Any], spectrum: Tensor) -> bytes:

@@ -16,7 +16,7 @@ from bae_fast.training.objective import (
     Trainable,
 )
 from bae_fast.training.pool import Pool, Poolable
-from bae_fast.training.recipe import init_from_rows_, refit_decoder_, revive_
+from bae_fast.training.recipe import fit_search_, init_from_rows_, refit_decoder_, revive_
 from bae_fast.training.shards import ShardSupply
 from bae_fast.training.supply import MemorySupply, Rows, Supply, merge_states
 from bae_fast.training.trainer import Trainer
@@ -49,6 +49,7 @@ __all__ = [
     "Trainable",
     "Trainer",
     "TrainingConfig",
+    "fit_search_",
     "gather_features",
     "init_from_rows_",
     "merge_states",

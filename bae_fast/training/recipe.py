@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.autoencoder import check_rows
 from bae_fast.codes import BinaryCode
 from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.pairs import pair_counts
+from bae_fast.search import SearchedAutoencoder
 
 # rows decoded or encoded densely at a time
 _ROW_BLOCK = 8192
@@ -200,6 +202,41 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
     solution = torch.cholesky_solve(moment, torch.linalg.cholesky(system))
     bae.W_dec.copy_(solution[:f])
     bae.b_dec.copy_(solution[f])
+
+
+@torch.no_grad()
+def fit_search_(
+    searched: SearchedAutoencoder, x: Tensor, *, rounds: int = 1, ridge: float = 1e-5
+) -> SearchedAutoencoder:
+    """Fit the decoder and the shares of the bits to searched codes, in turn with the search.
+
+    In each round the codes of x are searched, and the decoder becomes their least-squares optimum
+    (:func:`refit_decoder_`); then the shares become those of codes searched with it. The second
+    round gains a tenth of what the first does.
+
+    Args:
+        searched: the module, which is changed and returned.
+        x: raw rows ``[n, d_in]``, held-in ones, 50 times as many as features or more: with fewer
+            the decoder fits their noise.
+        rounds: at least 1.
+
+    Raises:
+        TypeError: another module, or x is no tensor of floats.
+        ValueError: x has another shape, or fewer rows than the module has features; rounds is
+            below 1; more than 16,384 features.
+    """
+    if not isinstance(searched, SearchedAutoencoder):
+        raise TypeError(
+            f"searched must be a SearchedAutoencoder; got {type(searched).__name__}, of which "
+            "SearchedAutoencoder.of makes one"
+        )
+    check_rows("x", x, searched.d_in, least=searched.d_sae)
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(f"rounds must be an int >= 1; got {rounds!r}")
+    for _ in range(rounds):
+        refit_decoder_(searched, x, ridge=ridge)
+        searched.fit_density_(x)
+    return searched
 
 
 @torch.no_grad()

@@ -884,6 +884,33 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path, ca
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path / "model").config.d_in == 16
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_codes_that_are_searched_for_are_compressed_and_read_with_their_model(
+    own, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("constriction")
+    pytest.importorskip("matplotlib")
+    from bae_fast.compression import decompress
+    from bae_fast.experiments import compress
+
+    rows = torch.from_numpy(np.load(own / "rows.npy")).float()
+    found = {}
+    for fit_rows in (32, 1):  # too few rows for the decoder, and enough
+        monkeypatch.setattr(compress, "FIT_ROWS", fit_rows)
+        options = ["--states", str(own / "rows.npy"), "--out", str(tmp_path), "--overwrite"]
+        options += ["--device", "cpu", "--load", str(own / "bae"), "--bit-price", "1e-3"]
+        assert main(["compress", *options]) == 0
+        assert "searched for, at 0.001 a bit" in capsys.readouterr().out
+        model = bf.BinaryAutoencoder.from_pretrained(tmp_path / "model")
+        assert type(model) is bf.SearchedAutoencoder
+        assert decompress(tmp_path / "codes.bae").equal(model.encode(rows))
+        found[fit_rows] = json.loads((tmp_path / "compress.json").read_text())["fvu"]
+        assert main(["decompress", str(tmp_path), "--load", str(tmp_path / "model")]) == 0
+    assert found[1] < found[32]
+    assert main(["compress", *options, "--bit-price", "-1"]) == 1
+    assert "--bit-price must be at least 0; got -1" in capsys.readouterr().err
+
+
 def _damaged_shape(path, shape):
     np.save(path, np.zeros((5, 3)))
     data = path.read_bytes()

@@ -31,7 +31,7 @@ LINES = (
     {"report"},
     {"interpret"},
     {"baselines", "entropy", "causal"},
-    {"training", "analysis", "saelens", "released", ""},
+    {"training", "analysis", "saelens", "released", "search", ""},
     {"model"},
     {"functional", "columns", "autoencoder", "compression", "distributed"},
     {"backends", "kernels", "kernels_cuda", "codes", "pairs", "info", "flops"},
@@ -137,7 +137,9 @@ def breaches(name: str) -> set[tuple[str, str, str]]:
         for target in imports(name)
         if LEVEL[part(target)] < LEVEL[part(name)]
     }
-    free_to_ask = part(name) in ("model", "baselines") or name == "bae_fast.experiments.compress"
+    free_to_ask = (
+        part(name) in ("model", "baselines", "search") or name == "bae_fast.experiments.compress"
+    )
     for node in nodes(MODULES[name]):
         if isinstance(node, ast.Import):
             outer = {alias.name.partition(".")[0] for alias in node.names}

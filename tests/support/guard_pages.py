@@ -119,6 +119,14 @@ def private_operators(n, k, d, pad):
     check(f"count_ones: {shape}", op("count_ones"), words)
     check(f"rows_to_features: {shape}", op("rows_to_features"), words, k)
 
+    added = torch.randn(k, d)
+    squares = added.square().sum(1)
+    for most in (0, 1, 2 * k):
+        check(
+            f"search: {shape}, most {most}", op("search"), 3 * torch.randn(n, k), added @ added.T,
+            (squares + 0.1) / 2, (0.1 - squares) / 2, most, 1e-3, words,
+        )  # fmt: skip
+
     start = k // 64 * 32
     for dtype, windowed in itertools.product(
         (torch.float32, torch.float64, torch.bfloat16), (False, True)

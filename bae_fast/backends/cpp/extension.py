@@ -63,6 +63,9 @@ _SCHEMAS = (
     " Tensor? digits, float scale, Tensor x, Tensor W_enc, Tensor(a!) grad_x,"
     " Tensor(b!) grad_W, Tensor(c!) column_sum) -> ()",
     "cpp_rows_to_features(Tensor words, int n_columns) -> Tensor",
+    # flips bits of words where that gains more than `least` -> their number in each row
+    "cpp_search(Tensor(a!) projection, Tensor gram, Tensor on, Tensor off, int most, float least,"
+    " Tensor(b!) words) -> Tensor",
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
     # False, and nothing of use in out, where dense is not finite: only without `gather`, with AMX
     "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> bool",

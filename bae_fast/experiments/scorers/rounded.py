@@ -11,7 +11,7 @@ from typing import Any
 
 from bae_fast.analysis.quantisers import quantize
 from bae_fast.experiments.scorers import Column, Context, Scorer
-from bae_fast.experiments.scorers.description import precision_of
+from bae_fast.experiments.scorers.description import Precision, precision_of
 from bae_fast.experiments.scorers.substitution import substituted
 
 ORDER = 0.5
@@ -29,25 +29,7 @@ def make(context: Context) -> list[Scorer]:
     tokens = context.windows(config.substitution_tokens).numel()
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        path, source = context.place(method)
-        precision = precision_of(context, model, method)
-        best, ranges = precision.bits, precision.ranges
-        tried = [best] if ranges is None else sorted({best, *MEASURED})
-        kl, js = {}, {}
-        for bits in tried:
-            if ranges is None:  # no value is there to be rounded
-                found = substituted(context, model, method)
-            else:
-                edit = functools.partial(quantize, low=ranges[0], high=ranges[1], bits=bits)
-                found = context.substitution().run(path, model, edit, source=source)
-            kl[str(bits)], js[str(bits)] = found.kl_bits, found.js_bits
-        return {
-            "value_bits": best,
-            "kl_bits": kl[str(best)],
-            "js_bits": js[str(best)],
-            "kl_by_value_bits": kl,
-            "js_by_value_bits": js,
-        }
+        return losses(context, model, method, precision_of(context, model, method))
 
     columns = [
         Column("js_bits", "JS, values of these bits", "{:.4f}"),
@@ -55,3 +37,25 @@ def make(context: Context) -> list[Scorer]:
     ]
     settings = {"tokens": tokens, "value_bits": list(MEASURED)}
     return [Scorer("rounded", settings, score, columns)]
+
+
+def losses(context: Context, model: Any, method: str, precision: Precision) -> dict[str, Any]:
+    """What the language model loses with values of each number of bits, and at the best one."""
+    path, source = context.place(method)
+    best, ranges = precision.bits, precision.ranges
+    tried = [best] if ranges is None else sorted({best, *MEASURED})
+    kl, js = {}, {}
+    for bits in tried:
+        if ranges is None:  # no value is there to be rounded
+            found = substituted(context, model, method)
+        else:
+            edit = functools.partial(quantize, low=ranges[0], high=ranges[1], bits=bits)
+            found = context.substitution().run(path, model, edit, source=source)
+        kl[str(bits)], js[str(bits)] = found.kl_bits, found.js_bits
+    return {
+        "value_bits": best,
+        "kl_bits": kl[str(best)],
+        "js_bits": js[str(best)],
+        "kl_by_value_bits": kl,
+        "js_by_value_bits": js,
+    }

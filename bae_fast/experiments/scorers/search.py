@@ -1,0 +1,85 @@
+"""What every method's dictionary is worth with codes that are searched for, encoders left out.
+
+The Binary Autoencoder's codes are searched at each price of a bit
+(:class:`~bae_fast.search.SearchedAutoencoder`), those of a sparse autoencoder by orthogonal
+matching pursuit with the k of its training (:class:`~bae_fast.baselines.PursuedAutoencoder`). Both
+have their decoders fitted to these codes, by the same rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bae_fast.autoencoder import Autoencoder
+from bae_fast.baselines import PursuedAutoencoder, SparseAutoencoder
+from bae_fast.experiments.scorers import Column, Context, Scorer
+from bae_fast.experiments.scorers.description import describe, rows_of, value_precision
+from bae_fast.experiments.scorers.rounded import MEASURED, losses
+from bae_fast.search import SearchedAutoencoder
+from bae_fast.training import fit_search_
+from bae_fast.training.supply import evenly
+
+ORDER = 0.7
+
+# rows that decoders, ranges of values and coders are fitted to: a pursuit takes a millisecond a row
+FITTED_ROWS = 131072
+
+
+def make(context: Context) -> list[Scorer]:
+    """One scorer where the configuration names prices of a bit."""
+    config = context.config
+    if not config.search_prices:
+        return []
+
+    def score(model: Any, method: str, k: int | None, _seed: int) -> dict[str, Any]:
+        train, held, target = rows_of(context, method)
+        points = []
+        fitted_to = evenly(train, FITTED_ROWS)
+        for settings, made in searched(context, model, method, k, fitted_to):
+            precision = value_precision(made, fitted_to, held, target)
+            found = settings | describe(made, fitted_to, precision)
+            density = precision.code.density()
+            found["dead_share"] = float((density == 0).double().mean())
+            found["dense_share"] = float((density > 0.1).double().mean())
+            if config.substitution_tokens > 0:
+                found |= losses(context, made, method, precision)
+            points.append(found)
+        middle = points[len(points) // 2] if points else {}
+        return {"points": points, **{key: middle.get(key) for key in ("fvu", "tree", "kl_bits")}}
+
+    columns = [
+        Column("fvu", "FVU, searched", "{:.4f}"),
+        Column("tree", "bits, tree, searched", "{:.0f}"),
+        Column("kl_bits", "KL, searched", "{:.4f}"),
+    ]
+    tokens = config.substitution_tokens and context.windows(config.substitution_tokens).numel()
+    settings = {
+        "prices": list(config.search_prices),
+        "rows": FITTED_ROWS,
+        "value_bits": list(MEASURED),
+        "tokens": tokens,
+    }
+    return [Scorer("search", settings, score, columns)]
+
+
+def searched(
+    context: Context, model: Any, method: str, k: int | None, rows: Any
+) -> list[tuple[dict[str, Any], Autoencoder]]:
+    """A method's model with searched codes, at each setting; none of what no search is known for.
+
+    Args:
+        rows: raw rows ``[n, d_in]`` that decoders are fitted to.
+    """
+    if getattr(model, "is_transcoder", False):
+        return []
+    if method in ("bae", "bae_paper"):
+        return [
+            (
+                {"bit_price": price},
+                fit_search_(SearchedAutoencoder.of(model, rows, bit_price=price), rows),
+            )
+            for price in context.config.search_prices
+        ]
+    if k is None or not isinstance(model, SparseAutoencoder) or model.is_binary:
+        return []
+    return [({"k": k}, PursuedAutoencoder(model, k).fit_(rows).eval())]
