@@ -76,6 +76,34 @@ def test_every_method_gets_a_line_a_point_and_a_model(arguments, capsys):
             assert found["fvu"] == pytest.approx(fvu(heldout, recon), rel=1e-5)
 
 
+def test_every_dictionary_is_scored_with_codes_that_are_searched_for(
+    arguments, tmp_path, monkeypatch
+):
+    methods_ = ["--methods", "bae", "topk", "random", "transcoder"]
+    options = [*arguments[:-1], str(tmp_path), *methods_, "--substitution-tokens", "64"]
+    assert main([*options, "--search-prices", "1e-4", "1e-2"]) == 0
+    result = json.loads((tmp_path / "compare.json").read_text())
+    by_method = {run["method"]: run["scores"]["search"] for run in result["runs"]}
+    cheap, dear = by_method["bae"]["points"]
+    assert [point["bit_price"] for point in (cheap, dear)] == [1e-4, 1e-2]
+    assert cheap["fvu"] < dear["fvu"]
+    assert cheap["tree"] > dear["tree"]
+    assert set(cheap["kl_by_value_bits"]) == {"0"}
+    assert by_method["bae"]["fvu"] == dear["fvu"]
+    for method in ("topk", "random"):
+        [point] = by_method[method]["points"]
+        assert point["k"] == 3
+        assert point["l0"] <= 3
+        assert {"2", "3", "4"} <= set(point["kl_by_value_bits"])
+    assert by_method["transcoder"]["points"] == []
+    for run in result["runs"][:2]:
+        assert run["scores"]["search"]["points"][0]["fvu"] < run["heldout"]["fvu"]
+    assert "FVU, searched" in (tmp_path / "compare.md").read_text()
+    monkeypatch.setattr("bae_fast.experiments.scorers.search.searched", None)
+    assert main([*options, "--search-prices", "1e-4", "1e-2"]) == 0  # from files
+    assert json.loads((tmp_path / "compare.json").read_text())["runs"] == result["runs"]
+
+
 def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch, capsys):
     out = folder_of(arguments, "--out")
     if not (out / "compare.json").is_file():

@@ -82,4 +82,6 @@ def searched(
         ]
     if k is None or not isinstance(model, SparseAutoencoder) or model.is_binary:
         return []
-    return [({"k": k}, PursuedAutoencoder(model, k).fit_(rows).eval())]
+    made = PursuedAutoencoder(model, k).eval()
+    # a dictionary that was not learned is not fitted either
+    return [({"k": k}, made if method == "random" else made.fit_(rows))]

@@ -1,0 +1,108 @@
+"""Orthogonal matching pursuit in the dictionary of a trained sparse autoencoder."""
+
+import pytest
+import torch
+
+from bae_fast.analysis import evaluate
+from bae_fast.baselines import PursuedAutoencoder, make_baseline
+
+D, F = 24, 40
+
+
+def rows_of(directions, n, k=3):
+    """Rows of k features each, with values from 1 to 2, and these features."""
+    features = torch.zeros(n, len(directions), dtype=directions.dtype)
+    at = torch.rand(n, len(directions)).topk(k, dim=1).indices
+    features.scatter_(1, at, 1 + torch.rand(n, k, dtype=directions.dtype))
+    return features @ directions, features
+
+
+def model(method="topk", dtype=torch.float64, k=3):
+    torch.manual_seed(0)
+    made = make_baseline(method, D, F, k=k, dtype=dtype)
+    x, _ = rows_of(made.W_dec.detach(), 400)
+    made.fit_normalization_(x)
+    with torch.no_grad():  # b_dec in its place, so that features are those of the raw rows
+        made.b_dec.copy_(-made.x_mean / made.x_scale)
+    return made
+
+
+def pursued_by_hand(row, directions, k):
+    """One row, with the solver of least squares."""
+    left, taken = row.clone(), []
+    for _ in range(k):
+        score = directions @ left
+        score[taken] = -torch.inf
+        taken.append(int(score.argmax()))
+        values = torch.linalg.lstsq(directions[taken].T, row[:, None]).solution[:, 0]
+        left = row - values @ directions[taken]
+    return taken, values
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_features_of_few_directions_are_found_with_their_values(dtype):
+    made = model(dtype=dtype)
+    x, features = rows_of(made.W_dec.detach(), 50)
+    found = PursuedAutoencoder(made, 3).encode(x)
+    right = ((found > 0) == (features > 0)).all(1)
+    assert right.float().mean() > 0.8  # it is greedy
+    values = found[right] * made.x_scale
+    assert torch.allclose(values, features[right], rtol=2e-3)
+    assert found.dtype == dtype
+
+
+def test_it_takes_what_the_method_says_row_by_row():
+    made = model()
+    x = torch.randn(30, D, dtype=torch.float64)
+    found = PursuedAutoencoder(made, 5).encode(x)
+    rows = made.normalize(x) - made.b_dec
+    agree = 0
+    for row, values in zip(rows, found.detach(), strict=True):
+        taken, best = pursued_by_hand(row, made.W_dec.detach(), 5)
+        assert set(values.nonzero().flatten().tolist()) <= set(taken)
+        if (best > 0).all():  # else the values are of a smaller set
+            agree += 1
+            assert torch.allclose(values[taken], best, rtol=1e-2, atol=1e-3)
+    assert agree > 10
+    assert (found >= 0).all()
+
+
+def test_fewer_errors_than_the_encoder_and_fewer_still_when_fitted():
+    made = model(k=4)
+    with torch.no_grad():  # a dictionary that is off
+        noise = 0.1 * torch.randn(F, D, dtype=torch.float64)
+        made.W_dec.copy_(torch.nn.functional.normalize(made.W_dec + noise, dim=1))
+    truth = model(k=4).W_dec.detach()
+    train, held = rows_of(truth, 3000)[0], rows_of(truth, 500)[0]
+    found = PursuedAutoencoder(made, 4).eval()
+    first = evaluate(found, held)
+    assert first.fvu < 0.7 * evaluate(made.eval(), held).fvu
+    assert first.l0 <= 4
+    assert found.fit_(train) is found
+    assert evaluate(found, held).fvu < 0.7 * first.fvu
+    assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
+
+
+def test_leading_dimensions_and_a_metric_are_kept():
+    made = model()
+    x = torch.randn(6, D, dtype=torch.float64)
+    found = PursuedAutoencoder(made, 3)
+    assert found.encode(x.view(2, 3, D)).shape == (2, 3, F)
+    metric = torch.linspace(0.5, 2, D, dtype=torch.float64)
+    made.fit_normalization_(rows_of(made.W_dec.detach(), 400)[0], metric=metric)
+    weighted = PursuedAutoencoder(made, 3)
+    assert not weighted.encode(x).equal(found.encode(x))
+    assert torch.allclose(weighted.normalize(x), made.normalize(x))
+
+
+def test_what_it_cannot_take_is_refused():
+    made = model()
+    with pytest.raises(TypeError, match="model must be a SparseAutoencoder; got Linear"):
+        PursuedAutoencoder(torch.nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="model must be no transcoder"):
+        PursuedAutoencoder(make_baseline("transcoder", D, F, k=2, d_out=D), 2)
+    for k in (0, F + 1, 1.5, True):
+        with pytest.raises(ValueError, match=r"k must be an int in 1 \.\. 40"):
+            PursuedAutoencoder(made, k)
+    with pytest.raises(ValueError, match="x must hold at least 40 rows; got 39"):
+        PursuedAutoencoder(made, 2).fit_(torch.randn(39, D))
