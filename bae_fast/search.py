@@ -221,7 +221,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
         """See :meth:`bae_fast.BinaryAutoencoder.encode_rows`; the window is the encoder's."""
         found = super().encode_rows(x, mask=mask)
         words = self._searched(x, found.words, mask).reshape(found.words.shape)
-        count = _extras(words.device).column_counts or column_counts
+        count = extras_of(words.device).column_counts or column_counts
         return found._replace(words=words, counts=count(words, len(found.counts)))
 
     def forward(self, x: Tensor, **options: Any) -> BAEOutput:
@@ -241,13 +241,13 @@ class SearchedAutoencoder(BinaryAutoencoder):
         gram, added = self._products(wide)
         columns = len(gram)
         squares = gram.diagonal()
-        price = self.bit_price * self.config.d_out * self._bits_of_ones(wide)
+        price = self.bit_price * self.config.d_out * self.bits_of_ones(wide)
         on, off = (price + squares) / 2, (price - squares) / 2
         W_dec, b_dec = self.W_dec.to(wide), self.b_dec.to(wide)
         rows = self.normalize(x).reshape(-1, self.config.d_in)
         flat = words.reshape(-1, words.shape[-1])
         kept = None if mask is None else mask.reshape(-1)
-        search = _extras(x.device).search if wide == torch.float32 else None
+        search = extras_of(x.device).search if wide == torch.float32 else None
         least = _LEAST * float(squares.max())
         done = []
         at_once = max(_CHUNK_ELEMENTS // columns, 1)
@@ -273,8 +273,9 @@ class SearchedAutoencoder(BinaryAutoencoder):
             self._pairs = (known, added @ added.T, added)
         return self._pairs[1], self._pairs[2]
 
-    def _bits_of_ones(self, dtype: torch.dtype) -> Tensor:
-        """What a one costs more than a zero in each column, in bits: ``[K]``."""
+    def bits_of_ones(self, dtype: torch.dtype) -> Tensor:
+        """How much longer the code of a one is than that of a zero, in bits, in each column:
+        ``[K]``."""
         # a share of 0 or 1 is that of 65,536 rows without an exception, not of endless ones
         share = self.density.to(torch.float64).clamp(2.0**-17, 1 - 2.0**-17)
         return ((1 - share) / share).log2().to(dtype)
@@ -323,7 +324,7 @@ def _shares(bae: BinaryAutoencoder, rows: Tensor) -> Tensor:
     return (counts.double() + 0.5) / (len(rows) + 1)
 
 
-def _extras(device: torch.device) -> registry.Extras:
+def extras_of(device: torch.device) -> registry.Extras:
     """What serves beyond the contract on a device; nothing where no backend does."""
     try:
         return registry.extras("auto", device.type)

@@ -32,6 +32,7 @@ from bench import (
     recipe,
     rival,
     saebench,
+    search,
     sparse,
     step,
     supply,
@@ -58,8 +59,8 @@ MEASURED: dict[str, Any] = {
 LARGE: dict[str, Any] = {"rival": rival}
 # these train, some for an hour and more: only by name
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation, "wide": wide}
-# of the covariance of sparse codes; only by name
-LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover}
+# of sparse codes: their covariance, and the search for them; only by name
+LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover, "search": search}
 # of a GPU, without one: what a step starts, what its kernels become, its time by arithmetic
 COUNTED: dict[str, Any] = {"launches": launches, "compiled": compiled, "estimate": estimate}
 # of real language models, which have to be named; only by name

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
     "SmolLM2, block 12": (("mixed", "mixed_jumprelu"),),
 }
 BITS = (126, 140, 160, 180, 200)
+# and the folder of these runs in which dictionaries were scored with searched codes too
+SEARCHED = ("mixed",)
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -40,6 +42,15 @@ def points(run: dict[str, Any]) -> list[tuple[float, float]]:
     return [
         (coded["tree_support"] + int(bits) * coded["l0"], kl)
         for bits, kl in found["kl_by_value_bits"].items()
+    ]
+
+
+def searched_points(run: dict[str, Any]) -> list[tuple[float, float]]:
+    """The same with codes that are searched for, at each price and precision."""
+    return [
+        (point["tree_support"] + int(bits) * point["l0"], kl)
+        for point in run["scores"]["search"]["points"]
+        for bits, kl in point["kl_by_value_bits"].items()
     ]
 
 
@@ -66,7 +77,9 @@ def at(line: list[tuple[float, float]], bits: float) -> float | None:
 
 
 def lines(
-    some: Iterable[dict[str, Any]], places: Sequence[int]
+    some: Iterable[dict[str, Any]],
+    places: Sequence[int],
+    points: Callable[[dict[str, Any]], list[tuple[float, float]]] = points,
 ) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """By method and steps of a tail: KL at so many bits, one entry a seed."""
     runs: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
@@ -108,6 +121,28 @@ def _table(
                 cells = [_cell(seeds, own, str(bits)) for bits in places]
                 body.append([label, metric, steps, LABELS.get(method, method), *cells])
     header = ["model", "metric", "KL tail", "code", *(f"KL at {bits} bits" for bits in places)]
+    return "\n".join(tables.table(header, body))
+
+
+def searched(results: Path) -> str:
+    """Dictionaries with the codes of their encoders and with searched ones: a line each, and how
+    far its loss is from that of the binary code's searched ones."""
+    runs = [
+        run
+        for folder in SEARCHED
+        for run in read_json(results / folder / "compare.json")["runs"]
+        if run["scores"].get("search", {}).get("points")
+    ]
+    kinds = {"encoder": lines(runs, BITS), "search": lines(runs, BITS, searched_points)}
+    own = kinds["search"]["bae", 0]
+    body = []
+    for (method, tail), _ in kinds["search"].items():
+        for kind, by_name in kinds.items():
+            seeds = by_name[method, tail]
+            is_own = (method, kind) == ("bae", "search")
+            cells = [_cell(seeds, None if is_own else own, str(bits)) for bits in BITS]
+            body.append([LABELS.get(method, method), kind, *cells])
+    header = ["dictionary", "codes by", *(f"KL at {bits} bits" for bits in BITS)]
     return "\n".join(tables.table(header, body))
 
 
