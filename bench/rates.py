@@ -128,12 +128,10 @@ def searched(results: Path) -> str:
     """Dictionaries with the codes of their encoders and with searched ones: a line each, and how
     far its loss is from that of the binary code's searched ones."""
     runs = [
-        run
-        for folder in SEARCHED
-        for run in read_json(results / folder / "compare.json")["runs"]
-        if run["scores"].get("search", {}).get("points")
+        run for folder in SEARCHED for run in read_json(results / folder / "compare.json")["runs"]
     ]
-    kinds = {"encoder": lines(runs, BITS), "search": lines(runs, BITS, searched_points)}
+    scored = [run for run in runs if run["scores"].get("search", {}).get("points")]
+    kinds = {"encoder": lines(runs, BITS), "search": lines(scored, BITS, searched_points)}
     own = kinds["search"]["bae", 0]
     body = []
     for (method, tail), _ in kinds["search"].items():

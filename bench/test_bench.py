@@ -1,5 +1,6 @@
 """The suites refuse what is wrong, time what they say, and the documents show their results."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -25,6 +26,7 @@ from bench import (
     operators,
     rates,
     rival,
+    search,
     sparse,
     step,
     tables,
@@ -521,6 +523,53 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     at_150 = rate_run("topk", 0, 110, 20.0, {"2": 0.1249}, kl_tail=200)
     write_json(tmp_path / "more" / "compare.json", {"runs": topk[:1] + tail[:1] + [at_150]})
     assert "| 0.125, 0% |" in rates.equal_bits(tmp_path)
+
+
+def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch):
+    bae = [rate_run("bae", 0, bits, 30.0, {"0": kl}) for bits, kl in ((100, 0.4), (200, 0.2))]
+    topk = [rate_run("topk", 0, bits, 30.0, {"0": kl}) for bits, kl in ((100, 0.5), (200, 0.3))]
+    bae[0]["scores"]["search"] = {
+        "points": [
+            {"tree_support": bits, "l0": 20.0, "kl_by_value_bits": {"0": kl}}
+            for bits, kl in ((100, 0.3), (200, 0.1))
+        ]
+    }
+    topk[1]["scores"]["search"] = {
+        "points": [{"tree_support": 80, "l0": 10.0, "kl_by_value_bits": {"2": 0.45, "12": 0.15}}]
+    }
+    other = rate_run("transcoder", 0, 100, 30.0, {"0": 1.0})
+    other["scores"]["search"] = {"points": []}
+    write_json(tmp_path / "some" / "compare.json", {"runs": [*bae, *topk, other]})
+    monkeypatch.setattr(rates, "SEARCHED", ("some",))
+    monkeypatch.setattr(rates, "BITS", (100, 200))
+    _, _, *lines = rates.searched(tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["BAE (sparse)", "encoder", "0.400, +33%", "0.200, +100%"],
+        ["BAE (sparse)", "search", "0.300", "0.100"],
+        ["TopK", "encoder", "0.500, +67%", "0.300, +200%"],
+        ["TopK", "search", "0.450, +50%", "0.150, +50%"],
+    ]
+
+
+def test_a_search_that_gives_other_bits_gets_no_figure(monkeypatch):
+    comparison = search.build(96, 24, 70, 4)
+    assert comparison.case["changed"] > 0.5
+    assert comparison.case["cost_after"] < comparison.case["cost_before"]
+    row = timing.compare(comparison, seconds=0.0)
+    assert set(row["sides"]) == {"encoder", "kernel", "torch"}
+    assert all("seconds" in side for side in row["sides"].values())
+    text = search.table({"rows": [row], "environment": environment()})
+    assert "| 96, 24, 70 |" in text
+    row["sides"]["kernel"].pop("seconds")
+
+    def wrong(device):
+        found = registry.extras("auto", device.type)
+        return dataclasses.replace(found, search=lambda *a: (a[4] ^ 1, None))
+
+    monkeypatch.setattr("bae_fast.search.extras_of", wrong)
+    with pytest.raises(exact.WrongResultError, match="bits differ from plain torch's"):
+        timing.verify(comparison, "kernel")
 
 
 def test_a_try_of_versions_replaces_the_older_try_of_the_same(tmp_path):
