@@ -166,7 +166,8 @@ def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
-    runs.check_at_least(config, 0, "kl_tail", "search_prices")
+    runs.check_at_least(config, 0, "kl_tail")
+    runs.check_prices(config, "search_prices")
     runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)

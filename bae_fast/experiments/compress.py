@@ -91,7 +91,7 @@ def run(config: Config) -> runs.Result:
     runs.check_one_of("rows", config.rows, ("all", "heldout"))
     runs.check_one_of("coder", config.coder, CODERS)
     if config.bit_price is not None:
-        runs.check_at_least(config, 0, "bit_price")
+        runs.check_prices(config, "bit_price")
     constants = check(config)
     stages = Stages(config.progress)
     with runs.results(config) as folder:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import shutil
 import time
@@ -87,6 +88,14 @@ def check_at_least(config: Any, least: int, *names: str) -> None:
         if any(number < least for number in numbers):
             shown = list(value) if isinstance(value, tuple) else value
             raise ConfigError(name, f"must be at least {least}; got {shown}")
+
+
+def check_prices(config: Any, name: str) -> None:
+    """Raise ConfigError where a price, or one of a tuple of prices, is negative or not finite."""
+    value = getattr(config, name)
+    for price in value if isinstance(value, tuple) else (value,):
+        if not 0 <= price < math.inf:
+            raise ConfigError(name, f"must be finite and at least 0; got {price:g}")
 
 
 def check_one_of(name: str, value: Any, allowed: Any) -> None:

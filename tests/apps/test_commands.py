@@ -907,8 +907,10 @@ def test_codes_that_are_searched_for_are_compressed_and_read_with_their_model(
         found[fit_rows] = json.loads((tmp_path / "compress.json").read_text())["fvu"]
         assert main(["decompress", str(tmp_path), "--load", str(tmp_path / "model")]) == 0
     assert found[1] < found[1000]
-    assert main(["compress", *options, "--bit-price", "-1"]) == 1
-    assert "--bit-price must be at least 0; got -1" in capsys.readouterr().err
+    for price in ("-1", ".nan", ".inf"):
+        assert main(["compress", *options, "--bit-price", price]) == 1
+        said = f"--bit-price must be finite and at least 0; got {price.strip('.')}"
+        assert said in capsys.readouterr().err
 
 
 def _damaged_shape(path, shape):
