@@ -105,8 +105,9 @@ def _pursue(rows: Tensor, directions: Tensor, k: int) -> Tensor:
         system, goal = _of_taken(gram, products, taken)
         values = torch.linalg.solve(system, goal)
         # what of the products the taken features leave
+        first = torch.arange(0, taken.numel(), taken.shape[1], device=rows.device)
         left = products - nn.functional.embedding_bag(
-            taken, gram, per_sample_weights=values, mode="sum"
+            taken.flatten(), gram, first, per_sample_weights=values.flatten(), mode="sum"
         )
     values = values.clamp_min(0)
     system, goal = _of_taken(gram, products, taken)

@@ -66,7 +66,18 @@ for method in METHODS:
     Trainer(sae, there, config, **({"targets": there} if more else {})).fit(log_every=3)
     evaluate(sae.eval(), there, *targets, training_rows=there)
 """
-PROGRAMS = {"the layer": LAYER, "training": TRAINING}
+SEARCH = """
+from bae_fast.analysis import evaluate
+from bae_fast.baselines import PursuedAutoencoder
+from bae_fast.training import fit_search_
+model = fit_search_(bf.SearchedAutoencoder.of(module(), rows, bit_price=1e-3), there)
+assert model.encode(there, mask=there[:, 0] > 0).words.is_cuda
+evaluate(model, rows)
+model.train()(there).recon.sum().backward()
+sae = make_baseline("topk", 12, 40, k=4, device="cuda").fit_normalization_(there)
+evaluate(PursuedAutoencoder(sae.eval(), 4).fit_(rows).eval(), there, training_rows=rows)
+"""
+PROGRAMS = {"the layer": LAYER, "training": TRAINING, "searched codes": SEARCH}
 
 
 def run(text):
@@ -80,7 +91,11 @@ def run(text):
 
 @pytest.mark.parametrize(
     "program",
-    ["the layer", pytest.param("training", marks=[pytest.mark.long, pytest.mark.slow])],
+    [
+        "the layer",
+        "searched codes",
+        pytest.param("training", marks=[pytest.mark.long, pytest.mark.slow]),
+    ],
 )
 def test_tensors_of_a_device_and_of_the_host_never_meet(program):
     status, said = run(PROGRAMS[program])
