@@ -37,8 +37,8 @@ ARCHITECTURE = "searched_binary_autoencoder"
 # products of all pairs of bits are held, 4 bytes each: 4 GiB at most
 MAX_SEARCH_COLUMNS = 32768
 
-# numbers of pre-activations held at a time
-_CHUNK_ELEMENTS = 16 * 2**20
+# numbers of gains held at a time: with more, new pages cost time, with fewer the product
+_CHUNK_ELEMENTS = 4 * 2**20
 
 # a gain below this share of the largest |D_j|^2 is rounding
 _LEAST = 2.0**-20

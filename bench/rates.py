@@ -26,7 +26,8 @@ SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 BITS = (126, 140, 160, 180, 200)
 # and the folder of these runs in which dictionaries were scored with searched codes too
-SEARCHED = ("mixed",)
+SEARCHED = ("mixed", "mixed_searched")
+SEARCHED_BITS = (140, 160, 180, 200, 220)
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -131,16 +132,19 @@ def searched(results: Path) -> str:
         run for folder in SEARCHED for run in read_json(results / folder / "compare.json")["runs"]
     ]
     scored = [run for run in runs if run["scores"].get("search", {}).get("points")]
-    kinds = {"encoder": lines(runs, BITS), "search": lines(scored, BITS, searched_points)}
+    kinds = {
+        "encoder": lines(runs, SEARCHED_BITS),
+        "search": lines(scored, SEARCHED_BITS, searched_points),
+    }
     own = kinds["search"]["bae", 0]
     body = []
     for (method, tail), _ in kinds["search"].items():
         for kind, by_name in kinds.items():
             seeds = by_name[method, tail]
             is_own = (method, kind) == ("bae", "search")
-            cells = [_cell(seeds, None if is_own else own, str(bits)) for bits in BITS]
+            cells = [_cell(seeds, None if is_own else own, str(bits)) for bits in SEARCHED_BITS]
             body.append([LABELS.get(method, method), kind, *cells])
-    header = ["dictionary", "codes by", *(f"KL at {bits} bits" for bits in BITS)]
+    header = ["dictionary", "codes by", *(f"KL at {bits} bits" for bits in SEARCHED_BITS)]
     return "\n".join(tables.table(header, body))
 
 

@@ -541,7 +541,7 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
     other["scores"]["search"] = {"points": []}
     write_json(tmp_path / "some" / "compare.json", {"runs": [*bae, *topk, other]})
     monkeypatch.setattr(rates, "SEARCHED", ("some",))
-    monkeypatch.setattr(rates, "BITS", (100, 200))
+    monkeypatch.setattr(rates, "SEARCHED_BITS", (100, 200))
     _, _, *lines = rates.searched(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
