@@ -408,7 +408,7 @@ def test_nothing_depends_on_the_default_dtype_or_device(default):
 
 def test_no_file_asks_whether_an_autoencoder_is_binary_by_its_type():
     root = Path(bf.__file__).parent
-    allowed = {"model.py", "experiments/compress.py"}
+    allowed = {"model.py", "search.py", "experiments/compress.py"}
     found = {
         str(path.relative_to(root))
         for path in root.rglob("*.py")
