@@ -25,10 +25,11 @@ from bae_fast.experiments.metric import error_metric
 from bae_fast.experiments.reading import local_device
 from bae_fast.experiments.supplies import RowsFrom, Source, rows_for
 from bae_fast.experiments.training import Training, check, features_of, training_config
-from bae_fast.files import check_writable, write_text
+from bae_fast.files import check_writable, read_json, write_text
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages, say
 from bae_fast.training import Job, JobTrainer, RunConfig, StoppedError
+from bae_fast.training.jobs import CONSTANTS
 
 # rows that the normalisation is fitted to
 _NORMALIZATION_ROWS = 65536
@@ -133,6 +134,8 @@ def run(config: Config) -> runs.Result:
     ):
         jobs = [_job(name, one, config, source) for name, one in settings.items()]
         trainer = JobTrainer(jobs, source.supply, run_config, mesh=mesh)
+        if not config.overwrite:
+            _check_kept_jobs(config.out, trainer)
         if trainer.is_first:
             write_text(config.out / runs.RESOLVED, runs.resolved(config))
         if config.resume == "auto" and trainer.resume() and trainer.is_first:
@@ -201,6 +204,23 @@ def read_jobs(config: Config) -> dict[str, Config]:
             )
         found[name] = dataclasses.replace(config, **values)
     return found
+
+
+def _check_kept_jobs(out: Path, trainer: JobTrainer) -> None:
+    """Refuse to replace a job that has ended by one of other constants: the file of jobs may have
+    been changed under its name."""
+    for name, learner in trainer.learners.items():
+        kept = out / name / CONSTANTS
+        if not ((out / name / "cfg.json").is_file() and kept.is_file()):
+            continue
+        before, here = read_json(kept), json.loads(json.dumps(learner.config.settings()))
+        for key, value in here.items():
+            if before.get(key, value) != value:
+                raise runs.ConfigError(
+                    "out",
+                    "must be a folder without results of other settings, unless --overwrite is "
+                    f"given; {out / name} has {key} {before[key]}, here {value}",
+                )
 
 
 def _number(value: Any) -> Any:

@@ -108,6 +108,22 @@ def test_a_run_that_has_ended_is_replaced_by_other_settings_only_when_asked_for(
     assert main(other) == 0
 
 
+def test_a_changed_file_of_jobs_replaces_no_job_that_has_ended(states, tmp_path, capsys):
+    path = tmp_path / "jobs.yaml"
+    given = ["train", "--states", states, "--jobs", str(path), *SMALL]
+    given += ["--out", str(tmp_path / "run")]
+    path.write_text("- {name: a}\n- {name: b, seed: 4}\n")
+    assert main(given) == 0
+    first = weights(tmp_path / "run" / "b")
+    path.write_text("- {name: a}\n- {name: b, seed: 5}\n")
+    assert main(given) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f"is given; {tmp_path / 'run' / 'b'} has seed 4, here 5")
+    assert all(torch.equal(one, first[k]) for k, one in weights(tmp_path / "run" / "b").items())
+    assert main([*given, "--overwrite"]) == 0
+    assert not torch.equal(weights(tmp_path / "run" / "b")["W_enc"], first["W_enc"])
+
+
 def test_a_saved_model_is_trained_on(states, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     base = ["train", "--states", states, *SMALL, "--no-refit"]
