@@ -78,6 +78,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk: one that took hours must not be replaced by one that a
+    machine which stops now has not written."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _check_replaceable(mode: int) -> None:
     """Refuse what is no file, and a file that is protected, by the mode that it has."""
     if stat.S_ISDIR(mode):
@@ -133,6 +143,7 @@ def write_torch(path: str | os.PathLike[str], value: Any) -> Path:
             if reason is None:
                 raise
             raise OSError(errno.ENOSPC, reason, str(path)) from error
+        _sync(temporary)
     return Path(path)
 
 
@@ -341,6 +352,7 @@ def write_safetensors(
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # which is no OSError and names no file
             raise OSError(f"{path} cannot be written: {error}") from error
+        _sync(temporary)
     return Path(path)
 
 

@@ -39,7 +39,9 @@ from bae_fast.files import (
     publishing,
     replacing,
     write_json,
+    write_safetensors,
     write_text,
+    write_torch,
 )
 from bae_fast.lm import gguf, known
 from bae_fast.training import TrainingConfig
@@ -638,6 +640,30 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_run(tmp_path, monkeyp
     assert (tmp_path / "b.txt").read_text() == "old"
     with publishing(tmp_path):
         assert {(tmp_path / f"{name}.txt").read_text() for name in "ab"} == {"new"}
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_torch(path, {"x": torch.ones(3)}),
+    lambda path: write_safetensors(path, {"x": torch.ones(3)}, {}),
+])  # fmt: skip
+def test_checkpoints_and_weights_are_on_the_disk_before_they_replace_others(
+    tmp_path, monkeypatch, write
+):
+    path, on_disk = tmp_path / "file", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        on_disk.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        fsync(handle)
+
+    def replaced(source, target):
+        state = os.stat(source)
+        assert (state.st_ino, state.st_size) in on_disk
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    assert write(path).stat().st_size > 0
 
 
 def test_a_panic_of_a_library_in_rust_is_one_line(capsys):
