@@ -337,6 +337,26 @@ class Autoencoder(nn.Module):
         dtype = own if torch.promote_types(x.dtype, own) == own else x.dtype
         return ((x - self.x_mean) / self._unit("x")).to(dtype)
 
+    def normalized_rows(self, x: Tensor) -> Tensor:
+        """:meth:`normalize`, for a product with the parameters.
+
+        Raises:
+            TypeError: x is wider than the parameters, which a product outside autocast refuses;
+                and see :meth:`normalize`.
+            ValueError: see :meth:`normalize`.
+        """
+        rows = self.normalize(x)
+        own = next(self.parameters(), rows).dtype
+        kind = rows.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # autocast narrows what a product is given, but for float64
+        if rows.dtype != own and (rows.dtype == torch.float64 or not autocast):
+            raise TypeError(
+                f"x must have the module's dtype {own}, or a narrower one; got {x.dtype}: "
+                f"x.to({own}) has it"
+            )
+        return rows
+
     def denormalize(self, recon: Tensor) -> Tensor:
         """Inverse of the target's normalisation, ``[..., d_out]``, in recon's dtype."""
         return (recon * self.target_scale + self.target_mean).to(recon.dtype)

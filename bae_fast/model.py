@@ -540,7 +540,7 @@ class BinaryAutoencoder(Autoencoder):
         """
         weight = self.W_enc if columns is None else self.W_enc[:, columns]
         bias = self.b_enc if columns is None else self.b_enc[columns]
-        return self.normalize(x) @ weight + bias
+        return self.normalized_rows(x) @ weight + bias
 
     def warmup(self) -> str:
         """Compile what the first call would; returns the backend's name, see :func:`warmup`."""

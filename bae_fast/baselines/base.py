@@ -159,7 +159,7 @@ class SparseAutoencoder(Autoencoder):
     # -- the layer -----------------------------------------------------------------------------
 
     def _centred(self, x: Tensor) -> Tensor:
-        rows = self.normalize(x)
+        rows = self.normalized_rows(x)
         return rows if self.is_transcoder else rows - self.b_dec
 
     def preactivation(self, x: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -60,7 +60,7 @@ class PursuedAutoencoder(Autoencoder):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Values of the features of raw x, ``[..., d_in]`` to ``[..., d_sae]``, none negative."""
-        rows = (self.normalize(x) - self.b_dec).reshape(-1, self.d_in)
+        rows = (self.normalized_rows(x) - self.b_dec).reshape(-1, self.d_in)
         directions = self.W_dec.to(torch.promote_types(rows.dtype, torch.float32))
         found = _pursue(rows.to(directions.dtype), directions, self.k)
         return found.to(x.dtype).reshape(*x.shape[:-1], self.d_sae)

@@ -85,6 +85,25 @@ def test_lambda_steers_l0_to_its_target(method):
     assert unexplained(model, x) < (0.3 if method == "relu" else 0.15)
 
 
+@pytest.mark.parametrize("method", [*PLAIN, "bae"])
+def test_rows_that_are_wider_than_the_module_are_named_and_narrower_ones_serve(method):
+    x = torch.randn(8, 16)
+    if method == "bae":
+        model = bf.BinaryAutoencoder(16, 32)
+        encode = model.preactivation
+    else:
+        model = make_baseline(method, 16, 32, k=4).eval()
+        encode = model.encode
+    with pytest.raises(TypeError, match=r"x must have the module's dtype torch\.float32, or a nar"):
+        encode(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"got torch\.float64: x\.to\(torch\.float32\) has it"):
+            encode(x.double())
+        encode(x)
+    assert torch.equal(encode(x.bfloat16()), encode(x.bfloat16().float()))
+    assert encode(x.double().float()).shape == (8, 32)
+
+
 @pytest.mark.parametrize("method", ["relu", "rescaled_relu", "gated", "jumprelu"])
 def test_a_steered_method_starts_near_its_target(method):
     torch.manual_seed(0)
