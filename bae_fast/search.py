@@ -17,7 +17,10 @@ product is made again.
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,6 +92,23 @@ def flip_bits(
         direction[rows, at] = -flipped
         flips[rows] += 1
     return pack_rows(direction < 0), flips
+
+
+def _uncompiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.compiler.disable`` where the compiler is there: at the import it would load it."""
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        chosen = _disabled(method) if "torch._dynamo" in sys.modules else method
+        return chosen(*arguments, **options)
+
+    return call
+
+
+@functools.cache
+def _disabled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = torch.compiler.disable(method)
+    return found
 
 
 @register_architecture(ARCHITECTURE)
@@ -233,7 +253,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
             options["encoded"] = self.encode_rows(x, mask=options.get("mask"))
         return super().forward(x, **options)
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def _searched(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
         """Words int32 ``[..., ceil(K/32)]`` of raw x after the search from the given ones."""
