@@ -172,7 +172,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
             raise ValueError(f"max_flips must be an int >= 0; got {max_flips!r}")
         self.max_flips = max_flips
         self.register_buffer("density", torch.full((columns,), 0.5, device=device, dtype=dtype))
-        self._pairs: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        self._pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -241,7 +241,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
         """See :meth:`bae_fast.BinaryAutoencoder.encode_rows`; the window is the encoder's."""
         found = super().encode_rows(x, mask=mask)
         words = self._searched(x, found.words, mask).reshape(found.words.shape)
-        count = extras_of(words.device).column_counts or column_counts
+        count = extras_of(words.device, self.impl).column_counts or column_counts
         return found._replace(words=words, counts=count(words, len(found.counts)))
 
     def forward(self, x: Tensor, **options: Any) -> BAEOutput:
@@ -258,40 +258,56 @@ class SearchedAutoencoder(BinaryAutoencoder):
     def _searched(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
         """Words int32 ``[..., ceil(K/32)]`` of raw x after the search from the given ones."""
         wide = torch.promote_types(self.W_dec.dtype, torch.float32)
-        gram, added = self._products(wide)
-        columns = len(gram)
-        squares = gram.diagonal()
-        price = self.bit_price * self.config.d_out * self.bits_of_ones(wide)
-        on, off = (price + squares) / 2, (price - squares) / 2
-        W_dec, b_dec = self.W_dec.to(wide), self.b_dec.to(wide)
-        rows = self.normalize(x).reshape(-1, self.config.d_in)
-        flat = words.reshape(-1, words.shape[-1])
-        kept = None if mask is None else mask.reshape(-1)
-        search = extras_of(x.device).search if wide == torch.float32 else None
-        least = _LEAST * float(squares.max())
-        done = []
-        at_once = max(_CHUNK_ELEMENTS // columns, 1)
-        for first in range(0, len(rows), at_once):
-            part = slice(first, first + at_once)
-            code = BinaryCode(flat[part], columns, n_bits=self.config.n_bits, trusted=True)
-            recon = functional.decode(code, W_dec, b_dec, impl=self.impl)
-            projection = (rows[part].to(wide) - recon) @ added.T
-            if kept is not None:  # rows that do not count have no bits, and nothing gains
-                projection[~kept[part]] = -torch.inf
-            flipped, _ = (search or flip_bits)(
-                projection, gram, on, off, flat[part], self.max_flips, least
-            )
-            done.append(flipped)
-        return torch.cat(done).reshape(words.shape)
+        # autocast would round the products, whose differences are the gains
+        with torch.autocast(x.device.type, enabled=False):
+            W_dec, b_dec = self.W_dec.to(wide), self.b_dec.to(wide)
+            gram, added = self._products(W_dec)
+            columns = len(gram)
+            squares = gram.diagonal()
+            price = self.bit_price * self.config.d_out * self.bits_of_ones(wide)
+            on, off = (price + squares) / 2, (price - squares) / 2
+            rows = self.normalize(x).reshape(-1, self.config.d_in)
+            flat = words.reshape(-1, words.shape[-1])
+            kept = None if mask is None else mask.reshape(-1)
+            search = extras_of(x.device, self.impl).search if wide == torch.float32 else None
+            least = _LEAST * float(squares.max())
+            done = []
+            at_once = max(_CHUNK_ELEMENTS // columns, 1)
+            for first in range(0, len(rows), at_once):
+                part = slice(first, first + at_once)
+                code = BinaryCode(flat[part], columns, n_bits=self.config.n_bits, trusted=True)
+                recon = functional.decode(code, W_dec, b_dec, impl=self.impl)
+                projection = (rows[part].to(wide) - recon) @ added.T
+                if kept is not None:  # rows that do not count have no bits, and nothing gains
+                    projection[~kept[part]] = -torch.inf
+                flipped, _ = (search or flip_bits)(
+                    projection, gram, on, off, flat[part], self.max_flips, least
+                )
+                done.append(flipped)
+            return torch.cat(done).reshape(words.shape)
 
-    def _products(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(D D^T ``[K, K]``, D ``[K, d]``), made again when the decoder has changed."""
-        known = (self.W_dec.data_ptr(), self.W_dec._version, self.W_dec.device, dtype)
-        if self._pairs is None or self._pairs[0] != known:
-            weights = bit_weights(self.config.n_bits, dtype, self.W_dec.device)
-            added = (self.W_dec.to(dtype)[:, None] * weights[:, None]).flatten(0, 1).contiguous()
-            self._pairs = (known, added @ added.T, added)
-        return self._pairs[1], self._pairs[2]
+    def _products(self, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+        """(D D^T ``[K, K]``, D ``[K, d]``) of a decoder ``[F, d]``, made again when it changed."""
+        known = self._pairs
+        # by the numbers: no address and no version tells of every change (that of a fused
+        # optimizer, of `.data`, of a parametrization)
+        if (
+            known is None
+            or (known[0].dtype, known[0].device) != (W_dec.dtype, W_dec.device)
+            or not torch.equal(known[0], W_dec)
+        ):
+            self._pairs = known = None  # the old ones go before the new ones are made
+            kept, n_bits = W_dec.clone(), self.config.n_bits
+            added = kept
+            if n_bits > 1:
+                weights = bit_weights(n_bits, W_dec.dtype, W_dec.device)
+                added = (kept[:, None] * weights[:, None]).flatten(0, 1)
+            self._pairs = known = (kept, added @ added.T, added)
+        return known[1], known[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the products, which a copy and a file make anew."""
+        return {**self.__dict__, "_pairs": None}
 
     def bits_of_ones(self, dtype: torch.dtype) -> Tensor:
         """How much longer the code of a one is than that of a zero, in bits, in each column:
@@ -344,10 +360,10 @@ def _shares(bae: BinaryAutoencoder, rows: Tensor) -> Tensor:
     return (counts.double() + 0.5) / (len(rows) + 1)
 
 
-def extras_of(device: torch.device) -> registry.Extras:
-    """What serves beyond the contract on a device; nothing where no backend does."""
+def extras_of(device: torch.device, impl: str) -> registry.Extras:
+    """What ``impl`` serves beyond the contract on a device; nothing where no backend does."""
     try:
-        return registry.extras("auto", device.type)
+        return registry.extras(impl, device.type)
     except registry.BackendUnavailableError:
         return registry.Extras()
 

@@ -86,7 +86,7 @@ def build(n: int, d: int, f: int, on: int) -> Comparison:
 def _in_torch(model: SearchedAutoencoder, x: Tensor) -> BinaryCode:
     """Searched codes without the kernel."""
     found = searching.extras_of
-    searching.extras_of = lambda device: dataclasses.replace(found(device), search=None)
+    searching.extras_of = lambda *to: dataclasses.replace(found(*to), search=None)
     try:
         return model.encode(x)
     finally:

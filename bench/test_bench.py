@@ -563,8 +563,8 @@ def test_a_search_that_gives_other_bits_gets_no_figure(monkeypatch):
     assert "| 96, 24, 70 |" in text
     row["sides"]["kernel"].pop("seconds")
 
-    def wrong(device):
-        found = registry.extras("auto", device.type)
+    def wrong(device, impl):
+        found = registry.extras(impl, device.type)
         return dataclasses.replace(found, search=lambda *a: (a[4] ^ 1, None))
 
     monkeypatch.setattr("bae_fast.search.extras_of", wrong)

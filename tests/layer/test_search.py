@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_no_flip_of_a_single_bit_improves_a_searched_code(n_bits, bit_price):
     first = objective(model, x, BinaryAutoencoder.encode(model, x).to_dense(torch.bool))
     assert (found <= first + 1e-12).all()
     assert (found < first - 0.01).float().mean() > 0.5
-    least = searching._LEAST * float(model._products(torch.float64)[0].diagonal().max())
+    least = searching._LEAST * float(model._products(model.W_dec)[0].diagonal().max())
     for column in range(bits.shape[1]):
         other = bits.clone()
         other[:, column] ^= True
@@ -210,14 +211,84 @@ def test_the_layer_decodes_and_counts_searched_codes():
     assert model.reconstruct(x).equal(out.recon)
 
 
-def test_a_decoder_that_changes_is_searched_anew():
-    model, x = searched(), rows()
-    before = model.encode(x)
+def halve(model):
     with torch.no_grad():
         model.W_dec.mul_(0.5)
+
+
+def halve_out_of_sight(model):
+    model.W_dec.data.mul_(0.5)  # counts no version
+
+
+def step_fused(model):
+    model.W_dec.grad = torch.randn_like(model.W_dec)
+    torch.optim.Adam([model.W_dec], lr=0.5, fused=True).step()  # counts none either
+
+
+def load_other_weights(model):
+    state = model.state_dict()
+    model.load_state_dict({**state, "W_dec": state["W_dec"] * 0.5}, assign=True)
+
+
+@pytest.mark.parametrize("change", [halve, halve_out_of_sight, step_fused, load_other_weights])
+@pytest.mark.parametrize("n_bits", [1, 2])
+def test_a_decoder_that_changes_is_searched_anew(change, n_bits):
+    model, x = searched(n_bits=n_bits), rows()
+    before = model.encode(x)
+    change(model)
     after = model.encode(x)
     assert not after.equal(before)
     assert copy.deepcopy(model).encode(x).equal(after)
+
+
+def test_a_decoder_that_is_computed_is_searched_as_it_is():
+    model, x = searched(), rows()
+    plain = copy.deepcopy(model)
+    torch.nn.utils.parametrize.register_parametrization(model, "W_dec", torch.nn.Hardtanh(-9, 9))
+    for scale in (1.0, 0.5, 2.0):
+        for weight in (model.parametrizations.W_dec.original, plain.W_dec):
+            weight.data.mul_(scale)
+        assert model.encode(x).equal(plain.encode(x))
+
+
+def test_products_are_made_once_and_stay_out_of_copies_and_files():
+    model = searched()
+    model.encode(rows())
+    gram = model._products(model.W_dec)[0]
+    assert model._products(model.W_dec)[0] is gram
+    assert copy.deepcopy(model)._pairs is None
+    assert pickle.loads(pickle.dumps(model))._pairs is None
+    assert model._products(model.W_dec)[0] is gram
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_does_not_round_the_search(dtype):
+    model, x = searched(dtype), rows(dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, found = BinaryAutoencoder.encode(model, x), model.encode(x)
+    assert model._products(model.W_dec)[0].dtype == dtype
+    assert torch.equal(model._searched(x, first.words, None), found.words)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_the_implementation_that_was_asked_for_searches(monkeypatch, impl):
+    model, x = searched(torch.float32), rows(dtype=torch.float32)
+    found, used = model.encode(x), []
+    monkeypatch.setattr(searching, "flip_bits", lambda *a: used.append(impl) or flip_bits(*a))
+    model.impl = impl
+    assert model.encode(x).equal(found)
+    assert used == [impl]
+
+
+def test_it_encodes_in_inference_mode_and_trains_after_it():
+    model, x = searched(), rows()
+    with torch.inference_mode():
+        made, code = copy.deepcopy(model), model.encode(x)
+        assert made.encode(x).equal(code)
+    assert made.encode(x).equal(code)  # weights that were made there count no versions
+    model.train()
+    model.mse(model(x), x).backward()
+    assert model.W_dec.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
