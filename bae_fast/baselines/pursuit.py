@@ -75,7 +75,7 @@ class PursuedAutoencoder(Autoencoder):
         unit norm, as :func:`bae_fast.training.fit_search_` does for bits.
 
         Raises:
-            TypeError, ValueError: x is no tensor of floats ``[n, d_in]``, n >= d_sae.
+            TypeError, ValueError: x is no tensor of finite floats ``[n, d_in]``, n >= d_sae.
         """
         check_rows("x", x, self.d_in, least=self.d_sae)
         f = self.d_sae
@@ -85,6 +85,8 @@ class PursuedAutoencoder(Autoencoder):
             values = nn.functional.pad(self.encode(block), (0, 1), value=1.0)
             system += values.T @ values
             moment += values.T @ self.normalize(block)
+        if not bool(torch.isfinite(moment).all()):
+            raise ValueError("x must be finite; it holds NaN or Inf")
         system.diagonal().add_(ridge * len(x))
         solution = torch.linalg.solve(system, moment).to(self.W_dec.dtype)
         norms = solution[:f].norm(dim=1, keepdim=True)

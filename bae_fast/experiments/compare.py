@@ -38,6 +38,7 @@ from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.progress import Stages, say
 from bae_fast.training import Trainer
+from bae_fast.training.recipe import MAX_REFIT_FEATURES
 from bae_fast.training.supply import evenly
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def train_all(config: Config) -> dict[str, Any]:
     _check_k(config, cache.d_in)  # of any other module the width is known by its states
     split = cache.split(config.heldout_rows)
     train = cache.rows[split.train.start : split.train.stop]
+    _check_search(config, *train.shape)
     heldout = cache.rows[split.heldout.start : split.heldout.stop]
     facts["split"] = split.as_dict()
     del facts["harvest_tokens_per_second"]  # of this call, not of the result
@@ -251,6 +253,18 @@ def _check_k(config: Config, width: int) -> None:
     if found > most and any(methods.method(name).takes_k for name in config.methods):
         raise runs.ConfigError(
             "k", f"must be at most d_sae={most}, the expansion times the width {width}; got {found}"
+        )
+
+
+def _check_search(config: Config, n_rows: int, width: int) -> None:
+    """Refuse searched codes whose decoders cannot be fitted, before anything has run for hours."""
+    d_sae = config.expansion * width
+    most = min(n_rows, MAX_REFIT_FEATURES)
+    if config.search_prices and d_sae > most:
+        raise runs.ConfigError(
+            "search_prices",
+            f"must be left out for {d_sae:,} features: with {n_rows:,} training rows, decoders of "
+            f"up to {most:,} are fitted to searched codes",
         )
 
 

@@ -23,12 +23,12 @@ from bae_fast.codes import BinaryCode
 from bae_fast.compression import CODERS, compress, decompress
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import Data, OwnRows, Rows, pick_device, rows_of
-from bae_fast.experiments.training import Training, check, new_autoencoder
+from bae_fast.experiments.training import Training, check, features_of, new_autoencoder
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.lm.origin import check_origin
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages
-from bae_fast.search import SearchedAutoencoder
+from bae_fast.search import MAX_SEARCH_COLUMNS, SearchedAutoencoder
 from bae_fast.training import Trainer, TrainingConfig, fit_search_
 from bae_fast.training.recipe import MAX_REFIT_FEATURES
 from bae_fast.training.supply import evenly
@@ -150,7 +150,7 @@ def run(config: Config) -> runs.Result:
             "raw_bits_a_row": {"float32": 32 * d, "bfloat16": 16 * d},
             "size": size.summary(),
             "coder": config.coder,
-            "bit_price": config.bit_price,
+            "bit_price": bae.bit_price if isinstance(bae, SearchedAutoencoder) else None,
             "bound_bits_a_row": size.entropy_bits / n,
             "tree_bits_a_row": entropy.tree,
             "plain_bits_a_row": {name: 8 * value / n for name, value in plain.items()},
@@ -196,6 +196,13 @@ def _model(
         raise runs.ConfigError(
             "batch_size",
             f"must be at most the {len(source.train):,} training rows; got {constants.batch_size}",
+        )
+    n_features = features_of(config, width)
+    if config.bit_price is not None and n_features > MAX_SEARCH_COLUMNS:
+        raise runs.ConfigError(
+            "bit_price",
+            f"needs at most {MAX_SEARCH_COLUMNS:,} features, products of all pairs of which are "
+            f"held; got {n_features:,}",
         )
     with stages.stage("train"):
         bae = new_autoencoder(config, source.train_rows, facts, stages, source.cache)

@@ -173,7 +173,8 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
         ridge: keeps features that never fire, or always fire together, determined.
 
     Raises:
-        ValueError: a transcoder, or more than 16,384 features (the F x F system would not fit).
+        ValueError: a transcoder, more than 16,384 features (the F x F system would not fit), or x
+            that is not finite, which changes nothing.
     """
     if bae.is_transcoder:
         raise ValueError("refit_decoder_ needs d_out=None: a transcoder's target is not x")
@@ -199,6 +200,8 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
             system += values.T @ values
         moment += values.T @ bae.normalize(block).to(dtype)
     system.diagonal().add_(ridge * len(x))
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError("x must be finite; it holds NaN or Inf")
     solution = torch.cholesky_solve(moment, torch.linalg.cholesky(system))
     bae.W_dec.copy_(solution[:f])
     bae.b_dec.copy_(solution[f])
@@ -223,7 +226,7 @@ def fit_search_(
     Raises:
         TypeError: another module, or x is no tensor of floats.
         ValueError: x has another shape, or fewer rows than the module has features; rounds is
-            below 1; more than 16,384 features.
+            below 1; more than 16,384 features; x is not finite, which changes nothing.
     """
     if not isinstance(searched, SearchedAutoencoder):
         raise TypeError(

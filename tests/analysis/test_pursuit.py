@@ -106,3 +106,8 @@ def test_what_it_cannot_take_is_refused():
             PursuedAutoencoder(made, k)
     with pytest.raises(ValueError, match="x must hold at least 40 rows; got 39"):
         PursuedAutoencoder(made, 2).fit_(torch.randn(39, D))
+    bad = torch.full((50, D), torch.inf, dtype=torch.float64)
+    found = PursuedAutoencoder(made, 2)
+    with pytest.raises(ValueError, match="x must be finite; it holds NaN or Inf"):
+        found.fit_(bad)
+    assert found.W_dec.isfinite().all()

@@ -932,6 +932,10 @@ def test_codes_that_are_searched_for_are_compressed_and_read_with_their_model(
         assert decompress(tmp_path / "codes.bae").equal(model.encode(rows))
         found[fit_rows] = json.loads((tmp_path / "compress.json").read_text())["fvu"]
         assert main(["decompress", str(tmp_path), "--load", str(tmp_path / "model")]) == 0
+    again = ["--states", str(own / "rows.npy"), "--load", str(tmp_path / "model")]
+    assert main(["compress", *again, "--device", "cpu", "--out", str(tmp_path / "again")]) == 0
+    assert "searched for, at 0.001 a bit" in capsys.readouterr().out  # as the model does
+    assert decompress(tmp_path / "again" / "codes.bae").equal(model.encode(rows))
     assert found[1] < found[1000]
     for price in ("-1", ".nan", ".inf"):
         assert main(["compress", *options, "--bit-price", price]) == 1

@@ -595,6 +595,19 @@ def test_a_k_that_no_block_can_have_is_found_before_anything_runs(
     assert "--k must be at most d_sae=32" in capsys.readouterr().err
 
 
+def test_decoders_that_cannot_be_fitted_to_searched_codes_are_refused_before_the_training(
+    arguments, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("bae_fast.experiments.compare.one", None)
+    options = ["--methods", "topk", "--search-prices", "0", "--out", str(tmp_path)]
+    assert main([*arguments, *options, "--expansion", "2000"]) == 1
+    error = capsys.readouterr().err
+    assert "--search-prices must be left out for 32,000 features: with " in error
+    monkeypatch.setattr("bae_fast.experiments.compare.MAX_REFIT_FEATURES", 31)
+    assert main([*arguments, *options]) == 1
+    assert "decoders of up to 31 are fitted to searched codes" in capsys.readouterr().err
+
+
 def test_an_autoencoder_of_the_users_own_is_compared(arguments, tmp_path):
     @methods.register("of my own")
     def make(d_in, d_sae, *, k, d_out=None, metadata=None, device=None):

@@ -191,9 +191,11 @@ def test_rows_may_have_any_leading_shape_and_be_masked():
 
 def test_blocks_of_rows_change_no_bit(monkeypatch):
     model, x = searched(torch.float32), rows(50, dtype=torch.float32)
-    whole = model.encode(x)
+    mask = torch.rand(50) < 0.7
+    whole, masked = model.encode(x), model.encode(x, mask=mask)
     monkeypatch.setattr(searching, "_CHUNK_ELEMENTS", 7 * F)
     assert model.encode(x).equal(whole)
+    assert model.encode(x, mask=mask).equal(masked)
 
 
 def test_the_layer_decodes_and_counts_searched_codes():
@@ -249,6 +251,34 @@ def test_a_decoder_that_is_computed_is_searched_as_it_is():
         for weight in (model.parametrizations.W_dec.original, plain.W_dec):
             weight.data.mul_(scale)
         assert model.encode(x).equal(plain.encode(x))
+
+
+def test_a_module_of_another_dtype_is_searched_in_that_one():
+    model, x = searched(), rows()
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        model.to(dtype)
+        model.encode(x.to(dtype))
+        assert model._products(model.W_dec)[0].dtype == dtype
+
+
+def test_a_bit_that_no_row_has_or_every_row_has_costs_as_in_65536_rows():
+    model = searched()
+    model.density[:4] = torch.tensor([0, 1, 2.0**-14, 0.5])
+    costs = model.bits_of_ones(torch.float64)
+    assert costs[:2].tolist() == pytest.approx([17, -17], abs=1e-4)
+    assert costs[2:4].tolist() == pytest.approx([14, 0], abs=1e-4)
+
+
+def test_a_gain_that_is_no_more_than_the_least_is_none():
+    projection, gram = torch.tensor([[0.75, 0.75]]), torch.eye(2)
+    on, off = torch.tensor([0.5, 0.25]), torch.zeros(2)
+    arguments = (projection, gram, on, off, torch.zeros(1, 1, dtype=torch.int32))
+    by = [flip_bits]
+    if levels():
+        by.append(registry.BACKENDS["cpp"].extras.search)
+    for flip in by:
+        for least, words in ((0.5, 0), (0.25, 2), (0.125, 3)):
+            assert flip(projection.clone(), *arguments[1:], 5, least)[0].tolist() == [[words]]
 
 
 def test_products_are_made_once_and_stay_out_of_copies_and_files():

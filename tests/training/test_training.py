@@ -1,5 +1,6 @@
 """The training loop and its parts, on small synthetic rows."""
 
+import copy
 import dataclasses
 import json
 import signal
@@ -260,6 +261,16 @@ def test_the_refit_is_the_least_squares_decoder_and_changes_no_bit(density):
     torch.testing.assert_close(bae.W_dec.detach(), expected[:-1], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(bae.b_dec.detach(), expected[-1], rtol=1e-6, atol=1e-8)
     assert fvu(bae, x) < before
+
+
+def test_a_refit_to_rows_that_are_not_finite_changes_nothing():
+    x = synthetic()
+    bae = module(x)
+    before = copy.deepcopy(bae.state_dict())
+    x[7, 3] = torch.nan
+    with pytest.raises(ValueError, match="x must be finite; it holds NaN or Inf"):
+        refit_decoder_(bae, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bae.state_dict().items())
 
 
 def test_the_bank_pools_the_last_batches():
