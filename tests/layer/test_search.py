@@ -56,7 +56,7 @@ def test_no_flip_of_a_single_bit_improves_a_searched_code(n_bits, bit_price):
     first = objective(model, x, BinaryAutoencoder.encode(model, x).to_dense(torch.bool))
     assert (found <= first + 1e-12).all()
     assert (found < first - 0.01).float().mean() > 0.5
-    least = searching._LEAST * float(model._products(model.W_dec)[0].diagonal().max())
+    least = 2.0**-20 * float(model._products(model.W_dec)[0].diagonal().max())
     for column in range(bits.shape[1]):
         other = bits.clone()
         other[:, column] ^= True
@@ -196,6 +196,45 @@ def test_blocks_of_rows_change_no_bit(monkeypatch):
     monkeypatch.setattr(searching, "_CHUNK_ELEMENTS", 7 * F)
     assert model.encode(x).equal(whole)
     assert model.encode(x, mask=mask).equal(masked)
+
+
+def test_a_module_that_searches_is_as_the_one_it_is_made_of():
+    options = {"surrogate": "sigmoid", "surrogate_width": 0.7, "metadata": {"hook_name": "h"}}
+    bae = trained(n_bits=2, preset="paper", covariance=False, **options)
+    bae.fit_normalization_(rows(300), metric=torch.linspace(0.5, 2, D))
+    bae.impl, bae.check_finite = "torch", True
+    model = SearchedAutoencoder.of(bae, rows(), bit_price=0.1, max_flips=7)
+    assert model.config == bae.config
+    assert (model.impl, model.check_finite, model.training) == ("torch", True, False)
+    assert (model.bit_price, model.max_flips) == (0.1, 7)
+    state = model.state_dict()
+    assert state.keys() - bae.state_dict().keys() == {"density"}
+    for name, tensor in bae.state_dict().items():
+        assert torch.equal(state[name], tensor)
+        assert state[name].data_ptr() != tensor.data_ptr()
+
+
+def test_shares_are_those_of_codes_searched_with_the_shares_of_the_encoders():
+    bae, x = trained(), rows(101)
+    model = SearchedAutoencoder.of(bae, x, bit_price=0.1)
+    shares = model.density.clone()
+    for code in (bae.encode(x), model.encode):
+        ones = (code if isinstance(code, BinaryCode) else code(x)).counts()
+        model.density.copy_((ones + 0.5) / 102)
+    assert torch.allclose(model.density, shares, rtol=1e-12)
+    model.fit_density_(x)
+    assert not torch.allclose(model.density, shares)
+
+
+def test_the_layer_masks_rows():
+    model, x = searched(), rows(30)
+    mask = torch.arange(30) % 3 > 0
+    out, code = model(x, mask=mask), model.encode(x, mask=mask)
+    assert out.code.equal(code)
+    assert torch.allclose(out.entropy, code.statistics().entropy())
+    assert model(x, encoded=BinaryAutoencoder.encode_rows(model, x)).code.equal(
+        BinaryAutoencoder.encode(model, x)
+    )
 
 
 def test_the_layer_decodes_and_counts_searched_codes():
