@@ -62,7 +62,8 @@ class PursuedAutoencoder(Autoencoder):
         """Values of the features of raw x, ``[..., d_in]`` to ``[..., d_sae]``, none negative."""
         rows = (self.normalized_rows(x) - self.b_dec).reshape(-1, self.d_in)
         directions = self.W_dec.to(torch.promote_types(rows.dtype, torch.float32))
-        found = _pursue(rows.to(directions.dtype), directions, self.k)
+        with torch.autocast(x.device.type, enabled=False):  # equations are not solved in halves
+            found = _pursue(rows.to(directions.dtype), directions, self.k)
         return found.to(x.dtype).reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, code: Any) -> Tensor:

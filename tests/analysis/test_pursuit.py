@@ -67,6 +67,68 @@ def test_it_takes_what_the_method_says_row_by_row():
     assert (found >= 0).all()
 
 
+def test_values_that_would_be_negative_are_left_out_and_the_others_fitted_without_them():
+    made = model()
+    x = torch.randn(200, D, dtype=torch.float64)
+    found = PursuedAutoencoder(made, 12).encode(x).detach()
+    directions, cuts = made.W_dec.detach(), 0
+    for row, values in zip((made.normalize(x) - made.b_dec).detach(), found, strict=True):
+        taken, best = pursued_by_hand(row, directions, 12)
+        if (best > 0).all() or not set(values.nonzero().flatten().tolist()) <= set(taken):
+            continue
+        cuts += 1
+        left = row - values @ directions
+        assert left.norm() < (row - best.clamp_min(0) @ directions[taken]).norm()
+        # the optimum without negative ones: nothing is gained by more or less of any
+        slope = directions[taken] @ left
+        assert slope[values[taken] > 1e-3].abs().max() < 5e-2 * row.norm()
+        assert slope.max() < 5e-2 * row.norm()
+    assert cuts > 10
+
+
+def test_directions_have_unit_norm_whatever_the_models_have():
+    made = model()
+    x, found = torch.randn(20, D, dtype=torch.float64), PursuedAutoencoder(made, 3)
+    with torch.no_grad():
+        made.W_dec.mul_(torch.linspace(0.5, 2, F, dtype=torch.float64)[:, None])
+    assert torch.allclose(PursuedAutoencoder(made, 3).encode(x), found.encode(x))
+
+
+def test_a_fit_gives_the_bias_too_and_keeps_directions_that_no_row_has():
+    made = model()
+    x = made.W_dec.detach()[torch.arange(200) % 6] * torch.linspace(1, 2, 200)[:, None].double()
+    x = x + 0.05  # which the bias does not have
+    found = PursuedAutoencoder(made, 1)
+    before, off = found.W_dec.clone(), found.b_dec.clone()
+    rows, values = found.normalize(x), found.encode(x).detach()
+    used = values.any(0)
+    assert 6 <= int(used.sum()) < F
+    found.fit_(x, ridge=1e-9)
+    design = torch.cat([values[:, used], torch.ones(200, 1, dtype=x.dtype)], 1)
+    expected = torch.linalg.lstsq(design, rows).solution
+    assert torch.allclose(found.b_dec, expected[-1], atol=1e-4)
+    assert not torch.allclose(found.b_dec, off, atol=1e-9)
+    assert torch.equal(found.W_dec[~used], before[~used])
+
+
+def test_no_feature_is_taken_twice():
+    made = model()
+    x = made.W_dec.detach()[:5] * 3
+    found = PursuedAutoencoder(made, 4).encode(x) * made.x_scale
+    assert torch.allclose(found[:, :5], 3 * torch.eye(5, dtype=x.dtype), atol=2e-3)
+    assert (found[:, 5:] < 2e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_round_the_equations(dtype):
+    made = model().to(dtype)
+    x, pursued = torch.randn(20, D, dtype=dtype), PursuedAutoencoder(made, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pursued.encode(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, pursued.encode(x))
+
+
 def test_fewer_errors_than_the_encoder_and_fewer_still_when_fitted():
     made = model(k=4)
     with torch.no_grad():  # a dictionary that is off

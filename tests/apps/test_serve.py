@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_lm import save_tiny_study
 
+from bae_fast import SearchedAutoencoder
 from bae_fast.baselines import load_autoencoder, make_baseline
 from bae_fast.causal import Prompt
 from bae_fast.cli import main
@@ -138,6 +139,17 @@ def test_a_sparse_autoencoder_shows_its_activations(prompt):
     sae = make_baseline("topk", 16, 32, k=4)
     found = Prompt(prompt.lm, "model.layers.0", sae).features(prompt.tokenize(TEXT))
     assert int(found.code.counts().sum()) == int((found.values > 0).sum()) == 4 * 5
+
+
+def test_a_module_that_searches_shows_its_searched_bits(prompt):
+    tokens = prompt.tokenize(TEXT)
+    states = plain(prompt, tokens)[1][1:]
+    model = SearchedAutoencoder.of(prompt.model, states.repeat(8, 1), bit_price=0.01)
+    found = Prompt(prompt.lm, "model.layers.0", model, max_tokens=32).features(tokens)
+    assert found.code.equal(model.encode(states))
+    assert not found.code.equal(prompt.features(tokens).code)
+    # the values stay the encoder's
+    assert torch.allclose(found.values, prompt.features(tokens).values, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,7 @@ def test_bad_arguments_are_refused():
             SearchedAutoencoder.of(bae, rows(), max_flips=flips)
     with pytest.raises(ValueError, match="a search needs d_out=None"):
         SearchedAutoencoder(4, 8, d_out=4)
+    assert SearchedAutoencoder(4, 2**14, n_bits=2, device="meta").density.shape == (2**15,)
     with pytest.raises(ValueError, match="n_bits x d_sae <= 32,768"):
         SearchedAutoencoder(4, 2**14, n_bits=3, device="meta")
 
@@ -440,6 +441,17 @@ def test_the_fitted_decoder_is_better_on_other_rows():
     assert not model.density.equal(density)
     # codes searched with the shares have others, but little
     assert (model.density - model.encode(train).density()).abs().max() < 0.02
+
+
+def test_rounds_and_ridge_are_those_asked_for():
+    model, x = searched(), rows(200)
+    more, flat = copy.deepcopy(model), copy.deepcopy(model)
+    fit_search_(fit_search_(model, x), x)
+    fit_search_(more, x, rounds=2)
+    assert torch.equal(more.W_dec, model.W_dec)
+    assert torch.equal(more.density, model.density)
+    fit_search_(flat, x, ridge=1e6)
+    assert flat.W_dec.abs().max() < 1e-4
 
 
 def test_fitting_refuses_what_it_cannot_fit():
