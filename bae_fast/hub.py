@@ -158,7 +158,11 @@ def write_card(
         for key in shown
         if key != "n_rows"
     ]
-    sizes = {key: values[key] for key in ("d_in", "d_sae", "d_out", "n_bits", "k") if key in values}
+    sizes = {
+        key: values[key]
+        for key in ("d_in", "d_sae", "d_out", "n_bits", "k", "bit_price")
+        if key in values
+    }
     lines = [
         f"An autoencoder of hidden states, architecture `{values.get('architecture')}`: "
         + ", ".join(f"{key} = {value}" for key, value in sizes.items())

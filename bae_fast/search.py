@@ -37,7 +37,7 @@ from bae_fast.packing import bit_weights, column_counts, pack_rows, unpack_rows
 
 ARCHITECTURE = "searched_binary_autoencoder"
 
-# products of all pairs of bits are held, 4 bytes each: 4 GiB at most
+# products of all pairs of bits are held: 4 GiB at most in float32, 8 in float64
 MAX_SEARCH_COLUMNS = 32768
 
 # numbers of gains held at a time: with more, new pages cost time, with fewer the product
@@ -183,7 +183,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
 
         Args:
             bae: the module.
-            rows: raw rows ``[n, d_in]`` that give the bits' shares, first by the encoder's codes,
+            rows: raw rows ``[n, d_in]`` that give the bits' shares, first by the codes of ``bae``,
                 then by codes searched with those: held-in ones, 10,000 or more.
             bit_price, max_flips: see :class:`SearchedAutoencoder`.
 
@@ -230,7 +230,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
     # -- codes ---------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, *, mask: Tensor | None = None) -> BinaryCode:
-        """Searched bits of raw x ``[..., d_in]``; no gradient."""
+        """Searched bits of raw x ``[..., d_in]``; no gradient. Rows with NaN keep the encoder's."""
         code = super().encode(x, mask=mask)
         words = self._searched(x, code.words, mask)
         return BinaryCode(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hub_server import hub_server
 
-from bae_fast import BinaryAutoencoder, hub
+from bae_fast import BinaryAutoencoder, SearchedAutoencoder, hub
 from bae_fast.autoencoder import find_pretrained, load_autoencoder
 from bae_fast.baselines import make_baseline
 from bae_fast.cli import main
@@ -129,6 +129,11 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path):
     assert card.data.license is None  # nobody named one
     hub.write_card(path, "user/name", values, license="mit")
     assert ModelCard.load(path).data.license == "mit"
+    values = SearchedAutoencoder(6, 40, bit_price=0.01).config_values()
+    card = ModelCard.load(hub.write_card(path, "user/name", values))
+    assert "`searched_binary_autoencoder`: d_in = 6, " in card.text
+    assert "bit_price = 0.01." in card.text
+    assert "searched_binary_autoencoder" in card.data.tags
 
 
 def test_a_registry_names_what_it_lists(tmp_path):

@@ -189,6 +189,19 @@ def test_rows_may_have_any_leading_shape_and_be_masked():
     assert masked.n_rows() == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_holds_nan_keeps_the_encoders_bits_and_changes_no_other(dtype):
+    model, x = searched(dtype), rows(dtype=dtype)
+    found = model.encode(x).words
+    x[3, 2] = torch.nan
+    words = model.encode(x).words
+    assert torch.equal(words[3], BinaryAutoencoder.encode(model, x).words[3])
+    assert torch.equal(words[torch.arange(60) != 3], found[torch.arange(60) != 3])
+    model.check_finite = True
+    with pytest.raises(ValueError, match="x must be finite"):
+        model.encode(x)
+
+
 def test_blocks_of_rows_change_no_bit(monkeypatch):
     model, x = searched(torch.float32), rows(50, dtype=torch.float32)
     mask = torch.rand(50) < 0.7
