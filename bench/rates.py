@@ -25,8 +25,11 @@ SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
     "SmolLM2, block 12": (("mixed", "mixed_jumprelu"),),
 }
 BITS = (126, 140, 160, 180, 200)
-# and the folder of these runs in which dictionaries were scored with searched codes too
-SEARCHED = ("mixed", "mixed_searched")
+# and those in which dictionaries were scored with searched codes too
+SEARCHED: dict[str, tuple[str, ...]] = {
+    "SmolLM2, block 12": ("mixed", "mixed_searched"),
+    "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
+}
 SEARCHED_BITS = (140, 160, 180, 200, 220)
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
@@ -128,23 +131,23 @@ def _table(
 def searched(results: Path) -> str:
     """Dictionaries with the codes of their encoders and with searched ones: a line each, and how
     far its loss is from that of the binary code's searched ones."""
-    runs = [
-        run for folder in SEARCHED for run in read_json(results / folder / "compare.json")["runs"]
-    ]
-    scored = [run for run in runs if run["scores"].get("search", {}).get("points")]
-    kinds = {
-        "encoder": lines(runs, SEARCHED_BITS),
-        "search": lines(scored, SEARCHED_BITS, searched_points),
-    }
-    own = kinds["search"]["bae", 0]
     body = []
-    for (method, tail), _ in kinds["search"].items():
-        for kind, by_name in kinds.items():
-            seeds = by_name[method, tail]
-            is_own = (method, kind) == ("bae", "search")
-            cells = [_cell(seeds, None if is_own else own, str(bits)) for bits in SEARCHED_BITS]
-            body.append([LABELS.get(method, method), kind, *cells])
-    header = ["dictionary", "codes by", *(f"KL at {bits} bits" for bits in SEARCHED_BITS)]
+    for label, folders in SEARCHED.items():
+        found = (read_json(results / folder / "compare.json") for folder in folders)
+        runs = [run for result in found for run in result["runs"]]
+        scored = [run for run in runs if run["scores"].get("search", {}).get("points")]
+        kinds = {
+            "encoder": lines(runs, SEARCHED_BITS),
+            "search": lines(scored, SEARCHED_BITS, searched_points),
+        }
+        own = kinds["search"]["bae", 0]
+        for method, tail in kinds["search"]:
+            for kind, by_name in kinds.items():
+                seeds = by_name[method, tail]
+                other = None if (method, kind) == ("bae", "search") else own
+                cells = [_cell(seeds, other, str(bits)) for bits in SEARCHED_BITS]
+                body.append([label, LABELS.get(method, method), kind, *cells])
+    header = ["model", "dictionary", "codes by", *(f"KL at {bits} bits" for bits in SEARCHED_BITS)]
     return "\n".join(tables.table(header, body))
 
 

@@ -540,15 +540,15 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
     other = rate_run("transcoder", 0, 100, 30.0, {"0": 1.0})
     other["scores"]["search"] = {"points": []}
     write_json(tmp_path / "some" / "compare.json", {"runs": [*bae, *topk, other]})
-    monkeypatch.setattr(rates, "SEARCHED", ("some",))
+    monkeypatch.setattr(rates, "SEARCHED", {"a model": ("some",)})
     monkeypatch.setattr(rates, "SEARCHED_BITS", (100, 200))
     _, _, *lines = rates.searched(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
-        ["BAE (sparse)", "encoder", "0.400, +33%", "0.200, +100%"],
-        ["BAE (sparse)", "search", "0.300", "0.100"],
-        ["TopK", "encoder", "0.500, +67%", "0.300, +200%"],
-        ["TopK", "search", "0.450, +50%", "0.150, +50%"],
+        ["a model", "BAE (sparse)", "encoder", "0.400, +33%", "0.200, +100%"],
+        ["a model", "BAE (sparse)", "search", "0.300", "0.100"],
+        ["a model", "TopK", "encoder", "0.500, +67%", "0.300, +200%"],
+        ["a model", "TopK", "search", "0.450, +50%", "0.150, +50%"],
     ]
 
 
