@@ -30,7 +30,7 @@ SEARCHED: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed", "mixed_searched"),
     "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
 }
-SEARCHED_BITS = (140, 160, 180, 200, 220)
+SEARCHED_BITS = (140, 165, 180, 200, 220)
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
