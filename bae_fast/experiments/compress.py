@@ -57,7 +57,7 @@ class Config(runs.Overwriting, Training, OwnRows, Data):
         bit_price: The mean squared error, in normalised units, that a bit is worth. With it the
             codes are searched for instead of encoded, and the decoder is fitted to searched codes
             where there are 32 training rows a feature; the model that does so is saved with the
-            results. Its error is some 15 % less at the same number of bits.
+            results. At the same number of bits the error was a fifth less on SmolLM2.
         coder: How the columns are coded: columns is each on its own, tree is each given the one it
             shares most with, which is smaller and some times slower.
         out: The folder of the results.
