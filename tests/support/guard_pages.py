@@ -27,7 +27,7 @@ PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 LIBC = ctypes.CDLL(None, use_errno=True)
 # what lies beside the numbers of a view: a generator for every tensor would take most of the time
-GARBAGE = torch.randint(0, 256, (2**22,), dtype=torch.uint8)
+GARBAGE = torch.randint(0, 256, (2**23,), dtype=torch.uint8)
 
 
 def protect(memory, offset):
