@@ -33,7 +33,7 @@ from bae_fast.functional import BAEOutput, Encoded
 from bae_fast.model import ARCHITECTURE as BINARY
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.ops import registry
-from bae_fast.packing import bit_weights, column_counts, pack_rows, unpack_rows
+from bae_fast.packing import bit_weights, pack_rows, unpack_rows
 
 ARCHITECTURE = "searched_binary_autoencoder"
 
@@ -241,8 +241,8 @@ class SearchedAutoencoder(BinaryAutoencoder):
         """See :meth:`bae_fast.BinaryAutoencoder.encode_rows`; the window is the encoder's."""
         found = super().encode_rows(x, mask=mask)
         words = self._searched(x, found.words, mask).reshape(found.words.shape)
-        count = extras_of(words.device, self.impl).column_counts or column_counts
-        return found._replace(words=words, counts=count(words, len(found.counts)))
+        counts = BinaryCode(words, len(found.counts), trusted=True).counts()
+        return found._replace(words=words, counts=counts)
 
     def forward(self, x: Tensor, **options: Any) -> BAEOutput:
         """Search, decode and measure; see :meth:`bae_fast.BinaryAutoencoder.forward`.

@@ -42,19 +42,18 @@ SMALL_BITS = (125, 140, 150, 160, 170)
 
 def points(run: dict[str, Any]) -> list[tuple[float, float]]:
     """(bits a row along the tree, KL in bits) of a run at each precision of its values."""
-    found, coded = run["scores"]["rounded"], run["scores"]["description"]
-    return [
-        (coded["tree_support"] + int(bits) * coded["l0"], kl)
-        for bits, kl in found["kl_by_value_bits"].items()
-    ]
+    return _points(run["scores"]["description"], run["scores"]["rounded"])
 
 
 def searched_points(run: dict[str, Any]) -> list[tuple[float, float]]:
     """The same with codes that are searched for, at each price and precision."""
+    return [one for point in run["scores"]["search"]["points"] for one in _points(point, point)]
+
+
+def _points(coded: dict[str, Any], lost: dict[str, Any]) -> list[tuple[float, float]]:
     return [
-        (point["tree_support"] + int(bits) * point["l0"], kl)
-        for point in run["scores"]["search"]["points"]
-        for bits, kl in point["kl_by_value_bits"].items()
+        (coded["tree_support"] + int(bits) * coded["l0"], kl)
+        for bits, kl in lost["kl_by_value_bits"].items()
     ]
 
 

@@ -151,4 +151,4 @@ def table(result: dict[str, Any]) -> str:
         "with it in plain torch",
         "rows a second",
     ]
-    return tables.markdown(header, body) + (f"\n\n{tables.machine(result)} Medians.")
+    return tables.markdown(header, body) + f"\n\n{tables.machine(result)} Medians."

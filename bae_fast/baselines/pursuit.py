@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bae_fast.autoencoder import Autoencoder, check_rows
 from bae_fast.baselines.base import SparseAutoencoder
+from bae_fast.training.recipe import least_squares
 
 # added to the diagonal of the products of directions, which have unit norm
 _RIDGE = 1e-4
@@ -86,10 +87,7 @@ class PursuedAutoencoder(Autoencoder):
             values = nn.functional.pad(self.encode(block), (0, 1), value=1.0)
             system += values.T @ values
             moment += values.T @ self.normalize(block)
-        if not bool(torch.isfinite(moment).all()):
-            raise ValueError("x must be finite; it holds NaN or Inf")
-        system.diagonal().add_(ridge * len(x))
-        solution = torch.linalg.solve(system, moment).to(self.W_dec.dtype)
+        solution = least_squares(system, moment, ridge * len(x)).to(self.W_dec.dtype)
         norms = solution[:f].norm(dim=1, keepdim=True)
         # a feature that no row has keeps its direction
         used = (system.diagonal()[:f, None] > 2 * ridge * len(x)) & (norms > 0)

@@ -199,12 +199,24 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
         else:
             system += values.T @ values
         moment += values.T @ bae.normalize(block).to(dtype)
-    system.diagonal().add_(ridge * len(x))
-    if not bool(torch.isfinite(moment).all()):
-        raise ValueError("x must be finite; it holds NaN or Inf")
-    solution = torch.cholesky_solve(moment, torch.linalg.cholesky(system))
+    solution = least_squares(system, moment, ridge * len(x))
     bae.W_dec.copy_(solution[:f])
     bae.b_dec.copy_(solution[f])
+
+
+def least_squares(system: Tensor, moment: Tensor, ridge: float) -> Tensor:
+    """The solution ``[k, d]`` of normal equations ``[k, k]`` and ``[k, d]`` of rows x, float64.
+
+    Args:
+        ridge: added to the diagonal of ``system``, in place.
+
+    Raises:
+        ValueError: x was not finite.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError("x must be finite; it holds NaN or Inf")
+    system.diagonal().add_(ridge)
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(system))
 
 
 @torch.no_grad()
