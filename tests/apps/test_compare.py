@@ -19,6 +19,7 @@ from bae_fast.cli import main
 from bae_fast.experiments import compare, methods, runs, scorers
 from bae_fast.experiments.scorers import description, intruder, probing
 from bae_fast.files import write_json
+from bae_fast.interpret.intruder import intruder_scores
 from bae_fast.lm import ActivationCache, load_language_model
 from bae_fast.report import compare as report
 
@@ -418,24 +419,68 @@ def test_probes_stand_in_the_table_and_in_files_of_their_own(arguments, monkeypa
     assert "| probe, 5 features |" in (tmp_path / "compare.md").read_text()
 
 
-def test_the_odd_one_out_stands_in_the_table(arguments, monkeypatch, tmp_path):
-    class Encoder:
-        def __init__(self, folder):
-            self.folder = folder
+class CountsOfWords:
+    """A sentence encoder that knows no more of a text than how often each word is in it."""
 
-        def __call__(self, texts):
-            counts = torch.tensor([[float(text.count(word)) for word in WORDS] for text in texts])
-            return torch.nn.functional.normalize(counts + 1e-3, dim=1)
+    def __init__(self, folder):
+        self.folder = folder
 
-    monkeypatch.setattr(intruder, "SentenceEncoder", Encoder)
+    def __call__(self, texts):
+        counts = torch.tensor([[float(text.count(word)) for word in WORDS] for text in texts])
+        return torch.nn.functional.normalize(counts + 1e-3, dim=1)
+
+
+@pytest.fixture
+def encoder_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(intruder, "SentenceEncoder", CountsOfWords)
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text("{}")
-    change = ["--methods", "bae", "--encoder", str(tmp_path / "encoder"), "--no-description"]
+    return str(tmp_path / "encoder")
+
+
+def test_the_odd_one_out_stands_in_the_table(arguments, encoder_folder, tmp_path):
+    change = ["--methods", "bae", "--encoder", encoder_folder, "--no-description"]
     assert main([*arguments, *change, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"][0]["scores"]
     assert found["intruder"]["chance"] == 0.2
     assert 0 <= found["intruder"]["low"] <= found["intruder"]["mean"] <= 1
     assert "| intruder found |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_features_that_a_search_finds_are_measured_as_the_encoders(
+    arguments, encoder_folder, monkeypatch, tmp_path
+):
+    seen = []
+
+    def score(code, *others):
+        seen.append(code)
+        return intruder_scores(code, *others)
+
+    monkeypatch.setattr(intruder, "intruder_scores", score)
+    monkeypatch.setattr(probing, "token_labels", lambda _, tokens: {"low": tokens < 30})
+    change = ["--methods", "bae", "topk", "transcoder", "--encoder", encoder_folder, "--probe"]
+    change += ["--search-prices", "1e-4", "1e-3", "--out", str(tmp_path / "out")]
+    assert main([*arguments, *change]) == 0
+    own, rival, other = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
+    densities = [float(code.density().sum()) for code in seen]
+    of_searched = [
+        point["l0"] for run in (own, rival) for point in run["scores"]["search"]["points"]
+    ]
+    # of a run first the encoder's features, then those of each price, or of the pursuit
+    encoded = [own["heldout"]["l0"], rival["heldout"]["l0"], other["heldout"]["l0"]]
+    wanted = [encoded[0], *of_searched[:2], encoded[1], of_searched[2], encoded[2]]
+    assert densities == pytest.approx(wanted)
+    for run in (own, rival):
+        found = run["scores"]["searched_features"]
+        assert [point["intruder"]["chance"] for point in found["points"]] == [0.2] * len(
+            run["scores"]["search"]["points"]
+        )
+        assert found["probing_probe_1"] == found["points"][-1]["probing"]["probe_1"]
+        assert found["intruder_mean"] == found["points"][-1]["intruder"]["mean"]
+    assert own["scores"]["searched_features"]["points"][0]["bit_price"] == 1e-4
+    assert other["scores"]["searched_features"]["points"] == []
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "| probe, 5 features, searched | intruder found, searched |" in table
 
 
 def test_runs_without_scores_get_them_from_their_models_alone(arguments, monkeypatch, capsys):

@@ -57,6 +57,19 @@ class Scorer(NamedTuple):
     columns: Sequence[Column]
 
 
+class Measure(NamedTuple):
+    """What is measured of a model by whichever features it has on, so that one whose codes are
+    searched for is measured as the encoder's.
+
+    Attributes:
+        settings: all that its results depend on besides the model, JSON values only.
+        of: (model, method) to its results, JSON values only; the model is in eval mode.
+    """
+
+    settings: dict[str, Any]
+    of: Callable[[Any, str], dict[str, Any]]
+
+
 class Context:
     """What scorers may need: the configuration, the held-out text and the language model.
 
@@ -94,15 +107,16 @@ class Context:
         self._substitution: SubstitutionTest | None = None
         self._made: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
-    def once(self, model: Any, name: str, make: Callable[[], T]) -> T:
-        """What several scorers need of a model, made when the first of them asks.
+    def once(self, source: Any, name: str, make: Callable[[], T]) -> T:
+        """What several scorers need of a model or of its rows, made when the first of them asks.
 
         Args:
-            model: in eval mode; what was made of it is kept as long as it is.
-            name: tells what is made apart from what else is made of the model.
+            source: a model in eval mode, or hidden states; what was made of it is kept as long as
+                it is.
+            name: tells what is made apart from what else is made of the source.
             make: makes it.
         """
-        made = self._made.setdefault(model, {})
+        made = self._made.setdefault(source, {})
         if name not in made:
             made[name] = make()
         found: T = made[name]

@@ -7,24 +7,43 @@ import hashlib
 from typing import Any
 
 from bae_fast.experiments.runs import ConfigError
-from bae_fast.experiments.scorers import Column, Context, Scorer
+from bae_fast.experiments.scorers import Column, Context, Measure, Scorer
 from bae_fast.interpret.intruder import IntruderConfig, SentenceEncoder, intruder_scores
 
 ORDER = 3
 
 
+COLUMNS = [Column("mean", "intruder found", "{:.3f}")]
+
+
 def make(context: Context) -> list[Scorer]:
     """One scorer, where the configuration names an encoder."""
+    measure = measured(context)
+    if measure is None:
+        return []
+
+    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        return measure.of(model, method)
+
+    return [Scorer("intruder", measure.settings, score, COLUMNS)]
+
+
+def measured(context: Context) -> Measure | None:
+    """How often the intruder is found, of any features; None where no encoder is named.
+
+    Raises:
+        ConfigError: the encoder's folder holds none.
+    """
     folder = context.config.encoder
     if folder is None:
-        return []
+        return None
     constants = IntruderConfig()
     try:
-        encoder = SentenceEncoder(folder)
+        encoder = context.once(context, "sentence encoder", lambda: SentenceEncoder(folder))
     except ValueError as error:
         raise ConfigError("encoder", str(error).removeprefix("encoder ")) from error
 
-    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+    def of(model: Any, method: str) -> dict[str, Any]:
         cache = context.read_by(method)
         first = int(context.cache.row_window[context.heldout.start])
         rows = range(int((cache.row_window < first).sum()), cache.n_rows)
@@ -32,11 +51,10 @@ def make(context: Context) -> list[Scorer]:
         found = intruder_scores(code, cache, rows, context.tokenizer, encoder, constants)
         return found.summary()
 
-    columns = [Column("mean", "intruder found", "{:.3f}")]
     config = (folder / "config.json").read_bytes()
     settings = {
         "encoder": folder.name,
         "encoder_config": hashlib.sha256(config).hexdigest()[:16],
         "config": dataclasses.asdict(constants),
     }
-    return [Scorer("intruder", settings, score, columns)]
+    return Measure(settings, of)

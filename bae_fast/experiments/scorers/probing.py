@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from bae_fast.analysis.labels import LABELS, token_labels
 from bae_fast.analysis.probing import sparse_probes
-from bae_fast.experiments.scorers import Column, Context, Scorer
+from bae_fast.experiments.scorers import Column, Context, Measure, Scorer
 
 ORDER = 2
 
@@ -17,26 +15,42 @@ NUMBERS = (1, 2, 5)
 # training rows that features are chosen and weights are fitted on, evenly over all
 _TRAIN_ROWS = 16384
 
+COLUMNS = [
+    Column(f"probe_{n}", f"probe, {n} feature{'s' if n > 1 else ''}", "{:.3f}") for n in NUMBERS
+]
+
 
 def make(context: Context) -> list[Scorer]:
     """One scorer, where the configuration asks for it."""
-    if not context.config.probe:
+    measure = measured(context)
+    if measure is None:
         return []
-    made: dict[int, dict[str, Tensor]] = {}
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+        return measure.of(model, method)
+
+    return [Scorer("probing", measure.settings, score, COLUMNS)]
+
+
+def measured(context: Context) -> Measure | None:
+    """The accuracy of probes on any features; None where the configuration does not ask for it."""
+    if not context.config.probe:
+        return None
+
+    def of(model: Any, method: str) -> dict[str, Any]:
         cache = context.read_by(method)
         # the same windows for each module that is read
         last = int(context.cache.row_window[context.train.stop - 1])
         first = int(context.cache.row_window[context.heldout.start])
-        if id(cache) not in made:
-            made[id(cache)] = token_labels(context.tokenizer, cache.tokens)
+        made = context.once(
+            cache, "labels of tokens", lambda: token_labels(context.tokenizer, cache.tokens)
+        )
         window, position = cache.row_window.long(), cache.row_position.long()
         train = (window <= last).nonzero().flatten()
         train = train[:: max(len(train) // _TRAIN_ROWS, 1)]
         held = (window >= first).nonzero().flatten()
         labels = [
-            {name: label[window[rows], position[rows]] for name, label in made[id(cache)].items()}
+            {name: label[window[rows], position[rows]] for name, label in made.items()}
             for rows in (train, held)
         ]
         numbers = tuple(n for n in NUMBERS if n <= model.d_sae)
@@ -55,8 +69,5 @@ def make(context: Context) -> list[Scorer]:
             scores[f"labels_{n}"] = [probe.summary() for probe in probes]
         return scores
 
-    columns = [
-        Column(f"probe_{n}", f"probe, {n} feature{'s' if n > 1 else ''}", "{:.3f}") for n in NUMBERS
-    ]
     settings = {"labels": list(LABELS), "k": list(NUMBERS), "train_rows": _TRAIN_ROWS}
-    return [Scorer("probing", settings, score, columns)]
+    return Measure(settings, of)

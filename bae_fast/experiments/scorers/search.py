@@ -8,11 +8,12 @@ have their decoders fitted to these codes, by the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines import PursuedAutoencoder, SparseAutoencoder
-from bae_fast.experiments.scorers import Column, Context, Scorer
+from bae_fast.experiments.scorers import Column, Context, Scorer, intruder, probing
 from bae_fast.experiments.scorers.description import describe, rows_of, value_precision
 from bae_fast.experiments.scorers.rounded import MEASURED, losses
 from bae_fast.search import SearchedAutoencoder
@@ -26,23 +27,28 @@ FITTED_ROWS = 131072
 
 
 def make(context: Context) -> list[Scorer]:
-    """One scorer where the configuration names prices of a bit."""
+    """Where the configuration names prices of a bit: one scorer, and one of the features that are
+    found, where they are measured."""
     config = context.config
     if not config.search_prices:
         return []
+
+    def made(model: Any, method: str, k: int | None) -> list[tuple[dict[str, Any], Autoencoder]]:
+        rows = evenly(rows_of(context, method)[0], FITTED_ROWS)
+        return context.once(model, "searched", lambda: searched(context, model, method, k, rows))
 
     def score(model: Any, method: str, k: int | None, _seed: int) -> dict[str, Any]:
         train, held, target = rows_of(context, method)
         points = []
         fitted_to = evenly(train, FITTED_ROWS)
-        for settings, made in searched(context, model, method, k, fitted_to):
-            precision = value_precision(made, fitted_to, held, target)
-            found = settings | describe(made, fitted_to, precision)
+        for settings, found_by in made(model, method, k):
+            precision = value_precision(found_by, fitted_to, held, target)
+            found = settings | describe(found_by, fitted_to, precision)
             density = precision.code.density()
             found["dead_share"] = float((density == 0).double().mean())
             found["dense_share"] = float((density > 0.1).double().mean())
             if config.substitution_tokens > 0:
-                found |= losses(context, made, method, precision)
+                found |= losses(context, found_by, method, precision)
             points.append(found)
         middle = points[len(points) // 2] if points else {}
         return {"points": points, **{key: middle.get(key) for key in ("fvu", "tree", "kl_bits")}}
@@ -53,13 +59,43 @@ def make(context: Context) -> list[Scorer]:
         Column("kl_bits", "KL, searched", "{:.4f}"),
     ]
     tokens = config.substitution_tokens and context.windows(config.substitution_tokens).numel()
-    settings = {
-        "prices": list(config.search_prices),
-        "rows": FITTED_ROWS,
-        "value_bits": list(MEASURED),
-        "tokens": tokens,
+    settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": FITTED_ROWS}
+    lost = {"value_bits": list(MEASURED), "tokens": tokens}
+    coded = Scorer("search", settings | lost, score, columns)
+    return [coded, *_of_features(context, settings, made)]
+
+
+def _of_features(
+    context: Context,
+    settings: dict[str, Any],
+    made: Callable[[Any, str, int | None], list[tuple[dict[str, Any], Autoencoder]]],
+) -> list[Scorer]:
+    """What is measured of the features that an encoder finds, of those that a search finds."""
+    measures = {
+        "probing": (probing.measured(context), probing.COLUMNS),
+        "intruder": (intruder.measured(context), intruder.COLUMNS),
     }
-    return [Scorer("search", settings, score, columns)]
+    asked = {name: measure for name, (measure, _) in measures.items() if measure is not None}
+    if not asked:
+        return []
+    shown = {
+        f"{name}_{column.key}": (name, column) for name in asked for column in measures[name][1]
+    }
+
+    def score(model: Any, method: str, k: int | None, _seed: int) -> dict[str, Any]:
+        points = [
+            at | {name: measure.of(found_by, method) for name, measure in asked.items()}
+            for at, found_by in made(model, method, k)
+        ]
+        middle = points[len(points) // 2] if points else {}
+        flat = {key: middle.get(name, {}).get(column.key) for key, (name, column) in shown.items()}
+        return {"points": points, **flat}
+
+    columns = [
+        Column(key, f"{column.header}, searched", column.form) for key, (_, column) in shown.items()
+    ]
+    of = {name: measure.settings for name, measure in asked.items()}
+    return [Scorer("searched_features", settings | of, score, columns)]
 
 
 def searched(
