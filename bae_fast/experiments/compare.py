@@ -97,7 +97,8 @@ class Config(JudgeOptions, Data):
             precision that is best for the method.
         search_prices: The prices of a bit at which codes of the Binary Autoencoder are searched for
             instead of encoded. With any, the table has every method's error and bits with searched
-            codes too: those of a sparse autoencoder by orthogonal matching pursuit with its k.
+            codes too: those of a sparse autoencoder by orthogonal matching pursuit with its k. What
+            probe and encoder measure is measured of these codes as well.
         probe: How well the best 1, 2 and 5 features tell properties of tokens, such as capitals,
             digits or code, stands in the table.
         encoder: The folder of a sentence encoder. With it the table has the share of draws in

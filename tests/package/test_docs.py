@@ -58,6 +58,29 @@ def test_examples_run(page, tmp_path, monkeypatch):
             exec(code, namespace)
 
 
+def anchors(page: Path) -> set[str]:
+    """The places of a page that a link can lead to: its headings, as the site and hosts of
+    repositories name them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES[1:]], ids=name)
+def test_links_and_pictures_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    lost = []
+    for link in re.findall(r"\]\(([^()\s]+)\)", text):
+        if re.match(r"\w+:", link):  # an address
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(link)
+    assert lost == []
+
+
 def test_the_readme_is_one_screen():
     assert len((ROOT / "README.md").read_text(encoding="utf-8")) <= 8000
 
