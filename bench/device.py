@@ -609,7 +609,8 @@ def build(case: Case, impls: list[str], device: str) -> Comparison:
         dense = ["autocast", "compile bf16"] if case.get("compiled") else ["autocast"]
         if shape == tuple(FULL.head) or device == "cpu":  # larger ones take it seconds
             halves = list(dict.fromkeys([*halves, "torch bf16"]))
-        if kind == "graph":
+        if kind == "graph":  # what waits for the device in between cannot be captured
+            halves = [n for n in halves if registry.BACKENDS[n.split()[0]].capturable]
             found = step.build(case["objective"], *shape, halves)
             sides = {name: captured(side.run) for name, side in found.sides.items()}
             return found._replace(sides=sides)
@@ -1055,6 +1056,9 @@ def settled(sides: dict[str, Any]) -> dict[str, Any]:
     return {name: side for name, side in sides.items() if any(end in side for end in ends)}
 
 
+# kinds of several sides, each of which a worker may end with
+COMPARED = ("check", "step", "graph", "pairs", "operator")
+
 # the operator that other checks are of
 OF_OPERATORS = {
     "panels": "covariance", "sign panels": "covariance_backward", "repeat": "decode"
@@ -1091,7 +1095,10 @@ def check_panels_of(kind: str) -> int:
 
 
 def refuse(row: Case, side: str, error: Exception) -> None:
-    """Note what a check of a side raised."""
+    """Note what a check of a side raised: memory that is not there is no fault."""
+    if isinstance(error, torch.OutOfMemoryError):
+        row["sides"][side] = {"unavailable": "out of memory"}
+        return
     text = first_line(error)
     if not isinstance(error, WrongResultError):
         text = f"{type(error).__name__}: {text}"
@@ -1110,6 +1117,8 @@ def run_case(
 ) -> bool:
     """Fill one row. False: the device no longer answers."""
     kind = case["kind"]
+    if row["sides"] and kind not in COMPARED:
+        return True  # with its one side an earlier worker ended: another would end so as well
     if kind == "ceilings":
         result["ceilings"] = measure_ceilings(machine)
     elif kind == "warmup":
@@ -1157,14 +1166,12 @@ def run_case(
             with torch.device(machine.device):
                 same = check_repeats(case["impl"], *shape, case["density"])
             row["sides"][name] = {"checked": same}
-        except WrongResultError as error:
-            row["sides"][name] = {"refused": first_line(error)}
+        except Exception as error:
+            refuse(row, name, error)
             return machine.answers()
     elif kind == "layer":
         impl, dtype = case["impl"], case["dtype"]
         name = impl if dtype == "fp32" else f"{impl} {dtype}"
-        if name in row["sides"]:
-            return True
         note(name)
 
         def checked(*arguments: Any, **options: Any) -> None:
@@ -1324,7 +1331,7 @@ def compile_ahead(command: list[str], seconds: float) -> float:
 def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """What an earlier command measured on the same device, to go on with.
 
-    Cases that time cut short or left out are run again.
+    Cases that time cut short or left out are run again, and so are their sides.
 
     Raises:
         ValueError: another device, other versions or another schema.
@@ -1344,7 +1351,12 @@ def resumed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     if before["impls"] != now["impls"]:
         raise ValueError(f"device.json must be of {now['impls']}; got {before['impls']}")
     rows = [row for row in before["rows"] if not cut_short(row)]
-    return {**before, "rows": rows, "skipped": [], "running": None, "complete": False}
+    ended = {
+        case: {name: side for name, side in sides.items() if side.get("unavailable") != TIME_UP}
+        for case, sides in before["ended"].items()
+    }
+    again = {"rows": rows, "ended": ended, "skipped": [], "running": None, "complete": False}
+    return {**before, **again}
 
 
 def cut_short(row: dict[str, Any]) -> bool:

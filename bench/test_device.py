@@ -479,6 +479,8 @@ def test_a_later_command_goes_on_on_the_same_device(tmp_path, monkeypatch, capsy
     late = {"case": STEP, "sides": {"torch bf16": {"unavailable": device.TIME_UP}}}
     result["rows"] = [done, late | {"wall_seconds": 0.0}]
     result |= {"skipped": [{"case": LAYER, "reason": "1 s left"}], "spent": 500.0}
+    crashed = {"autocast": {"refused": "its process ended"}}
+    result["ended"] = {device.name_of(STEP): crashed | late["sides"]}
     write_json(first / "device.json", result)
     more = ["--out", str(later), "--resume", str(first)]
     assert device.main([*arguments, *more], environment) == 0
@@ -486,6 +488,7 @@ def test_a_later_command_goes_on_on_the_same_device(tmp_path, monkeypatch, capsy
     check_schema(found)
     assert found["rows"] == [done]
     assert found["skipped"] == []
+    assert found["ended"] == {device.name_of(STEP): crashed}  # what time cut short is run again
     assert found["spent"] > 500
     capsys.readouterr()
     assert device.main([*arguments, *more], lambda: {"torch": "2.12"}) == 2
@@ -694,6 +697,69 @@ def test_a_device_that_no_longer_answers_is_left_to_the_next_process(worked, mon
     (row,) = again["rows"]
     assert row["sides"]["torch bf16"] == result["ended"][name]["torch bf16"]
     assert row["sides"]["autocast"]["seconds"] > 0
+
+
+def test_a_fault_that_shows_while_a_result_is_checked_is_the_sides_own(worked, monkeypatch):
+    """A kernel's illegal access is told by the next call that waits, and that is the check."""
+    right = exact.Closeness.check
+
+    def late(self, side, *args):
+        if side == "torch bf16":
+            raise RuntimeError("an illegal memory access was encountered")
+        right(self, side, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exact.Closeness, "check", late)
+        patch.setattr(device.Machine, "answers", lambda machine: False)
+        status, result = worked(DECODE)
+    assert status == device.DEAD
+    ended = result["ended"][device.name_of(DECODE)]
+    assert "illegal memory access" in ended["torch bf16"]["refused"]
+    status, again = worked(DECODE, ended=result["ended"])
+    assert status == 0
+    assert again["rows"][0]["sides"]["torch bf16"] == ended["torch bf16"]
+    assert again["rows"][0]["sides"]["autocast"]["seconds"] > 0
+    assert len(device.refusals(again)) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "check"),
+    [
+        ({"kind": "panels"}, "check_panels_of"),
+        ({"kind": "sign panels"}, "check_panels_of"),
+        ({"kind": "trainer", "impl": "torch"}, "check_trainer"),
+        (case("repeat", impl="torch", density=0.5), "check_repeats"),
+        (LAYER, "check_whole_layer"),
+    ],
+    ids=lambda given: given["kind"] if isinstance(given, dict) else "",
+)
+def test_a_check_that_ends_its_process_is_not_made_again(wanted, check, worked, monkeypatch):
+    """Neither where it has killed the device for the process, nor where it hung: time is short."""
+    made = []
+
+    def broken(*args):
+        made.append(args)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, check, broken)
+    monkeypatch.setattr(device, "panels_unavailable", lambda device: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(device.Machine, "answers", lambda machine: False)
+        status, result = worked(wanted)
+    assert (status, result["rows"], len(made)) == (device.DEAD, [], 1)
+    status, again = worked(wanted, ended=result["ended"])
+    assert (status, len(made)) == (0, 1)
+    (row,) = again["rows"]
+    (side,) = row["sides"].values()
+    assert "illegal memory access" in side["refused"]
+
+
+def test_a_graph_holds_no_step_that_may_wait(monkeypatch):
+    graph = case("graph", objective="paper")
+    assert list(device.build(graph, ["torch"], "cpu").sides) == []
+    backend = dataclasses.replace(registry.BACKENDS["torch"], capturable=True)
+    monkeypatch.setitem(registry.BACKENDS, "torch", backend)
+    assert list(device.build(graph, ["torch"], "cpu").sides) == ["torch bf16"]
 
 
 def test_memory_that_is_not_there_is_said_and_refuses_nothing(worked, monkeypatch):

@@ -143,6 +143,9 @@ def verify(
 ) -> None:
     """Call one side once and check what it gave, with new tensors made on ``device``.
 
+    A device tells of a kernel's fault when it is next waited for, which is most often while its
+    result is checked: whatever is raised there is the side's own too.
+
     Raises:
         WrongResultError: the result is wrong, or there is none.
     """
@@ -154,10 +157,12 @@ def verify(
     try:
         with context:
             result = side.run(*side.prepare())
+        with torch.device(device):
+            comparison.check(name, result)
+    except WrongResultError:
+        raise
     except Exception as error:
         raise WrongResultError(f"{type(error).__name__}: {error}") from error
-    with torch.device(device):
-        comparison.check(name, result)
 
 
 def compare(
