@@ -12,15 +12,16 @@ import importlib.util
 import lzma
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from bae_fast.analysis.row_quantisers import quantisers
 from bae_fast.codes import BinaryCode
-from bae_fast.compression import CODERS, compress, decompress
+from bae_fast.compression import CODERS, CompressedSize, compress, decompress
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import Data, OwnRows, Rows, pick_device, rows_of
 from bae_fast.experiments.training import Training, check, features_of, new_autoencoder
@@ -32,6 +33,8 @@ from bae_fast.search import MAX_SEARCH_COLUMNS, SearchedAutoencoder
 from bae_fast.training import Trainer, TrainingConfig, fit_search_
 from bae_fast.training.recipe import MAX_REFIT_FEATURES
 from bae_fast.training.supply import evenly
+
+_T = TypeVar("_T")
 
 # the file of codes among the results
 CODES = "codes.bae"
@@ -79,20 +82,10 @@ def run(config: Config) -> runs.Result:
         RuntimeError: the file does not hold the bits that were written.
         InterruptedRunError: it was interrupted while it trained.
     """
-    from bae_fast.analysis.metrics import covariance_eigenvalues, gaussian_rate_distortion_bits
-    from bae_fast.entropy import estimate_entropy
     from bae_fast.report import compress as report
     from bae_fast.report.plots import save_png
-    from bae_fast.report.style import check_figures
 
-    if importlib.util.find_spec("constriction") is None:
-        raise ImportError("compress needs constriction: pip install 'bae-fast[compress]'")
-    check_figures()
-    runs.check_one_of("rows", config.rows, ("all", "heldout"))
-    runs.check_one_of("coder", config.coder, CODERS)
-    if config.bit_price is not None:
-        runs.check_prices(config, "bit_price")
-    constants = check(config)
+    constants = _checked(config)
     stages = Stages(config.progress)
     with runs.results(config) as folder:
         source = rows_of(config, stages, constants.batch_size)
@@ -104,63 +97,30 @@ def run(config: Config) -> runs.Result:
                 bae = searching(bae, evenly(source.train_rows), config.bit_price)
                 model_folder = bae.save_pretrained(folder / "model")
         rows = source.rows if config.rows == "all" else source.heldout_rows
-        seconds: dict[str, float] = {}
-
-        def timed(name: str, call: Any) -> Any:
-            start = time.perf_counter()
-            found = call()
-            seconds[name] = round(time.perf_counter() - start, 3)
-            return found
-
-        path = folder / CODES
+        timed = _Stopwatch()
         with stages.stage("encode, compress, read again and compare"):
-            code = timed("encode", lambda: encode(bae, rows))
             note = {"save_id": save_id(model_folder), "rows": config.rows, **facts}
-            size = timed(
-                "compress",
-                lambda: compress(
-                    code, path, block_rows=config.block_rows, coder=config.coder, metadata=note
-                ),
-            )
-            again = timed("decompress", lambda: decompress(path))
-            if not again.equal(code) or path.stat().st_size != size.file_bytes:
-                raise RuntimeError(f"{path} does not hold the bits that were written")
+            code, size = _write_codes(config, bae, rows, folder / CODES, note, timed)
         with stages.stage("reconstruct and measure"):
-            n_heldout = len(source.heldout)
-            fvu, fvu_heldout = timed("decode", lambda: errors(bae, rows, again, n_heldout))
-            entropy = estimate_entropy(code)
-            spectrum = covariance_eigenvalues(rows)
-            raw = code.words.numpy().tobytes()
-            plain = {
-                "packed": size.packed_bytes,
-                "listed": size.listed_bytes,
-                "gzip": len(timed("gzip", lambda: zlib.compress(raw, 6))),
-                "xz": len(timed("xz", lambda: lzma.compress(raw))),
-            }
+            measured, spectrum = _measure(bae, rows, code, size, len(source.heldout), timed)
         with stages.stage("quantise the raw hidden states"):
             every = max(len(rows) // _QUANTISED_ROWS, 1)
-            quantised = quantisers(rows[::every].float(), source.train_rows.float(), fvu)
-        n = len(rows)
+            quantised = quantisers(
+                rows[::every].float(), source.train_rows.float(), measured["fvu"]
+            )
         values = {
             "environment": runs.environment(),
             "data": facts,
-            "rows": n,
+            "rows": len(rows),
             "d_in": d,
             "d_sae": bae.config.d_sae,
             "raw_bits_a_row": {"float32": 32 * d, "bfloat16": 16 * d},
             "size": size.summary(),
             "coder": config.coder,
             "bit_price": bae.bit_price if isinstance(bae, SearchedAutoencoder) else None,
-            "bound_bits_a_row": size.entropy_bits / n,
-            "tree_bits_a_row": entropy.tree,
-            "plain_bits_a_row": {name: 8 * value / n for name, value in plain.items()},
-            "ratio_to_bfloat16": 16 * d / size.bits_a_row,
-            "fvu": fvu,
-            "fvu_heldout": fvu_heldout,
-            "gaussian_bound_bits": float(gaussian_rate_distortion_bits(spectrum, fvu)),
-            "decoder_bytes": 4 * (bae.W_dec.numel() + bae.b_dec.numel() + d + 1),
+            **measured,
             "quantised": quantised,
-            "seconds": seconds,
+            "seconds": timed.seconds,
         }
         write_json(folder / "compress.json", values)
         text = report.table(values)
@@ -168,6 +128,27 @@ def run(config: Config) -> runs.Result:
         save_png(folder / "compress.png", report.plot(values, spectrum))
     names = (CODES, "compress.json", "compress.md", "compress.png")
     return runs.Result(values, text, tuple(config.out / name for name in names))
+
+
+def _checked(config: Config) -> TrainingConfig:
+    """The constants of training, once nothing is found that would fail later.
+
+    Raises:
+        ImportError, ValueError: naming the package or the field.
+    """
+    from bae_fast.report.style import check_figures
+
+    if importlib.util.find_spec("constriction") is None:
+        raise ImportError("compress needs constriction: pip install 'bae-fast[compress]'")
+    check_figures()
+    runs.check_one_of("rows", config.rows, ("all", "heldout"))
+    runs.check_one_of("coder", config.coder, CODERS)
+    if config.bit_price is not None:
+        runs.check_prices(config, "bit_price")
+    return check(config)
+
+
+# -- the model ---------------------------------------------------------------------------------
 
 
 def _model(
@@ -223,6 +204,83 @@ def save_id(folder: Path) -> str | None:
     """What tells one saved model from another."""
     path = folder / "cfg.json"
     return read_json(path).get("save_id") if path.is_file() else None
+
+
+# -- the file, and what is measured of it ------------------------------------------------------
+
+
+class _Stopwatch:
+    """Calls what it is given; ``seconds`` holds how long that took, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, call: Callable[[], _T]) -> _T:
+        start = time.perf_counter()
+        found = call()
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        return found
+
+
+def _write_codes(
+    config: Config,
+    bae: BinaryAutoencoder,
+    rows: Tensor,
+    path: Path,
+    note: dict[str, Any],
+    timed: _Stopwatch,
+) -> tuple[BinaryCode, CompressedSize]:
+    """Write the codes of rows; what the file holds, and its size.
+
+    Raises:
+        RuntimeError: that is not what was written.
+    """
+    code = timed("encode", lambda: encode(bae, rows))
+    size = timed(
+        "compress",
+        lambda: compress(
+            code, path, block_rows=config.block_rows, coder=config.coder, metadata=note
+        ),
+    )
+    again = timed("decompress", lambda: decompress(path))
+    if not again.equal(code) or path.stat().st_size != size.file_bytes:
+        raise RuntimeError(f"{path} does not hold the bits that were written")
+    return again, size
+
+
+def _measure(
+    bae: BinaryAutoencoder,
+    rows: Tensor,
+    code: BinaryCode,
+    size: CompressedSize,
+    n_heldout: int,
+    timed: _Stopwatch,
+) -> tuple[dict[str, Any], Tensor]:
+    """Rates and errors of a file's codes, and the eigenvalues of the rows' covariance."""
+    from bae_fast.analysis.metrics import covariance_eigenvalues, gaussian_rate_distortion_bits
+    from bae_fast.entropy import estimate_entropy
+
+    n, d = rows.shape
+    fvu, fvu_heldout = timed("decode", lambda: errors(bae, rows, code, n_heldout))
+    spectrum = covariance_eigenvalues(rows)
+    raw = code.words.numpy().tobytes()
+    plain_bytes = {
+        "packed": size.packed_bytes,
+        "listed": size.listed_bytes,
+        "gzip": len(timed("gzip", lambda: zlib.compress(raw, 6))),
+        "xz": len(timed("xz", lambda: lzma.compress(raw))),
+    }
+    values = {
+        "bound_bits_a_row": size.entropy_bits / n,
+        "tree_bits_a_row": estimate_entropy(code).tree,
+        "plain_bits_a_row": {name: 8 * value / n for name, value in plain_bytes.items()},
+        "ratio_to_bfloat16": 16 * d / size.bits_a_row,
+        "fvu": fvu,
+        "fvu_heldout": fvu_heldout,
+        "gaussian_bound_bits": float(gaussian_rate_distortion_bits(spectrum, fvu)),
+        "decoder_bytes": 4 * (bae.W_dec.numel() + bae.b_dec.numel() + d + 1),
+    }
+    return values, spectrum
 
 
 def encode(bae: BinaryAutoencoder, rows: Tensor) -> BinaryCode:

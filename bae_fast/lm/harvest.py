@@ -8,6 +8,8 @@ nothing that looks like a cache.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,104 +124,199 @@ def harvest(
     _check_arguments(lm, token_windows, batch_size, drop_positions, max_norm_ratio, exclude_tokens)
     hook = resolve_hook(lm.model, hook)
     engine = Engine(lm, [hook])
-    # once: it may be an iterator, or hold NumPy's numbers
-    excluded = None if exclude_tokens is None else sorted({int(i) for i in exclude_tokens})
-    max_norm_ratio = float(max_norm_ratio)
-    if mask is None:
-        mask = padding_mask(lm.tokenizer, token_windows)
-    text = text_mask(lm.tokenizer, token_windows, mask=mask, exclude_tokens=excluded)
-    hooks = own_hooks(lm.model)
-    revision = lm.current_revision()
-    if hooks:
-        revision = f"{revision}+hooks-{uuid.uuid4().hex}"
-    key = cache_key(
-        lm.name,
-        revision,
-        lm.dtype,
-        token_windows,
-        hook,
-        drop_positions=drop_positions,
-        max_norm_ratio=max_norm_ratio,
-        mask=mask,
-        text=text,
-    )
+    asked = _Asked.of(lm, token_windows, hook, mask, exclude_tokens, drop_positions, max_norm_ratio)
     root = (cache_folder("activations") if folder is None else Path(folder)).expanduser()
-    cached = ActivationCache.open_or_none(root, key)
+    cached = ActivationCache.open_or_none(root, asked.key)
     if cached is not None:
         return cached
 
-    try:
-        check_writable(root)
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"folder must be one that can be written; {error.strerror}", str(root)
-        ) from error
+    _check_folder(root)
     _remove_abandoned(root)
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
+    temporary, final = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root)), root / asked.key
     try:
-        n_windows, context_size = token_windows.shape
         with (
-            naming(root / key),
+            naming(final),
             locked(temporary, wait=False),
             RowsFile(temporary / ROWS_NAME) as file,
         ):
-            norms = _run(engine, token_windows, mask, file, batch_size, drop_positions, progress)
-            wanted = text_places(token_windows, mask, text, drop_positions)
-            keep, dropped = _keep(norms, wanted, max_norm_ratio)
-            dropped["position"] = n_windows * drop_positions
+            norms = _run(engine, asked, file, batch_size, progress)
+            keep, dropped = asked.keep(norms)
             file.finish(keep)
-        places = torch.arange(n_windows * context_size).view(n_windows, context_size)
-        kept = places[:, drop_positions:].reshape(-1)[keep]
-        index = {
-            "row_window": (kept // context_size).to(torch.int32),
-            "row_position": (kept % context_size).to(torch.int32),
-            "tokens": token_windows.to("cpu", torch.int32).contiguous(),
-        }
-        bos = beginning_token(lm.tokenizer)
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "key": key,
-            "model_name": lm.name,
-            "model_label": lm.label,
-            "model_revision": revision,
-            "hook_name": hook,
-            "own_hooks": hooks,
-            "context_size": context_size,
-            "n_windows": n_windows,
-            "tokens_sha256": tokens_digest(token_windows),
-            "prepend_bos": bos is not None and bool((token_windows[:, 0] == bos).all()),
-            "padding_masked": mask is not None,
-            "exclude_tokens": excluded_tokens(lm.tokenizer, excluded),
-            "dtype": DTYPE_NAMES[file.dtype],
-            "d_in": file.width,
-            "n_rows": len(kept),
-            "drop_positions": drop_positions,
-            "max_norm_ratio": max_norm_ratio if np.isfinite(max_norm_ratio) else None,
-            "dropped": dropped,
-            "split_rule": SPLIT_RULE,
-        }
-        write_safetensors(temporary / INDEX_NAME, index, {})
+        write_safetensors(temporary / INDEX_NAME, asked.index(keep), {})
+        manifest = asked.manifest(file, int(keep.sum()), dropped)
         (temporary / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-        # mkdtemp makes a folder for this user alone; the cache gets the rights of its parent.
-        temporary.chmod(root.stat().st_mode & 0o777)
-        try:
-            temporary.rename(root / key)
-        except OSError:
-            # Another process finished the same harvest first: its cache is as good.
-            if not (root / key / MANIFEST_NAME).is_file():
-                raise
+        _publish(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    cache = ActivationCache.open(root / key)
-    outliers = dropped["norm"] > _USUAL_OUTLIERS * (len(kept) + dropped["norm"])
+    cache = ActivationCache.open(final)
+    outliers = dropped["norm"] > _USUAL_OUTLIERS * (cache.n_rows + dropped["norm"])
     if dropped["not_finite"] or outliers:
         warnings.warn(f"harvest of {hook}: {cache.dropped_rows()}", RuntimeWarning, stacklevel=2)
     return cache
 
 
 # ---------------------------------------------------------------------------------------------
+# what is asked for
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the rows of a harvest depend on, and so what its key and its manifest say.
+
+    Attributes:
+        lm, tokens, drop_positions, max_norm_ratio: as :func:`harvest` has them.
+        hook: path of the module.
+        mask, text: [n_windows, context_size], false at padding, and at tokens that are no text;
+            None: there are none.
+        excluded: ids whose rows are dropped; None: the tokenizer's special tokens.
+        own_hooks: forward hooks of the user's own in the model.
+        revision: the model's; with own hooks one that no other harvest has.
+    """
+
+    lm: LanguageModel
+    tokens: Tensor
+    hook: str
+    mask: Tensor | None
+    text: Tensor | None
+    excluded: list[int] | None
+    drop_positions: int
+    max_norm_ratio: float
+    own_hooks: list[str]
+    revision: str
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        tokens: Tensor,
+        hook: str,
+        mask: Tensor | None,
+        exclude_tokens: Iterable[int] | None,
+        drop_positions: int,
+        max_norm_ratio: float,
+    ) -> _Asked:
+        # once: it may be an iterator, or hold NumPy's numbers
+        excluded = None if exclude_tokens is None else sorted({int(i) for i in exclude_tokens})
+        if mask is None:
+            mask = padding_mask(lm.tokenizer, tokens)
+        text = text_mask(lm.tokenizer, tokens, mask=mask, exclude_tokens=excluded)
+        hooks = own_hooks(lm.model)
+        revision = lm.current_revision()
+        if hooks:
+            revision = f"{revision}+hooks-{uuid.uuid4().hex}"
+        return cls(
+            lm=lm,
+            tokens=tokens,
+            hook=hook,
+            mask=mask,
+            text=text,
+            excluded=excluded,
+            drop_positions=drop_positions,
+            max_norm_ratio=float(max_norm_ratio),
+            own_hooks=hooks,
+            revision=revision,
+        )
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The name of the cache's folder."""
+        return cache_key(
+            self.lm.name,
+            self.revision,
+            self.lm.dtype,
+            self.tokens,
+            self.hook,
+            drop_positions=self.drop_positions,
+            max_norm_ratio=self.max_norm_ratio,
+            mask=self.mask,
+            text=self.text,
+        )
+
+    def keep(self, norms: Tensor) -> tuple[Tensor, dict[str, int]]:
+        """Which candidate rows stay, bool [n], and how many go for which reason.
+
+        Candidates are all rows but those of the first positions of a window.
+        """
+        wanted = text_places(self.tokens, self.mask, self.text, self.drop_positions)
+        if not bool(wanted.any()):
+            raise ValueError("token_windows: no token is text: all are special tokens or padding")
+        finite = norms.isfinite() & wanted
+        if not bool(finite.any()):
+            raise ValueError("token_windows: no hidden state is finite; try dtype='float32'")
+        limit = self.max_norm_ratio * norms[finite].median()
+        keep = finite & (norms <= limit)
+        dropped = {
+            "not_text": int((~wanted).sum()),
+            "not_finite": int((wanted & ~finite).sum()),
+            "norm": int((finite & ~keep).sum()),
+            "position": len(self.tokens) * self.drop_positions,
+        }
+        return keep, dropped
+
+    def index(self, keep: Tensor) -> dict[str, Tensor]:
+        """The tensors of index.safetensors, of the candidate rows that stay."""
+        n_windows, context_size = self.tokens.shape
+        places = torch.arange(n_windows * context_size).view(n_windows, context_size)
+        kept = places[:, self.drop_positions :].reshape(-1)[keep]
+        return {
+            "row_window": (kept // context_size).to(torch.int32),
+            "row_position": (kept % context_size).to(torch.int32),
+            "tokens": self.tokens.to("cpu", torch.int32).contiguous(),
+        }
+
+    def manifest(self, file: RowsFile, n_rows: int, dropped: dict[str, int]) -> dict[str, Any]:
+        """The contents of manifest.json."""
+        n_windows, context_size = self.tokens.shape
+        bos = beginning_token(self.lm.tokenizer)
+        bounded = np.isfinite(self.max_norm_ratio)
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "key": self.key,
+            "model_name": self.lm.name,
+            "model_label": self.lm.label,
+            "model_revision": self.revision,
+            "hook_name": self.hook,
+            "own_hooks": self.own_hooks,
+            "context_size": context_size,
+            "n_windows": n_windows,
+            "tokens_sha256": tokens_digest(self.tokens),
+            "prepend_bos": bos is not None and bool((self.tokens[:, 0] == bos).all()),
+            "padding_masked": self.mask is not None,
+            "exclude_tokens": excluded_tokens(self.lm.tokenizer, self.excluded),
+            "dtype": DTYPE_NAMES[file.dtype],
+            "d_in": file.width,
+            "n_rows": n_rows,
+            "drop_positions": self.drop_positions,
+            "max_norm_ratio": self.max_norm_ratio if bounded else None,
+            "dropped": dropped,
+            "split_rule": SPLIT_RULE,
+        }
+
+
+# ---------------------------------------------------------------------------------------------
 # folders
+
+
+def _check_folder(root: Path) -> None:
+    try:
+        check_writable(root)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"folder must be one that can be written; {error.strerror}", str(root)
+        ) from error
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a finished cache its name."""
+    # mkdtemp makes a folder for this user alone; the cache gets the rights of its parent.
+    temporary.chmod(final.parent.stat().st_mode & 0o777)
+    try:
+        temporary.rename(final)
+    except OSError:
+        # Another process finished the same harvest first: its cache is as good.
+        if not (final / MANIFEST_NAME).is_file():
+            raise
 
 
 def _remove_abandoned(root: Path) -> None:
@@ -236,29 +334,22 @@ def _remove_abandoned(root: Path) -> None:
 # running the model
 
 
-def _run(
-    engine: Engine,
-    token_windows: Tensor,
-    mask: Tensor | None,
-    file: RowsFile,
-    batch_size: int,
-    drop_positions: int,
-    progress: bool,
-) -> Tensor:
+def _run(engine: Engine, asked: _Asked, file: RowsFile, batch_size: int, progress: bool) -> Tensor:
     """Write every candidate row to `file`; return their norms [n_candidates]."""
 
     def forward(part: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         (out,) = engine.forward(*part).values()
-        rows = out[:, drop_positions:].reshape(-1, out.shape[-1]).cpu()
+        rows = out[:, asked.drop_positions :].reshape(-1, out.shape[-1]).cpu()
         return rows, row_norms(rows)
 
     norms = []
-    masks = [None] * len(token_windows) if mask is None else mask.split(batch_size)
-    batches = list(zip(token_windows.split(batch_size), masks, strict=False))
+    tokens, mask = asked.tokens, asked.mask
+    masks = [None] * len(tokens) if mask is None else mask.split(batch_size)
+    batches = list(zip(tokens.split(batch_size), masks, strict=False))
     # closing: workers end before the hook that stops the model early is taken away.
     with (
         engine,
-        progress_bar(token_windows.numel(), what="harvest", unit="tok", show=progress) as bar,
+        progress_bar(tokens.numel(), what="harvest", unit="tok", show=progress) as bar,
         contextlib.closing(in_order(forward, batches, engine.lm.device.type)) as results,
     ):
         for (batch, _), (rows, norm) in zip(batches, results, strict=True):
@@ -267,23 +358,6 @@ def _run(
             os.utime(file.path.parent)  # so that another harvest does not take it for abandoned
             bar.update(batch.numel())
     return torch.cat(norms)
-
-
-def _keep(norms: Tensor, wanted: Tensor, max_norm_ratio: float) -> tuple[Tensor, dict[str, int]]:
-    """Which candidate rows stay, bool [n], and how many go for which reason."""
-    if not bool(wanted.any()):
-        raise ValueError("token_windows: no token is text: all are special tokens or padding")
-    finite = norms.isfinite() & wanted
-    if not bool(finite.any()):
-        raise ValueError("token_windows: no hidden state is finite; try dtype='float32'")
-    limit = max_norm_ratio * norms[finite].median()
-    keep = finite & (norms <= limit)
-    dropped = {
-        "not_text": int((~wanted).sum()),
-        "not_finite": int((wanted & ~finite).sum()),
-        "norm": int((finite & ~keep).sum()),
-    }
-    return keep, dropped
 
 
 def _check_arguments(
