@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -166,24 +166,14 @@ def run(config: Config) -> runs.Result:
 
 def train_all(config: Config) -> dict[str, Any]:
     """Every run of the experiment, those done before from their files."""
-    runs.check_one_of("methods", config.methods, methods.names())
-    runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
-    runs.check_at_least(config, 0, "kl_tail")
-    runs.check_prices(config, "search_prices")
-    runs.check_at_least(config, 2 * config.context, "heldout_rows")
-    check_metric(config)
-    _check_variants(config)
-    cache_of(config)
-    width = block_width(config)
-    if width is not None:
-        _check_k(config, width)
+    from bae_fast.analysis.metrics import covariance_eigenvalues
+
+    check(config)
     stages = Stages(config.progress)
     cache, tokenizer, facts = harvest_rows(config, stages, config.batch_size, config.heldout_rows)
     _check_k(config, cache.d_in)  # of any other module the width is known by its states
     split = cache.split(config.heldout_rows)
-    train = cache.rows[split.train.start : split.train.stop]
-    _check_search(config, *train.shape)
-    heldout = cache.rows[split.heldout.start : split.heldout.stop]
+    _check_search(config, len(split.train), cache.d_in)
     facts["split"] = split.as_dict()
     del facts["harvest_tokens_per_second"]  # of this call, not of the result
 
@@ -195,25 +185,18 @@ def train_all(config: Config) -> dict[str, Any]:
     if "transcoder" in config.methods:
         caches = [hook_rows(hook) for hook in transcoder_hooks(config)]
         pair = transcoder_rows(caches, cache, split.train.stop, split.heldout.start)
-    metrics = _Metrics(config, stages, cache, split.train.stop)
     context = Context(config, stages, cache, tokenizer, transcoder_hooks(config), pair, hook_rows)
-    done = []
+    trainings = Trainings(context, facts)
     with stages.stage("train and evaluate"):
-        for seed in config.seeds:
-            for method in config.methods:
-                ks = config.k if methods.method(method).takes_k else [None]
-                for k, variant in itertools.product(ks, variants(config, method)):
-                    done.append(
-                        one(context, facts, method, k, variant, seed, train, heldout, metrics)
-                        | {"method": method, "k": k, "variant": variant, "seed": seed}
-                    )
+        done = [
+            trainings.one(wanted) | dataclasses.asdict(wanted) for wanted in wanted_runs(config)
+        ]
     scorers = [scorer for make in scorer_makers() for scorer in make(context)]
     if scorers:
         with stages.stage("score"):
             for kept in done:
                 kept["scores"] = scores(context, kept, scorers)
-    from bae_fast.analysis.metrics import covariance_eigenvalues
-
+    heldout = cache.rows[split.heldout.start : split.heldout.stop]
     return {
         "environment": runs.environment(),
         "data": facts,
@@ -221,6 +204,50 @@ def train_all(config: Config) -> dict[str, Any]:
         "columns": [[scorer.name, *column] for scorer in scorers for column in scorer.columns],
         "runs": done,
     }
+
+
+# -- which runs --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """One run of the experiment.
+
+    Attributes:
+        method, k, seed: what is trained, with how many features in a row (None: the method has no
+            such number), from which seed.
+        variant: the constants that the run replaces, see :func:`variants`.
+    """
+
+    method: str
+    k: int | None
+    variant: dict[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What the run's files are called."""
+        signs = {**VARIED, TAIL: TAIL_SIGN}
+        parts = [self.method, *([] if self.k is None else [f"k{self.k}"])]
+        parts += [f"{signs[name]}{value:g}" for name, value in self.variant.items()]
+        return "-".join([*parts, f"s{self.seed}"])
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of training on rows that the run replaces."""
+        return {name: value for name, value in self.variant.items() if name != TAIL}
+
+    def without_tail(self) -> Wanted:
+        """The run whose model a tail goes on from."""
+        return dataclasses.replace(self, variant=self.constants)
+
+
+def wanted_runs(config: Config) -> Iterator[Wanted]:
+    """All runs, in their order."""
+    for seed, method in itertools.product(config.seeds, config.methods):
+        ks = config.k if methods.method(method).takes_k else [None]
+        for k, variant in itertools.product(ks, variants(config, method)):
+            yield Wanted(method, k, variant, seed)
 
 
 def variants(config: Config, method: str) -> list[dict[str, Any]]:
@@ -232,6 +259,25 @@ def variants(config: Config, method: str) -> list[dict[str, Any]]:
     found = [dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())]
     tails = [{TAIL: steps} if steps else {} for steps in config.kl_tail]
     return [{**one, **tail} for one, tail in itertools.product(found, tails)]
+
+
+def check(config: Config) -> None:
+    """Find what would fail later before anything slow has run.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    runs.check_one_of("methods", config.methods, methods.names())
+    runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
+    runs.check_at_least(config, 0, "kl_tail")
+    runs.check_prices(config, "search_prices")
+    runs.check_at_least(config, 2 * config.context, "heldout_rows")
+    check_metric(config)
+    _check_variants(config)
+    cache_of(config)
+    width = block_width(config)
+    if width is not None:
+        _check_k(config, width)
 
 
 def _check_variants(config: Config) -> None:
@@ -269,52 +315,40 @@ def _check_search(config: Config, n_rows: int, width: int) -> None:
         )
 
 
+# -- training ----------------------------------------------------------------------------------
+
+
 class _Metrics:
     """The unit of each dimension, made when a run first needs it."""
 
-    def __init__(
-        self,
-        config: Config,
-        stages: Stages,
-        cache: ActivationCache,
-        train_stop: int,
-    ) -> None:
-        self._config, self._stages = config, stages
-        self._cache, self._train_stop = cache, train_stop
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._made: dict[str, Tensor | None] = {}
 
-    def of(self, method: str, pair: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def of(self, method: str) -> tuple[Tensor | None, Tensor | None]:
         """That of a method's inputs, and of its targets if it has others."""
+        context = self._context
         if method != "transcoder":
-            rows = self._cache.rows[: self._train_stop]
-            return self._once(self._config.hook, rows), None
-        source, target = transcoder_hooks(self._config)
+            return self._once(context.config.hook, context.cache.rows[: context.train.stop]), None
+        source, target = context.transcoder_hooks
         return (
-            self._once(source, pair["x_train"]),
-            self._once(target, pair["y_train"]),
+            self._once(source, context.pair["x_train"]),
+            self._once(target, context.pair["y_train"]),
         )
 
     def _once(self, hook: str, rows: Tensor) -> Tensor | None:
+        context = self._context
         if hook not in self._made:
-            config = dataclasses.replace(self._config, hook=hook)
+            config = dataclasses.replace(context.config, hook=hook)
             self._made[hook] = error_metric(
-                config, rows, self._stages, self._cache, self._train_stop - 1
+                config, rows, context.stages, context.cache, context.train.stop - 1
             )
         return self._made[hook]
 
 
-def settings_of(
-    config: Config,
-    facts: dict[str, Any],
-    d: int,
-    method: str,
-    k: int | None,
-    variant: dict[str, Any],
-    seed: int,
-) -> dict[str, Any]:
+def settings_of(config: Config, facts: dict[str, Any], d: int, wanted: Wanted) -> dict[str, Any]:
     """All that a run's result depends on; kept runs are known by it."""
     d_sae = config.expansion * d
-    constants = training_config(config, method, variant, seed).for_sizes(d, d_sae)
     names = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path")
     data = {name: facts[name] for name in names} | {
         "tokens": facts["tokens"],
@@ -322,31 +356,32 @@ def settings_of(
     }
     if config.revision is not None:  # a kept run of the main one is known without it
         data["model_revision"] = facts["model_revision"]
-    if method == "transcoder":
+    if wanted.method == "transcoder":
         data["transcoder_hooks"] = transcoder_hooks(config)
+    tail = wanted.variant.get(TAIL)
     return {
-        "method": method,
-        "k": k,
+        "method": wanted.method,
+        "k": wanted.k,
         "d_sae": d_sae,
         "value_bits": config.value_bits,
-        "training": constants.settings(),
+        "training": training_config(config, wanted).for_sizes(d, d_sae).settings(),
         "data": data,
         # runs that were made without them keep their name
         **({} if config.metric == "none" else {"metric": config.metric}),
-        **({"tail": _tail_settings(variant[TAIL])} if TAIL in variant else {}),
+        **({} if tail is None else {"tail": _tail_settings(tail)}),
     }
 
 
-def training_config(config: Config, method: str, variant: dict[str, Any], seed: int) -> Any:
-    """The constants of a method's training on rows."""
-    known = methods.method(method)
+def training_config(config: Config, wanted: Wanted) -> Any:
+    """The constants of a run's training on rows."""
+    known = methods.method(wanted.method)
     constants = dataclasses.replace(
         known.training,
         steps=config.steps,
         batch_size=config.batch_size,
-        seed=seed,
+        seed=wanted.seed,
         precision=config.precision,
-        **_without_tail(variant),
+        **wanted.constants,
     )
     if config.lr is not None and not known.own_lr:
         constants = dataclasses.replace(constants, lr=config.lr)
@@ -359,87 +394,93 @@ def _tail_settings(steps: int) -> dict[str, Any]:
     return dataclasses.asdict(Tail(steps))
 
 
-def _without_tail(variant: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in variant.items() if name != TAIL}
+class Trainings:
+    """Trains and evaluates runs, all on the same rows; what is done comes from its file."""
 
+    def __init__(self, context: Context, facts: dict[str, Any]) -> None:
+        """
+        Args:
+            context: the configuration and the rows.
+            facts: where the rows come from, with the split.
+        """
+        self.context, self.config, self.facts = context, context.config, facts
+        self.metrics = _Metrics(context)
 
-def one(
-    context: Context,
-    facts: dict[str, Any],
-    method: str,
-    k: int | None,
-    variant: dict[str, Any],
-    seed: int,
-    train: Tensor,
-    heldout: Tensor,
-    metrics: _Metrics,
-) -> dict[str, Any]:
-    """Train and evaluate one method; a tail goes on from the model of the run without it."""
-    config, pair, d = context.config, context.pair, train.shape[1]
-    settings = settings_of(config, facts, d, method, k, variant, seed)
-    parts = [method, *([] if k is None else [f"k{k}"])]
-    signs = {**VARIED, TAIL: TAIL_SIGN}
-    parts += [f"{signs[name]}{value:g}" for name, value in variant.items()]
-    name = "-".join([*parts, f"s{seed}"])
+    def one(self, wanted: Wanted) -> dict[str, Any]:
+        """One run; a tail goes on from the model of the run without it."""
+        settings = settings_of(self.config, self.facts, self.context.cache.d_in, wanted)
+        return runs.once(
+            self.config.out / "runs", wanted.name, settings, lambda: self._train(wanted, settings)
+        )
 
-    def new(x: Tensor, y: Tensor | None) -> Any:
-        units, device = metrics.of(method, pair), pick_device(config)
-        with seeded(seed, device):
-            model: Any = methods.method(method).make(
-                x.shape[1],
-                settings["d_sae"],
-                k=k,
-                d_out=None if y is None else y.shape[1],
-                # the files are no part of what a run is known by: dataset_path names them there
-                metadata=settings["data"]
-                | {name: facts[name] for name in ("text_files", "text_sha256") if name in facts},
-                device=device,
-            )
-        return model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
-
-    def ordinary() -> Any:
-        before = _without_tail(variant)
-        kept = one(context, facts, method, k, before, seed, train, heldout, metrics)
-        try:
-            return saved_model(context, {**kept, "method": method})
-        except _NoModelError as error:
-            raise runs.ConfigError(
-                TAIL, f"must have the model of the run without it; {error}: take another --out"
-            ) from error
-
-    def make() -> dict[str, Any]:
+    def _train(self, wanted: Wanted, settings: dict[str, Any]) -> dict[str, Any]:
         from bae_fast.analysis.evaluation import evaluate
         from bae_fast.causal import Tail, TailConfig
 
-        x, y, x_held, y_held = train, None, heldout, None
-        if method == "transcoder":
-            x, y, x_held, y_held = (
-                pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
-            )
-        constants = training_config(config, method, variant, seed)
-        if TAIL in variant:
-            model = ordinary()
+        x, y, x_held, y_held = self._rows(wanted.method)
+        constants = training_config(self.config, wanted)
+        if TAIL in wanted.variant:
+            model = self._without_tail(wanted)
             constants = TailConfig.after(
-                constants, _divergence(context, method), Tail(variant[TAIL])
+                constants, _divergence(self.context, wanted.method), Tail(wanted.variant[TAIL])
             )
         else:
-            model = new(x, y)
+            model = self._new(wanted, settings, x, y)
         trainer = Trainer(model, x, constants, targets=y)
-        say(f"   {name}")
-        unfinished = config.out / "runs" / f"{name}-{runs.digest(settings)}"
-        log = runs.fit(trainer, unfinished, log=unfinished / "log.jsonl", progress=config.progress)
-        folder = model.save_pretrained(config.out / "models" / name)
+        say(f"   {wanted.name}")
+        unfinished = self.config.out / "runs" / f"{wanted.name}-{runs.digest(settings)}"
+        log = runs.fit(
+            trainer, unfinished, log=unfinished / "log.jsonl", progress=self.config.progress
+        )
+        folder = model.save_pretrained(self.config.out / "models" / wanted.name)
         found = evaluate(
-            model, x_held, y_held, training_rows=evenly(x), value_bits=config.value_bits
+            model, x_held, y_held, training_rows=evenly(x), value_bits=self.config.value_bits
         ).summary()
         runs.discard(unfinished)
         return {
             "heldout": found,
             "last_line": log[-1],
-            "model": str(folder.relative_to(config.out)),
+            "model": str(folder.relative_to(self.config.out)),
         }
 
-    return runs.once(config.out / "runs", name, settings, make)
+    def _rows(self, method: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Rows and targets to train on, and held-out ones; targets are None if rows are theirs."""
+        context = self.context
+        if method == "transcoder":
+            x, y, x_held, y_held = (
+                context.pair[part] for part in ("x_train", "y_train", "x_heldout", "y_heldout")
+            )
+            return x, y, x_held, y_held
+        train, held = (
+            context.cache.rows[part.start : part.stop] for part in (context.train, context.heldout)
+        )
+        return train, None, held, None
+
+    def _new(self, wanted: Wanted, settings: dict[str, Any], x: Tensor, y: Tensor | None) -> Any:
+        """A module at its start, with the normalisation of the rows."""
+        units, device = self.metrics.of(wanted.method), pick_device(self.config)
+        # the files are no part of what a run is known by: dataset_path names them there
+        names = [name for name in ("text_files", "text_sha256") if name in self.facts]
+        with seeded(wanted.seed, device):
+            model: Any = methods.method(wanted.method).make(
+                x.shape[1],
+                settings["d_sae"],
+                k=wanted.k,
+                d_out=None if y is None else y.shape[1],
+                metadata=settings["data"] | {name: self.facts[name] for name in names},
+                device=device,
+            )
+        return model.fit_normalization_(x, y, metric=units[0], target_metric=units[1])
+
+    def _without_tail(self, wanted: Wanted) -> Any:
+        """The model that a tail goes on from, trained now where there is none."""
+        kept = self.one(wanted.without_tail())
+        try:
+            return saved_model(self.context, {**kept, "method": wanted.method})
+        except _NoModelError as error:
+            raise runs.ConfigError(
+                TAIL, f"must have the model of the run without it; {error}: take another --out"
+            ) from error
 
 
 def _divergence(context: Context, method: str) -> InPlaceDivergence:
@@ -448,6 +489,9 @@ def _divergence(context: Context, method: str) -> InPlaceDivergence:
 
     path, source = context.place(method)
     return InPlaceDivergence(context.lm(), context.training_windows(), path, source=source)
+
+
+# -- scores ------------------------------------------------------------------------------------
 
 
 def scores(

@@ -17,7 +17,7 @@ from bae_fast.experiments.data import (
     pick_device,
     read_rows,
 )
-from bae_fast.experiments.interpret import open_model
+from bae_fast.experiments.saved import open_model
 from bae_fast.files import write_json, write_text
 from bae_fast.lm.origin import check_origin
 from bae_fast.progress import Stages

@@ -9,7 +9,7 @@ from typing import Any
 
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import Source, check_width, harvest_rows, model_name
-from bae_fast.experiments.interpret import open_model
+from bae_fast.experiments.saved import open_model
 from bae_fast.lm.origin import check_origin
 from bae_fast.progress import Stages
 

@@ -25,7 +25,7 @@ from bae_fast.experiments.data import (
     load_model,
 )
 from bae_fast.experiments.features_page import Beside, look_at, read_names, side_by_side
-from bae_fast.experiments.interpret import open_beside, open_model
+from bae_fast.experiments.saved import open_beside, open_model
 from bae_fast.lm.origin import check_origin
 from bae_fast.progress import Stages, say
 

@@ -8,6 +8,7 @@ features of the same density, set in the same way.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,7 +35,11 @@ from bae_fast.progress import Stages
 from bae_fast.training import Trainer
 
 if TYPE_CHECKING:
+    from bae_fast.causal import Differences, FeatureDifference
     from bae_fast.lm import LanguageModel
+
+# what changes the features of a token
+Edit = Callable[[Tensor], Tensor]
 
 # what stands of a prompt in an example
 _PROMPT_SHOWN = 200
@@ -143,6 +148,15 @@ def check(config: Config) -> None:
         )
 
 
+def open_autoencoder(config: Config, folder: Path, stages: Stages) -> Any:
+    """The saved autoencoder, or one that is trained."""
+    if config.load is None:
+        return train_autoencoder(config, folder, stages)
+    autoencoder = load_autoencoder(config.load, device=pick_device(config))
+    check_model(autoencoder.config.metadata, model_name(config.model), "--model")
+    return autoencoder
+
+
 def train_autoencoder(config: Config, folder: Path, stages: Stages) -> BinaryAutoencoder:
     """Train as the demo does and save beside the results."""
     constants = training_config(config)
@@ -203,19 +217,10 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
 
     chosen_on, measured_on, labels = make_sets(config)
     stages = Stages(config.progress)
-    autoencoder: Any
-    if config.load is None:
-        autoencoder = train_autoencoder(config, folder, stages)
-    else:
-        autoencoder = load_autoencoder(config.load, device=pick_device(config))
-        check_model(
-            autoencoder.config.metadata,
-            model_name(config.model),
-            "--model",
-        )
+    autoencoder = open_autoencoder(config, folder, stages)
     lm = load_model(config, stages)
     hook, source = config.hook, config.source
-    at = label_tokens(lm.tokenizer, labels) if labels else None
+    label_ids = label_tokens(lm.tokenizer, labels) if labels else None
     with stages.stage("features that differ"):
         found = causal.feature_differences(
             lm, hook, autoencoder, chosen_on.a, chosen_on.b, source=source
@@ -224,46 +229,24 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
     if not most:
         raise ValueError("no feature differs between the two sets at their last tokens")
 
-    tokens = {
-        "a": causal.prompt_tokens(lm, measured_on.a),
-        "b": causal.prompt_tokens(lm, measured_on.b),
-    }
+    tokens_a = causal.prompt_tokens(lm, measured_on.a)
+    tokens_b = causal.prompt_tokens(lm, measured_on.b)
 
-    def after(which: str, edit: Any = None) -> Tensor:
-        return causal.next_token(lm, hook, autoencoder, tokens[which], edit, source=source)
+    def after(tokens: list[list[int]], edit: Edit | None = None) -> Tensor:
+        return causal.next_token(lm, hook, autoencoder, tokens, edit, source=source)
 
     with stages.stage("the model as it is"):
-        after_a, after_b = after("a"), after("b")
-
-    def measure(found: Tensor) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "distance_to_a": causal.set_distance(after_a, found),
-            "js_to_b": float(causal.divergence(after_b, found).js.mean()),
-        }
-        if at is not None:
-            answers = torch.tensor(measured_on.answers)
-            row["accuracy"] = float((found[:, at].argmax(1) == answers).double().mean())
-            row["label_mass"] = float(found[:, at].exp().sum(1).double().mean())
-        return row
-
-    rows = [{"what": "set A", **measure(after_a)}, {"what": "set B", **measure(after_b)}]
+        plain = Plain(after(tokens_a), after(tokens_b), label_ids, measured_on.answers)
+    rows = [
+        {"what": "set A", **plain.measure(plain.after_a)},
+        {"what": "set B", **plain.measure(plain.after_b)},
+    ]
     with stages.stage("steer"):
         if source is None:
-            moved = causal.next_token_shifted(lm, hook, tokens["b"], found.state_gap)
-            rows.append({"what": "state", **measure(moved)})
-        for n in sorted({min(n, len(most)) for n in config.features}):
-            picked = most[:n]
-            sets = [("steered", 0, picked)] + [
-                ("control", draw, causal.matched_controls(found, picked, config.seed + draw))
-                for draw in range(config.controls)
-            ]
-            for strength in config.strengths:
-                for what, draw, features in sets:
-                    edit = causal.steering_edit(features, strength, config.mode)
-                    rows.append(
-                        {"what": what, "draw": draw, "features": n, "strength": strength}
-                        | measure(after("b", edit))
-                    )
+            moved = causal.next_token_shifted(lm, hook, tokens_b, found.state_gap)
+            rows.append({"what": "state", **plain.measure(moved)})
+        for tried, edit in edits(config, found, most):
+            rows.append(tried | plain.measure(after(tokens_b, edit)))
     with stages.stage("continue some prompts"):
         examples = continuations(config, lm, autoencoder, measured_on, rows, most)
     # a Binary Autoencoder's configuration holds only what may differ
@@ -292,13 +275,66 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
+class Plain(NamedTuple):
+    """What the model says after both sets as they are: steered prompts are measured by it.
+
+    Attributes:
+        after_a, after_b: log-probabilities of the next token, ``[n, V]``.
+        label_ids: the first token of each label; None: prompts without labels.
+        answers: place of the true label of each prompt.
+    """
+
+    after_a: Tensor
+    after_b: Tensor
+    label_ids: Tensor | None
+    answers: list[int]
+
+    def measure(self, after: Tensor) -> dict[str, Any]:
+        """How near log-probabilities ``[n, V]`` lie to those of A and B, and how often right."""
+        from bae_fast import causal
+
+        row: dict[str, Any] = {
+            "distance_to_a": causal.set_distance(self.after_a, after),
+            "js_to_b": float(causal.divergence(self.after_b, after).js.mean()),
+        }
+        if self.label_ids is not None:
+            of_labels = after[:, self.label_ids]
+            right = of_labels.argmax(1) == torch.tensor(self.answers)
+            row["accuracy"] = float(right.double().mean())
+            row["label_mass"] = float(of_labels.exp().sum(1).double().mean())
+        return row
+
+
+def edits(
+    config: Config, found: Differences, most: list[FeatureDifference]
+) -> Iterator[tuple[dict[str, Any], Edit]]:
+    """Every setting of features that is tried, and what it is called in the results.
+
+    Args:
+        found: all features in the two sets.
+        most: those that differ most, the first of which are set.
+    """
+    from bae_fast import causal
+
+    for n in sorted({min(n, len(most)) for n in config.features}):
+        picked = most[:n]
+        sets = [("steered", 0, picked)] + [
+            ("control", draw, causal.matched_controls(found, picked, config.seed + draw))
+            for draw in range(config.controls)
+        ]
+        for strength in config.strengths:
+            for what, draw, features in sets:
+                tried = {"what": what, "draw": draw, "features": n, "strength": strength}
+                yield tried, causal.steering_edit(features, strength, config.mode)
+
+
 def continuations(
     config: Config,
     lm: LanguageModel,
     autoencoder: Any,
     prompts: Prompts,
     rows: list[dict[str, Any]],
-    most: list[Any],
+    most: list[FeatureDifference],
 ) -> list[dict[str, Any]]:
     """Greedy continuations of prompts of B: as it is, and steered most strongly towards A."""
     from bae_fast import causal

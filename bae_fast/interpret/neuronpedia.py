@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import gzip
 import hashlib
 import json
@@ -129,108 +130,184 @@ def write_neuronpedia_export(
             f"unembedding must have shape [vocabulary, {model.d_out}]; got "
             f"{list(unembedding.shape)}"
         )
-    manifest: dict[str, Any] = cache.manifest
-    model_id = str(manifest["model_name"]).rpartition("/")[2]
-    source_id = f"{layer}-{release.source_set}"
-    target = Path(folder) / model_id / source_id
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    source = _Source(model, cache, rows, tokenizer, release, layer)
+    target = Path(folder) / source.model_id / source.source_id
     with publishing(target, fresh=True) as made:
-        for name, value in _described(release, manifest, model_id, source_id, now, cache).items():
+        for name, value in source.described().items():
             _write_lines(made / f"{name}.jsonl", [value])
-
-        entries = _entries(model, cache, rows)
-        directions = model.directions()
-        if directions is not None:
-            directions = (directions * model.target_scale).float().cpu()
-        words: dict[int, str] = {}
-        common = {"modelId": model_id, "layer": source_id, "creatorId": release.creator_id}
         total = model.d_sae
         with progress_bar(total, what="neuronpedia", unit="features", show=progress) as bar:
-            for first in range(0, total, batch_features):
-                found_features, found_activations = [], []
+            for batch, first in enumerate(range(0, total, batch_features)):
+                features, activations = [], []
                 for feature in range(first, min(first + batch_features, total)):
-                    at, values = entries.of(feature)
-                    one = {
-                        **common,
-                        "index": str(feature),
-                        "createdAt": now,
-                        "maxActApprox": float(values.max()) if len(values) else 0.0,
-                        "frac_nonzero": len(values) / len(rows),
-                        **_histogram(values),
-                    }
-                    if directions is not None:
-                        direction = directions[feature]
-                        one |= {
-                            "hasVector": True,
-                            "vector": direction.tolist(),
-                            "vectorDefaultSteerStrength": one["maxActApprox"],
-                            "hookName": str(manifest["hook_name"]),
-                        }
-                        if unembedding is not None:
-                            one |= _logit_lens(direction, unembedding, tokenizer, words)
-                    found_features.append(one)
-                    found_activations += [
-                        {**common, "index": str(feature), "createdAt": now, **example}
-                        for example in _examples(
-                            cache, at, values, examples, tokenizer, words, f"{source_id}/{feature}"
-                        )
-                    ]
+                    features.append(source.feature(feature, unembedding))
+                    activations += source.examples(feature, examples)
                     bar.update(1)
-                name = f"batch-{first // batch_features}.jsonl.gz"
-                _write_lines(made / "features" / name, found_features)
-                _write_lines(made / "activations" / name, found_activations)
+                name = f"batch-{batch}.jsonl.gz"
+                _write_lines(made / "features" / name, features)
+                _write_lines(made / "activations" / name, activations)
     return target
 
 
-def _described(
-    release: Release,
-    manifest: dict[str, Any],
-    model_id: str,
-    source_id: str,
-    now: str,
-    cache: ActivationCache,
-) -> dict[str, dict[str, Any]]:
-    """The objects that stand alone in their files."""
-    own = {"creatorId": release.creator_id, "createdAt": now, "visibility": "PUBLIC"}
-    return {
-        "release": {
-            **own,
-            "name": release.name,
-            "description": release.title,
-            "descriptionShort": release.title,
-            "urls": list(release.urls),
-            "creatorName": release.creator,
-            "creatorNameShort": release.creator,
-        },
-        "model": {
-            **own,
-            "id": model_id,
-            "instruct": "instruct" in model_id.lower() or model_id.endswith("-it"),
-            "displayName": model_id,
-            "displayNameShort": model_id,
-            "updatedAt": now,
-        },
-        "sourceset": {
-            **own,
-            "modelId": model_id,
-            "name": release.source_set,
-            "creatorName": release.creator,
-            "releaseName": release.name,
-            "description": release.source_title or release.title,
-        },
-        "source": {
-            **own,
-            "id": source_id,
-            "modelId": model_id,
-            "setName": release.source_set,
-            "dataset": str(manifest.get("dataset_path", "")),
-            "num_prompts": cache.n_windows,
-            "num_tokens_in_prompt": cache.context_size,
-            "hfRepoId": release.hf_repo_id,
-            "hfFolderId": release.hf_folder_id,
-            "inferenceEnabled": False,  # the site's own server knows SAELens' architectures
-        },
-    }
+class _Source:
+    """One autoencoder at one place of one model, and the objects that describe it."""
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        cache: ActivationCache,
+        rows: range,
+        tokenizer: Any,
+        release: Release,
+        layer: int,
+    ) -> None:
+        self.model, self.cache, self.rows = model, cache, rows
+        self.tokenizer, self.release = tokenizer, release
+        self.model_id = str(cache.manifest["model_name"]).rpartition("/")[2]
+        self.source_id = f"{layer}-{release.source_set}"
+        self._now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        # the texts of tokens that were shown before
+        self._words: dict[int, str] = {}
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """The objects that stand alone in their files."""
+        release, now = self.release, self._now
+        own = {"creatorId": release.creator_id, "createdAt": now, "visibility": "PUBLIC"}
+        return {
+            "release": {
+                **own,
+                "name": release.name,
+                "description": release.title,
+                "descriptionShort": release.title,
+                "urls": list(release.urls),
+                "creatorName": release.creator,
+                "creatorNameShort": release.creator,
+            },
+            "model": {
+                **own,
+                "id": self.model_id,
+                "instruct": "instruct" in self.model_id.lower() or self.model_id.endswith("-it"),
+                "displayName": self.model_id,
+                "displayNameShort": self.model_id,
+                "updatedAt": now,
+            },
+            "sourceset": {
+                **own,
+                "modelId": self.model_id,
+                "name": release.source_set,
+                "creatorName": release.creator,
+                "releaseName": release.name,
+                "description": release.source_title or release.title,
+            },
+            "source": {
+                **own,
+                "id": self.source_id,
+                "modelId": self.model_id,
+                "setName": release.source_set,
+                "dataset": str(self.cache.manifest.get("dataset_path", "")),
+                "num_prompts": self.cache.n_windows,
+                "num_tokens_in_prompt": self.cache.context_size,
+                "hfRepoId": release.hf_repo_id,
+                "hfFolderId": release.hf_folder_id,
+                "inferenceEnabled": False,  # the site's own server knows SAELens' architectures
+            },
+        }
+
+    @functools.cached_property
+    def _entries(self) -> _Entries:
+        return _entries(self.model, self.cache, self.rows)
+
+    @functools.cached_property
+    def _directions(self) -> Tensor | None:
+        """What each feature adds to the raw reconstruction, if it has one direction."""
+        directions = self.model.directions()
+        return None if directions is None else (directions * self.model.target_scale).float().cpu()
+
+    def _common(self, feature: int) -> dict[str, Any]:
+        return {
+            "modelId": self.model_id,
+            "layer": self.source_id,
+            "creatorId": self.release.creator_id,
+            "index": str(feature),
+            "createdAt": self._now,
+        }
+
+    def feature(self, feature: int, unembedding: Tensor | None) -> dict[str, Any]:
+        """How often and how strongly a feature is on, where it points, and to which tokens."""
+        _, values = self._entries.of(feature)
+        found = {
+            **self._common(feature),
+            "maxActApprox": float(values.max()) if len(values) else 0.0,
+            "frac_nonzero": len(values) / len(self.rows),
+            **_histogram(values),
+        }
+        if self._directions is None:
+            return found
+        direction = self._directions[feature]
+        found |= {
+            "hasVector": True,
+            "vector": direction.tolist(),
+            "vectorDefaultSteerStrength": found["maxActApprox"],
+            "hookName": str(self.cache.manifest["hook_name"]),
+        }
+        if unembedding is not None:
+            found |= self._logit_lens(direction, unembedding)
+        return found
+
+    def _logit_lens(self, direction: Tensor, unembedding: Tensor) -> dict[str, list[Any]]:
+        """The tokens whose logits the direction raises and lowers most."""
+        logits = (unembedding @ direction.to(unembedding)).float().cpu()
+        n = min(_N_LOGITS, len(logits))
+        highest, lowest = logits.topk(n), logits.topk(n, largest=False)
+        return {
+            "pos_str": self._texts(highest.indices.tolist()),
+            "pos_values": highest.values.tolist(),
+            "neg_str": self._texts(lowest.indices.tolist()),
+            "neg_values": lowest.values.tolist(),
+        }
+
+    def examples(self, feature: int, wanted: int) -> list[dict[str, Any]]:
+        """The windows of a feature's strongest activations, with all its values in each."""
+        rows, values = self._entries.of(feature)
+        cache, common = self.cache, self._common(feature)
+        window = cache.row_window[rows.long()].long()
+        found = []
+        for one in dict.fromkeys(window[values.argsort(descending=True, stable=True)].tolist()):
+            inside = window == one
+            place = cache.row_position[rows[inside].long()].long()
+            tokens = cache.tokens[one]
+            line = torch.zeros(len(tokens), dtype=torch.float32)
+            line[place] = values[inside]
+            top = int(line.argmax())
+            # the same export gets the same ids
+            name = f"{self.source_id}/{feature}/{one}"
+            found.append(
+                {
+                    **common,
+                    "id": "c" + hashlib.sha256(name.encode()).hexdigest()[:24],
+                    "tokens": self._texts(tokens.tolist()),
+                    "values": line.tolist(),
+                    "maxValue": float(line[top]),
+                    "maxValueTokenIndex": top,
+                    "minValue": float(line.min()),
+                    "qualifyingTokenIndex": top,
+                    "binMin": float(values.min()),
+                    "binMax": float(values.max()),
+                    "binContains": 1.0,
+                }
+            )
+            if len(found) == wanted:
+                break
+        return found
+
+    def _texts(self, ids: Iterable[int]) -> list[str]:
+        """Each token's own text."""
+        shown = []
+        for one in ids:
+            if one not in self._words:
+                self._words[one] = self.tokenizer.decode([one])
+            shown.append(self._words[one])
+        return shown
 
 
 # -- where features are on ---------------------------------------------------------------------
@@ -266,55 +343,6 @@ def _entries(model: Autoencoder, cache: ActivationCache, rows: range) -> _Entrie
     return _Entries(offsets, torch.cat(where)[order], torch.cat(values)[order])
 
 
-def _examples(
-    cache: ActivationCache,
-    rows: Tensor,
-    values: Tensor,
-    wanted: int,
-    tokenizer: Any,
-    words: dict[int, str],
-    name: str,
-) -> list[dict[str, Any]]:
-    """The windows of a feature's strongest activations, with all its values in each."""
-    window = cache.row_window[rows.long()].long()
-    found = []
-    for one in dict.fromkeys(window[values.argsort(descending=True, stable=True)].tolist()):
-        inside = window == one
-        place = cache.row_position[rows[inside].long()].long()
-        tokens = cache.tokens[one]
-        line = torch.zeros(len(tokens), dtype=torch.float32)
-        line[place] = values[inside]
-        top = int(line.argmax())
-        found.append(
-            {
-                # the same export gets the same ids
-                "id": "c" + hashlib.sha256(f"{name}/{one}".encode()).hexdigest()[:24],
-                "tokens": _words(tokens.tolist(), tokenizer, words),
-                "values": line.tolist(),
-                "maxValue": float(line[top]),
-                "maxValueTokenIndex": top,
-                "minValue": float(line.min()),
-                "qualifyingTokenIndex": top,
-                "binMin": float(values.min()),
-                "binMax": float(values.max()),
-                "binContains": 1.0,
-            }
-        )
-        if len(found) == wanted:
-            break
-    return found
-
-
-def _words(ids: Iterable[int], tokenizer: Any, known: dict[int, str]) -> list[str]:
-    """Each token's own text."""
-    shown = []
-    for one in ids:
-        if one not in known:
-            known[one] = tokenizer.decode([one])
-        shown.append(known[one])
-    return shown
-
-
 def _histogram(values: Tensor) -> dict[str, list[float]]:
     """How often the activation, where it is not zero, lies where: heights and middles of bars."""
     if not len(values):
@@ -325,21 +353,6 @@ def _histogram(values: Tensor) -> dict[str, list[float]]:
     return {
         "freq_hist_data_bar_heights": heights.tolist(),
         "freq_hist_data_bar_values": middles.tolist(),
-    }
-
-
-def _logit_lens(
-    direction: Tensor, unembedding: Tensor, tokenizer: Any, words: dict[int, str]
-) -> dict[str, list[Any]]:
-    """The tokens whose logits the direction raises and lowers most."""
-    logits = (unembedding @ direction.to(unembedding)).float().cpu()
-    n = min(_N_LOGITS, len(logits))
-    highest, lowest = logits.topk(n), logits.topk(n, largest=False)
-    return {
-        "pos_str": _words(highest.indices.tolist(), tokenizer, words),
-        "pos_values": highest.values.tolist(),
-        "neg_str": _words(lowest.indices.tolist(), tokenizer, words),
-        "neg_values": lowest.values.tolist(),
     }
 
 

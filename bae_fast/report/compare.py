@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -63,22 +64,25 @@ def _groups(result: dict[str, Any]) -> dict[Group, list[dict[str, Any]]]:
     return groups
 
 
+# key among a line's numbers, title of the column, form of a number
+_COLUMNS = (
+    ("l0", "L0", "{:.1f}"),
+    ("fvu", "FVU", "{:.4f}"),
+    ("fvu_quantized", "FVU, values rounded", "{:.4f}"),
+    ("bits", "bits a row", "{:.0f}"),
+    ("support_bits", "of these, which features", "{:.0f}"),
+    ("dead_share", "dead", "{:.1%}"),
+    ("dense_share", "p > 0.1", "{:.1%}"),
+    ("always_on_share", "p > 0.9", "{:.1%}"),
+)
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: mean and range over seeds, a line a method."""
-    extra = [
+    scores = [
         (f"{name}.{key}", header, form) for name, key, header, form in result.get("columns", [])
     ]
-    columns = [
-        ("l0", "L0", "{:.1f}"),
-        ("fvu", "FVU", "{:.4f}"),
-        ("fvu_quantized", "FVU, values rounded", "{:.4f}"),
-        ("bits", "bits a row", "{:.0f}"),
-        ("support_bits", "of these, which features", "{:.0f}"),
-        ("dead_share", "dead", "{:.1%}"),
-        ("dense_share", "p > 0.1", "{:.1%}"),
-        ("always_on_share", "p > 0.9", "{:.1%}"),
-        *extra,
-    ]
+    columns = [*_COLUMNS, *scores]
     lines = tables.table(
         ["code", *(title for _, title, _ in columns)],
         (
@@ -87,66 +91,66 @@ def table(result: dict[str, Any]) -> str:
             for group, found in _groups(result).items()
         ),
     )
-    data, first = result["data"], result["runs"][0]["settings"]
-    training = first["training"]
-    seeds = len({one_run["seed"] for one_run in result["runs"]})
-    bits = max(one_run["settings"]["value_bits"] for one_run in result["runs"])
-    lines += [
-        "",
-        f"{data['model_label']}, `{data['hook_name']}`, F = {first['d_sae']}, {training['steps']} "
-        f"steps of {training['batch_size']} rows, {data['split']['n_heldout']} rows held out by "
-        f"whole windows, {seeds} seed{'s' if seeds > 1 else ''}. Bits: entropy of the active set "
-        f"summed over features and pooled over the held-out rows, plus {bits} bits for each value "
-        "of a code that is not of bits; the rounded FVU is that of such values. p: share of the "
-        "rows in which a feature is on.",
-    ]
-    metric = first.get("metric")
-    if metric is not None:
-        lines[-1] += f" Trained with dimensions in the unit {metric}; every FVU is in raw units."
-    tails = [
-        one_run["settings"]["tail"] for one_run in result["runs"] if "tail" in one_run["settings"]
-    ]
-    if tails:
-        lines[-1] += (
-            " KL tail: so many further steps with the reconstruction in the language model, in "
-            f"which the KL divergence on windows of text, {tails[0]['windows']} a step, takes the "
-            f"place of {tails[0]['kl_share']:.0%} of the squared error."
-        )
-    tokens = {
-        one_run["scores"]["substitution"]["n_tokens"]
-        for one_run in result["runs"]
-        if "substitution" in one_run.get("scores", {})
-    }
-    if tokens:
-        lines[-1] += (
-            f" JS and KL: divergence of the next-token distribution with every state of "
-            f"`{data['hook_name']}` replaced by its reconstruction, mean of {max(tokens):,} "
-            "held-out tokens; loss recovered: 1 where that costs nothing, 0 where it costs what "
-            "the mean state in the same places costs."
-        )
-    if any("rounded" in one_run.get("scores", {}) for one_run in result["runs"]):
-        lines[-1] += (
-            " JS and KL with values of these bits: the same with each value rounded to the bits a "
-            "value in the line, which the code lengths beside it count."
-        )
-    named = {
-        f"{found['counts']['chosen']} ({name.removeprefix('comsem-')})"
-        for one_run in result["runs"]
-        for name, found in one_run.get("scores", {}).items()
-        if name.startswith("comsem-")
-    }
-    if named:
-        lines[-1] += (
-            f" ComSem: share of Yes of a judge shown a feature's tokens and its name, mean of "
-            f"{', '.join(sorted(named))} features; others' names: with another feature's "
-            "name; detection: balanced accuracy, tokens of other features among them."
-        )
+    lines += ["", " ".join(_notes(result))]
     if any(one_run["method"] == "transcoder" for one_run in result["runs"]):
         lines.append(
             "\\* of another target, the MLP's output, and in its place: not comparable by FVU, nor "
             "by what the model loses."
         )
     return "\n".join(lines) + "\n"
+
+
+def _notes(result: dict[str, Any]) -> Iterator[str]:
+    """What was run, and what each column that is there means."""
+    data, all_runs = result["data"], result["runs"]
+    first = all_runs[0]["settings"]
+    training = first["training"]
+    seeds = len({one_run["seed"] for one_run in all_runs})
+    bits = max(one_run["settings"]["value_bits"] for one_run in all_runs)
+    yield (
+        f"{data['model_label']}, `{data['hook_name']}`, F = {first['d_sae']}, {training['steps']} "
+        f"steps of {training['batch_size']} rows, {data['split']['n_heldout']} rows held out by "
+        f"whole windows, {seeds} seed{'s' if seeds > 1 else ''}. Bits: entropy of the active set "
+        f"summed over features and pooled over the held-out rows, plus {bits} bits for each value "
+        "of a code that is not of bits; the rounded FVU is that of such values. p: share of the "
+        "rows in which a feature is on."
+    )
+    metric = first.get("metric")
+    if metric is not None:
+        yield f"Trained with dimensions in the unit {metric}; every FVU is in raw units."
+    tails = [one_run["settings"]["tail"] for one_run in all_runs if "tail" in one_run["settings"]]
+    if tails:
+        yield (
+            "KL tail: so many further steps with the reconstruction in the language model, in "
+            f"which the KL divergence on windows of text, {tails[0]['windows']} a step, takes the "
+            f"place of {tails[0]['kl_share']:.0%} of the squared error."
+        )
+    scores = [one_run.get("scores", {}) for one_run in all_runs]
+    tokens = [found["substitution"]["n_tokens"] for found in scores if "substitution" in found]
+    if tokens:
+        yield (
+            "JS and KL: divergence of the next-token distribution with every state of "
+            f"`{data['hook_name']}` replaced by its reconstruction, mean of {max(tokens):,} "
+            "held-out tokens; loss recovered: 1 where that costs nothing, 0 where it costs what "
+            "the mean state in the same places costs."
+        )
+    if any("rounded" in found for found in scores):
+        yield (
+            "JS and KL with values of these bits: the same with each value rounded to the bits a "
+            "value in the line, which the code lengths beside it count."
+        )
+    named = {
+        f"{score['counts']['chosen']} ({name.removeprefix('comsem-')})"
+        for found in scores
+        for name, score in found.items()
+        if name.startswith("comsem-")
+    }
+    if named:
+        yield (
+            "ComSem: share of Yes of a judge shown a feature's tokens and its name, mean of "
+            f"{', '.join(sorted(named))} features; others' names: with another feature's "
+            "name; detection: balanced accuracy, tokens of other features among them."
+        )
 
 
 def plot(result: dict[str, Any]) -> bytes:

@@ -643,7 +643,7 @@ def test_a_k_that_no_block_can_have_is_found_before_anything_runs(
 def test_decoders_that_cannot_be_fitted_to_searched_codes_are_refused_before_the_training(
     arguments, capsys, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("bae_fast.experiments.compare.one", None)
+    monkeypatch.setattr("bae_fast.experiments.compare.Trainings.one", None)
     options = ["--methods", "topk", "--search-prices", "0", "--out", str(tmp_path)]
     assert main([*arguments, *options, "--expansion", "2000"]) == 1
     error = capsys.readouterr().err

@@ -268,10 +268,10 @@ def test_without_a_model_one_is_trained_as_the_demo_does(folder, tmp_path, monke
 
 def test_matches_and_exports_read_what_the_model_was_trained_on(folder, tmp_path, monkeypatch):
     """Language model, module and window need not be named again; each model is read once."""
-    from bae_fast.experiments import interpret, match
+    from bae_fast.experiments import match, saved
 
     loaded = []
-    for module in (interpret, match):
+    for module in (saved, match):
 
         def load(path, *, real=module.load_autoencoder, **options):
             loaded.append(str(path))

@@ -50,7 +50,7 @@ def test_a_damaged_run_is_named_and_not_taken(text, tmp_path):
 )
 def test_a_comparison_run_keeps_its_name(method, k, digest):
     config = compare.Config(steps=200)
-    settings = compare.settings_of(config, FACTS, 576, method, k, {}, 0)
+    settings = compare.settings_of(config, FACTS, 576, compare.Wanted(method, k, {}, 0))
     assert runs.digest(settings) == digest
 
 
@@ -85,15 +85,8 @@ def test_kept_comparisons_are_recognised():
             value_bits=settings["value_bits"],
             precision=training["precision"],
         )
-        now = compare.settings_of(
-            config,
-            settings["data"],
-            576,
-            run["method"],
-            run["k"],
-            run.get("variant", {}),
-            run["seed"],
-        )
+        wanted = compare.Wanted(run["method"], run["k"], run.get("variant", {}), run["seed"])
+        now = compare.settings_of(config, settings["data"], 576, wanted)
         assert runs.digest(now) == runs.digest(settings), run["method"]
 
 

@@ -70,9 +70,9 @@ def pushed(server, tmp_path, model, repo, subfolder="", revision=""):
 SERVE = """
 import sys
 from pathlib import Path
-from bae_fast.experiments import interpret, serve
+from bae_fast.experiments import saved, serve
 
-interpret.block_width = lambda data: None  # the repository has no language model to ask
+saved.block_width = lambda data: None  # the repository has no language model to ask
 
 def harvest(data, *rest, **options):
     print(data.model, data.hook)
