@@ -22,10 +22,13 @@ import bae_fast as bf
 
 pytest.importorskip("constriction")
 
-from bae_fast import compression
 from bae_fast.analysis import fvu
 from bae_fast.cli import main
-from bae_fast.compression import CompressedCode, compress, decompress
+from bae_fast.compression import MAGIC, CompressedCode, compress, decompress
+from bae_fast.compression import file as codes_file
+from bae_fast.compression import gaps as gaps_coder
+from bae_fast.compression.columns import IndependentColumns
+from bae_fast.compression.tree import Halves, TreeColumns
 from bae_fast.lm import ActivationCache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,12 +126,12 @@ def test_leading_dimensions_bits_a_feature_and_masks_come_back(tmp_path, shape, 
 @pytest.mark.parametrize("p", [1e-6, 3e-5, 1e-3, 0.013, 0.02, 0.3, 0.5])
 def test_gaps_of_every_size_come_back(p):
     """Gaps beyond the alphabet, at its ends and across the split into two symbols."""
-    gaps = compression._Gaps(round(p * 2**32))
-    last = (compression._HIGH - 1) << gaps.shift
+    gaps = gaps_coder.Gaps(round(p * 2**32))
+    last = (gaps_coder._HIGH - 1) << gaps.shift
     edges = [0, 1, last - 1, last, last + 1, 2 * last - 1, 2 * last, 7 * last + 3]
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.permutation(edges * 4), rng.geometric(p, 500) - 1])
-    stream = compression._constriction().queue
+    stream = gaps_coder.constriction_stream().queue
     encoder = stream.RangeEncoder()
     n_symbols = gaps.encode(encoder, values)
     decoder = stream.RangeDecoder(encoder.get_compressed())
@@ -139,7 +142,7 @@ def test_gaps_of_every_size_come_back(p):
 def test_columns_unpacked_by_parts_give_the_same_file(tmp_path, monkeypatch):
     code = mixed(130)
     compress(code, tmp_path / "whole", block_rows=64)
-    monkeypatch.setattr(compression, "_CHUNK_BITS", 300)
+    monkeypatch.setattr("bae_fast.compression.bits._CHUNK_BITS", 300)
     compress(code, tmp_path / "parts", block_rows=64)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
     assert decompress(tmp_path / "parts").equal(code)
@@ -250,7 +253,7 @@ def test_rows_of_a_tree_are_selected_and_blocks_read_alone(tmp_path):
 @pytest.mark.parametrize("parents", [[1, 0, -1], [0, -1, -1], [-1, 2, 3, 1]])
 def test_a_tree_with_a_circle_is_refused(parents):
     with pytest.raises(ValueError, match="circle"):
-        compression._Halves(np.array(parents))
+        Halves(np.array(parents))
 
 
 def frozen_tree_code():
@@ -481,7 +484,7 @@ def test_any_damage_is_found(tmp_path, sound, data):
 def test_a_block_that_was_never_encoded_is_an_error_or_bits(data, n_rows):
     """Behind the digests: a decoder fed anything neither crashes nor writes past the rows."""
     shares = np.array([0, 2**31, 2**20, 2**32 - 2**24, 2**32 - 1], dtype=np.uint32)
-    model = compression._Model(shares, np.arange(40, dtype=np.int32) % 5)
+    model = IndependentColumns(shares, np.arange(40, dtype=np.int32) % 5)
     try:
         words = model.decode_rows(data, n_rows)
     except (ValueError, AssertionError):
@@ -493,8 +496,8 @@ def test_a_block_that_was_never_encoded_is_an_error_or_bits(data, n_rows):
 @given(data=st.binary(max_size=60), n_rows=st.integers(1, 70))
 def test_a_block_that_was_never_encoded_along_a_tree_is_an_error_or_bits(data, n_rows):
     shares = np.array([0, 2**31, 2**20, 2**32 - 2**24, 2**32 - 1], dtype=np.uint32)
-    halves = compression._Halves(np.arange(40) // 3 - 1)
-    model = compression._TreeModel(shares, np.arange(halves.n_halves) % 5, halves)
+    halves = Halves(np.arange(40) // 3 - 1)
+    model = TreeColumns(shares, np.arange(halves.n_halves) % 5, halves)
     try:
         words = model.decode_rows(data, n_rows)
     except (ValueError, AssertionError):
@@ -508,21 +511,21 @@ def sealed(
 ):  # fmt: skip
     """A file of one block whose digests are right, whatever its sizes say."""
     members = [columns + masked] if members is None else members
-    header = compression._FIXED.pack(
+    header = codes_file._FIXED.pack(
         columns, n_bits, len(lead), masked, block_rows, len(shares), 0, len(note)
     )
     for values, dtype in ((lead, "<u8"), (shares, "<u4"), (members, "<u4")):
         header += np.array(values, dtype=dtype).tobytes()
     header += note
     blocks = -(-math.prod(lead) // block_rows)
-    entries = compression._ENTRY.pack(len(data), compression._digest(data), 0) * min(blocks, 1)
-    head = compression._PREFIX.pack(compression.MAGIC, 1, len(header)) + header + entries
-    return head + compression._digest(head) + data
+    entries = codes_file._ENTRY.pack(len(data), codes_file._digest(data), 0) * min(blocks, 1)
+    head = codes_file._PREFIX.pack(MAGIC, 1, len(header)) + header + entries
+    return head + codes_file._digest(head) + data
 
 
 def announced(number):
     out = bytearray()
-    compression._append_number(out, number)
+    gaps_coder._append_number(out, number)
     return bytes(out)
 
 
@@ -559,9 +562,9 @@ def test_a_few_bytes_cannot_ask_for_all_of_the_memory(tmp_path, made):
 def test_a_code_beyond_the_memory_is_read_by_rows(tmp_path, monkeypatch):
     code = bf.BinaryCode(torch.zeros(75, 2, dtype=torch.int32), 40)
     compress(code, tmp_path / "code", block_rows=32)
-    monkeypatch.setattr(compression, "_machine_bytes", lambda: 75 * 8)
+    monkeypatch.setattr(codes_file, "_machine_bytes", lambda: 75 * 8)
     assert decompress(tmp_path / "code").equal(code)
-    monkeypatch.setattr(compression, "_machine_bytes", lambda: 75 * 8 - 1)
+    monkeypatch.setattr(codes_file, "_machine_bytes", lambda: 75 * 8 - 1)
     with pytest.raises(MemoryError, match=r"code holds 0.0 GiB of words.* some of its rows"):
         decompress(tmp_path / "code")
     assert CompressedCode.open(tmp_path / "code")[:3].equal(code[:3])
@@ -605,9 +608,9 @@ def test_another_version_and_another_coder_are_named(tmp_path, sound, monkeypatc
         decompress(path)
     path.write_bytes(data)
     assert decompress(path).equal(code)
-    init = compression._Gaps.__init__
+    init = gaps_coder.Gaps.__init__
     monkeypatch.setattr(
-        compression._Gaps, "__init__", lambda self, flips: init(self, min(flips + 99999999, 2**31))
+        gaps_coder.Gaps, "__init__", lambda self, flips: init(self, min(flips + 99999999, 2**31))
     )
     with pytest.raises(ValueError, match=r"another version of constriction|cannot be decoded"):
         decompress(path)
@@ -629,14 +632,15 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
         f"""
         import torch, bae_fast as bf
         from bae_fast import compression
-        encode = compression._Model.encode_rows
+        from bae_fast.compression.columns import IndependentColumns
+        encode = IndependentColumns.encode_rows
         def slow(self, words):
             if getattr(self, "once", False):
                 print("in the middle")
                 import time; time.sleep(60)
             self.once = True
             return encode(self, words)
-        compression._Model.encode_rows = slow
+        IndependentColumns.encode_rows = slow
         compression.compress(bf.BinaryCode.from_dense(torch.rand(90, 40) < 0.1), {str(path)!r},
                              block_rows=30, coder="columns")
         """
@@ -659,7 +663,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     def fail(self, words):
         raise OSError("no space left")
 
-    monkeypatch.setattr(compression._Model, "encode_rows", fail)
+    monkeypatch.setattr(IndependentColumns, "encode_rows", fail)
     with pytest.raises(OSError, match="no space left"):
         compress(mixed(), tmp_path / "code")
     assert list(tmp_path.iterdir()) == []
