@@ -15,7 +15,6 @@ from bae_fast import functional
 from bae_fast.autoencoder import (
     Autoencoder,
     check_metadata,
-    check_rows,
     check_sizes,
     normal_quantile,
     register_architecture,
@@ -23,6 +22,7 @@ from bae_fast.autoencoder import (
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput, Encoded
 from bae_fast.info import warmup
+from bae_fast.normalization import check_rows
 from bae_fast.ops.registry import check_impl
 from bae_fast.packing import bit_weights
 from bae_fast.progress import tracked

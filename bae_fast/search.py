@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from bae_fast import functional
-from bae_fast.autoencoder import check_rows, register_architecture
+from bae_fast.autoencoder import register_architecture
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput, Encoded
 from bae_fast.model import ARCHITECTURE as BINARY
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.normalization import check_rows
 from bae_fast.ops import registry
 from bae_fast.packing import bit_weights, pack_rows, unpack_rows
 

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import check_rows
+from bae_fast.normalization import check_rows
 
 KINDS = ("std", "robust", "sensitivity")
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from bae_fast.analysis import metrics
 from bae_fast.analysis.quantisers import quantize, value_ranges
-from bae_fast.autoencoder import Autoencoder, as_code, check_rows
+from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.devices import without_autocast
+from bae_fast.normalization import check_rows
 
 VALUE_BITS = 5
 

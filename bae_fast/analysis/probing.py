@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import Autoencoder, check_rows
+from bae_fast.autoencoder import Autoencoder
+from bae_fast.normalization import check_rows
 
 # rows of either class in both parts below which a label says nothing
 LEAST_OF_A_CLASS = 20

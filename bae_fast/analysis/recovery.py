@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import Autoencoder, check_rows, normal_quantile
+from bae_fast.autoencoder import Autoencoder, normal_quantile
+from bae_fast.normalization import check_rows
 
 
 @dataclasses.dataclass(frozen=True)

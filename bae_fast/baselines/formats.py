@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import Autoencoder, check_weights
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines.base import METHODS, SAEConfig, SparseAutoencoder
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors, write_torch
+from bae_fast.pretrained import check_weights
 
 # dict_class -> our method; AutoEncoderNew is read too
 CLASSES = {

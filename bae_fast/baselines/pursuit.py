@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bae_fast.autoencoder import Autoencoder, check_rows
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines.base import SparseAutoencoder
+from bae_fast.normalization import check_rows
 from bae_fast.training.recipe import least_squares
 
 # added to the diagonal of the products of directions, which have unit norm

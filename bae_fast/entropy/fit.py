@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.metrics import fvu
-from bae_fast.autoencoder import check_rows, seeded
+from bae_fast.autoencoder import seeded
 from bae_fast.codes import BinaryCode
 from bae_fast.entropy.components import init_from_components_, rank
 from bae_fast.entropy.estimate import EntropyEstimate, estimate_entropy
 from bae_fast.entropy.synthetic import SyntheticSpec
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.normalization import check_rows
 from bae_fast.training import PRESETS, Trainer, TrainingConfig
 
 # The error that one of r fair bits explains is 1 / r of the variance: the price of a bit must stay

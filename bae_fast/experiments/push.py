@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bae_fast import hub
-from bae_fast.autoencoder import CONFIG_NAME, WEIGHTS_NAME
 from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import runs
 from bae_fast.files import publishing, read_json
+from bae_fast.pretrained import CONFIG_NAME, WEIGHTS_NAME
 
 # where commands leave figures, beside the model or beside the folders of a run's models
 _EVALUATION, _METRICS = "evaluation.json", "metrics.json"

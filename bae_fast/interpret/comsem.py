@@ -29,13 +29,14 @@ from torch import Tensor
 
 from bae_fast.analysis.features import active_columns, choose_features
 from bae_fast.analysis.text import context_text, visible_text
-from bae_fast.autoencoder import Autoencoder, as_code, check_rows
+from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.answers import Answers, Asker, Prices
 from bae_fast.interpret.collect import SalientTokens, collect_code, collect_scores
 from bae_fast.interpret.judges import JUDGE_TOKENS, NAME_TOKENS, Answer, Judge, Request
 from bae_fast.interpret.thoughts import without_thoughts
 from bae_fast.lm.cache import ActivationCache
+from bae_fast.normalization import check_rows
 
 NAMING = """\
 Below are passages of text. In each of them one token is marked, «like this».

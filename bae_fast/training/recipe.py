@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import check_rows
 from bae_fast.codes import BinaryCode
 from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.normalization import check_rows
 from bae_fast.pairs import pair_counts
 from bae_fast.search import SearchedAutoencoder
 

@@ -22,8 +22,9 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from bae_fast.autoencoder import Autoencoder, check_rows
+from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import append_text, write_text, write_torch
+from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
 from bae_fast.starting import SIGNALS
 from bae_fast.training.graph import CudaGraphs, Graphs

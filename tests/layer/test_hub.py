@@ -11,10 +11,11 @@ import torch
 from hub_server import hub_server
 
 from bae_fast import BinaryAutoencoder, SearchedAutoencoder, hub
-from bae_fast.autoencoder import find_pretrained, load_autoencoder
+from bae_fast.autoencoder import load_autoencoder
 from bae_fast.baselines import make_baseline
 from bae_fast.cli import main
 from bae_fast.files import write_json
+from bae_fast.pretrained import find_pretrained
 
 pytest.importorskip("huggingface_hub")
 

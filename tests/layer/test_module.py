@@ -132,7 +132,7 @@ def test_normalisation_is_the_identity_until_it_is_fitted():
 
 
 def test_fitted_rows_are_centred_with_unit_mean_square(monkeypatch):
-    monkeypatch.setattr("bae_fast.autoencoder._CHUNK_ELEMENTS", 3 * D)  # several blocks of rows
+    monkeypatch.setattr("bae_fast.normalization._CHUNK_ELEMENTS", 3 * D)  # several blocks of rows
     x = rows(100)
     bae = bf.BinaryAutoencoder(D, F, dtype=torch.float64)
     assert bae.fit_normalization_(x.view(4, 25, D)) is bae

@@ -33,7 +33,7 @@ LINES = (
     {"baselines", "entropy", "causal"},
     {"training", "analysis", "saelens", "released", "search", ""},
     {"model"},
-    {"functional", "columns", "autoencoder", "compression", "distributed"},
+    {"functional", "columns", "autoencoder", "normalization", "compression", "distributed"},
     {"backends", "kernels", "kernels_cuda", "codes", "pairs", "info", "flops"},
     {"ops", "reference", "lm"},
     {
@@ -41,6 +41,7 @@ LINES = (
         "statistics",
         "surrogates",
         "files",
+        "pretrained",
         "devices",
         "hub",
         "progress",

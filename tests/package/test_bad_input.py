@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import bae_fast as bf
-from bae_fast.autoencoder import check_rows
+from bae_fast.normalization import check_rows
 
 D, F = 6, 40
 
