@@ -256,7 +256,7 @@ class TrainingConfig(LoopConfig):
 
     def objective(self, model: Autoencoder) -> Objective:
         """:class:`bae_fast.training.BinaryObjective`."""
-        from bae_fast.training.objective import BinaryObjective
+        from bae_fast.training.binary import BinaryObjective
 
         return BinaryObjective(model, self)
 
@@ -270,7 +270,7 @@ class SparseConfig(LoopConfig):
 
     def objective(self, model: Autoencoder) -> Objective:
         """:class:`bae_fast.training.SparseObjective`."""
-        from bae_fast.training.objective import SparseObjective
+        from bae_fast.training.sparse import SparseObjective
 
         return SparseObjective(model, self)
 

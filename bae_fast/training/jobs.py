@@ -26,12 +26,13 @@ from bae_fast.files import write_json
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import progress_bar
 from bae_fast.starting import SIGNALS
+from bae_fast.training.binary import BinaryTrainable
 from bae_fast.training.checkpoints import Checkpoints
 from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import gather_features, shard_features
 from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import Learner, check_same_run, learning
-from bae_fast.training.objective import BinaryTrainable, Loss
+from bae_fast.training.objective import Loss
 from bae_fast.training.supply import Rows, Supply, merge_states
 from bae_fast.training.trackers import TRACKERS, Tracker
 from bae_fast.training.trainer import append_line, drop_later_lines
