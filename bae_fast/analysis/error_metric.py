@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.normalization import check_rows
+from bae_fast.spacing import evenly_from
 
 KINDS = ("std", "robust", "sensitivity")
 
@@ -88,7 +89,7 @@ def metric_scales(metric: str, rows: Tensor, *, sensitivity: Tensor | None = Non
         total = sum((block.double() - mean).square().sum(0) for block in rows.split(8192))
         scales = (torch.as_tensor(total) / len(rows)).sqrt().cpu()
     else:
-        some = rows[:: max(len(rows) // _ROBUST_ROWS, 1)].double().cpu()
+        some = evenly_from(rows, _ROBUST_ROWS).double().cpu()
         middle = some.median(0).values
         scales = (some - middle).abs().median(0).values * _MEDIAN_TO_STD
     positive = scales[scales > 0]

@@ -27,6 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from bae_fast.codes import BinaryCode
 from bae_fast.pairs import counts_with_parents, mutual_information_, pair_counts, spanning_tree
+from bae_fast.spacing import even_numbers
 
 # the linear part is one square matrix, with its gradient and two moments 1 GiB at this width
 MAX_COLUMNS = 8192
@@ -231,7 +232,7 @@ def _fit(
 ) -> int:
     """Train until the documents that say when to stop do; the steps of the model that is kept."""
     if len(stops) > _LOOK_ROWS:
-        stops = stops[torch.arange(_LOOK_ROWS) * len(stops) // _LOOK_ROWS]
+        stops = stops[even_numbers(len(stops), _LOOK_ROWS)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     with torch.no_grad():

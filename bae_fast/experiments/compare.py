@@ -37,9 +37,9 @@ from bae_fast.experiments.metric import check_metric, error_metric
 from bae_fast.experiments.scorers import Context, Scorer, scorer_makers
 from bae_fast.files import read_json, write_json, write_text
 from bae_fast.progress import Stages, say
+from bae_fast.spacing import evenly
 from bae_fast.training import Trainer
 from bae_fast.training.recipe import MAX_REFIT_FEATURES
-from bae_fast.training.supply import evenly
 
 if TYPE_CHECKING:
     from bae_fast.causal import InPlaceDivergence

@@ -30,9 +30,9 @@ from bae_fast.lm.origin import check_origin
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.progress import Stages
 from bae_fast.search import MAX_SEARCH_COLUMNS, SearchedAutoencoder
+from bae_fast.spacing import evenly, evenly_from
 from bae_fast.training import Trainer, TrainingConfig, fit_search_
 from bae_fast.training.recipe import MAX_REFIT_FEATURES
-from bae_fast.training.supply import evenly
 
 _T = TypeVar("_T")
 
@@ -45,7 +45,7 @@ _ROW_BLOCK = 8192
 # rows a feature from which on a decoder is fitted to them: with fewer it fits their noise
 FIT_ROWS = 32
 
-# rows that quantisers are measured on, evenly over all
+# at least so many rows are those that quantisers are measured on
 _QUANTISED_ROWS = 2**14
 
 
@@ -104,10 +104,8 @@ def run(config: Config) -> runs.Result:
         with stages.stage("reconstruct and measure"):
             measured, spectrum = _measure(bae, rows, code, size, len(source.heldout), timed)
         with stages.stage("quantise the raw hidden states"):
-            every = max(len(rows) // _QUANTISED_ROWS, 1)
-            quantised = quantisers(
-                rows[::every].float(), source.train_rows.float(), measured["fvu"]
-            )
+            some = evenly_from(rows, _QUANTISED_ROWS).float()
+            quantised = quantisers(some, source.train_rows.float(), measured["fvu"])
         values = {
             "environment": runs.environment(),
             "data": facts,

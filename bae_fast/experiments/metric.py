@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from bae_fast.analysis.error_metric import metric_scales, parse_metric
 from bae_fast.experiments.data import load_model
 from bae_fast.experiments.runs import ConfigError
 from bae_fast.progress import Stages
+from bae_fast.spacing import even_numbers
 
 if TYPE_CHECKING:
     from bae_fast.lm import ActivationCache
@@ -58,7 +58,7 @@ def error_metric(
 
     tokens = cache.tokens[: int(cache.row_window[last_row]) + 1].long()
     n = min(max(_TOKENS // tokens.shape[1], 1), len(tokens))
-    windows = tokens[torch.arange(n) * len(tokens) // n]
+    windows = tokens[even_numbers(len(tokens), n)]
     lm = load_model(config, stages)
     with stages.stage("gradients of the language model at the hook"):
         found = sensitivity(lm, windows, config.hook, progress=config.progress)

@@ -34,6 +34,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
 from bae_fast.pairs import joint_counts
+from bae_fast.spacing import even_numbers
 
 # elements of a dense block at a time
 _BLOCK_ELEMENTS = 2**24
@@ -323,7 +324,7 @@ def neighbours(code: BinaryCode, *, k: int = 6, max_rows: int = 2**16) -> Ranked
     if not isinstance(max_rows, int) or not 1 <= max_rows < 2**24:
         raise ValueError(f"max_rows must be an int from 1 to 2^24 - 1; got {max_rows!r}")
     if n > max_rows:
-        rows, n = rows[torch.arange(max_rows, device=rows.device) * n // max_rows], max_rows
+        rows, n = rows[even_numbers(n, max_rows, rows.device)], max_rows
     f = code.n_columns
     every = rows.counts()
     live = ((every > 0) & (every < n)).nonzero().flatten()

@@ -17,19 +17,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from bae_fast.spacing import even_numbers
+
 # bytes of rows, evenly spaced, by which a resumed run knows its rows again
 _FINGERPRINT_BYTES = 64 * 2**20
 
 # held-out rows are given out so many at a time
 HELDOUT_BLOCK = 4096
-
-# rows on which what is made at the end of a run, or a coder, can be fitted: more change little
-FITTED_ROWS = 262_144
-
-
-def evenly(rows: Tensor, most: int = FITTED_ROWS) -> Tensor:
-    """Every k-th of rows ``[n, d]``, with the least k that leaves at most so many: a view."""
-    return rows[:: -(-len(rows) // most)]
 
 
 class Rows(NamedTuple):
@@ -390,7 +384,6 @@ def fingerprint(rows: Tensor) -> str:
     """Shape and dtype of rows, and a digest of at most 64 MiB of them, evenly spaced."""
     size = max(rows.shape[1] * rows.element_size(), 1)
     kept = min(len(rows), max(_FINGERPRINT_BYTES // size, 1))
-    at = torch.arange(kept, device=rows.device) * len(rows) // kept
-    data = rows[at].cpu().contiguous().view(torch.uint8)
+    data = rows[even_numbers(len(rows), kept, rows.device)].cpu().contiguous().view(torch.uint8)
     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
     return f"{list(rows.shape)} {str(rows.dtype).removeprefix('torch.')} {digest}"

@@ -26,6 +26,7 @@ from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import append_text, write_text, write_torch
 from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
+from bae_fast.spacing import evenly
 from bae_fast.starting import SIGNALS
 from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import (
@@ -35,7 +36,7 @@ from bae_fast.training.learner import (
     check_same_run,
     learning,
 )
-from bae_fast.training.supply import MemorySupply, Rows, evenly
+from bae_fast.training.supply import MemorySupply, Rows
 
 
 class Trainer(Generic[Config]):

@@ -599,7 +599,7 @@ def test_a_save_killed_between_the_two_files_leaves_the_new_model_loadable(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("bae_fast.autoencoder.write_json", killed)
+        patch.setattr("bae_fast.pretrained.write_json", killed)
         with pytest.raises(Killed):
             second.save_pretrained(tmp_path)
     back = bf.BinaryAutoencoder.from_pretrained(tmp_path)
@@ -614,7 +614,7 @@ def test_a_first_save_killed_between_the_two_files_leaves_the_model_loadable(tmp
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("bae_fast.autoencoder.write_json", killed)
+        patch.setattr("bae_fast.pretrained.write_json", killed)
         with pytest.raises(Killed):
             bae.save_pretrained(tmp_path)
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path).encode(x).equal(bae.encode(x))

@@ -45,6 +45,7 @@ LINES = (
         "devices",
         "hub",
         "progress",
+        "spacing",
         "starting",
         "waiting",
         "_version",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bae_fast.spacing import even_numbers, evenly, evenly_from
 from bae_fast.training import MemorySupply, Supply, merge_states
-from bae_fast.training.supply import evenly
 
 
 def rows(n=40, d=3, seed=0):
@@ -95,6 +95,17 @@ def test_several_hooks_come_row_by_row():
 def test_rows_for_a_fit_are_spread_over_all_of_them(n, step):
     rows = torch.arange(n)[:, None]
     assert evenly(rows).flatten().tolist() == list(range(0, n, step))
+
+
+@pytest.mark.parametrize(("n", "step"), [(3, 1), (4, 1), (7, 1), (8, 2), (11, 2), (12, 3)])
+def test_at_least_so_many_rows_are_spread_over_all_of_them(n, step):
+    assert evenly_from(torch.arange(n), 4).tolist() == list(range(0, n, step))
+
+
+def test_so_many_numbers_are_spread_over_all_of_them():
+    assert even_numbers(10, 4).tolist() == [0, 2, 5, 7]
+    assert even_numbers(4, 4).tolist() == [0, 1, 2, 3]
+    assert even_numbers(2**40, 3).tolist() == [0, 2**40 // 3, 2**41 // 3]
 
 
 def test_heldout_rows_come_in_order_under_numbers_of_their_own():

@@ -7,8 +7,6 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from bae_fast.experiments import runs
 from bae_fast.experiments.data import own_text
 from bae_fast.experiments.entropy.common import (
@@ -19,6 +17,7 @@ from bae_fast.experiments.entropy.common import (
     with_revision,
 )
 from bae_fast.progress import say
+from bae_fast.spacing import even_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _runs(config: Config) -> list[dict[str, Any]]:
     digest = hashlib.sha256(text.encode()).hexdigest()
     windows = lm_tools.windows(tokenizer, text, config.context)
     if config.windows is not None and config.windows < len(windows):
-        windows = windows[torch.arange(config.windows) * len(windows) // config.windows]
+        windows = windows[even_numbers(len(windows), config.windows)]
     sequences = windows[:, : max(positions) + 1].tolist()
     hooks = list(config.hooks)
     if any(set(hook) & set("*?[") for hook in hooks):

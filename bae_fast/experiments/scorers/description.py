@@ -17,7 +17,7 @@ from bae_fast.analysis.quantisers import quantize, value_ranges
 from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.experiments.scorers import Column, Context, Scorer
-from bae_fast.training.supply import evenly
+from bae_fast.spacing import evenly
 
 ORDER = -1
 

@@ -7,6 +7,7 @@ from typing import Any
 from bae_fast.analysis.labels import LABELS, token_labels
 from bae_fast.analysis.probing import sparse_probes
 from bae_fast.experiments.scorers import Column, Context, Measure, Scorer
+from bae_fast.spacing import evenly_from
 
 ORDER = 2
 
@@ -47,7 +48,7 @@ def measured(context: Context) -> Measure | None:
         )
         window, position = cache.row_window.long(), cache.row_position.long()
         train = (window <= last).nonzero().flatten()
-        train = train[:: max(len(train) // _TRAIN_ROWS, 1)]
+        train = evenly_from(train, _TRAIN_ROWS)
         held = (window >= first).nonzero().flatten()
         labels = [
             {name: label[window[rows], position[rows]] for name, label in made.items()}

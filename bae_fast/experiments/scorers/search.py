@@ -17,8 +17,8 @@ from bae_fast.experiments.scorers import Column, Context, Scorer, intruder, prob
 from bae_fast.experiments.scorers.description import describe, rows_of, value_precision
 from bae_fast.experiments.scorers.rounded import MEASURED, losses
 from bae_fast.search import SearchedAutoencoder
+from bae_fast.spacing import evenly
 from bae_fast.training import fit_search_
-from bae_fast.training.supply import evenly
 
 ORDER = 0.7
 
