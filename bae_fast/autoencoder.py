@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bae_fast import hub
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.normalization import Normalized
 from bae_fast.pretrained import find_pretrained, load_tensors_, read_pretrained, write_pretrained
@@ -42,9 +43,7 @@ def check_sizes(config: Any, names: tuple[str, ...], source: str) -> None:
     ``names`` holds d_in, d_sae and d_out at least; ``n_bits`` counts as a factor of d_sae.
     """
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{source}: {name} must be an int >= 1; got {value!r}")
+        check_int(f"{source}: {name}", getattr(config, name), 1)
     columns = config.d_sae * (config.n_bits if "n_bits" in names else 1)
     n_weights = columns * max(config.d_in, config.d_out)
     if n_weights >= 2**56:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import packing
+from bae_fast.arguments import check_int
 from bae_fast.files import read_safetensors, write_safetensors
 from bae_fast.ops import registry
 from bae_fast.ops.limits import fits_any
@@ -131,8 +132,7 @@ class BinaryCode:
         if not isinstance(words, Tensor) or words.dtype != torch.int32:
             raise TypeError(f"words must be an int32 tensor; got {_kind(words)}")
         check_strided("words", words)
-        if not isinstance(n_columns, int) or n_columns < 1:
-            raise ValueError(f"n_columns must be an int >= 1; got {n_columns!r}")
+        check_int("n_columns", n_columns, 1)
         if words.dim() < 1 or words.shape[-1] != packing.n_words(n_columns):
             raise ValueError(
                 f"words must be [..., {packing.n_words(n_columns)}] for {n_columns} columns; "

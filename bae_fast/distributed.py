@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.packing import WORD_BITS
 
@@ -132,8 +133,7 @@ class Mesh:
             ValueError: a number below 1, or a product other than the number of processes.
         """
         for name, value in (("data", data), ("feature", feature)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+            check_int(name, value, 1)
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("Mesh needs torch.distributed.init_process_group() before")
         world = dist.get_world_size()

@@ -147,6 +147,27 @@ def write_torch(path: str | os.PathLike[str], value: Any) -> Path:
     return Path(path)
 
 
+def read_torch(path: str | os.PathLike[str], what: str) -> Any:
+    """Read what ``torch.save`` wrote onto the CPU: tensors and plain values, and no code.
+
+    Args:
+        what: names its content in an error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read.
+    """
+    import torch
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable {what}: {reason}") from error
+
+
 def append_text(path: str | os.PathLike[str], text: str) -> None:
     """Add text to the end of a file in UTF-8; its folder must be there.
 

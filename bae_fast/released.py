@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.files import read_torch
 from bae_fast.model import BinaryAutoencoder
 
 # binarization_type of the released program -> surrogate; both are [pre > 0] in forward
@@ -49,11 +50,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable state dict: {reason}") from error
+    state = read_torch(path, "state dict")
     names = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
     if not isinstance(state, dict) or not names <= state.keys():
         found = sorted(state) if isinstance(state, dict) else type(state).__name__

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder, normal_quantile
 from bae_fast.normalization import check_rows
 
@@ -61,8 +62,7 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         for name, least in (("d", 2), ("roots", 1), ("children", 0), ("group", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+            check_int(name, value, least)
         for name in ("p_root", "p_child"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)!r}")

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines.base import METHODS, SAEConfig, SparseAutoencoder
-from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors, write_torch
+from bae_fast.files import (
+    read_json,
+    read_safetensors,
+    read_torch,
+    write_json,
+    write_safetensors,
+    write_torch,
+)
 from bae_fast.pretrained import check_weights
 
 # dict_class -> our method; AutoEncoderNew is read too
@@ -146,13 +153,7 @@ def load_dictionary_learning(folder: str | os.PathLike[str]) -> SparseAutoencode
             f"AutoEncoderNew; got {name!r}"
         )
     source = folder / "ae.pt"
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist")
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{source} is not a readable state dict: {reason}") from error
+    state = read_torch(source, "state dict")
     if not isinstance(state, dict):
         raise ValueError(f"{source} must hold a state dict; got {type(state).__name__}")
     k = trainer.get("k", trainer.get("target_l0", 1))

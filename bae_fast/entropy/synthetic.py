@@ -22,6 +22,8 @@ import math
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
+
 KINDS = ("fair", "sparse", "copies", "exclusive", "noise")
 
 
@@ -54,8 +56,7 @@ class SyntheticSpec:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
         for name, least in (("r", 1), ("d", 1), ("group", 2)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+            check_int(name, value, least)
         for name in ("p", "flip"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)!r}")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import packing
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.files import read_safetensors, write_safetensors
 from bae_fast.ops import registry
@@ -179,7 +180,7 @@ def collect_code(
     """
     if code.n_bits != 1:
         raise ValueError(f"code must have one bit a feature; got n_bits={code.n_bits}")
-    _check_k(k)
+    check_int("k", k, 1)
     code = code.flatten()
     n, f = code.shape
     faster = registry.extras(impl, code.device.type)
@@ -214,7 +215,7 @@ def collect_scores(blocks: Iterable[Tensor], *, k: int = 10) -> SalientTokens:
     Raises:
         ValueError: k below 1, no block, blocks of another shape, or NaN.
     """
-    _check_k(k)
+    check_int("k", k, 1)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     n, f = 0, None
     for block in blocks:
@@ -232,11 +233,6 @@ def collect_scores(blocks: Iterable[Tensor], *, k: int = 10) -> SalientTokens:
     faster = registry.extras("auto", features.device.type)
     offsets, at = (faster.grouped or _grouped)(features, f)
     return SalientTokens(offsets, rows[at].to(_row_dtype(n)), scores[at], min(k, f), n)
-
-
-def _check_k(k: int) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k must be an int >= 1; got {k!r}")
 
 
 def _table(density: Tensor, f: int, on_only: bool) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bae_fast.analysis.features import active_columns, choose_features
 from bae_fast.analysis.text import context_text, visible_text
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.answers import Answers, Asker, Prices
@@ -106,8 +107,7 @@ class ComSemConfig:
         }  # fmt: skip
         for name, least in bounds.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+            check_int(name, value, least)
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}")
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from bae_fast import packing
 from bae_fast.analysis.features import TokenLift, token_lifts
 from bae_fast.analysis.text import token_text
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
@@ -132,8 +133,7 @@ def burstiness(code: BinaryCode, windows: Tensor, *, reach: int = 32) -> Burstin
     rows, n = _plain(code)
     if windows.shape != (n,):
         raise ValueError(f"windows must have shape [{n}]; got {list(windows.shape)}")
-    if not isinstance(reach, int) or reach < 1:
-        raise ValueError(f"reach must be an int >= 1; got {reach!r}")
+    check_int("reach", reach, 1)
     windows = windows.to(code.device)
     f = code.n_columns
     both = torch.zeros(f, dtype=torch.int64, device=code.device)

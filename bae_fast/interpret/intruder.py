@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.text import context_text
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import ActivationCache
 
@@ -56,8 +57,7 @@ class IntruderConfig:
         lowest = {"n_features": 1, "n_draws": 1, "n_own": 2, "least": 2, "before": 0, "after": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+            check_int(name, value, least)
 
 
 class SentenceEncoder:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
 from bae_fast.lm.hooks import first_part, in_own_dtype, resolve_hook, running
 from bae_fast.lm.inputs import Padding, padding_mask, text_mask
@@ -233,8 +234,7 @@ class Capture:
         Raises:
             ValueError: no such module, or a number out of range.
         """
-        if not isinstance(drop_positions, int) or drop_positions < 0:
-            raise ValueError(f"drop_positions must be an int >= 0; got {drop_positions!r}")
+        check_int("drop_positions", drop_positions, 0)
         if not max_norm_ratio > 1:
             raise ValueError(f"max_norm_ratio must be over 1; got {max_norm_ratio!r}")
         self.engine = Engine(lm, hooks)

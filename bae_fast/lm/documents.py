@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.lm.cache import tokens_digest
 from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
 from bae_fast.lm.text import (
@@ -366,8 +367,7 @@ class TextWindows:
             ValueError: a number out of range, or no beginning-of-text token where one is asked
                 for.
         """
-        if not isinstance(context_size, int) or context_size < 2:
-            raise ValueError(f"context_size must be an int >= 2; got {context_size!r}")
+        check_int("context_size", context_size, 2)
         if n_windows is not None and (not isinstance(n_windows, int) or n_windows < 1):
             raise ValueError(f"n_windows must be an int >= 1 or None; got {n_windows!r}")
         self.tokenizer, self.documents = tokenizer, documents

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.files import (
     file_digest,
     locked,
@@ -327,8 +328,7 @@ class ShardedCache:
         Raises:
             ValueError: no whole window would be held out, or none be left to train on.
         """
-        if not isinstance(n_heldout, int) or n_heldout < 1:
-            raise ValueError(f"n_heldout must be an int >= 1; got {n_heldout!r}")
+        check_int("n_heldout", n_heldout, 1)
         firsts: list[int] = []  # first rows of windows, from some shard to the end
         bound = max(self.n_rows - n_heldout, 0)
         for number in reversed(range(len(self.shards))):
@@ -458,8 +458,7 @@ class _Harvest:
         if shard_windows is None:
             shard_windows = -(-LIMIT_TOKENS // length)
         for name, value in (("shard_windows", shard_windows), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+            check_int(name, value, 1)
         if capture.drop_positions >= length:
             raise ValueError(
                 f"drop_positions must be below context_size={length}; got {capture.drop_positions}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.lm.capture import Candidates, Capture
 from bae_fast.lm.documents import TokenWindows, Windows
@@ -170,8 +171,7 @@ class LiveSupply:
             ("ahead", 0 if ahead is None else ahead, 0),
             ("n_heldout", n_heldout, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+            check_int(name, value, least)
         # one for the thread, one for the caller's own passes between the thread's
         self.capture, self._side = (
             Capture(
@@ -448,8 +448,7 @@ class LiveSupply:
         A text cannot be read at random places: these are the first n rows to train on, in a random
         order. They are kept for the next call.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be an int >= 1; got {n!r}")
+        check_int("n", n, 1)
         if not isinstance(seed, torch.Generator):
             seed = torch.Generator().manual_seed(seed)
         rows = self._first_rows(n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
@@ -246,8 +247,7 @@ def fit_search_(
             "SearchedAutoencoder.of makes one"
         )
     check_rows("x", x, searched.d_in, least=searched.d_sae)
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        raise ValueError(f"rounds must be an int >= 1; got {rounds!r}")
+    check_int("rounds", rounds, 1)
     for _ in range(rounds):
         refit_decoder_(searched, x, ridge=ridge)
         searched.fit_density_(x)

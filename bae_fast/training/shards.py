@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.lm.shards import BLOCK_ROWS, ShardedCache
 from bae_fast.training.buffer import Buffer, distinct
 from bae_fast.training.supply import (
@@ -212,8 +213,7 @@ class ShardSupply:
 
         The rows come from at least 4,096 blocks, where there are as many, and are read there.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be an int >= 1; got {n!r}")
+        check_int("n", n, 1)
         if not isinstance(seed, torch.Generator):
             seed = torch.Generator().manual_seed(seed)
         each = -(-n // min(_SAMPLE_BLOCKS, self.n_blocks))

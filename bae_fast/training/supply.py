@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.spacing import even_numbers
 
 # bytes of rows, evenly spaced, by which a resumed run knows its rows again
@@ -123,8 +124,7 @@ def streams_of(streams: int, rank: int, world: int) -> range:
         ValueError: a number below 1, a rank out of range, or ranks that do not divide the streams.
     """
     for name, value in (("streams", streams), ("world", world)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+        check_int(name, value, 1)
     if not isinstance(rank, int) or not 0 <= rank < world:
         raise ValueError(f"rank must be an int from 0 to {world - 1}; got {rank!r}")
     if streams % world:
@@ -310,8 +310,7 @@ class MemorySupply:
         return Rows({hook: x[ids.to(x.device)] for hook, x in self.rows.items()}, ids)
 
     def sample(self, n: int, seed: int | torch.Generator) -> Rows:
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be an int >= 1; got {n!r}")
+        check_int("n", n, 1)
         if not isinstance(seed, torch.Generator):
             seed = torch.Generator().manual_seed(seed)
         return self._take(torch.randperm(self.n_rows, generator=seed, device="cpu")[:n])

@@ -22,8 +22,9 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.files import append_text, write_text, write_torch
+from bae_fast.files import append_text, read_torch, write_text, write_torch
 from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
 from bae_fast.spacing import evenly
@@ -223,10 +224,8 @@ class Trainer(Generic[Config]):
             ValueError: a row holds NaN or Inf.
             RuntimeError: the loss is not finite any more.
         """
-        if not isinstance(log_every, int) or log_every < 1:
-            raise ValueError(f"log_every must be an int >= 1; got {log_every!r}")
-        if not isinstance(checkpoint_every, int) or checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must be an int >= 0; got {checkpoint_every!r}")
+        check_int("log_every", log_every, 1)
+        check_int("checkpoint_every", checkpoint_every, 0)
         lines: list[dict[str, float]] = []
         start = time.perf_counter()
         path = None if log is None else Path(log)
@@ -336,13 +335,7 @@ class Trainer(Generic[Config]):
             FileNotFoundError: no such file.
             ValueError: a file of another kind, or see :meth:`load_state_dict`.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged archive can raise anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        state = read_torch(path, "checkpoint")
         if not isinstance(state, dict):
             raise ValueError(f"{path} must hold a checkpoint; got {type(state).__name__}")
         self.load_state_dict(state)

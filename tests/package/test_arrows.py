@@ -37,6 +37,7 @@ LINES = (
     {"backends", "kernels", "kernels_cuda", "codes", "pairs", "info", "flops"},
     {"ops", "reference", "lm"},
     {
+        "arguments",
         "packing",
         "statistics",
         "surrogates",
