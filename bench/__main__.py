@@ -110,14 +110,8 @@ def refusals(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 1 where a side was wrong and got no figure."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["device"]:
-        return device.main(arguments[1:], environment, SPEED)
-    if arguments[:1] and arguments[0] in ("saebench", "versions"):
-        made: int = OWN[arguments[0]].main(arguments[1:])
-        return made
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a run of suites; what is not allowed ends the program with a line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suites",
@@ -180,25 +174,41 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"suites must be of {', '.join(SUITES)}; got {unknown[0]!r}")
     if not re.fullmatch(r"[\w.-]*", options.machine):
         parser.error(f"--machine must be the name of a folder; got {options.machine!r}")
+    return options
+
+
+def options_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a suite's ``run`` is given of the options."""
+    if name in TRAINED:
+        return {}
+    given: dict[str, Any] = {"only": options.only or "", "seconds": options.seconds}
+    if name in ("step", "operators"):
+        given["left_out"] = options.leave_out
+    if name in MODELS or name == "supply":
+        given["models"] = options.model
+    if name in MODELS:
+        given |= {
+            "dtype": options.dtype,
+            "n_timed": options.windows,
+            "later_loads": options.later_loads,
+        }
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 1 where a side was wrong and got no figure."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["device"]:
+        return device.main(arguments[1:], environment, SPEED)
+    if arguments[:1] and arguments[0] in ("saebench", "versions"):
+        made: int = OWN[arguments[0]].main(arguments[1:])
+        return made
+    options = parse(arguments)
     folder = RESULTS / options.machine
     refused = []
     for name in () if options.tables else options.suites or MEASURED:
         print(f"== {name}", flush=True)
-        more = (
-            {"only": options.only or "", "seconds": options.seconds} if name not in TRAINED else {}
-        )
-        if name in ("step", "operators"):
-            more["left_out"] = options.leave_out
-        if name in MODELS:
-            more |= {
-                "models": options.model,
-                "dtype": options.dtype,
-                "n_timed": options.windows,
-                "later_loads": options.later_loads,
-            }
-        if name == "supply":
-            more["models"] = options.model
-        result = {"environment": environment(), **SUITES[name].run(**more)}
+        result = {"environment": environment(), **SUITES[name].run(**options_of(name, options))}
         refused += refusals(result)
         if name in ("models", "supply"):
             result = SUITES[name].merged(folder / f"{name}.json", result)
