@@ -51,7 +51,7 @@ def run(config: Config) -> runs.Result:
         ValueError, OSError: naming the field or the file.
     """
     from bae_fast import lm as lm_tools
-    from bae_fast.lm.shards import OtherHarvestError
+    from bae_fast.lm.shard_harvest import OtherHarvestError
 
     start = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

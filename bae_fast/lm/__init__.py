@@ -26,7 +26,8 @@ from bae_fast.lm.loading import (
     model_width,
     resolve_dtype,
 )
-from bae_fast.lm.shards import ShardedCache, harvest_shards
+from bae_fast.lm.shard_harvest import harvest_shards
+from bae_fast.lm.shards import ShardedCache
 from bae_fast.lm.states import states_at
 from bae_fast.lm.text import (
     read_text,

@@ -260,6 +260,9 @@ class ActivationCache:
 # tokens that a splice replaces
 MAX_NORM_RATIO = 5.0
 
+# a larger share of outlying norms is said aloud: a few rows in a thousand are usual
+USUAL_OUTLIERS = 0.05
+
 
 def row_norms(rows: Tensor) -> Tensor:
     """Norms of rows ``[..., d]``, in float32 or wider: those that the ratio is of."""

@@ -35,6 +35,7 @@ from bae_fast.lm.cache import (
     MAX_NORM_RATIO,
     ROWS_NAME,
     SPLIT_RULE,
+    USUAL_OUTLIERS,
     ActivationCache,
     RowsFile,
     cache_key,
@@ -58,9 +59,6 @@ from bae_fast.progress import progress_bar
 # a harvest touches its folder at every batch; one that nothing touched for a day, and that no
 # process on this machine holds, belongs to nobody
 _ABANDONED_SECONDS = 24 * 3600
-
-# a larger share of outlying norms is said aloud: a few rows in a thousand are usual
-_USUAL_OUTLIERS = 0.05
 
 
 def harvest(
@@ -149,7 +147,7 @@ def harvest(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     cache = ActivationCache.open(final)
-    outliers = dropped["norm"] > _USUAL_OUTLIERS * (cache.n_rows + dropped["norm"])
+    outliers = dropped["norm"] > USUAL_OUTLIERS * (cache.n_rows + dropped["norm"])
     if dropped["not_finite"] or outliers:
         warnings.warn(f"harvest of {hook}: {cache.dropped_rows()}", RuntimeWarning, stacklevel=2)
     return cache

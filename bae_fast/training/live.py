@@ -20,7 +20,7 @@ from bae_fast.lm.capture import Candidates, Capture
 from bae_fast.lm.documents import TokenWindows, Windows
 from bae_fast.lm.inputs import check_ids, check_length
 from bae_fast.lm.loading import LanguageModel
-from bae_fast.lm.shards import LIMIT_TOKENS
+from bae_fast.lm.shard_harvest import LIMIT_TOKENS
 from bae_fast.training.buffer import Buffer
 from bae_fast.training.supply import (
     Rows,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_lm import places_lm
 
-from bae_fast.lm import ShardedCache, harvest, harvest_shards, shards
+from bae_fast.lm import ShardedCache, harvest, harvest_shards, shard_harvest
 from bae_fast.lm.shards import shard_name
 
 HOOKS = ["first", "second"]
@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_model_in_the_order_of_the_text(tmp_path):
 def test_all_hooks_come_of_one_pass_and_norms_too_where_the_first_shard_has_enough(
     tmp_path, monkeypatch, enough
 ):
-    monkeypatch.setattr(shards, "LIMIT_TOKENS", 8 * CONTEXT if enough else 9 * CONTEXT)
+    monkeypatch.setattr(shard_harvest, "LIMIT_TOKENS", 8 * CONTEXT if enough else 9 * CONTEXT)
     lm = places_lm()
     made(tmp_path, lm)
     again = 0 if enough else 3  # the first 9 windows, for the limit
