@@ -527,52 +527,73 @@ def _judge(
     )
     features = []
     for one, phrase, other in zip(chosen, phrases, others, strict=True):
-        entry: dict[str, Any] = {
-            "feature": one.feature,
-            "density": one.density,
-            "n_tokens": one.n_tokens,
-            "phrase": phrase,
-            "comsem": None,
-            "shuffled": None,
-            "above_shuffled": None,
-            "detection": None,
-            "auc": None,
-            "false_yes": None,
-            "unclear": 0,
-            "shuffled_phrase": other if phrase else None,
-            "rows": {"named": one.named, "judged": one.judged, "negatives": one.negatives},
-            "yes": None,
-            "no": None,
-            "_second": [],
-        }
+        entry = _unjudged(one, phrase, other)
         features.append(entry)
         if not phrase:
             continue
-        verdicts_of = []
-        for _ in (*one.judged, *one.negatives):
-            verdicts_of.append([next(answers) for _ in range(config.draws)])
-        nonsense = [[next(answers)] for _ in one.judged] if other else []
+        n_rows = len(one.judged) + len(one.negatives)
+        verdicts_of = [[next(answers) for _ in range(config.draws)] for _ in range(n_rows)]
+        nonsense = [next(answers) for _ in one.judged] if other else []
         checked = [next(seconds) for _ in verdicts_of] if second is not None else []
-        if any(answer is None for part in (*verdicts_of, *nonsense) for answer in part):
-            continue
-        read = [[_read(answer, entry) for answer in part] for part in verdicts_of]
-        positive, negative = read[: len(one.judged)], read[len(one.judged) :]
-        entry["yes"], entry["comsem"] = positive, _mean(_flat(positive))
-        if nonsense:
-            entry["shuffled"] = _mean([_read(part[0], entry) for part in nonsense])
-            entry["above_shuffled"] = entry["comsem"] - entry["shuffled"]
-        if negative:
-            entry["no"], entry["false_yes"] = negative, _mean(_flat(negative))
-            entry["detection"] = (entry["comsem"] + 1 - entry["false_yes"]) / 2
-            chances = [part[0].p_yes for part in verdicts_of if part[0] is not None]
-            if None not in chances:
-                entry["auc"] = _auc(chances[: len(positive)], chances[len(positive) :])
-        entry["_second"] = [
-            (verdict[0], bool(read_verdict(answer.text)))
-            for verdict, answer in zip(read, checked, strict=False)
-            if answer is not None
-        ]
+        if all(answer is not None for part in (*verdicts_of, nonsense) for answer in part):
+            _score(entry, len(one.judged), verdicts_of, nonsense, checked)
     return features
+
+
+def _unjudged(one: ChosenTokens, phrase: str | None, other: str | None) -> dict[str, Any]:
+    """What is said of a feature before a judge has answered."""
+    return {
+        "feature": one.feature,
+        "density": one.density,
+        "n_tokens": one.n_tokens,
+        "phrase": phrase,
+        "comsem": None,
+        "shuffled": None,
+        "above_shuffled": None,
+        "detection": None,
+        "auc": None,
+        "false_yes": None,
+        "unclear": 0,
+        "shuffled_phrase": other if phrase else None,
+        "rows": {"named": one.named, "judged": one.judged, "negatives": one.negatives},
+        "yes": None,
+        "no": None,
+        "_second": [],
+    }
+
+
+def _score(
+    entry: dict[str, Any],
+    n_judged: int,
+    verdicts_of: Sequence[Sequence[Answer | None]],
+    nonsense: Sequence[Answer | None],
+    checked: Sequence[Answer | None],
+) -> None:
+    """Put the verdicts on a feature into its entry.
+
+    Args:
+        n_judged: how many of the rows are the feature's; those behind them are negatives.
+        verdicts_of: the answers on each row, by draws.
+        nonsense: those on the feature's rows by another feature's phrase.
+        checked: the second judge's answers on each row, None where it gave none.
+    """
+    read = [[_read(answer, entry) for answer in part] for part in verdicts_of]
+    positive, negative = read[:n_judged], read[n_judged:]
+    entry["yes"], entry["comsem"] = positive, _mean(_flat(positive))
+    if nonsense:
+        entry["shuffled"] = _mean([_read(answer, entry) for answer in nonsense])
+        entry["above_shuffled"] = entry["comsem"] - entry["shuffled"]
+    if negative:
+        entry["no"], entry["false_yes"] = negative, _mean(_flat(negative))
+        entry["detection"] = (entry["comsem"] + 1 - entry["false_yes"]) / 2
+        chances = [part[0].p_yes for part in verdicts_of if part[0] is not None]
+        if None not in chances:
+            entry["auc"] = _auc(chances[:n_judged], chances[n_judged:])
+    entry["_second"] = [
+        (verdict[0], bool(read_verdict(answer.text)))
+        for verdict, answer in zip(read, checked, strict=False)
+        if answer is not None
+    ]
 
 
 def _read(answer: Answer | None, entry: dict[str, Any]) -> bool:

@@ -91,12 +91,7 @@ def states_at(
             sequences = [sequence[len(prefix) :] for sequence in sequences]
         with progress_bar(total, what="states", unit="tok", show=progress) as bar:
             for batch in _batches(order, sequences, batch_tokens):
-                lengths = torch.tensor([len(sequences[i]) for i in batch])
-                width = int(lengths[-1])
-                ids = torch.zeros(len(batch), width, dtype=torch.int64)
-                for row, i in enumerate(batch):
-                    ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
-                mask = torch.arange(width) < lengths[:, None]
+                ids, mask, lengths = _padded([sequences[i] for i in batch])
                 mask = torch.nn.functional.pad(mask, (len(prefix), 0), value=True)
                 options = {
                     "input_ids": ids.to(lm.device),
@@ -121,6 +116,16 @@ def states_at(
     back[torch.tensor(order)] = torch.arange(len(order))
     kept = {name: torch.cat(parts)[back] for name, parts in states.items()}
     return kept, torch.cat(after)[back] if next_token else None
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences, the longest last, as one tensor: (ids, which are no padding, lengths)."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    width = int(lengths[-1])
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.as_tensor(sequence)
+    return ids, torch.arange(width) < lengths[:, None], lengths
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
