@@ -6,14 +6,12 @@ the jobs, and every job has a generator, an optimizer and a log of its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,10 +30,11 @@ from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import gather_features, shard_features
 from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import Learner, check_same_run, learning
+from bae_fast.training.log import append_line, drop_later_lines
 from bae_fast.training.objective import Loss
+from bae_fast.training.signals import first_signals
 from bae_fast.training.supply import Rows, Supply, merge_states
 from bae_fast.training.trackers import TRACKERS, Tracker
-from bae_fast.training.trainer import append_line, drop_later_lines
 
 # after so many steps, or saves, that failed one after the other the run ends
 FAILURES = 3
@@ -134,7 +133,7 @@ class StoppedError(KeyboardInterrupt):
 
 
 def _is_ours(number: signal.Signals, handler: Any) -> bool:
-    """Whether a signal ends a run: not where it is ignored, or another library waits for it."""
+    """Whether a signal ends a run: not where it is ignored, or a batch library waits for it."""
     if number in (signal.SIGINT, signal.SIGTERM):
         return bool(handler != signal.SIG_IGN)
     ours = str(getattr(handler, "__module__", "")).startswith("bae_fast.")
@@ -359,11 +358,12 @@ class JobTrainer:
         """
         run = self.run
         self._open()
+        self._received = []
         start = time.perf_counter()
         rows, last = 0, start
         try:
             with (
-                self._signals(),
+                first_signals(_is_ours, lambda number, _frame: self._received.append(number)),
                 progress_bar(
                     self.steps,
                     what="train",
@@ -455,29 +455,6 @@ class JobTrainer:
         numbers = {f"{part.name}/{key}": value for key, value in line.items() if key != "step"}
         for tracker in self._trackers:
             tracker.log(numbers, self.step)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note the first signal of each kind; a second goes to the handler from before."""
-        self._received = []
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-
-        def note(number: int, frame: Any) -> None:
-            self._received.append(number)
-            signal.signal(number, before[signal.Signals(number)])
-
-        # a signal that is ignored is not ours to take, nor is one that a batch library waits for
-        ours = [number for number, handler in before.items() if _is_ours(number, handler)]
-        for number in ours:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number in ours:
-                signal.signal(number, before[number])
 
     def _end_early(self, number: signal.Signals) -> None:
         text = f"stopped by {number.name} after step {self.step}"

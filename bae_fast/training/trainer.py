@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +22,10 @@ from torch import Tensor
 
 from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.files import append_text, read_torch, write_text, write_torch
+from bae_fast.files import read_torch, write_torch
 from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
 from bae_fast.spacing import evenly
-from bae_fast.starting import SIGNALS
 from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import (
     Config,
@@ -37,6 +34,8 @@ from bae_fast.training.learner import (
     check_same_run,
     learning,
 )
+from bae_fast.training.log import append_line, drop_later_lines
+from bae_fast.training.signals import first_signals
 from bae_fast.training.supply import MemorySupply, Rows
 
 
@@ -345,48 +344,16 @@ class Trainer(Generic[Config]):
         return {**self.learner.identity(), **self.supply.identity()}
 
 
-def append_line(log: Path, line: dict[str, Any]) -> None:
-    """Add a line of JSON to a log; its folder must be there."""
-    append_text(log, json.dumps(line) + "\n")
-
-
-def drop_later_lines(log: Path, step: int) -> None:
-    """Keep the lines of a log up to a step: those after it are about to be written again."""
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            known = json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            continue  # cut off while it was written
-        if known:
-            kept.append(line + "\n")
-    write_text(log, "".join(kept))
-
-
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
     """Hold back one interrupt of each kind until the block is done; a second goes through."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # a signal that is ignored, or that ends the process at once, is not ours to hold
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     held: list[tuple[int, Any]] = []
-
-    def hold(number: int, frame: Any) -> None:
-        held.append((number, frame))
-        signal.signal(number, before[signal.Signals(number)])
-
-    ours = [kind for kind, handler in before.items() if callable(handler)]
-    for kind in ours:
-        signal.signal(kind, hold)
-    try:
+    # a signal that is ignored, or that ends the process at once, is not ours to hold
+    with first_signals(
+        lambda _number, handler: callable(handler),
+        lambda number, frame: held.append((number, frame)),
+    ) as before:
         yield
-    finally:
-        for kind in ours:
-            signal.signal(kind, before[kind])
     for number, frame in held:
         handler = before[signal.Signals(number)]
         if callable(handler):
