@@ -116,6 +116,11 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise _naming(error, Path(path)) from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to a line; the name of its kind where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def torch_reason(error: BaseException) -> str | None:
     """Why torch's writer of archives failed, in words; None for an error of another kind.
 
@@ -164,8 +169,7 @@ def read_torch(path: str | os.PathLike[str], what: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable {what}: {reason}") from error
+        raise ValueError(f"{path} is not a readable {what}: {first_line(error)}") from error
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
@@ -405,6 +409,7 @@ def parse_safetensors(
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable safetensors file: {reason}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {first_line(error)}"
+        ) from error
     return tensors, header.get("__metadata__") or {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.files import read_torch
+from bae_fast.files import first_line, read_torch
 from bae_fast.model import BinaryAutoencoder
 
 # binarization_type of the released program -> surrogate; both are [pre > 0] in forward
@@ -40,8 +40,9 @@ def _config(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             config = _PlainUnpickler(file).load()
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a plain pickled configuration: {reason}") from error
+        raise ValueError(
+            f"{path} is not a plain pickled configuration: {first_line(error)}"
+        ) from error
     if isinstance(config, argparse.Namespace):
         config = vars(config)
     if not isinstance(config, dict):

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bae_fast.distributed import Mesh
-from bae_fast.files import read_json, torch_reason, write_json
+from bae_fast.files import first_line, read_json, torch_reason, write_json
 from bae_fast.progress import say
 
 VALUES = "run.json"
@@ -289,8 +289,7 @@ class Checkpoints:
             local = {name: _local(tensor) for name, tensor in wanted.items()}
             state: dict[str, Any] = unflatten(values["state"], local)
         except (Exception, checkpoint.api.CheckpointException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+            raise ValueError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
         return state
 
     def _room(self, entry: Any, dims: tuple[int | None, int | None]) -> Tensor:
