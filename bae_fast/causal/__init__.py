@@ -3,6 +3,7 @@ of two models are the same."""
 
 from __future__ import annotations
 
+from bae_fast.causal.distributions import Divergence, divergence
 from bae_fast.causal.matching import Matching, match_codes, shuffled_rows
 from bae_fast.causal.prompt import Prompt, PromptChange, PromptFeatures
 from bae_fast.causal.splice import Splice, replaced_output, spliced
@@ -19,13 +20,7 @@ from bae_fast.causal.steering import (
     set_features,
     steering_edit,
 )
-from bae_fast.causal.substitution import (
-    Divergence,
-    FeatureEffect,
-    Substitution,
-    SubstitutionTest,
-    divergence,
-)
+from bae_fast.causal.substitution import FeatureEffect, Substitution, SubstitutionTest
 from bae_fast.causal.tail import InPlaceDivergence, Tail, TailConfig, TailObjective
 
 __all__ = [

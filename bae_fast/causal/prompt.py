@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import as_autoencoder
+from bae_fast.causal.distributions import divergence
 from bae_fast.causal.splice import norm_bounds, replaced_output, spliced
 from bae_fast.causal.steering import set_features
-from bae_fast.causal.substitution import divergence
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO
 from bae_fast.lm.inputs import check_ids, check_length, text_tokens

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import as_autoencoder
+from bae_fast.causal.distributions import divergence
 from bae_fast.causal.splice import replaced_output, spliced
 from bae_fast.lm.inputs import check_length, text_tokens
 from bae_fast.lm.loading import LanguageModel
@@ -315,7 +316,5 @@ def set_distance(after_a: Tensor, after_b: Tensor) -> float:
     Args:
         after_a, after_b: log-probabilities ``[n, V]``.
     """
-    from bae_fast.causal.substitution import divergence
-
     p, q = (after.exp().mean(0, keepdim=True).log() for after in (after_a, after_b))
     return float(divergence(p, q).js)

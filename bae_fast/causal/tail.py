@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
+from bae_fast.causal.distributions import judged_text
 from bae_fast.causal.splice import spliced
-from bae_fast.causal.substitution import judged_text
 from bae_fast.lm.cache import MAX_NORM_RATIO, tokens_digest
 from bae_fast.lm.hooks import frozen, in_own_dtype, resolve_hook, running
 from bae_fast.lm.inputs import Padding
