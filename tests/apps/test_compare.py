@@ -466,9 +466,9 @@ def test_features_that_a_search_finds_are_measured_as_the_encoders(
     of_searched = [
         point["l0"] for run in (own, rival) for point in run["scores"]["search"]["points"]
     ]
-    # of a run first the encoder's features, then those of each price, or of the pursuit
+    # of a run first the features of each price, or of the pursuit, then the encoder's
     encoded = [own["heldout"]["l0"], rival["heldout"]["l0"], other["heldout"]["l0"]]
-    wanted = [encoded[0], *of_searched[:2], encoded[1], of_searched[2], encoded[2]]
+    wanted = [*of_searched[:2], encoded[0], of_searched[2], encoded[1], encoded[2]]
     assert densities == pytest.approx(wanted)
     for run in (own, rival):
         found = run["scores"]["searched_features"]
