@@ -228,6 +228,8 @@ def cases(plan: Plan, impls: list[str], device: str) -> list[Case]:
             for tool in SANITIZERS
             for impl in impls
         ]
+        if "cuda" in impls:
+            found += [{"kind": "sanitize", "tool": SANITIZERS[0], "impl": PANELS}]
     found += [of("step", plan.more[0], objective="no covariance")]
     found += [of("step", shape, objective="paper") for shape in plan.more[1:]]
     for density in rest:
@@ -783,6 +785,7 @@ def run_process(command: list[str], seconds: float, **environment: str) -> Ended
 def tool(name: str) -> str | None:
     """A program of CUDA's toolkit: on the PATH, or where the toolkit usually lies."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    homes += sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
     places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
     return shutil.which(name, path=os.pathsep.join(places))
 
@@ -878,6 +881,10 @@ def profile(impl: str, shape: tuple[int, int, int], device: str) -> list[list[An
 
 def check_small(impl: str, device: str) -> int:
     """A few small whole layers: what runs under a checker that slows everything down."""
+    if impl == PANELS:  # enough rows that a left panel is several tiles
+        with torch.device(device), variables(**{ENV_PAIRS: "wgmma", ENV_SIGNS: "wgmma"}):
+            check_layer("cuda", torch.bfloat16, 2100, 24, 331, surrogate="identity")
+        return 1
     with torch.device(device):
         for dtype in (torch.bfloat16, torch.float32):
             check_layer(impl, dtype, 66, 24, 331, surrogate="rectangle", surrogate_width=2.5)
@@ -893,21 +900,29 @@ def sanitize(tool_name: str, impl: str, seconds: float) -> dict[str, Any]:
     checker = tool("compute-sanitizer")
     if checker is None:
         return {"unavailable": "compute-sanitizer is not found"}
-    command = [
-        checker, "--tool", tool_name, "--error-exitcode", str(FOUND), sys.executable, "-m", "bench",
-        "device", "--small", "--impl", impl,
-    ]  # fmt: skip
+    command = [checker, "--tool", tool_name, "--error-exitcode", str(FOUND)]
+    if tool_name == "memcheck":
+        # libraries ask the driver what may fail; our own calls check what they are answered
+        command += ["--report-api-errors", "no"]
+    command += [sys.executable, "-m", "bench", "device", "--small", "--impl", impl]
     # every tensor is an allocation of its own: its ends are known
     done = run_process(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if done.status is None:
         return {"unavailable": f"took more than {seconds:.0f} s"}
     if done.status == 0:
         return {"checked": tool_name}
-    said = [x for x in done.lines if "ERROR" in x or "hazard" in x or "Invalid" in x]
     wrong = [x for x in done.lines if x.startswith("refused: ")]
     # any other end is the tool's own: there are machines on which it finds no device
     key = "refused" if done.status == FOUND or wrong else "unavailable"
-    return {key: ([*wrong, *said, *done.lines, "no reason"])[0].strip("= ")[:300]}
+    return {key: (wrong[0] if wrong else finding(done.lines))[:300]}
+
+
+def finding(lines: list[str]) -> str:
+    """What a checker says first, with the two lines behind it: there it names the kernel."""
+    found = [i for i, x in enumerate(lines) if "ERROR" in x or "hazard" in x or "Invalid" in x]
+    first = found[0] if found else 0
+    text = [x.strip("= ") for x in lines[first : first + (3 if found else 1)]]
+    return "; ".join(x for x in text if x) or "no reason"
 
 
 # a line of pytest, alone or with xdist
@@ -1127,6 +1142,10 @@ def run_case(
         row["sides"][case["impl"]] = measure_warmup(case["impl"], machine.device, left)
     elif kind == "sanitize":
         note(case["tool"])
+        reason = panels_unavailable(machine.device) if case["impl"] == PANELS else None
+        if reason is not None:
+            row["sides"][PANELS] = {"unavailable": reason}
+            return True
         left = min(seconds_left() - 1, SANITIZING)
         row["sides"][case["impl"]] = sanitize(case["tool"], case["impl"], left)
     elif kind == "tests":

@@ -334,6 +334,15 @@ def fake_checker(folder, status, text):
             {"refused": "Invalid __global__ write of size 4 bytes"},
         ),
         (
+            device.FOUND,
+            "========= Invalid __global__ write of size 4 bytes\n=========     at a_kernel+0x70\n"
+            "=========     by thread (3,0,0) in block (1,0,0)\n=========     Address 0x7f",
+            {
+                "refused": "Invalid __global__ write of size 4 bytes; at a_kernel+0x70; "
+                "by thread (3,0,0) in block (1,0,0)"
+            },
+        ),
+        (
             1,
             "refused: triton: recon is off by 3",
             {"refused": "refused: triton: recon is off by 3"},
@@ -372,6 +381,23 @@ def test_the_small_checks_run_and_refuse(monkeypatch, capsys):
     monkeypatch.setitem(registry.BACKENDS["torch"].ops, "decode", lambda *a: 1.05 * right(*a))
     assert device.main(["--small", "--device", "cpu", "--impl", "torch"]) == 1
     assert "refused: torch: recon is off by" in capsys.readouterr().err
+
+
+def test_the_small_checks_of_wgmma_ask_for_it(monkeypatch):
+    asked = []
+
+    def layer(impl, *args, **options):
+        asked.append((impl, os.environ.get(device.ENV_PAIRS), os.environ.get(device.ENV_SIGNS)))
+
+    monkeypatch.setattr(device, "check_layer", layer)
+    assert device.main(["--small", "--device", "cpu", "--impl", device.PANELS]) == 0
+    assert asked == [("cuda", "wgmma", "wgmma")]
+    checked = [c for c in device.cases(device.FULL, ["triton", "cuda"], "cuda") if "tool" in c]
+    assert checked[-1] == {"kind": "sanitize", "tool": "memcheck", "impl": device.PANELS}
+    # both tools see what needs no asking
+    assert {(c["tool"], c["impl"]) for c in checked[:-1]} == {
+        (tool, impl) for tool in device.SANITIZERS for impl in device.IMPLS
+    }
 
 
 # -- processes -----------------------------------------------------------------------------------
