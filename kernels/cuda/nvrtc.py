@@ -167,12 +167,13 @@ def cubin(name: str, arch: str) -> bytes:
         CompilationError: NVRTC is missing or refuses the source.
     """
     text, headers = read_sources(name)
-    key = _key(text, headers, arch)
-    path = cache_folder("cuda") / f"{Path(name).stem}-{arch}-{key[:32]}.cubin"
-    code = _read(path)
-    if code is None:
-        code = compile_cubin(name, text, headers, arch)
-        # a folder that cannot be written to costs the next process its compilation, no more
-        with contextlib.suppress(OSError), replacing(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+    file = f"{Path(name).stem}-{arch}-{_key(text, headers, arch)[:32]}.cubin"
+    # no folder, or none that can be written to, costs the next process its compilation, no more
+    with contextlib.suppress(OSError):
+        code = _read(cache_folder("cuda") / file)
+        if code is not None:
+            return code
+    code = compile_cubin(name, text, headers, arch)
+    with contextlib.suppress(OSError), replacing(cache_folder("cuda") / file) as temporary:
+        temporary.write_bytes(hashlib.sha256(code).digest() + code)
     return code

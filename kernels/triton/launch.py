@@ -125,7 +125,10 @@ def _read(path: Path) -> dict[Sizes, Config]:
 
 @functools.cache
 def _tuned(chip: str, name: str, dtype: torch.dtype) -> dict[Sizes, Config]:
-    return _read(_file(chip, name, dtype))
+    try:
+        return _read(_file(chip, name, dtype))
+    except OSError:  # a user without a home keeps nothing, and computes all the same
+        return {}
 
 
 def _chip(device: torch.device) -> str:
@@ -178,7 +181,7 @@ def _tune(
     columns: int,
     run: Callable[[Config], Any],
 ) -> None:
-    """Time every candidate and keep the fastest, in this process and on disk.
+    """Time every candidate and keep the fastest, in this process and, where it can be, on disk.
 
     Raises:
         RuntimeError: no candidate runs.
@@ -190,10 +193,12 @@ def _tune(
     fastest = min(times, key=times.__getitem__)
     if times[fastest] == math.inf:
         raise RuntimeError(f"no tile sizes of the kernel {name} run for sizes {sizes} on {chip}")
-    path = _file(chip, name, dtype)
-    kept = {**_read(path), sizes: fastest}
-    write_json(path, {"tiles": [[list(s), list(config)] for s, config in sorted(kept.items())]})
     _tuned(chip, name, dtype)[sizes] = fastest
+    # a folder that cannot be written to costs the next process its tuning, no more
+    with contextlib.suppress(OSError):
+        path = _file(chip, name, dtype)
+        kept = {**_read(path), sizes: fastest}
+        write_json(path, {"tiles": [[list(s), list(config)] for s, config in sorted(kept.items())]})
 
 
 def tuned(name: str, columns: int = -1) -> Callable[..., Any]:

@@ -679,6 +679,13 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_only(compiler, monke
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda *args: b"code")
     assert nvrtc.cubin("sign_product.cu", "sm_90") == b"code"
 
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")  # of a user without an entry
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert nvrtc.cubin("sign_product.cu", "sm_90") == b"code"
+
 
 # -- when it serves ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import triton
 from count_digits import count_digits, from_digits
 
 import bae_fast as bf
-from bae_fast import packing
+from bae_fast import files, packing
 from bae_fast.kernels import bits, configs, covariance, launch, pair_lists, products
 from bae_fast.kernels import counts as count_kernels
 from bae_fast.kernels.bodies import covariance as covariance_body
@@ -916,6 +916,23 @@ def test_tuned_sizes_are_kept_on_disk_and_a_broken_file_is_nothing(tmp_path, mon
     file.write_text("[[1, 2")
     launch._tuned.cache_clear()
     assert launch.configuration("encode", cpu, torch.bfloat16, sizes) != best
+    launch._tuned.cache_clear()
+
+
+def test_a_user_without_a_home_computes_and_tunes(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.Path, "home", homeless)
+    monkeypatch.setattr(launch, "_milliseconds", lambda call: call())
+    launch._tuned.cache_clear()
+    sizes, cpu = (7, 8, 8, 9), torch.device("cpu")
+    own = launch.configuration("encode", cpu, torch.bfloat16, sizes)
+    assert own in configs.DEFAULTS["interpreter"]["encode"]
+    best = configs.CANDIDATES["encode"][-1]
+    launch._tune("encode", cpu, torch.bfloat16, sizes, -1, lambda config: config != best)
+    assert launch.configuration("encode", cpu, torch.bfloat16, sizes) == best
     launch._tuned.cache_clear()
 
 
