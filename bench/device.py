@@ -19,8 +19,9 @@ steps replayed from a CUDA graph; the small checks once more under ``compute-san
 that need a device; last the compiled dense program. Every timed call is checked on its own inputs
 before, and one that is wrong has no figure; a side of which an operator was refused in the checks
 is timed all the same, and marked. Times are the device's, by events, the L2 cache overwritten
-before every call and the host ahead; peaks are above what is there between steps: x, parameters,
-gradients, optimizer.
+before every call and the host ahead. What the host takes to start a call is kept beside them: a
+shorter step takes as long as the host, unless it is replayed from a graph. Peaks are above what is
+there between steps: x, parameters, gradients, optimizer.
 
 The whole ends within ``--seconds``: a case is not begun where its kind has shown that it would not
 fit, and one process watches another that works. A kernel that ends that process or hangs costs the
@@ -112,9 +113,10 @@ SIGN_SHAPES = [
     (2, 1, 1), (256, 128, 1024), (257, 129, 1025), (300, 500, 3300), (4096, 3000, 4128),
     (1025, 9000, 9000),
 ]  # fmt: skip
-# cycles of a kernel that keeps the device busy while the host starts what is timed, half a
-# millisecond
-SLEEP = 1_000_000
+# cycles of a kernel that keeps the device busy while the host starts what is timed: half a
+# millisecond, or half as long again as the host took for the same call before where that is more,
+# up to a tenth of a second; and cycles a second of a fast clock
+SLEEP, SLEEP_SHARE, MOST_SLEEP, CYCLES = 1_000_000, 1.5, 200_000_000, 2e9
 # steps of a training run that is made with and without a CUDA graph
 TRAINED = 16
 # kernels of a step that the table shows
@@ -632,6 +634,8 @@ class Machine:
             properties = torch.cuda.get_device_properties(0)
             size = max(4 * getattr(properties, "L2_cache_size", 0), 2**28)
         self.cache = torch.zeros(size, dtype=torch.uint8, device=device)
+        # seconds that the host took to start a call, by the address of what is called
+        self.starting: dict[int, list[float]] = {}
 
     def clock(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
         """Device seconds of a call, its inputs not in the L2 cache."""
@@ -639,9 +643,13 @@ class Machine:
         if self.device != "cuda":
             return timing.host_seconds(run, arguments)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SLEEP)
+        starting = self.starting.setdefault(id(run), [])
+        ahead = SLEEP_SHARE * CYCLES * min(starting, default=0.0)
+        torch.cuda._sleep(min(max(int(ahead), SLEEP), MOST_SLEEP))
         begin.record()  # reached after the sleep: the host is ahead by then
+        host = time.perf_counter()
         result = run(*arguments)
+        starting.append(time.perf_counter() - host)
         end.record()
         end.synchronize()
         del result
@@ -672,6 +680,7 @@ class Machine:
 
     def forget(self) -> None:
         """Free what the program before this one left: memory and compiled code."""
+        self.starting.clear()
         self.release()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # every shape compiled for itself
@@ -1008,6 +1017,7 @@ def compare(
         try:
             # a graph owns its memory
             peak = None if row["case"]["kind"] == "graph" else machine.peak(side)
+            machine.starting.clear()  # the address of one that is gone may be another's
             times = timing.interleaved({name: side}, machine.plan.seconds, machine.clock)[name]
         except torch.OutOfMemoryError:
             sides[name] = {"unavailable": "out of memory"}
@@ -1020,6 +1030,9 @@ def compare(
             continue
         found = {"seconds": statistics.median(times), "least": min(times), "most": max(times)}
         sides[name] |= found | {"rounds": len(times)}
+        host = machine.starting.get(id(side.run))
+        if host:
+            sides[name]["host_seconds"] = min(host)
         if peak is not None:
             sides[name]["peak_bytes"] = peak
         if ceiling is not None:

@@ -144,7 +144,8 @@ MORE_OF_ROW = {"work": dict, "marked": list, "kernels": list, "unavailable": str
 SIDE = {"seconds": NUMBER, "checked": (int, str), "refused": str, "unavailable": str}
 MORE_OF_SIDE = {
     "first_seconds": NUMBER, "least": NUMBER, "most": NUMBER, "rounds": int, "peak_bytes": int,
-    "ratio": NUMBER, "failed": list, "cold_seconds": NUMBER, "warm_seconds": NUMBER,
+    "ratio": NUMBER, "failed": list, "host_seconds": NUMBER, "cold_seconds": NUMBER,
+    "warm_seconds": NUMBER,
 }  # fmt: skip
 
 
@@ -836,6 +837,33 @@ def test_int8_products_are_checked_against_integers(density, monkeypatch):
 
 
 # -- time ----------------------------------------------------------------------------------------
+
+
+def test_the_host_is_ahead_of_what_is_timed(monkeypatch):
+    """A step of many starts is its time on the device, not that of the host, which is kept too."""
+    now, slept = [0.0], []
+
+    class Event:
+        def __init__(self, **given):
+            pass
+
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, end: 7.0  # noqa: E731
+
+    def run():
+        now[0] += 3e-3 if len(slept) == 1 else 2e-3
+
+    machine = device.Machine("cpu", SMALL)
+    machine.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    assert [machine.clock(run, ()) for _ in range(4)] == [7e-3] * 4
+    assert slept == pytest.approx([device.SLEEP, 9e6, 6e6, 6e6])
+    assert min(machine.starting[id(run)]) == pytest.approx(2e-3)
+    for _ in range(2):  # whatever waits itself is waited for no longer
+        machine.clock(lambda: now.__setitem__(0, now[0] + 60), ())
+    assert max(slept) <= device.MOST_SLEEP
 
 
 def test_a_case_that_would_not_fit_is_left_out_and_said(worked):
