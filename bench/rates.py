@@ -31,6 +31,13 @@ SEARCHED: dict[str, tuple[str, ...]] = {
     "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
 }
 SEARCHED_BITS = (140, 165, 180, 200, 220)
+# what changes with the seed and with the layer, on the same text and with the same constants
+LAYERS: dict[str, tuple[str, ...]] = {
+    "SmolLM2, block 6": ("mixed_block6",),
+    "SmolLM2, block 12": ("mixed_seeds",),
+    "SmolLM2, block 24": ("mixed_block24",),
+}
+LAYERS_BITS = (180, 200, 220)
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -130,23 +137,41 @@ def _table(
 def searched(results: Path) -> str:
     """Dictionaries with the codes of their encoders and with searched ones: a line each, and how
     far its loss is from that of the binary code's searched ones."""
+    return _searched(results, SEARCHED, SEARCHED_BITS)
+
+
+def layers(results: Path) -> str:
+    """The same at several layers, and over seeds where there are several; with the dictionaries
+    that no search was made for."""
+    return _searched(results, LAYERS, LAYERS_BITS, every=True)
+
+
+def _searched(
+    results: Path,
+    sources: dict[str, tuple[str, ...]],
+    places: Sequence[int],
+    *,
+    every: bool = False,
+) -> str:
     body = []
-    for label, folders in SEARCHED.items():
+    for label, folders in sources.items():
         found = (read_json(results / folder / "compare.json") for folder in folders)
         runs = [run for result in found for run in result["runs"]]
         scored = [run for run in runs if run["scores"].get("search", {}).get("points")]
         kinds = {
-            "encoder": lines(runs, SEARCHED_BITS),
-            "search": lines(scored, SEARCHED_BITS, searched_points),
+            "encoder": lines(runs, places),
+            "search": lines(scored, places, searched_points),
         }
         own = kinds["search"]["bae", 0]
-        for method, tail in kinds["search"]:
+        for method, tail in kinds["encoder" if every else "search"]:
             for kind, by_name in kinds.items():
-                seeds = by_name[method, tail]
+                seeds = by_name.get((method, tail))
+                if seeds is None:
+                    continue
                 other = None if (method, kind) == ("bae", "search") else own
-                cells = [_cell(seeds, other, str(bits)) for bits in SEARCHED_BITS]
+                cells = [_cell(seeds, other, str(bits)) for bits in places]
                 body.append([label, LABELS.get(method, method), kind, *cells])
-    header = ["model", "dictionary", "codes by", *(f"KL at {bits} bits" for bits in SEARCHED_BITS)]
+    header = ["model", "dictionary", "codes by", *(f"KL at {bits} bits" for bits in places)]
     return "\n".join(tables.table(header, body))
 
 
