@@ -19,6 +19,13 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is active for a device; a kind that has none, such as meta, is asked not."""
+    # a compiler meets kinds that have it, and torch 2.11's cannot trace the question
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
+
+
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a CUDA device the current one, and leave others as they are.
 

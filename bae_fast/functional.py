@@ -24,6 +24,7 @@ from bae_fast.codes import (
     check_tail,
     keep_signs,
 )
+from bae_fast.devices import autocasts
 from bae_fast.ops import registry
 from bae_fast.ops.limits import check_counted
 from bae_fast.ops.products import HALF
@@ -301,14 +302,9 @@ class _PackedAutoencoder(torch.autograd.Function):
 # -- arguments ---------------------------------------------------------------------------------
 
 
-def _autocasts(device: torch.device) -> bool:
-    """Whether autocast is active for a device; a kind that has none, such as meta, is asked not."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where autocast is active for x's device, else x's own."""
-    if _autocasts(x.device) and x.dtype != torch.float64:
+    if autocasts(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -344,7 +340,7 @@ def _check_parameters(x: Tensor, parameters: dict[str, Tensor], x_name: str = "x
     check_strided(x_name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{x_name} must be floating point; got {x.dtype}")
-    autocast = _autocasts(x.device)
+    autocast = autocasts(x.device)
     for name, tensor in parameters.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bae_fast.codes import check_strided
+from bae_fast.devices import autocasts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -130,8 +131,7 @@ class Normalized(nn.Module):
         """
         rows = self.normalize(x)
         own = next(self.parameters(), rows).dtype
-        kind = rows.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = autocasts(rows.device)
         # autocast narrows what a product is given, but for float64
         if rows.dtype != own and (rows.dtype == torch.float64 or not autocast):
             raise TypeError(

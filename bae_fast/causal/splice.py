@@ -42,6 +42,7 @@ from bae_fast.lm.hooks import (
     with_first_part,
 )
 from bae_fast.lm.inputs import excluded_tokens
+from bae_fast.lm.keys import given_cache
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model, under_head
 from bae_fast.lm.origin import mismatch
@@ -231,7 +232,7 @@ def _tokens_before(arguments: dict[str, Any]) -> int | None:
     places = arguments.get("cache_position")
     if isinstance(places, Tensor) and places.numel():
         return int(places.min())
-    cache: Any = arguments.get("past_key_values")
+    cache: Any = given_cache(arguments)
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):

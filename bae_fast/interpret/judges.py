@@ -27,6 +27,7 @@ from torch import Tensor
 from bae_fast.interpret.thoughts import close_thoughts, only_thoughts
 from bae_fast.lm.hooks import in_order, running
 from bae_fast.lm.inputs import text_tokens
+from bae_fast.lm.keys import cache_name, kept_cache
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -34,6 +35,7 @@ from bae_fast.lm.loading import (
     load_language_model,
     resolve_dtype,
 )
+from bae_fast.lm.logits import causal_model
 
 NAME_TOKENS = 32  # of a phrase
 JUDGE_TOKENS = 4  # of Yes or No
@@ -266,12 +268,12 @@ class TransformersJudge:
         """Probability of Yes against No after each of some sequences that begin alike."""
         lm, device = self.lm, self.lm.device
         shared = min(_common(sequences[0], sequences[-1]), min(map(len, sequences)) - 1)
-        past = None
-        if len(sequences) == 1 or shared < _LEAST_PREFIX:
+        name, past = cache_name(causal_model(lm.model)), None
+        if name is None or len(sequences) == 1 or shared < _LEAST_PREFIX:
             shared = 0
         else:
             start = torch.tensor([sequences[0][:shared]], device=device)
-            past = lm.body(input_ids=start, use_cache=True).past_key_values
+            past = kept_cache(lm.body(input_ids=start, use_cache=True))
             past.batch_repeat_interleave(len(sequences))
         lengths = torch.tensor([len(sequence) - shared for sequence in sequences])
         width = int(lengths.max())
@@ -282,8 +284,8 @@ class TransformersJudge:
         last = lm.body(
             input_ids=ids.to(device),
             attention_mask=mask.to(device).long(),
-            past_key_values=past,
             use_cache=past is not None,
+            **({} if name is None or past is None else {name: past}),
         ).last_hidden_state
         states = last[torch.arange(len(sequences), device=device), (lengths - 1).to(device)]
         logits = lm.head(states)[:, list(self.verdict_tokens())]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bae_fast.lm.capture import Engine
 from bae_fast.lm.inputs import check_ids, check_length
+from bae_fast.lm.keys import cache_name
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
 from bae_fast.progress import progress_bar
@@ -97,7 +97,7 @@ def states_at(
                     "input_ids": ids.to(lm.device),
                     "attention_mask": mask.to(lm.device).long(),
                     "use_cache": cache is not None,
-                    **_going_on(cache, len(batch)),
+                    **_going_on(lm, cache, len(batch)),
                 }
                 found, out = engine.run(functools.partial(lm.body, **options), stop=not next_token)
                 rows = torch.arange(len(batch))[:, None].to(lm.device)
@@ -159,7 +159,7 @@ def _has_keys(lm: LanguageModel) -> bool:
         or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)
         or not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
     )
-    return plain and "past_key_values" in inspect.signature(model.forward).parameters
+    return plain and cache_name(model) is not None
 
 
 def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> Any:
@@ -172,21 +172,27 @@ def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> An
         functools.partial(
             lm.body,
             input_ids=torch.tensor([list(prefix)], device=lm.device),
-            past_key_values=cache,
             use_cache=True,
+            **_going_on_from(lm, cache),
         ),
         stop=stop,
     )
     return cache
 
 
-def _going_on(cache: Any, n: int) -> dict[str, Any]:
+def _going_on_from(lm: LanguageModel, cache: Any) -> dict[str, Any]:
+    name = cache_name(causal_model(lm.model))
+    assert name is not None, "of models that take keys and values alone"
+    return {name: cache}
+
+
+def _going_on(lm: LanguageModel, cache: Any, n: int) -> dict[str, Any]:
     """Arguments to go on from keys and values: a copy that a batch may extend."""
     if cache is None:
         return {}
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(n)
-    return {"past_key_values": cache}
+    return _going_on_from(lm, cache)
 
 
 def _batches(
