@@ -17,7 +17,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,28 @@ from bae_fast.training import TrainingConfig
 
 DRAWS = ("fixed", "fresh")
 LABELS = ("true", "random")
+
+
+class Condition(NamedTuple):
+    """How the prompts of a set are made.
+
+    Attributes:
+        draw: one of :data:`DRAWS`.
+        labels: one of :data:`LABELS`.
+        sample: which of the draws of demonstrations that all prompts share.
+        shots: demonstrations before the question.
+    """
+
+    draw: str
+    labels: str
+    sample: int
+    shots: int
+
+
+def divide(task: Task) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """Examples that are asked, and the quarter at the end that demonstrations come from."""
+    n_questions = len(task.examples) - max(len(task.examples) // 4, 1)
+    return task.examples[:n_questions], task.examples[n_questions:]
 
 
 def make_prompts(
@@ -55,8 +77,7 @@ def make_prompts(
             f"draw must be one of {', '.join(DRAWS)} and labels of {', '.join(LABELS)}; "
             f"got {draw!r}, {labels!r}"
         )
-    pool = task.examples[-max(len(task.examples) // 4, 1) :]
-    questions = task.examples[: len(task.examples) - len(pool)]
+    questions, pool = divide(task)
     if not 0 <= shots <= len(pool):
         raise ValueError(f"shots must lie in 0 to {len(pool)} for {task.name}; got {shots}")
     prompts, answers = [], []
@@ -112,49 +133,50 @@ def run_task(
     ``prepend_bos``, or (None) if the tokenizer itself begins a text with it.
     """
     answers_at = label_tokens(lm.tokenizer, task.labels)
-    keys = [
-        (draw, kind, sample, k)
+    conditions = [
+        Condition(draw, kind, sample, k)
         for draw in draws
         for kind in labels
         for sample in range(fixed_samples if draw == "fixed" else 1)
         for k in shots
     ]
-    first = (draws[0], labels[0], 0, 0)  # stands for every prompt without demonstrations
-    cells: dict[tuple[str, str, int, int], dict[str, Any]] = {}
-    states: dict[tuple[str, str, int, int], dict[str, Tensor]] = {}
-    for key in keys:
-        draw, kind, sample, k = key
-        if k == 0 and key != first:
+    first = Condition(draws[0], labels[0], 0, 0)  # stands for every prompt without demonstrations
+    cells: dict[Condition, dict[str, Any]] = {}
+    states: dict[Condition, dict[str, Tensor]] = {}
+    for condition in conditions:
+        if condition.shots == 0 and condition != first:
             continue
         prompts, answers = make_prompts(
-            task, n_prompts, k, draw=draw, labels=kind, seed=config.seed, sample=sample
+            task,
+            n_prompts,
+            condition.shots,
+            draw=condition.draw,
+            labels=condition.labels,
+            seed=config.seed,
+            sample=condition.sample,
         )
         tokens = [text_tokens(lm.tokenizer, one, prepend_bos=prepend_bos) for one in prompts]
+        shared = condition.draw == "fixed"
         found, after = states_at(
-            lm, tokens, hooks, next_token=True, share_prefix=draw == "fixed", progress=progress
+            lm, tokens, hooks, next_token=True, share_prefix=shared, progress=progress
         )
         assert after is not None
-        states[key] = {hook: part[:, 0] for hook, part in found.items()}
-        guess = after[:, answers_at].argmax(1)
+        states[condition] = {hook: part[:, 0] for hook, part in found.items()}
         truth = torch.tensor([task.labels.index(answer) for answer in answers])
-        entropy = torch.special.entr(after.exp()).sum(1) / math.log(2)  # of -inf too
-        cells[key] = {
-            "accuracy": float((guess == truth).double().mean()),
-            "next_token_bits": float(entropy.double().mean()),
-            "label_mass": float(after[:, answers_at].exp().sum(1).double().mean()),
-            "prompt_tokens": sum(map(len, tokens)) / len(tokens),
+        cells[condition] = _answered(after, answers_at, truth) | {
+            "prompt_tokens": sum(map(len, tokens)) / len(tokens)
         }
     # a question is on one side only, however often it is asked
-    n_questions = len(task.examples) - max(len(task.examples) // 4, 1)
-    question = torch.arange(n_prompts) % n_questions
+    question = torch.arange(n_prompts) % len(divide(task)[0])
     heldout = question % 2 == 1
     results = []
     for hook in hooks:
         parts = []
-        for key, found in states.items():
+        for condition, found in states.items():
             # all draws of fixed demonstrations together weigh as much as fresh ones
-            share = fixed_samples if key[0] == "fixed" and key[3] > 0 else 1
-            parts.append(found[hook][~heldout & (question // 2 % share == key[2] % share)])
+            n_draws = fixed_samples if condition.draw == "fixed" and condition.shots > 0 else 1
+            own = question // 2 % n_draws == condition.sample % n_draws
+            parts.append(found[hook][~heldout & own])
         rows, limit = usual_rows(torch.cat(parts))
         bae = fit_bae(
             rows,
@@ -164,14 +186,29 @@ def run_task(
             surrogate_width=MODEL_PRESETS["sparse"]["surrogate_width"],
         )
         measured = {
-            key: measure(bae, usual_rows(found[hook][heldout], limit)[0])
-            for key, found in states.items()
+            condition: measure(bae, usual_rows(found[hook][heldout], limit)[0])
+            for condition, found in states.items()
         }
-        for key in keys:
-            draw, kind, sample, k = key
-            same = key if k else first
+        for condition in conditions:
+            run = condition if condition.shots else first
             results.append(
-                {"hook": hook, "draw": draw, "labels": kind, "sample": sample, "shots": k}
-                | {"n_train": len(rows), **cells[same], **measured[same]}
+                {"hook": hook, **condition._asdict(), "n_train": len(rows)}
+                | {**cells[run], **measured[run]}
             )
     return results
+
+
+def _answered(after: Tensor, answers_at: Tensor, truth: Tensor) -> dict[str, float]:
+    """What log-probabilities ``[n, V]`` of the next token say of the answers.
+
+    Args:
+        answers_at: the first token of each label.
+        truth: int64 ``[n]``, the label that is right.
+    """
+    of_labels = after[:, answers_at]
+    entropy = torch.special.entr(after.exp()).sum(1) / math.log(2)  # of -inf too
+    return {
+        "accuracy": float((of_labels.argmax(1) == truth).double().mean()),
+        "next_token_bits": float(entropy.double().mean()),
+        "label_mass": float(of_labels.exp().sum(1).double().mean()),
+    }

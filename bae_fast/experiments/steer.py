@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.baselines import load_autoencoder
-from bae_fast.entropy.icl import label_tokens, make_prompts
+from bae_fast.entropy.icl import divide, label_tokens, make_prompts
 from bae_fast.experiments import runs, training
 from bae_fast.experiments.data import (
     N_HELDOUT,
@@ -199,7 +199,7 @@ def make_sets(config: Config) -> tuple[Prompts, Prompts, list[str]]:
     )
     zero, _ = make_prompts(task, n, 0, draw="fresh", labels="true", seed=config.seed)
     places = [task.labels.index(answer) for answer in answers]
-    n_questions = len(task.examples) - max(len(task.examples) // 4, 1)
+    n_questions = len(divide(task)[0])
     halves = [[i for i in range(n) if (i % n_questions) % 2 == side] for side in (0, 1)]
     chosen, measured = (
         Prompts([few[i] for i in half], [zero[i] for i in half], [places[i] for i in half])
