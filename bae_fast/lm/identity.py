@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -123,55 +124,12 @@ def model_digest(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     modules = dict(model.named_modules())
-    named = dict((*model.named_parameters(), *model.named_buffers()))
     made_anew = {f"{path}.{name}" for path in modules for name in _made_anew(modules[path])}
-    divided = {
-        f"{path}.{name}".removeprefix("."): factor
-        for path, module in modules.items()
-        for name, factor in _divided(module).items()
-    }
-    for name, tensor in named.items():
-        if name in made_anew:
-            continue
-        if name in divided:
-            tensor = tensor.detach() * divided[name]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor_digest(tensor))
     walk = code.Walk(digest.update, tensor_digest, modules.values())
-    seen = {id(tensor) for tensor in named.values()}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen:  # weights that are packed away, and states of modules' own kinds
-            digest.update(f"{name} ".encode())
-            walk.value(value)
+    _add_weights(digest.update, walk, model, made_anew)
     for path, module in modules.items():
-        own = not code.is_installed(type(module).__module__)
-        made_by_passes = code.written_by_a_pass(type(module)) if own else set()
-        settings = {}
-        digest.update(f"{path} {type(module).__qualname__} ".encode())
-        for name, value in vars(module).items():
-            if name in _NO_SETTING or name in _NO_MODULE_SETTING or name in made_by_passes:
-                continue
-            # what a library keeps to itself is its own matter; a user's module may compute with it
-            if name.startswith("_") and not own and name not in _ADAPTER_SETTINGS:
-                continue
-            if f"{path}.{name}" in made_anew or (name == _RWKV_FLAG and _is_rwkv(module)):
-                continue
-            if isinstance(value, Tensor):
-                settings[name] = tensor_digest(value).hex()
-            elif _is_plain(value):
-                settings[name] = repr(value)
-            elif own or isinstance(value, _FUNCTIONS):
-                digest.update(f"{name} ".encode())
-                walk.value(value)
-        digest.update(f"{sorted(settings.items())} ".encode())
-    kinds = {type(module) for module in modules.values()}
-    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
-        walk.own_class(kind)
-    for name in sorted({kind.__module__ for kind in kinds}):
-        if name.startswith("transformers."):
-            walk.foreign_functions(name)
-    for name in _CALLED_BY_NAME:
-        walk.foreign_functions(name)
+        _add_settings(digest.update, walk, path, module, made_anew)
+    _add_code(walk, {type(module) for module in modules.values()})
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         plain = {k: v for k, v in config.to_dict().items() if k not in _NO_CONFIG}
@@ -179,6 +137,71 @@ def model_digest(model: nn.Module) -> str:
         digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
         walk.value(_attention(str(plain["attention"])))
     return "parameters-" + digest.hexdigest()[:16]
+
+
+def _add_weights(
+    update: Callable[[bytes], None], walk: code.Walk, model: nn.Module, made_anew: set[str]
+) -> None:
+    """Parameters, buffers, and what else a module keeps as its state."""
+    divided = {
+        f"{path}.{name}".removeprefix("."): factor
+        for path, module in model.named_modules()
+        for name, factor in _divided(module).items()
+    }
+    named = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in named.items():
+        if name in made_anew:
+            continue
+        if name in divided:
+            tensor = tensor.detach() * divided[name]
+        update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        update(tensor_digest(tensor))
+    seen = {id(tensor) for tensor in named.values()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:  # weights that are packed away, and states of modules' own kinds
+            update(f"{name} ".encode())
+            walk.value(value)
+
+
+def _add_settings(
+    update: Callable[[bytes], None],
+    walk: code.Walk,
+    path: str,
+    module: nn.Module,
+    made_anew: set[str],
+) -> None:
+    """What one module computes with besides its state."""
+    own = not code.is_installed(type(module).__module__)
+    made_by_passes = code.written_by_a_pass(type(module)) if own else set()
+    settings = {}
+    update(f"{path} {type(module).__qualname__} ".encode())
+    for name, value in vars(module).items():
+        if name in _NO_SETTING or name in _NO_MODULE_SETTING or name in made_by_passes:
+            continue
+        # what a library keeps to itself is its own matter; a user's module may compute with it
+        if name.startswith("_") and not own and name not in _ADAPTER_SETTINGS:
+            continue
+        if f"{path}.{name}" in made_anew or (name == _RWKV_FLAG and _is_rwkv(module)):
+            continue
+        if isinstance(value, Tensor):
+            settings[name] = tensor_digest(value).hex()
+        elif _is_plain(value):
+            settings[name] = repr(value)
+        elif own or isinstance(value, _FUNCTIONS):
+            update(f"{name} ".encode())
+            walk.value(value)
+    update(f"{sorted(settings.items())} ".encode())
+
+
+def _add_code(walk: code.Walk, kinds: set[type]) -> None:
+    """What the classes of the modules compute."""
+    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
+        walk.own_class(kind)
+    for name in sorted({kind.__module__ for kind in kinds}):
+        if name.startswith("transformers."):
+            walk.foreign_functions(name)
+    for name in _CALLED_BY_NAME:
+        walk.foreign_functions(name)
 
 
 def _made_anew(module: nn.Module) -> list[str]:
