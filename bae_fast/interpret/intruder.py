@@ -13,7 +13,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,6 +136,40 @@ class IntruderScore:
         return values
 
 
+class _Set(NamedTuple):
+    """Rows that a feature is on in, and one that it is off in and another feature on."""
+
+    feature: int
+    own: list[int]
+    foreign: int
+
+
+def _draw_sets(code: BinaryCode, able: list[int], config: IntruderConfig) -> list[_Set]:
+    """Sets of features drawn among those that can be scored; none where no row is foreign."""
+    draw = random.Random(config.seed)
+    # a feature and those that its intruders come from
+    dense: dict[int, Tensor] = {}
+
+    def on(feature: int) -> Tensor:
+        if feature not in dense:
+            word, bit = divmod(feature, 32)
+            dense[feature] = ((code.words[:, word].cpu() >> bit) & 1).bool()
+        return dense[feature]
+
+    sets = []
+    for feature in sorted(draw.sample(able, min(config.n_features, len(able)))):
+        rows_on = on(feature).nonzero().flatten().tolist()
+        for _ in range(config.n_draws):
+            for _attempt in range(20):
+                other = draw.choice(able)
+                elsewhere = (on(other) & ~on(feature)).nonzero().flatten().tolist()
+                if other != feature and elsewhere:
+                    own = draw.sample(rows_on, config.n_own)
+                    sets.append(_Set(feature, own, draw.choice(elsewhere)))
+                    break
+    return sets
+
+
 def intruder_scores(
     code: BinaryCode,
     cache: ActivationCache,
@@ -165,30 +199,8 @@ def intruder_scores(
             f"code must have two features that are on in {config.least} rows or more and in less "
             f"than half of all; got {len(able)}"
         )
-    draw = random.Random(config.seed)
-    chosen = sorted(draw.sample(able, min(config.n_features, len(able))))
-    # a feature and those that its intruders come from
-    dense: dict[int, Tensor] = {}
-
-    def on(feature: int) -> Tensor:
-        if feature not in dense:
-            word, bit = divmod(feature, 32)
-            dense[feature] = ((flat.words[:, word].cpu() >> bit) & 1).bool()
-        return dense[feature]
-
-    sets: list[tuple[int, list[int], int]] = []
-    for feature in chosen:
-        rows_on = on(feature).nonzero().flatten().tolist()
-        for _ in range(config.n_draws):
-            for _attempt in range(20):
-                other = draw.choice(able)
-                elsewhere = (on(other) & ~on(feature)).nonzero().flatten().tolist()
-                if other != feature and elsewhere:
-                    sets.append(
-                        (feature, draw.sample(rows_on, config.n_own), draw.choice(elsewhere))
-                    )
-                    break
-    needed = sorted({row for _, own, foreign in sets for row in [*own, foreign]})
+    sets = _draw_sets(flat, able, config)
+    needed = sorted({row for one in sets for row in (*one.own, one.foreign)})
     texts = []
     for row in needed:
         context = cache.token_context(rows.start + row, config.before, config.after)
@@ -196,11 +208,12 @@ def intruder_scores(
     vectors = encoder(texts)
     place = {row: i for i, row in enumerate(needed)}
     right: dict[int, list[bool]] = {}
-    for feature, own, foreign in sets:
-        among = vectors[torch.tensor([place[row] for row in [*own, foreign]])]
+    for one in sets:
+        among = vectors[torch.tensor([place[row] for row in (*one.own, one.foreign)])]
         likeness = among @ among.T
         likeness.fill_diagonal_(0)
-        right.setdefault(feature, []).append(int(likeness.sum(1).argmin()) == len(own))
+        found = int(likeness.sum(1).argmin()) == len(one.own)
+        right.setdefault(one.feature, []).append(found)
     shares = {feature: sum(said) / len(said) for feature, said in right.items()}
     values = torch.tensor(list(shares.values()), dtype=torch.float64)
     generator = torch.Generator().manual_seed(config.seed)
