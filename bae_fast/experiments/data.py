@@ -273,6 +273,27 @@ def cache_of(config: Source) -> Path:
         ) from error
 
 
+def _cached(
+    source: ModelSource,
+    tokenizer: Any,
+    windows: Tensor,
+    hook: str,
+    dtype: torch.dtype,
+    folder: Path,
+) -> ActivationCache | None:
+    """What a harvest of a model whose files are known left there, without loading the model."""
+    from bae_fast import lm as lm_tools
+
+    if not source.revision:
+        return None
+    mask = lm_tools.padding_mask(tokenizer, windows)
+    text = lm_tools.text_mask(tokenizer, windows, mask=mask)
+    key = lm_tools.cache_key(
+        source.name, source.revision, dtype, windows, hook, mask=mask, text=text
+    )
+    return lm_tools.ActivationCache.open_or_none(folder, key)
+
+
 def harvest_rows(
     config: Data, stages: Stages, batch_size: int, n_heldout: int = N_HELDOUT
 ) -> tuple[ActivationCache, Any, dict[str, Any]]:
@@ -309,19 +330,7 @@ def harvest_rows(
             )
         say(f"   {windows.numel():,} tokens of {text_name}")
         dtype = lm_tools.resolve_dtype("auto", device)
-        cache = None
-        if source.revision:
-            mask = lm_tools.padding_mask(tokenizer, windows)
-            key = lm_tools.cache_key(
-                source.name,
-                source.revision,
-                dtype,
-                windows,
-                config.hook,
-                mask=mask,
-                text=lm_tools.text_mask(tokenizer, windows, mask=mask),
-            )
-            cache = lm_tools.ActivationCache.open_or_none(folder, key)
+        cache = _cached(source, tokenizer, windows, config.hook, dtype, folder)
 
     tokens_per_second = None
     if cache is not None:
