@@ -106,10 +106,14 @@ def _uncompiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-@functools.cache
+# not functools.cache, which the compiler looks through, and warns of in every compiled call
+_DISABLED: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
+
+
 def _disabled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    found: Callable[..., Tensor] = torch.compiler.disable(method)
-    return found
+    if method not in _DISABLED:
+        _DISABLED[method] = torch.compiler.disable(method)
+    return _DISABLED[method]
 
 
 @register_architecture(ARCHITECTURE)
@@ -231,7 +235,10 @@ class SearchedAutoencoder(BinaryAutoencoder):
     # -- codes ---------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, *, mask: Tensor | None = None) -> BinaryCode:
-        """Searched bits of raw x ``[..., d_in]``; no gradient. Rows with NaN keep the encoder's."""
+        """Searched bits of raw x ``[..., d_in]``; no gradient.
+
+        Rows with NaN or Inf keep the encoder's.
+        """
         code = super().encode(x, mask=mask)
         words = self._searched(x, code.words, mask)
         return BinaryCode(
@@ -241,6 +248,8 @@ class SearchedAutoencoder(BinaryAutoencoder):
     def encode_rows(self, x: Tensor, *, mask: Tensor | None = None) -> Encoded:
         """See :meth:`bae_fast.BinaryAutoencoder.encode_rows`; the window is the encoder's."""
         found = super().encode_rows(x, mask=mask)
+        if not _has_numbers(found.words):
+            return found
         words = self._searched(x, found.words, mask).reshape(found.words.shape)
         counts = BinaryCode(words, len(found.counts), trusted=True).counts()
         return found._replace(words=words, counts=counts)
@@ -258,6 +267,8 @@ class SearchedAutoencoder(BinaryAutoencoder):
     @torch.no_grad()
     def _searched(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:
         """Words int32 ``[..., ceil(K/32)]`` of raw x after the search from the given ones."""
+        if not _has_numbers(words):
+            return words
         wide = torch.promote_types(self.W_dec.dtype, torch.float32)
         # autocast would round the products, whose differences are the gains
         with torch.autocast(x.device.type, enabled=False):
@@ -278,7 +289,9 @@ class SearchedAutoencoder(BinaryAutoencoder):
                 part = slice(first, first + at_once)
                 code = BinaryCode(flat[part], columns, n_bits=self.config.n_bits, trusted=True)
                 recon = functional.decode(code, W_dec, b_dec, impl=self.impl)
-                projection = (rows[part].to(wide) - recon) @ added.T
+                # Inf would gain without end: as NaN it gains nothing
+                finite = torch.where(rows[part].isinf(), torch.nan, rows[part]).to(wide)
+                projection = (finite - recon) @ added.T
                 if kept is not None:  # rows that do not count have no bits, and nothing gains
                     projection[~kept[part]] = -torch.inf
                 flipped, _ = (search or flip_bits)(
@@ -337,6 +350,11 @@ class SearchedAutoencoder(BinaryAutoencoder):
         Raises:
             ValueError: see :meth:`bae_fast.BAEConfig.from_dict` and :class:`SearchedAutoencoder`.
         """
+        if values.get("architecture") == BINARY:
+            raise ValueError(
+                f"{source} must have architecture {ARCHITECTURE!r}; got {BINARY!r}: "
+                "SearchedAutoencoder.of makes a module that searches of one that does not"
+            )
         for name in ("bit_price", "max_flips"):
             if name not in values:
                 raise ValueError(f"{source} lacks {name!r}")
@@ -359,6 +377,21 @@ def _shares(bae: BinaryAutoencoder, rows: Tensor) -> Tensor:
     counts = sum(bae.encode(block).counts() for block in bae.blocks(rows, dense=False))
     assert isinstance(counts, Tensor)
     return (counts.double() + 0.5) / (len(rows) + 1)
+
+
+def _has_numbers(words: Tensor) -> bool:
+    """Whether a tensor is more than its shape: neither on the meta device nor a fake tensor.
+
+    Raises:
+        RuntimeError: torch.export asks, whose programs would be without the search.
+    """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a search cannot be exported, as its flips depend on the numbers; a BinaryAutoencoder "
+            "can, whose codes are the encoder's"
+        )
+    # the compiler's tensors are fake, and the search runs between its graphs
+    return torch.compiler.is_compiling() or not (words.is_meta or hasattr(words, "fake_device"))
 
 
 def extras_of(device: torch.device, impl: str) -> registry.Extras:

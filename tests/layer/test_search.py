@@ -3,9 +3,11 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from bae_fast import BinaryAutoencoder, BinaryCode, SearchedAutoencoder
 from bae_fast import search as searching
@@ -189,11 +191,12 @@ def test_rows_may_have_any_leading_shape_and_be_masked():
     assert masked.n_rows() == 16
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_row_that_holds_nan_keeps_the_encoders_bits_and_changes_no_other(dtype):
+def test_a_row_that_is_not_finite_keeps_the_encoders_bits_and_changes_no_other(dtype, bad):
     model, x = searched(dtype), rows(dtype=dtype)
     found = model.encode(x).words
-    x[3, 2] = torch.nan
+    x[3, 2] = bad
     words = model.encode(x).words
     assert torch.equal(words[3], BinaryAutoencoder.encode(model, x).words[3])
     assert torch.equal(words[torch.arange(60) != 3], found[torch.arange(60) != 3])
@@ -401,6 +404,33 @@ def test_a_file_with_other_values_is_refused(tmp_path, name, value, says):
     (tmp_path / "cfg.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=says):
         load_autoencoder(tmp_path)
+
+
+def test_a_file_of_a_module_that_does_not_search_says_how_one_is_made(tmp_path):
+    trained().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got 'binary_autoencoder': SearchedAutoencoder.of makes"):
+        SearchedAutoencoder.from_pretrained(tmp_path)
+
+
+def test_without_numbers_it_has_the_shapes():
+    made = SearchedAutoencoder(D, F, device="meta")(torch.empty(5, D, device="meta"))
+    with FakeTensorMode():
+        faked = SearchedAutoencoder(D, F)(torch.empty(5, D))
+    for out in (made, faked):
+        assert (out.recon.shape, out.code.shape) == ((5, D), (5, F))
+
+
+def test_compiled_it_finds_the_same_bits_without_a_warning():
+    model, x = searched(torch.float32), rows(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo detected a call")
+        words = torch.compile(lambda x: model.encode(x).words, backend="eager")(x)
+    assert torch.equal(words, model.encode(x).words)
+
+
+def test_it_is_not_exported_without_its_search():
+    with pytest.raises(RuntimeError, match="a search cannot be exported"):
+        torch.export.export(searched(torch.float32).as_layer(), (rows(dtype=torch.float32),))
 
 
 def test_evaluation_takes_it_as_it_is():
