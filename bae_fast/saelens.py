@@ -37,6 +37,7 @@ from torch.optim.optimizer import (
 from bae_fast import functional
 from bae_fast.codes import BinaryCode
 from bae_fast.model import ARCHITECTURE, BAEConfig, BinaryAutoencoder
+from bae_fast.search import ARCHITECTURE as SEARCHED
 from bae_fast.training.config import STARTS, TrainingConfig, check_bounds, check_integers
 from bae_fast.training.recipe import init_from_rows_, residual, revive_
 
@@ -121,6 +122,26 @@ class BinarySAEConfig(_Fields, SAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return ARCHITECTURE
+
+
+class SearchedSAEConfig(BinarySAEConfig):
+    """The architecture of :class:`bae_fast.SearchedAutoencoder`, which says that it is not read.
+
+    SAELens' own error of an unknown architecture is its name alone.
+
+    Raises:
+        ValueError: always.
+    """
+
+    @classmethod
+    def architecture(cls) -> str:
+        return SEARCHED
+
+    def __post_init__(self) -> None:
+        raise ValueError(
+            f"architecture must be one that SAELens can encode with; got {SEARCHED!r}, whose codes "
+            "are searched for: bae_fast.BinaryAutoencoder.from_pretrained loads it"
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -462,6 +483,8 @@ def _register() -> None:
     """Once: SAELens refuses a second time."""
     if ARCHITECTURE not in registry.SAE_CLASS_REGISTRY:
         registry.register_sae_class(ARCHITECTURE, BinarySAE, BinarySAEConfig)
+    if SEARCHED not in registry.SAE_CLASS_REGISTRY:
+        registry.register_sae_class(SEARCHED, BinarySAE, SearchedSAEConfig)
     if ARCHITECTURE not in registry.SAE_TRAINING_CLASS_REGISTRY:
         registry.register_sae_training_class(
             ARCHITECTURE, BinaryTrainingSAE, BinaryTrainingSAEConfig

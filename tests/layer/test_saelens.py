@@ -12,7 +12,7 @@ import pytest
 import torch
 from hub_server import hub_server
 
-from bae_fast import BinaryAutoencoder
+from bae_fast import BinaryAutoencoder, SearchedAutoencoder
 
 pytest.importorskip("sae_lens", reason="SAELens is not installed (extra 'saelens')")
 
@@ -312,6 +312,13 @@ def test_importing_again_registers_once():
         len(optimizer._global_optimizer_pre_hooks),
         len(optimizer._global_optimizer_post_hooks),
     )
+
+
+def test_a_module_that_searches_is_refused_in_words(tmp_path):
+    x = torch.randn(100, 6)
+    SearchedAutoencoder.of(BinaryAutoencoder(6, 20), x).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"BinaryAutoencoder\.from_pretrained loads it"):
+        SAE.load_from_disk(tmp_path)
 
 
 def test_a_configuration_that_is_none_of_ours_is_refused(tmp_path):
