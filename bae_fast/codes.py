@@ -280,7 +280,13 @@ class BinaryCode:
         return flat
 
     def to(self, device: torch.device | str) -> BinaryCode:
-        """Copy to a device."""
+        """Copy to a device.
+
+        Raises:
+            TypeError: a dtype, which bits do not have.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device must be a device; got {device}: to_dense({device}) has it")
         mask = None if self.row_mask is None else self.row_mask.to(device)
         return self._like(self.words.to(device), mask)
 
@@ -392,6 +398,14 @@ class BinaryCode:
             and same_mask
             and torch.equal(self.words, other.words.to(self.device))
         )
+
+    def __eq__(self, other: object) -> bool:
+        """:meth:`equal` of another code: one bool, and not one for each bit as of tensors."""
+        return self.equal(other) if isinstance(other, BinaryCode) else NotImplemented
+
+    def __hash__(self) -> int:
+        # of what no device is waited for; equal codes have equal ones
+        return hash((BinaryCode, self.shape, self.n_bits))
 
     def __repr__(self) -> str:
         bits = f", n_bits={self.n_bits}" if self.n_bits > 1 else ""

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import NoReturn
 
 from bae_fast.info import info
 from bae_fast.progress import say
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End in one line, as the other commands do."""
+        say(f"{self.prog}: {message} (see --help)", error=True)
+        raise SystemExit(2)
+
+
 def run(arguments: list[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bae-fast info", description="Show versions, the SIMD level, and the backends."
     )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
+    as_json = parser.parse_args(arguments).json
     values = info()
-    if parser.parse_args(arguments).json:
+    if as_json:
         say(json.dumps(values, indent=2))
         return 0
     packages = values["packages"].items()

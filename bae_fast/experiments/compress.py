@@ -86,12 +86,15 @@ def run(config: Config) -> runs.Result:
     from bae_fast.report.plots import save_png
 
     constants = _checked(config)
+    loaded = _loaded(config)  # a folder that is none is found before a language model is
     stages = Stages(config.progress)
     with runs.results(config) as folder:
         source = rows_of(config, stages, constants.batch_size)
         facts = {k: v for k, v in source.facts.items() if k != "harvest_tokens_per_second"}
         d = source.rows.shape[1]
-        bae, model_folder = _model(config, constants, source, facts, folder, stages)
+        if loaded is not None:
+            _check_reads(config, loaded[0], d, facts)
+        bae, model_folder = loaded or _trained(config, constants, source, facts, folder, stages)
         if config.bit_price is not None:
             with stages.stage("search"):
                 bae = searching(bae, evenly(source.train_rows), config.bit_price)
@@ -141,6 +144,7 @@ def _checked(config: Config) -> TrainingConfig:
     check_figures()
     runs.check_one_of("rows", config.rows, ("all", "heldout"))
     runs.check_one_of("coder", config.coder, CODERS)
+    runs.check_at_least(config, 1, "block_rows")
     if config.bit_price is not None:
         runs.check_prices(config, "bit_price")
     return check(config)
@@ -149,7 +153,29 @@ def _checked(config: Config) -> TrainingConfig:
 # -- the model ---------------------------------------------------------------------------------
 
 
-def _model(
+def _loaded(config: Config) -> tuple[BinaryAutoencoder, Path] | None:
+    """The model that was asked for, and its folder."""
+    if config.load is None:
+        return None
+    device = pick_device(config)
+    return (
+        BinaryAutoencoder.from_pretrained(config.load, impl=config.impl, device=device),
+        config.load,
+    )
+
+
+def _check_reads(config: Config, bae: BinaryAutoencoder, width: int, facts: dict[str, Any]) -> None:
+    """Refuse a model of other rows."""
+    if bae.is_transcoder or bae.config.d_in != width:
+        kind = "a transcoder" if bae.is_transcoder else f"of width {bae.config.d_in}"
+        raise runs.ConfigError(
+            "load", f"{config.load}: the model must be of width {width}; it is {kind}"
+        )
+    if facts.get("model_name"):
+        check_origin(bae.config.metadata, facts)
+
+
+def _trained(
     config: Config,
     constants: TrainingConfig,
     source: Rows,
@@ -157,20 +183,8 @@ def _model(
     folder: Path,
     stages: Stages,
 ) -> tuple[BinaryAutoencoder, Path]:
-    """The model, loaded or trained, and its folder."""
+    """A model that is trained on the rows, and its folder."""
     width = source.rows.shape[1]
-    if config.load is not None:
-        bae = BinaryAutoencoder.from_pretrained(
-            config.load, impl=config.impl, device=pick_device(config)
-        )
-        if bae.is_transcoder or bae.config.d_in != width:
-            kind = "a transcoder" if bae.is_transcoder else f"of width {bae.config.d_in}"
-            raise runs.ConfigError(
-                "load", f"{config.load}: the model must be of width {width}; it is {kind}"
-            )
-        if facts.get("model_name"):
-            check_origin(bae.config.metadata, facts)
-        return bae, config.load
     if len(source.train) < constants.batch_size:
         raise runs.ConfigError(
             "batch_size",

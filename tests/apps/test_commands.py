@@ -30,7 +30,7 @@ from bae_fast import progress
 from bae_fast.cli import COMMANDS, errors, main, net
 from bae_fast.cli.command import plain
 from bae_fast.cli.options import documentation, make_parser, read, read_type
-from bae_fast.experiments import runs
+from bae_fast.experiments import compress, runs
 from bae_fast.experiments.judges import JUDGES
 from bae_fast.experiments.training import Training
 from bae_fast.files import (
@@ -208,6 +208,7 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_runs(
         (["demo", "--config", "long.yaml"], 2, "..."),
         (["entropy", "nothing"], 2, "PART must be one of synthetic, layers, icl, rows; got noth"),
         (["evaluate", "m", "--out", "."], 1, "evaluate: "),
+        (["info", "--all"], 2, "bae-fast info: unrecognized arguments: --all (see --help)"),
     ],
 )
 def test_odd_arguments_are_one_line(arguments, status, message, tmp_path, capsys, monkeypatch):
@@ -910,6 +911,23 @@ def test_ones_own_rows_are_compressed_without_a_language_model(own, tmp_path, ca
     assert bf.BinaryAutoencoder.from_pretrained(tmp_path / "model").config.d_in == 16
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--load", "nothing", "folder nothing does not exist"),
+        ("--block-rows", "0", "--block-rows must be at least 1; got 0"),
+    ],
+)
+def test_what_cannot_be_compressed_is_said_before_anything_is_read(
+    option, value, said, capsys, monkeypatch
+):
+    pytest.importorskip("constriction")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(compress, "rows_of", lambda *_: pytest.fail("it has begun"))
+    assert main(["compress", option, value]) == 1
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_codes_that_are_searched_for_are_compressed_and_read_with_their_model(
     own, tmp_path, monkeypatch, capsys
@@ -917,7 +935,6 @@ def test_codes_that_are_searched_for_are_compressed_and_read_with_their_model(
     pytest.importorskip("constriction")
     pytest.importorskip("matplotlib")
     from bae_fast.compression import decompress
-    from bae_fast.experiments import compress
 
     rows = torch.from_numpy(np.load(own / "rows.npy")).float()
     found = {}

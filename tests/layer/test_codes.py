@@ -128,6 +128,30 @@ def test_multibit_values_weigh_bits_least_significant_first():
     np.testing.assert_allclose(code.values(torch.float64).numpy(), expected, rtol=1e-15)
 
 
+def test_codes_of_the_same_bits_are_equal_and_those_of_others_are_not():
+    bits, code = make()
+    same = bf.BinaryCode.from_dense(bits)
+    assert code == same
+    assert hash(code) == hash(same)
+    assert same in [code]
+    others = [
+        bf.BinaryCode.from_dense(~bits),
+        bf.BinaryCode.from_dense(bits, n_bits=4),
+        bf.BinaryCode(code.words, 100, row_mask=torch.arange(70) > 3),
+        code[:3],
+    ]
+    for other in others:
+        assert code != other
+    assert code != "a code"
+
+
+def test_a_code_moves_and_has_no_dtype():
+    _, code = make()
+    assert code.to("cpu") == code
+    with pytest.raises(TypeError, match=r"device must be a device; got torch.float32: to_dense"):
+        code.to(torch.float32)
+
+
 def test_save_and_load_keep_every_bit_and_the_mask(tmp_path):
     bits, _ = make((40, 3, 37))
     keep = torch.rand(40, 3) < 0.5
