@@ -26,32 +26,62 @@ def _groups(rows: list[dict[str, Any]]) -> dict[tuple[str, int, float], list[dic
 def report(result: dict[str, Any]) -> str:
     """Markdown: features that differ, what steering does, examples."""
     settings = result["settings"]
-    task = settings["task"]
-    a, b = (f"{settings['shots']}-shot", "zero-shot") if task else ("positive", "negative")
     lines = [
         f"# Steering, {settings['model_label']}, `{settings['hook']}`",
         "",
-        *table(
-            ["feature", f"on in {a}", f"on in {b}", "z", "p"],
-            (
-                [
-                    str(one["feature"]),
-                    f"{one['share_a']:.0%}",
-                    f"{one['share_b']:.0%}",
-                    f"{one['z']:.1f}",
-                    f"{one['p']:.1g}",
-                ]
-                for one in result["features"][:_N_SHOWN]
-            ),
-        ),
+        *_differing(result),
+        "",
+        *_steered(result),
+    ]
+    for example in result["examples"]:
+        lines += [
+            "",
+            f"{_features(example['features'])}, x {example['strength']:g}:",
+            "",
+            *("    " + line for line in example["prompt"].splitlines()),
+            "",
+            f"- as it is: {example['plain']!r}",
+            f"- steered: {example['steered']!r}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _set_names(settings: dict[str, Any]) -> tuple[str, str]:
+    """What the two sets of prompts are called."""
+    if settings["task"]:
+        return f"{settings['shots']}-shot", "zero-shot"
+    return "positive", "negative"
+
+
+def _differing(result: dict[str, Any]) -> list[str]:
+    """The features that differ most between the two sets."""
+    settings = result["settings"]
+    a, b = _set_names(settings)
+    rows = [
+        [
+            str(one["feature"]),
+            f"{one['share_a']:.0%}",
+            f"{one['share_b']:.0%}",
+            f"{one['z']:.1f}",
+            f"{one['p']:.1g}",
+        ]
+        for one in result["features"][:_N_SHOWN]
+    ]
+    return [
+        *table(["feature", f"on in {a}", f"on in {b}", "z", "p"], rows),
         "",
         f"Share of prompts with the feature on at the last token, of {settings['n_chosen_on'][0]} "
         f"and {settings['n_chosen_on'][1]}; z of two proportions, p two-sided, times the number "
         f"of features that vary. {settings['autoencoder']}, F = {settings['d_sae']}.",
-        "",
     ]
+
+
+def _steered(result: dict[str, Any]) -> list[str]:
+    """What the model says after the prompts as they are, and after each way to steer them."""
+    settings = result["settings"]
+    a, b = _set_names(settings)
     columns = [("distance_to_a", f"JS to {a}", "{:.3f}"), ("js_to_b", "JS to unsteered", "{:.3f}")]
-    if task:
+    if settings["task"]:
         columns = [
             ("accuracy", "accuracy", "{:.1%}"), ("label_mass", "on labels", "{:.1%}"), *columns
         ]  # fmt: skip
@@ -65,11 +95,11 @@ def report(result: dict[str, Any]) -> str:
         (f"{b}, {_features(n, what == 'control')}, x {strength:g}", rows)
         for (what, n, strength), rows in _groups(result["rows"]).items()
     ]
-    lines += table(
-        ["prompts", *(title for _, title, _ in columns)],
-        ([name, *(cell(rows, key, form) for key, _, form in columns)] for name, rows in named),
-    )
-    lines += [
+    return [
+        *table(
+            ["prompts", *(title for _, title, _ in columns)],
+            ([name, *(cell(rows, key, form) for key, _, form in columns)] for name, rows in named),
+        ),
         "",
         f"{settings['n_measured_on'][1]} prompts, none of whose questions chose the features. "
         f"Features are {'set' if settings['mode'] == 'clamp' else 'raised or lowered'} at the last "
@@ -79,17 +109,6 @@ def report(result: dict[str, Any]) -> str:
         f"state can do at all. JS to {a}: in bits, between the mean next-token distributions of "
         "the two sets; to unsteered: mean over prompts.",
     ]
-    for example in result["examples"]:
-        lines += [
-            "",
-            f"{_features(example['features'])}, x {example['strength']:g}:",
-            "",
-            *("    " + line for line in example["prompt"].splitlines()),
-            "",
-            f"- as it is: {example['plain']!r}",
-            f"- steered: {example['steered']!r}",
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def plot(result: dict[str, Any]) -> bytes:
