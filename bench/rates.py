@@ -17,7 +17,7 @@ from typing import Any
 
 from bae_fast.files import read_json
 from bae_fast.report import tables
-from bae_fast.report.compare import LABELS
+from bae_fast.report.compare import LABELS, Group
 
 # folders with comparisons that measured the loss with rounded values, by model; runs of one model
 # in one metric may lie in several. First those of two million tokens of six kinds of text
@@ -38,6 +38,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 24": ("mixed_block24",),
 }
 LAYERS_BITS = (180, 200, 220)
+# the runs whose features were probed, and put to the intruder test
+FEATURES = "mixed_features"
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -172,6 +174,34 @@ def _searched(
                 cells = [_cell(seeds, other, str(bits)) for bits in places]
                 body.append([label, LABELS.get(method, method), kind, *cells])
     header = ["model", "dictionary", "codes by", *(f"KL at {bits} bits" for bits in places)]
+    return "\n".join(tables.table(header, body))
+
+
+def features(results: Path) -> str:
+    """What single features tell, by the codes of an encoder and by searched ones: a line each."""
+    body = []
+    for run in read_json(results / FEATURES / "compare.json")["runs"]:
+        scores = run["scores"]
+        label = Group(run["method"], run["k"], tuple(run["variant"].items())).label
+        codes = [("encoder", scores["description"], scores["probing"], scores["intruder"])]
+        found = zip(scores["search"]["points"], scores["searched_features"]["points"], strict=True)
+        for coded, measured in found:
+            price = coded.get("bit_price")
+            by = "pursuit" if price is None else f"search, {price:g}"
+            codes.append((by, coded, measured["probing"], measured["intruder"]))
+        for by, coded, probes, odd in codes:
+            cells = [f"{probes[f'probe_{n}']:.3f}" for n in (1, 2, 5)]
+            share = f"{odd['mean']:.2f} ({odd['low']:.2f} to {odd['high']:.2f})"
+            body.append([label, by, f"{coded['tree']:.0f}", *cells, share])
+    header = [
+        "dictionary",
+        "codes by",
+        "bits, tree",
+        "probe, 1",
+        "2",
+        "5 features",
+        "intruder found",
+    ]
     return "\n".join(tables.table(header, body))
 
 

@@ -562,6 +562,37 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
     ]
 
 
+def test_features_of_each_code_have_a_line(tmp_path):
+    def probes(first):
+        return {"probe_1": first, "probe_2": first + 0.1, "probe_5": first + 0.2}
+
+    def odd(mean):
+        return {"mean": mean, "low": mean - 0.04, "high": mean + 0.04}
+
+    bae = rate_run("bae", 0, 100, 30.0, {"0": 0.4}, entropy_weight=3e-4) | {"k": None}
+    bae["scores"]["description"]["tree"] = 100.0
+    bae["scores"] |= {"probing": probes(0.6), "intruder": odd(0.4)}
+    bae["scores"]["search"] = {"points": [{"bit_price": 2e-4, "tree": 130.2}]}
+    bae["scores"]["searched_features"] = {
+        "points": [{"bit_price": 2e-4, "probing": probes(0.55), "intruder": odd(0.3)}]
+    }
+    topk = rate_run("topk", 0, 120, 8.0, {"3": 0.4}) | {"k": 8}
+    topk["scores"]["description"]["tree"] = 144.4
+    topk["scores"] |= {"probing": probes(0.5), "intruder": odd(0.5)}
+    topk["scores"]["search"] = {"points": [{"k": 8, "tree": 150.0}]}
+    topk["scores"]["searched_features"] = {
+        "points": [{"k": 8, "probing": probes(0.45), "intruder": odd(0.2)}]
+    }
+    write_json(tmp_path / rates.FEATURES / "compare.json", {"runs": [bae, topk]})
+    assert rates.features(tmp_path).splitlines()[2:] == [
+        "| BAE (sparse) a_e=0.0003 | encoder | 100 | 0.600 | 0.700 | 0.800 | 0.40 (0.36 to 0.44) |",
+        "| BAE (sparse) a_e=0.0003 | search, 0.0002 | 130 | 0.550 | 0.650 | 0.750"
+        " | 0.30 (0.26 to 0.34) |",
+        "| TopK k=8 | encoder | 144 | 0.500 | 0.600 | 0.700 | 0.50 (0.46 to 0.54) |",
+        "| TopK k=8 | pursuit | 150 | 0.450 | 0.550 | 0.650 | 0.20 (0.16 to 0.24) |",
+    ]
+
+
 def test_a_search_that_gives_other_bits_gets_no_figure(monkeypatch):
     comparison = search.build(96, 24, 70, 4)
     assert comparison.case["changed"] > 0.5
