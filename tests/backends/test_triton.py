@@ -4,6 +4,7 @@
 TRITON_INTERPRET=1. ``test_triton_compile.py`` compiles every kernel for real chips.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -22,6 +23,20 @@ ROOT = Path(__file__).resolve().parents[2]
 TRITON = registry.BACKENDS["triton"]
 needs_triton = pytest.mark.skipif(
     TRITON.unavailable is not None, reason=f"impl='triton' cannot run: {TRITON.unavailable}"
+)
+
+
+def version_of(package):
+    """Major and minor; (0, 0) of what is not installed."""
+    try:
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+
+
+needs_interpreter = pytest.mark.skipif(
+    version_of("triton") < (3, 7) and version_of("numpy") >= (2, 5),
+    reason="Triton 3.6's interpreter makes an int of an array, which NumPy refuses from 2.5 on",
 )
 
 
@@ -58,12 +73,14 @@ def in_the_interpreter(*arguments):
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "not long")
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.long
 @pytest.mark.slow
 def test_every_kind_of_step_in_the_interpreter():
