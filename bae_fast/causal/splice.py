@@ -178,6 +178,8 @@ class _Place(threading.local):
         if self.offset is None:
             self.offset = _tokens_before(arguments)
         state = arguments.get("cache_params", arguments.get("state"))
+        if state is None and self.offset is None:
+            state = given_cache(arguments)
         if state is not None and self.shape is not None and self.shape[1] == 1:
             self.uncounted = True  # a recurrent state goes on, and does not say from where
 
@@ -234,7 +236,10 @@ def _tokens_before(arguments: dict[str, Any]) -> int | None:
         return int(places.min())
     cache: Any = given_cache(arguments)
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # it holds recurrent states alone, which do not count tokens
+            return None
     if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
         return int(cache[0][0].shape[-2])  # of older models: (keys, values) a layer
     return None

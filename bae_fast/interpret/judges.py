@@ -27,7 +27,7 @@ from torch import Tensor
 from bae_fast.interpret.thoughts import close_thoughts, only_thoughts
 from bae_fast.lm.hooks import in_order, running
 from bae_fast.lm.inputs import text_tokens
-from bae_fast.lm.keys import cache_name, kept_cache
+from bae_fast.lm.keys import kept_cache, keys_name
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -35,7 +35,6 @@ from bae_fast.lm.loading import (
     load_language_model,
     resolve_dtype,
 )
-from bae_fast.lm.logits import causal_model
 
 NAME_TOKENS = 32  # of a phrase
 JUDGE_TOKENS = 4  # of Yes or No
@@ -268,7 +267,7 @@ class TransformersJudge:
         """Probability of Yes against No after each of some sequences that begin alike."""
         lm, device = self.lm, self.lm.device
         shared = min(_common(sequences[0], sequences[-1]), min(map(len, sequences)) - 1)
-        name, past = cache_name(causal_model(lm.model)), None
+        name, past = keys_name(lm.model), None
         if name is None or len(sequences) == 1 or shared < _LEAST_PREFIX:
             shared = 0
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bae_fast.lm.capture import Engine
 from bae_fast.lm.inputs import check_ids, check_length
-from bae_fast.lm.keys import cache_name
+from bae_fast.lm.keys import keys_name
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
 from bae_fast.progress import progress_bar
@@ -86,7 +86,7 @@ def states_at(
     cache = None
     step = lm.head.rows_at_a_time if next_token else 1
     with engine:
-        if share_prefix and _has_keys(lm) and (prefix := _common_prefix(sequences)):
+        if share_prefix and keys_name(lm.model) and (prefix := _common_prefix(sequences)):
             cache = _keys_and_values(engine, prefix, stop=not next_token)
             sequences = [sequence[len(prefix) :] for sequence in sequences]
         with progress_bar(total, what="states", unit="tok", show=progress) as bar:
@@ -138,30 +138,6 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
     return first[:same]
 
 
-def _has_keys(lm: LanguageModel) -> bool:
-    """Whether the model goes on from keys and values of plain attention.
-
-    Recurrent models (Mamba) have a state; decoders of encoder-decoder models (BART) and some others
-    want a cache of their own kind; a rope that changes with the length of the text (Phi-3's long
-    one) would have turned the keys by other angles.
-    """
-    from transformers import DynamicCache
-
-    model = causal_model(lm.model)
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    cache = DynamicCache(config=model.config)
-    plain = not (
-        hasattr(model.config, "decoder_layers")
-        or model._is_stateful
-        or kinds & {"dynamic", "longrope"}
-        # states of convolutions beside attention (LFM2) cannot be given to every sequence
-        or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)
-        or not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-    )
-    return plain and cache_name(model) is not None
-
-
 def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> Any:
     from transformers import DynamicCache
 
@@ -181,7 +157,7 @@ def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> An
 
 
 def _going_on_from(lm: LanguageModel, cache: Any) -> dict[str, Any]:
-    name = cache_name(causal_model(lm.model))
+    name = keys_name(lm.model)
     assert name is not None, "of models that take keys and values alone"
     return {name: cache}
 

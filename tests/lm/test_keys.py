@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bae_fast.lm.keys import NAMES, cache_name, given_cache, kept_cache
+from bae_fast.lm.keys import NAMES, cache_name, given_cache, kept_cache, keys_name
 
 
 class Newer(torch.nn.Module):
@@ -45,8 +45,17 @@ def test_this_versions_models_have_one_of_the_names():
     model = transformers.LlamaForCausalLM(config)
     name = cache_name(model)
     assert name in NAMES
+    assert keys_name(model) == name
     first = kept_cache(model.model(input_ids=torch.tensor([[3, 4]]), use_cache=True))
     assert first.get_seq_length() == 2
     whole = model(input_ids=torch.tensor([[3, 4, 5]])).logits[:, -1]
     rest = model(input_ids=torch.tensor([[5]]), **{name: first}, use_cache=True).logits[:, -1]
     assert torch.allclose(rest, whole, atol=1e-5)
+
+
+def test_a_recurrent_model_has_no_keys_to_share():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    assert keys_name(transformers.MambaForCausalLM(config)) is None
