@@ -758,7 +758,7 @@ def test_a_fault_that_shows_while_a_result_is_checked_is_the_sides_own(worked, m
         (case("repeat", impl="torch", density=0.5), "check_repeats"),
         (LAYER, "check_whole_layer"),
     ],
-    ids=lambda given: given["kind"] if isinstance(given, dict) else "",
+    ids=["panels", "sign panels", "trainer", "repeat", "layer"],
 )
 def test_a_check_that_ends_its_process_is_not_made_again(wanted, check, worked, monkeypatch):
     """Neither where it has killed the device for the process, nor where it hung: time is short."""

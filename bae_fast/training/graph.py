@@ -39,6 +39,11 @@ class Graphs(Protocol):
 class CudaGraphs:
     """CUDA graphs of torch, on the current device. Not run on a device."""
 
+    def __init__(self) -> None:
+        # by device: torch's own stream for captures is of the device that was current when it was
+        # first asked for, and a capture there would hold nothing of another device
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
     def check(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(f"optimizer must hold parameters on a CUDA device; got {device}")
@@ -53,8 +58,13 @@ class CudaGraphs:
         here.wait_stream(side)
 
     def capture(self, run: Callable[[], None]) -> Replay:
+        here = torch.cuda.current_device()
+        if here not in self._streams:
+            self._streams[here] = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # "global", the default, would refuse what other threads do meanwhile, as a language model
+        # that runs ahead for the next rows does when it takes memory
+        with torch.cuda.graph(graph, stream=self._streams[here], capture_error_mode="thread_local"):
             run()
         replay: Replay = graph.replay
         return replay

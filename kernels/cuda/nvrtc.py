@@ -54,7 +54,13 @@ def candidates() -> list[str]:
 def _library() -> ctypes.CDLL | None:
     for name in candidates():
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
+            if Path(name).is_absolute():
+                # it opens a second library by name when it compiles, which in the wheels of CUDA
+                # 13.0 nobody would find: they do not say that it lies beside the first
+                for other in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")):
+                    ctypes.CDLL(str(other))
+            return library
     return None
 
 

@@ -765,6 +765,29 @@ def test_nvrtc_of_torchs_own_version_is_looked_for(monkeypatch):
 
 
 @needs_kernels
+def test_what_nvrtc_opens_by_name_is_loaded_before(tmp_path, monkeypatch):
+    """In the wheels of CUDA 13.0, those of torch 2.11, it finds its second library nowhere."""
+    first, second = tmp_path / "libnvrtc.so.13", tmp_path / "libnvrtc-builtins.so.13.0"
+    for path in (first, second, tmp_path / "libnvrtc-builtins.alt.so.13.0"):
+        path.touch()
+    loaded = []
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda name: loaded.append(name) or name)
+    monkeypatch.chdir(tmp_path)
+    for name, wanted in (
+        (str(first), [str(first), str(second)]),
+        ("libnvrtc.so.13", ["libnvrtc.so.13"]),  # the system's: nothing of the folder one is in
+    ):
+        monkeypatch.setattr(nvrtc, "candidates", lambda name=name: [name])
+        nvrtc._library.cache_clear()
+        try:
+            assert nvrtc._library() == name
+        finally:
+            nvrtc._library.cache_clear()
+        assert loaded == wanted
+        loaded.clear()
+
+
+@needs_kernels
 def test_a_library_that_is_nowhere_is_named(monkeypatch):
     monkeypatch.setattr(nvrtc, "candidates", lambda: ["libno_such_library.so"])
     nvrtc._library.cache_clear()

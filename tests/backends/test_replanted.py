@@ -144,6 +144,27 @@ FAULTS = {
         IN_BENCH + "test_what_the_checks_refuse_is_timed_and_marked",
         "KeyError: 'torch bf16'",
     ),
+    "a fault that shows while a result is checked is nobody's": (
+        [
+            (
+                "bench/timing.py",
+                "    except WrongResultError:\n        raise\n    except Exception as error:\n",
+                "    except ArithmeticError as error:\n",
+            )
+        ],
+        IN_BENCH + "test_a_fault_that_shows_while_a_result_is_checked_is_the_sides_own",
+        "KeyError",
+    ),
+    "a check that ended its process is made again": (
+        [("bench/device.py", 'if row["sides"] and kind not in COMPARED:', "if False:")],
+        IN_BENCH + "test_a_check_that_ends_its_process_is_not_made_again",
+        r"assert \(0, 2\) == \(0, 1\)",
+    ),
+    "a step of many starts is timed with the host": (
+        [("bench/device.py", "SLEEP_SHARE * CYCLES * min(starting, default=0.0)", "0.0")],
+        IN_BENCH + "test_the_host_is_ahead_of_what_is_timed",
+        r"1000000.*1000000",
+    ),
     "a pointer of another dtype": (
         [(DRIVER, "arg.dtype != _POINTERS[letter]:", "False:")],
         IN_CUDA + "test_pointers_of_another_dtype_or_device_are_refused",
@@ -164,6 +185,17 @@ FAULTS = {
         ],
         IN_CUDA + "test_the_capability_is_that_of_the_tensors_device",
         r"compute capability 8\.0; got 7\.5",
+    ),
+    "NVRTC does not find its second library": (
+        [
+            (
+                "kernels/cuda/nvrtc.py",
+                "                    ctypes.CDLL(str(other))\n",
+                "                    pass\n",
+            )
+        ],
+        IN_CUDA + "test_what_nvrtc_opens_by_name_is_loaded_before",
+        "assert",
     ),
     "a context other than the caller's": (
         [(DRIVER, "    if context.value is None:\n", "    if True:\n")],
@@ -207,6 +239,16 @@ FAULTS = {
         [("bae_fast/training/graph.py", "with current(self._device):", "if True:")],
         "tests/training/test_graph.py::test_a_step_is_captured_on_the_device_of_its_parameters",
         r"assert \[0, 0, 0, 0\] == \[1, 1, 1, 1\]",
+    ),
+    "a capture on a stream of another device": (
+        [("bae_fast/training/graph.py", "stream=self._streams[here], ", "")],
+        "tests/training/test_graph.py::test_cuda_graphs_are_captured_in_torchs_order",
+        "'NoneType' object has no attribute 'device'",
+    ),
+    "a capture refuses what other threads do on the device": (
+        [("bae_fast/training/graph.py", ', capture_error_mode="thread_local"', "")],
+        "tests/training/test_graph.py::test_cuda_graphs_are_captured_in_torchs_order",
+        "on 0, global",
     ),
 }
 

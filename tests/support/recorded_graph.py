@@ -69,7 +69,7 @@ class RecordedGraph:
 
 
 @contextlib.contextmanager
-def recording(graph):
+def recording(graph, stream=None, capture_error_mode="global"):
     """Record what is done inside, once, and put back what it changed."""
     recorder = _Recorder()
     with recorder:

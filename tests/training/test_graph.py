@@ -161,19 +161,24 @@ def test_a_capture_that_fails_is_tried_again():
 
 
 def test_cuda_graphs_are_captured_in_torchs_order(monkeypatch):
-    """Calls before the capture run on a stream of their own, which both sides wait for."""
-    said = []
+    """Calls before the capture run on a stream of their own, which both sides wait for.
+
+    A capture is on a stream of the current device, and refuses nothing that other threads do.
+    """
+    said, here = [], [0]
 
     class Stream:
         def __init__(self, name="side"):
-            self.name = name
+            self.name, self.device = name, here[-1]
 
         def wait_stream(self, other):
             said.append(f"{self.name} waits for {other.name}")
 
     @contextlib.contextmanager
-    def going(what):
-        said.append(what if isinstance(what, str) else what.name)
+    def going(what, stream=None, capture_error_mode="global"):
+        said.append(what.name)
+        if isinstance(what, Graph):
+            said.append(f"on {stream.device}, {capture_error_mode}")
         yield
         said.append("end")
 
@@ -188,6 +193,7 @@ def test_cuda_graphs_are_captured_in_torchs_order(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", going)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", going)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: here[-1])
     from bae_fast.training.graph import CudaGraphs
 
     class OnCpu(CudaGraphs):
@@ -202,7 +208,17 @@ def test_cuda_graphs_are_captured_in_torchs_order(monkeypatch):
     assert said == warm
     step(torch.ones(1))
     step(torch.ones(1))
-    assert said == [*warm, "capture", "end", "replay", "replay"]
+    assert said == [*warm, "capture", "on 0, thread_local", "end", "replay", "replay"]
+    # torch's own stream would be that of the first device ever after
+    graphs, streams = OnCpu(), []
+    for device in (0, 1, 0):
+        here[:] = [device]
+        graphs.capture(lambda: None)
+        streams.append(graphs._streams[device])
+    assert [x for x in said if x.startswith("on ")][1:] == [
+        f"on {device}, thread_local" for device in (0, 1, 0)
+    ]
+    assert streams[0] is streams[2]
 
 
 class Guard:
