@@ -334,7 +334,7 @@ class Trainer(Generic[Config]):
             FileNotFoundError: no such file.
             ValueError: a file of another kind, or see :meth:`load_state_dict`.
         """
-        state = read_torch(path, "checkpoint")
+        state = read_torch(path, "checkpoint", own=True)
         if not isinstance(state, dict):
             raise ValueError(f"{path} must hold a checkpoint; got {type(state).__name__}")
         self.load_state_dict(state)

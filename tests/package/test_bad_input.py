@@ -625,10 +625,51 @@ def change_config(folder, **changes):
 def change_weights(folder, changes, keep_header=True):
     path = folder / "sae_weights.safetensors"
     with safetensors.safe_open(path, "pt") as file:
-        header = file.metadata()
+        # the checksums are those of the tensors before
+        header = {k: v for k, v in file.metadata().items() if k != "bae_fast.crc32"}
     tensors = {**safetensors.torch.load_file(path), **changes}
     tensors = {name: t.clone() for name, t in tensors.items() if t is not None}
     safetensors.torch.save_file(tensors, path, header if keep_header else None)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_dec", "x_scale"])
+def test_a_bit_that_has_changed_in_weights_is_found(folder, name):
+    path = folder / "sae_weights.safetensors"
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    place = json.loads(data[8 : 8 + size])[name]["data_offsets"][1] - 4
+    data[8 + size + place] ^= 1  # the last bit of a number
+    path.write_bytes(data)
+    with refused(ValueError, str(path), f"is damaged: the checksum of {name}"):
+        load(folder)
+
+
+def test_weights_without_checksums_are_read(folder, bae):
+    change_weights(folder, {})
+    for name, tensor in load(folder).state_dict().items():
+        assert torch.equal(tensor, bae.state_dict()[name])
+
+
+@pytest.mark.parametrize("sums", ["3", "{", '{"W_enc": "a"}'])
+def test_checksums_of_another_kind_are_refused(folder, sums):
+    path = folder / "sae_weights.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        header = {**file.metadata(), "bae_fast.crc32": sums}
+    safetensors.torch.save_file(tensors, path, header)
+    with refused(ValueError, str(path), "checksum"):
+        load(folder)
+
+
+def test_a_bit_that_has_changed_in_a_saved_code_is_found(bae, tmp_path):
+    code = bae.encode(torch.randn(12, bae.d_in))
+    path = code.save(tmp_path / "code.safetensors", {"from": "here"})
+    assert bf.BinaryCode.load(path) == code
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1
+    path.write_bytes(data)
+    with refused(ValueError, str(path), "is damaged: the checksum of "):
+        bf.BinaryCode.load(path)
 
 
 def test_a_folder_that_does_not_exist(tmp_path):

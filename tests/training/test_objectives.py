@@ -332,6 +332,19 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_bit_that_has_changed_in_a_checkpoint_is_found(tmp_path):
+    x = synthetic(n=900)
+    path, trainer = tmp_path / "run.pt", Trainer(module(x), x, SMALL)
+    trainer.save(path)
+    trainer.load(path)
+    weights = trainer.learner.model.W_enc.detach().numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    data[data.index(weights)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"run\.pt is not a readable checkpoint: the checksum of"):
+        trainer.load(path)
+
+
 class Stopped(SystemExit):
     """What a handler of SIGTERM raises."""
 
