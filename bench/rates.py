@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 LAYERS_BITS = (180, 200, 220)
 # the runs whose features were probed, and put to the intruder test
-FEATURES = "mixed_features"
+FEATURES = "mixed_searched"
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -178,28 +178,30 @@ def _searched(
 
 
 def features(results: Path) -> str:
-    """What single features tell, by the codes of an encoder and by searched ones: a line each."""
+    """What single features tell, by the codes of an encoder and by searched ones, of several
+    prices the middle one: a line each."""
     body = []
     for run in read_json(results / FEATURES / "compare.json")["runs"]:
         scores = run["scores"]
         label = Group(run["method"], run["k"], tuple(run["variant"].items())).label
-        codes = [("encoder", scores["description"], scores["probing"], scores["intruder"])]
-        found = zip(scores["search"]["points"], scores["searched_features"]["points"], strict=True)
-        for coded, measured in found:
-            price = coded.get("bit_price")
-            by = "pursuit" if price is None else f"search, {price:g}"
-            codes.append((by, coded, measured["probing"], measured["intruder"]))
-        for by, coded, probes, odd in codes:
+        points = scores["searched_features"]["points"]
+        middle = len(points) // 2
+        coded, measured = scores["search"]["points"][middle], points[middle]
+        for by, code, found in (
+            ("encoder", scores["description"], scores),
+            ("search", coded, measured),
+        ):
+            probes, odd = found["probing"], found["intruder"]
             cells = [f"{probes[f'probe_{n}']:.3f}" for n in (1, 2, 5)]
             share = f"{odd['mean']:.2f} ({odd['low']:.2f} to {odd['high']:.2f})"
-            body.append([label, by, f"{coded['tree']:.0f}", *cells, share])
+            body.append([label, by, f"{code['tree']:.0f}", *cells, share])
     header = [
         "dictionary",
         "codes by",
         "bits, tree",
-        "probe, 1",
+        "probe, 1 feature",
         "2",
-        "5 features",
+        "5",
         "intruder found",
     ]
     return "\n".join(tables.table(header, body))

@@ -572,9 +572,9 @@ def test_features_of_each_code_have_a_line(tmp_path):
     bae = rate_run("bae", 0, 100, 30.0, {"0": 0.4}, entropy_weight=3e-4) | {"k": None}
     bae["scores"]["description"]["tree"] = 100.0
     bae["scores"] |= {"probing": probes(0.6), "intruder": odd(0.4)}
-    bae["scores"]["search"] = {"points": [{"bit_price": 2e-4, "tree": 130.2}]}
+    bae["scores"]["search"] = {"points": [{"tree": 150.0}, {"tree": 130.2}, {"tree": 110.0}]}
     bae["scores"]["searched_features"] = {
-        "points": [{"bit_price": 2e-4, "probing": probes(0.55), "intruder": odd(0.3)}]
+        "points": [{"probing": probes(p), "intruder": odd(0.3)} for p in (0.57, 0.55, 0.53)]
     }
     topk = rate_run("topk", 0, 120, 8.0, {"3": 0.4}) | {"k": 8}
     topk["scores"]["description"]["tree"] = 144.4
@@ -586,10 +586,9 @@ def test_features_of_each_code_have_a_line(tmp_path):
     write_json(tmp_path / rates.FEATURES / "compare.json", {"runs": [bae, topk]})
     assert rates.features(tmp_path).splitlines()[2:] == [
         "| BAE (sparse) a_e=0.0003 | encoder | 100 | 0.600 | 0.700 | 0.800 | 0.40 (0.36 to 0.44) |",
-        "| BAE (sparse) a_e=0.0003 | search, 0.0002 | 130 | 0.550 | 0.650 | 0.750"
-        " | 0.30 (0.26 to 0.34) |",
+        "| BAE (sparse) a_e=0.0003 | search | 130 | 0.550 | 0.650 | 0.750 | 0.30 (0.26 to 0.34) |",
         "| TopK k=8 | encoder | 144 | 0.500 | 0.600 | 0.700 | 0.50 (0.46 to 0.54) |",
-        "| TopK k=8 | pursuit | 150 | 0.450 | 0.550 | 0.650 | 0.20 (0.16 to 0.24) |",
+        "| TopK k=8 | search | 150 | 0.450 | 0.550 | 0.650 | 0.20 (0.16 to 0.24) |",
     ]
 
 
