@@ -117,7 +117,6 @@ def test_nothing_synchronises(impl, dtype):
 @pytest.mark.parametrize("planes_mb", ["0", "256"])
 def test_a_warm_step_is_captured_and_replays_on_new_inputs(impl, dtype, planes_mb, monkeypatch):
     monkeypatch.setenv("BAE_FAST_SIGN_PLANES_MB", planes_mb)
-    bf.warmup(impl, device="cuda")
     x, parameters, direction = problem(512, 256, 1024, 256, dtype)
     leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
 
@@ -127,7 +126,7 @@ def test_a_warm_step_is_captured_and_replays_on_new_inputs(impl, dtype, planes_m
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # cuBLAS's workspaces, and the gradients' memory
+    with torch.cuda.stream(side):  # kernels, cuBLAS's workspaces, and the gradients' memory
         step()
     torch.cuda.current_stream().wait_stream(side)
     for leaf in leaves:
@@ -226,3 +225,26 @@ def test_auto_chooses_it_on_a_device():
     expected = ("cuda", "triton") if has_bits else ("triton",)
     assert registry.choose("auto", "cuda", torch.bfloat16, 64, 1) in expected
     assert registry.choose("auto", "cuda", torch.float64, 64, 1) == "torch"
+
+
+def test_after_warmup_a_step_is_captured_at_once(impl):
+    """Last: a process that has compiled nothing yet takes minutes to."""
+    bf.warmup(impl, device="cuda", surrogates=("identity",))
+    x, parameters, direction = problem(512, 256, 1024, 256, torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in (x, *parameters)]
+    (leaves[0] @ leaves[1]).sum().backward()  # cuBLAS's handle in the thread of backward
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = bf.binary_autoencoder(*leaves, impl=impl, surrogate="identity", covariance=True)
+        ((out.recon * direction).sum() + out.entropy + out.covariance).backward()
+    graph.replay()
+    found = [out.recon.detach().clone(), *(leaf.grad.clone() for leaf in leaves)]
+    for leaf in leaves:
+        leaf.grad = None
+    again = bf.binary_autoencoder(*leaves, impl=impl, surrogate="identity", covariance=True)
+    ((again.recon * direction).sum() + again.entropy + again.covariance).backward()
+    for got, expected in zip(found, [again.recon, *(leaf.grad for leaf in leaves)], strict=True):
+        torch.testing.assert_close(got, expected)
