@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
@@ -52,6 +56,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The parent folder is made where it is missing. Another process that writes the same path
     wins or loses whole. As with a file that is opened for writing, a link stays and what it points
     to is replaced, a file that is there keeps its mode, and one that nobody may write is refused.
+    The first call for a folder removes what writers left there that were killed.
 
     Raises:
         OSError: naming ``path``, where the system's own error names another file or none; it is a
@@ -59,13 +64,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     place = Path(os.path.realpath(target))
-    # a name may take 255 bytes; 60 characters take at most 240
-    name = place.name if len(os.fsencode(place.name)) <= 240 else place.name[:60]
+    # a name may take 255 bytes; 50 characters take at most 200
+    name = place.name if len(os.fsencode(place.name)) <= 200 else place.name[:50]
     # not mkstemp, which makes files private: what mode a file should have only the umask would say,
     # and reading that means setting it, for all threads of the process
-    temporary = place.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+    writer = f"{_machine() or 'unknown'}-{os.getpid()}"
+    temporary = place.with_name(f".{name}.{writer}-{secrets.token_hex(4)}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(str(place.parent))
         before = place.stat().st_mode if place.exists() else None
         if before is not None:
             _check_replaceable(before)
@@ -83,6 +90,47 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _naming(error, target) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+def _machine() -> str | None:
+    """A name for all that share this process's numbers of processes: a start of the kernel and a
+    namespace in it, which no two containers or hosts on one file system have in common.
+
+    None where the system does not tell; then nothing is removed.
+    """
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text()
+        names = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+    content = f"{start} {names} {platform.node()}"
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _sweep(folder: str) -> None:
+    """Remove temporary files of processes that ran here and are no more; a living one's stays."""
+    machine = _machine()
+    if machine is None:
+        return
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            found = _TEMPORARY.fullmatch(name)
+            if found is not None and found[1] == machine and not _lives(int(found[2])):
+                Path(folder, name).unlink(missing_ok=True)
+
+
+def _lives(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:

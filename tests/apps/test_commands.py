@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 import bae_fast as bf
-from bae_fast import progress
+from bae_fast import files, progress
 from bae_fast.cli import COMMANDS, errors, main, net
 from bae_fast.cli.command import plain
 from bae_fast.cli.options import documentation, make_parser, read, read_type
@@ -744,6 +744,41 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
 def test_a_name_may_be_as_long_as_the_system_has_it(tmp_path, name):
     assert write_text(tmp_path / name, "a").read_text() == "a"
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="the system names no machine")
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_file_stays(tmp_path):
+    program = (
+        "import sys, bae_fast.files as files\n"
+        "with files.replacing(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    print(temporary, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / name)], **pipes)
+        for name in ("killed", "living")
+    ]
+    try:
+        killed, living = (Path(writer.stdout.readline().strip()) for writer in writers)
+        writers[0].kill()
+        writers[0].wait()
+        # of a process with the same number elsewhere, and of nobody known
+        elsewhere = killed.with_name(killed.name.replace(files._machine(), "0" * 8))
+        older = tmp_path / ".killed.0123abcd.tmp"
+        for path in (elsewhere, older):
+            path.write_text("kept")
+        write_text(tmp_path / "new", "a")
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"new", living.name, elsewhere.name, older.name}
+    finally:
+        for writer in writers:
+            writer.stdin.close()
+            writer.wait()
+            writer.stdout.close()
+    assert writers[1].returncode == 0
+    assert (tmp_path / "living").read_text() == "half"
 
 
 def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path):
