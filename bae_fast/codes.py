@@ -434,7 +434,7 @@ class BinaryCode:
             "n_bits": str(self.n_bits),
             "metadata": json.dumps(metadata or {}),
         }
-        return write_safetensors(path, tensors, header)
+        return write_safetensors(path, tensors, header, sums=True)
 
     @staticmethod
     def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -425,12 +425,18 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    *,
+    sums: bool = False,
 ) -> Path:
-    """Write a safetensors file, whole or not at all, with a checksum of each tensor.
+    """Write a safetensors file, whole or not at all.
 
     Args:
         tensors: on the CPU.
+        sums: a checksum of each tensor stands in the metadata. Several entries of metadata are
+            written in any order, so the same content may give other bytes.
 
     Raises:
         OSError: the file cannot be written, for instance on a full disk.
@@ -440,8 +446,10 @@ def write_safetensors(
 
     with replacing(path) as temporary:
         try:
-            sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-            save_file(tensors, temporary, {**metadata, _CHECKSUMS: json.dumps(sums)})
+            if sums:
+                found = {name: _checksum(tensor) for name, tensor in tensors.items()}
+                metadata = {**metadata, _CHECKSUMS: json.dumps(found)}
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # which is no OSError and names no file
             raise OSError(f"{path} cannot be written: {error}") from error
         _sync(temporary)

@@ -68,7 +68,7 @@ def write_pretrained(
     save_id = hashlib.sha256(content.encode() + os.urandom(16)).hexdigest()[:16]
     values = {**values, "save_id": save_id}
     folder = folder_path(folder)
-    write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)})
+    write_safetensors(folder / WEIGHTS_NAME, tensors, {"config": json.dumps(values)}, sums=True)
     write_json(folder / CONFIG_NAME, values)
     return folder
 
