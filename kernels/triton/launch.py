@@ -38,6 +38,7 @@ _FAMILIES = {(8, 0): "sm_80", (9, 0): "sm_90"}
 _FAMILIES_BY_MAJOR = {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}
 
 
+@functools.cache  # every start asks, and the host is short of time where steps are short
 def family(device: torch.device) -> str:
     """Name of the chip's row in the table of defaults."""
     if INTERPRETED:
@@ -131,6 +132,7 @@ def _tuned(chip: str, name: str, dtype: torch.dtype) -> dict[Sizes, Config]:
         return {}
 
 
+@functools.cache
 def _chip(device: torch.device) -> str:
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
 
