@@ -174,6 +174,11 @@ class Autoencoder(Normalized):
         """Raw reconstruction ``[..., d_out]`` of raw x, differentiable in x and the parameters."""
         return self.decode(self.encode(x))
 
+    @property
+    def value_name(self) -> str:
+        """What a page calls the number of a feature in a row."""
+        return "activation"
+
     def as_layer(self) -> Reconstruction:
         """A layer that gives the reconstruction alone, see :class:`Reconstruction`."""
         return Reconstruction(self)

@@ -486,6 +486,11 @@ class BinaryAutoencoder(Autoencoder):
         """Bits a feature."""
         return self.config.n_bits
 
+    @property
+    def value_name(self) -> str:
+        """What a page calls the number of a feature in a row."""
+        return "margin" if self.config.n_bits == 1 else super().value_name
+
     def activations(self, x: Tensor) -> Tensor:
         """Feature values ``[..., d_sae]`` of raw x, those of :meth:`encode`; with gradient they
         carry the surrogate's of the pre-activation."""

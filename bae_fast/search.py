@@ -263,6 +263,12 @@ class SearchedAutoencoder(BinaryAutoencoder):
             options["encoded"] = self.encode_rows(x, mask=options.get("mask"))
         return super().forward(x, **options)
 
+    @property
+    def value_name(self) -> str:
+        """The margin says which bits the search begins with, and not which it ends with."""
+        name = super().value_name
+        return f"encoder's {name}" if name == "margin" else name
+
     @_uncompiled
     @torch.no_grad()
     def _searched(self, x: Tensor, words: Tensor, mask: Tensor | None) -> Tensor:

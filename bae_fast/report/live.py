@@ -27,9 +27,8 @@ def live_facts(prompt: Prompt, usual: Tensor, text: str) -> dict[str, Any]:
         usual: ``[F]``, the value that a feature is set to when it is switched on.
         text: the text that is read first.
     """
-    margins = prompt.model.ranks_bits and prompt.model.n_bits == 1
     return {
-        "value": "margin" if margins else "activation",
+        "value": prompt.model.value_name,
         "usual": [float(f"{value:.4g}") for value in usual.tolist()],
         "text": text,
         "max_characters": MAX_CHARACTERS,

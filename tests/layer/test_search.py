@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import types
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from bae_fast.analysis import evaluate
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.ops import registry
 from bae_fast.packing import pack_rows, unpack_rows
+from bae_fast.report.live import live_facts
 from bae_fast.search import flip_bits
 from bae_fast.training import fit_search_
 
@@ -431,6 +433,17 @@ def test_compiled_it_finds_the_same_bits_without_a_warning():
 def test_it_is_not_exported_without_its_search():
     with pytest.raises(RuntimeError, match="a search cannot be exported"):
         torch.export.export(searched(torch.float32).as_layer(), (rows(dtype=torch.float32),))
+
+
+def test_pages_say_that_its_margins_are_the_encoders():
+    named = {
+        "margin": trained(),
+        "encoder's margin": searched(),
+        "activation": searched(n_bits=2),
+    }
+    for name, model in named.items():
+        prompt = types.SimpleNamespace(model=model)
+        assert live_facts(prompt, torch.ones(F), "a text")["value"] == name
 
 
 def test_evaluation_takes_it_as_it_is():
