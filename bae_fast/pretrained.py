@@ -94,14 +94,11 @@ def _whole(tensor: Any) -> Tensor:
     return whole.detach()
 
 
-def read_pretrained(
-    folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any], Path, dict[str, Tensor]]:
-    """Read both files: (configuration, the file it came from, tensors).
+def find_weights(folder: str | os.PathLike[str]) -> Path:
+    """The file of the weights in a model's folder.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: a corrupt file.
     """
     folder = folder_path(folder)
     if not folder.is_dir():
@@ -112,6 +109,20 @@ def read_pretrained(
         inside = sorted(folder.glob(f"*/{WEIGHTS_NAME}"))  # of a run, whose models have folders
         hint = f"; {inside[0].parent} holds a model" if inside else ""
         raise FileNotFoundError(f"{weights} does not exist{hint}")
+    return weights
+
+
+def read_pretrained(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], Path, dict[str, Tensor]]:
+    """Read both files: (configuration, the file it came from, tensors).
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: a corrupt file.
+    """
+    weights = find_weights(folder)
+    folder = weights.parent
     source = folder / CONFIG_NAME
     # a first save cut off between the two files leaves the weights, which carry the same
     values = read_json(source) if source.is_file() else None

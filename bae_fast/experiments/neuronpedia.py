@@ -64,9 +64,13 @@ def run(config: Config) -> runs.Result:
 
     if config.load is None:
         raise runs.ConfigError("load", "must name a saved model; got none")
-    for name in ("release", "source_set", "creator", "creator_id"):
-        if not getattr(config, name):
-            raise runs.ConfigError(name, "must be given; got none")
+    needed = ("release", "source_set", "creator", "creator_id")
+    missing = [name for name in needed if not getattr(config, name)]
+    if missing:
+        others = ", ".join(f"--{name.replace('_', '-')}" for name in missing[1:])
+        raise runs.ConfigError(
+            missing[0], "must be given; got none" + (f", and none of {others}" if others else "")
+        )
     runs.check_at_least(config, 1, "examples")
     release = Release(
         name=config.release,

@@ -27,6 +27,7 @@ from bae_fast.experiments.supplies import RowsFrom, Source, rows_for
 from bae_fast.experiments.training import Training, check, features_of, training_config
 from bae_fast.files import check_writable, read_json, write_text
 from bae_fast.model import BinaryAutoencoder
+from bae_fast.pretrained import find_weights
 from bae_fast.progress import Stages, say
 from bae_fast.training import Job, JobTrainer, RunConfig, StoppedError
 from bae_fast.training.jobs import CONSTANTS
@@ -104,6 +105,8 @@ def run(config: Config) -> runs.Result:
     for given in ("states", "cache"):
         if getattr(config, given) is not None:
             check_one_source(config, given)
+    if config.load is not None:
+        find_weights(config.load)  # before a language model is loaded for the rows
     settings = read_jobs(config)
     for one in settings.values():
         check(one)

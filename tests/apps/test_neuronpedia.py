@@ -10,6 +10,7 @@ import torch
 
 from bae_fast import BinaryAutoencoder
 from bae_fast.baselines import make_baseline
+from bae_fast.experiments import neuronpedia
 from bae_fast.interpret.neuronpedia import Release, write_neuronpedia_export
 from bae_fast.lm import ActivationCache
 
@@ -210,3 +211,12 @@ def test_an_export_that_is_interrupted_leaves_the_last_one_whole(cache, tmp_path
     write_neuronpedia_export(tmp_path / "out", bae, cache, Words(), RELEASE, **options)
     assert len(list(folder.rglob("batch-*"))) == 2
     assert not (folder / ".unfinished").exists()
+
+
+def test_all_that_must_be_given_is_named_at_once(tmp_path):
+    config = neuronpedia.Config(load=tmp_path, release="r", creator="c")
+    with pytest.raises(ValueError, match="must be given; got none, and none of --creator-id"):
+        neuronpedia.run(config)
+    config = neuronpedia.Config(load=tmp_path, release="r", creator="c", source_set="s")
+    with pytest.raises(ValueError, match=r"must be given; got none$"):
+        neuronpedia.run(config)

@@ -135,6 +135,15 @@ def test_a_saved_model_is_trained_on(states, tmp_path):
         assert torch.allclose(one[name], two[name], atol=1e-6), name
 
 
+def test_a_model_to_load_that_is_missing_is_said_before_rows_are_opened(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "rows_for", lambda *_, **__: pytest.fail("it has begun"))
+    given = ["--load", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
+    assert main(["train", *given]) == 1
+    assert f"folder {tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
+
+
 def test_a_loaded_model_takes_the_implementation_and_no_option_that_it_has_decided(
     states, tmp_path, capsys, monkeypatch
 ):

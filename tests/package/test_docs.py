@@ -7,18 +7,29 @@ compiled.
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from bae_fast.autoencoder import ARCHITECTURES
 from bae_fast.baselines import METHODS
+from bae_fast.cli.options import JSON, make_parser, read
 from bae_fast.experiments.methods import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = "# not run"
+
+# fields of a command that are given by their place
+POSITIONAL = {
+    "match": ("folders",),
+    "decompress": ("file",),
+    "evaluate": ("folder",),
+    "push": ("folder", "repo"),
+    "serve": ("folder",),
+}
 
 
 def blocks(page: Path) -> list[str]:
@@ -107,3 +118,35 @@ def test_functions_of_tests_that_pages_name_exist(page):
     for file, test in re.findall(r"`([\w/]+\.py)`: `(test_\w+)`", text):
         path = ROOT / file if "/" in file else ROOT / "tests" / "backends" / file
         assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}: {test}"
+
+
+SHELL = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """What a page's blocks of the shell give to bae-fast."""
+    text = "\n".join(SHELL.findall(page.read_text(encoding="utf-8"))).replace("\\\n", " ")
+    lines = re.findall(r"(?:^|-m )bae[-_]fast (.*)", text, re.MULTILINE)
+    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines]
+
+
+COMMANDED = [page for page in PAGES if commands(page)]
+
+
+@pytest.mark.parametrize("page", COMMANDED, ids=name)
+def test_options_of_commands_that_pages_show_exist(page):
+    pytest.importorskip("jsonargparse")
+    for word, *given in commands(page):
+        if word == "info":
+            continue
+        if word == "entropy":
+            word = f"entropy.{given.pop(0)}"
+        module = importlib.import_module(f"bae_fast.experiments.{word}")
+        places = POSITIONAL.get(word, ())
+        parser = make_parser(word, module.Config, places)
+        shown = parser.format_help()
+        if "--config" in given or "--print_config" in given:  # whose file is the reader's
+            unknown = [one for one in given if one.startswith("--") and one not in shown]
+            assert not unknown, (given, unknown)
+        else:
+            read(parser, module.Config, [one for one in given if one != JSON])
