@@ -31,13 +31,11 @@ SEARCHED: dict[str, tuple[str, ...]] = {
     "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
 }
 SEARCHED_BITS = (140, 165, 180, 200, 220)
-# what changes with the seed and with the layer, on the same text and with the same constants
-LAYERS: dict[str, tuple[str, ...]] = {
-    "SmolLM2, block 6": ("mixed_block6",),
-    "SmolLM2, block 12": ("mixed_seeds",),
-    "SmolLM2, block 24": ("mixed_block24",),
+# what changes with the seed, on the same text and with the same constants
+SEEDS: dict[str, tuple[str, ...]] = {
+    "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
 }
-LAYERS_BITS = (180, 200, 220)
+SEEDS_BITS = (180, 200, 220)
 # the runs whose features were probed, and put to the intruder test
 FEATURES = "mixed_searched"
 
@@ -142,10 +140,9 @@ def searched(results: Path) -> str:
     return _searched(results, SEARCHED, SEARCHED_BITS)
 
 
-def layers(results: Path) -> str:
-    """The same at several layers, and over seeds where there are several; with the dictionaries
-    that no search was made for."""
-    return _searched(results, LAYERS, LAYERS_BITS, every=True)
+def seeds(results: Path) -> str:
+    """The same over seeds, with the dictionaries that no search was made for."""
+    return _searched(results, SEEDS, SEEDS_BITS, every=True)
 
 
 def _searched(
