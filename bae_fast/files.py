@@ -497,7 +497,10 @@ def _checksum(tensor: Tensor) -> int:
     that."""
     import torch
 
-    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    flat = tensor.detach().reshape(-1)
+    if flat.stride(0) != 1:  # of a single number
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def _check_sums(tensors: dict[str, Tensor], kept: str, path: str | os.PathLike[str]) -> None:

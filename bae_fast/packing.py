@@ -75,7 +75,10 @@ def unpack_rows(words: Tensor, n_columns: int, dtype: torch.dtype = torch.bool) 
     """
     shifts = torch.arange(8, device=words.device)
     table = ((torch.arange(256, device=words.device)[:, None] >> shifts) & 1).to(dtype)
-    as_bytes = words.contiguous().view(torch.uint8)[..., : -(-n_columns // 8)]
+    words = words.contiguous()
+    if words.stride(-1) != 1:  # one word a row is contiguous with any stride, and is not viewed
+        words = words.clone(memory_format=torch.contiguous_format)
+    as_bytes = words.view(torch.uint8)[..., : -(-n_columns // 8)]
     # one gather of 8 values a byte: a single pass over the result, in its own dtype
     dense = torch.nn.functional.embedding(as_bytes.to(torch.int32), table)
     return dense.flatten(-2)[..., :n_columns]

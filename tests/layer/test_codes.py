@@ -152,6 +152,20 @@ def test_a_code_moves_and_has_no_dtype():
         code.to(torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 3])
+def test_words_of_one_column_may_have_any_stride(n, dtype, tmp_path):
+    bits, code = make((n, 20))
+    words = code.words.clone().as_strided((n, 1), (1, 7))
+    odd = bf.BinaryCode(words, 20)
+    assert odd.words.stride() != code.words.stride()
+    assert odd == code
+    assert torch.equal(odd.to_dense(), bits)
+    assert bf.BinaryCode.load(odd.save(tmp_path / "code.safetensors")) == code
+    bae = bf.BinaryAutoencoder(4, 20, dtype=dtype)
+    assert torch.equal(bae.decode(odd), bae.decode(code))
+
+
 def test_save_and_load_keep_every_bit_and_the_mask(tmp_path):
     bits, _ = make((40, 3, 37))
     keep = torch.rand(40, 3) < 0.5
