@@ -15,6 +15,7 @@ the feature takes on training rows.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Evaluation:
             entropy, summed over columns and pooled over all rows.
         gaussian_bound_bits: rate of a Gaussian with the covariance of the target at this FVU
             (reverse water-filling): no code of Gaussian rows needs fewer bits; one of real rows
-            may.
+            may. Infinite where the FVU is 0.
         l0: mean ones in a row.
         dead_share, dense_share, always_on_share: shares of the columns that are never on, on in
             more than 10 %, and on in more than 90 % of the rows.
@@ -76,11 +77,15 @@ class Evaluation:
     spectrum: Tensor
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, for JSON."""
-        return {
+        """The numbers, for JSON; None for one that is not finite."""
+        found = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in _LARGE
+        }
+        return {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in found.items()
         }
 
 
@@ -163,10 +168,12 @@ def evaluate(
     if binary:
         value_bits, fvu_quantized = 0, fvu
     spectrum = metrics.covariance_eigenvalues(goals)
+    # rows of few values can come back without an error
+    bound = float(metrics.gaussian_rate_distortion_bits(spectrum, fvu)) if fvu else math.inf
     return Evaluation(
         fvu=fvu,
         bits=support + value_bits * measured["l0"],
-        gaussian_bound_bits=float(metrics.gaussian_rate_distortion_bits(spectrum, fvu)),
+        gaussian_bound_bits=bound,
         **measured,
         n_rows=len(rows),
         fvu_quantized=fvu_quantized,

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -432,3 +433,15 @@ def test_any_autoencoder_is_a_layer_from_tensor_to_tensor(method):
     net(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
     assert net[0].weight.grad.any()
+
+
+def test_rows_that_come_back_without_an_error_are_evaluated():
+    bae = bf.BinaryAutoencoder(1, 1)
+    with torch.no_grad():
+        for parameter, value in ((bae.W_enc, 1), (bae.W_dec, 1), (bae.b_enc, -0.5), (bae.b_dec, 0)):
+            parameter.fill_(value)
+    found = evaluate(bae.eval(), torch.tensor([[0.0], [1.0], [1.0]]))
+    assert (found.fvu, found.gaussian_bound_bits) == (0, math.inf)
+    summary = found.summary()
+    assert (summary["fvu"], summary["gaussian_bound_bits"]) == (0, None)
+    assert json.dumps(summary, allow_nan=False)
