@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.distributed import Mesh
-from bae_fast.model import BinaryAutoencoder
+from bae_fast.model import ARCHITECTURE, BinaryAutoencoder
 
 # dimension along which a parameter's features lie; b_dec and the normalisation are whole everywhere
 FEATURE_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
@@ -33,10 +33,16 @@ def shard_features(bae: BinaryAutoencoder, mesh: Mesh) -> BinaryAutoencoder:
         mesh: the processes.
 
     Raises:
-        ValueError: features that cannot be divided among the ranks by words of 32 columns.
+        ValueError: features that cannot be divided among the ranks by words of 32 columns, or a
+            module whose codes are searched for.
     """
     if mesh.feature == 1:
         return bae
+    if bae.config_values()["architecture"] != ARCHITECTURE:
+        raise ValueError(
+            f"bae must be a BinaryAutoencoder for {mesh.feature} processes along feature; got "
+            f"{type(bae).__name__}, of which a part encodes otherwise than the whole"
+        )
     config = bae.config
     check_features(config.d_sae, config.n_bits, mesh)
     each = config.d_sae // mesh.feature

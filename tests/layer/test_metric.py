@@ -224,3 +224,9 @@ def test_a_module_with_a_metric_is_divided_by_features_and_put_together_again():
     again = gather_features(parts[0], _Rank(0, parts))
     assert torch.equal(again.x_metric, whole.x_metric)
     assert again.encode(x).equal(whole.encode(x))
+
+
+def test_features_of_a_module_that_searches_are_not_divided():
+    whole = bf.SearchedAutoencoder(6, 128)
+    with pytest.raises(ValueError, match="got SearchedAutoencoder, of which a part encodes"):
+        shard_features(whole, _Rank(0))
