@@ -224,7 +224,7 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "mixed-jumprelu": _first_table_of("mixed_jumprelu/compare"),
     "equal-bits": rates.equal_bits,
     "equal-bits-searched": rates.searched,
-    "equal-bits-seeds": rates.seeds,
+    "equal-bits-repeats": rates.repeats,
     "searched-features": rates.features,
     "equal-bits-small": rates.equal_bits_small,
     "compress": _first_table_of("compress/compress"),

@@ -31,11 +31,12 @@ SEARCHED: dict[str, tuple[str, ...]] = {
     "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
 }
 SEARCHED_BITS = (140, 165, 180, 200, 220)
-# what changes with the seed, on the same text and with the same constants
-SEEDS: dict[str, tuple[str, ...]] = {
+# what changes with the seed and with the layer, on the same text and with the same constants
+REPEATS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
+    "SmolLM2, block 6": ("mixed_block6", "mixed_block6_rivals"),
 }
-SEEDS_BITS = (180, 200, 220)
+REPEATS_BITS = (180, 200, 220)
 # the runs whose features were probed, and put to the intruder test
 FEATURES = "mixed_searched"
 
@@ -140,9 +141,9 @@ def searched(results: Path) -> str:
     return _searched(results, SEARCHED, SEARCHED_BITS)
 
 
-def seeds(results: Path) -> str:
-    """The same over seeds, with the dictionaries that no search was made for."""
-    return _searched(results, SEEDS, SEEDS_BITS, every=True)
+def repeats(results: Path) -> str:
+    """The same over seeds and at another layer, also for dictionaries without a search."""
+    return _searched(results, REPEATS, REPEATS_BITS, every=True)
 
 
 def _searched(

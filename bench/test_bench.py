@@ -550,12 +550,12 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
         ["a model", "TopK", "encoder", "0.500, +67%", "0.300, +200%"],
         ["a model", "TopK", "search", "0.450, +50%", "0.150, +50%"],
     ]
-    # over seeds rivals stand that no search was made for
+    # among repeats rivals stand that no search was made for
     again = rate_run("bae", 1, 100, 30.0, {"0": 0.6})
     write_json(tmp_path / "other" / "compare.json", {"runs": [*bae, again, topk[0]]})
-    monkeypatch.setattr(rates, "SEEDS", {"a model": ("other",)})
-    monkeypatch.setattr(rates, "SEEDS_BITS", (100,))
-    assert rates.seeds(tmp_path).splitlines()[2:] == [
+    monkeypatch.setattr(rates, "REPEATS", {"a model": ("other",)})
+    monkeypatch.setattr(rates, "REPEATS_BITS", (100,))
+    assert rates.repeats(tmp_path).splitlines()[2:] == [
         "| a model | BAE (sparse) | encoder | 0.500 (0.400 to 0.600), +67% |",
         "| a model | BAE (sparse) | search | 0.300 |",
         "| a model | TopK | encoder | 0.500, +67% |",
