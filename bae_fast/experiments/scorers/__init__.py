@@ -64,10 +64,20 @@ class Measure(NamedTuple):
     Attributes:
         settings: all that its results depend on besides the model, JSON values only.
         of: (model, method) to its results, JSON values only; the model is in eval mode.
+        columns: what of it stands in the table.
     """
 
     settings: dict[str, Any]
     of: Callable[[Any, str], dict[str, Any]]
+    columns: Sequence[Column]
+
+    def scorer(self, name: str) -> Scorer:
+        """The scorer of features as a model's own encoder gives them."""
+
+        def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
+            return self.of(model, method)
+
+        return Scorer(name, self.settings, score, self.columns)
 
 
 class Context:

@@ -13,19 +13,10 @@ from bae_fast.interpret.intruder import IntruderConfig, SentenceEncoder, intrude
 ORDER = 3
 
 
-COLUMNS = [Column("mean", "intruder found", "{:.3f}")]
-
-
 def make(context: Context) -> list[Scorer]:
     """One scorer, where the configuration names an encoder."""
     measure = measured(context)
-    if measure is None:
-        return []
-
-    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        return measure.of(model, method)
-
-    return [Scorer("intruder", measure.settings, score, COLUMNS)]
+    return [] if measure is None else [measure.scorer("intruder")]
 
 
 def measured(context: Context) -> Measure | None:
@@ -57,4 +48,5 @@ def measured(context: Context) -> Measure | None:
         "encoder_config": hashlib.sha256(config).hexdigest()[:16],
         "config": dataclasses.asdict(constants),
     }
-    return Measure(settings, of)
+    columns = [Column("mean", "intruder found", "{:.3f}")]
+    return Measure(settings, of, columns)

@@ -16,21 +16,11 @@ NUMBERS = (1, 2, 5)
 # training rows that features are chosen and weights are fitted on, evenly over all
 _TRAIN_ROWS = 16384
 
-COLUMNS = [
-    Column(f"probe_{n}", f"probe, {n} feature{'s' if n > 1 else ''}", "{:.3f}") for n in NUMBERS
-]
-
 
 def make(context: Context) -> list[Scorer]:
     """One scorer, where the configuration asks for it."""
     measure = measured(context)
-    if measure is None:
-        return []
-
-    def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        return measure.of(model, method)
-
-    return [Scorer("probing", measure.settings, score, COLUMNS)]
+    return [] if measure is None else [measure.scorer("probing")]
 
 
 def measured(context: Context) -> Measure | None:
@@ -71,4 +61,7 @@ def measured(context: Context) -> Measure | None:
         return scores
 
     settings = {"labels": list(LABELS), "k": list(NUMBERS), "train_rows": _TRAIN_ROWS}
-    return Measure(settings, of)
+    columns = [
+        Column(f"probe_{n}", f"probe, {n} feature{'s' if n > 1 else ''}", "{:.3f}") for n in NUMBERS
+    ]
+    return Measure(settings, of, columns)

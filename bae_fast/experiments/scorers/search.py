@@ -71,15 +71,14 @@ def _of_features(
     made: Callable[[Any, str, int | None], list[tuple[dict[str, Any], Autoencoder]]],
 ) -> list[Scorer]:
     """What is measured of the features that an encoder finds, of those that a search finds."""
-    measures = {
-        "probing": (probing.measured(context), probing.COLUMNS),
-        "intruder": (intruder.measured(context), intruder.COLUMNS),
-    }
-    asked = {name: measure for name, (measure, _) in measures.items() if measure is not None}
+    measures = {"probing": probing.measured(context), "intruder": intruder.measured(context)}
+    asked = {name: measure for name, measure in measures.items() if measure is not None}
     if not asked:
         return []
     shown = {
-        f"{name}_{column.key}": (name, column) for name in asked for column in measures[name][1]
+        f"{name}_{column.key}": (name, column)
+        for name, measure in asked.items()
+        for column in measure.columns
     }
 
     def score(model: Any, method: str, k: int | None, _seed: int) -> dict[str, Any]:
