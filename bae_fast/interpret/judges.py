@@ -26,8 +26,8 @@ from torch import Tensor
 
 from bae_fast.interpret.thoughts import close_thoughts, only_thoughts
 from bae_fast.lm.hooks import in_order, running
-from bae_fast.lm.inputs import text_tokens
-from bae_fast.lm.keys import kept_cache, keys_name
+from bae_fast.lm.inputs import padded, text_tokens
+from bae_fast.lm.keys import kept_cache, keys_name, repeated
 from bae_fast.lm.loading import (
     DEFAULT_MODEL,
     LanguageModel,
@@ -267,24 +267,20 @@ class TransformersJudge:
         """Probability of Yes against No after each of some sequences that begin alike."""
         lm, device = self.lm, self.lm.device
         shared = min(_common(sequences[0], sequences[-1]), min(map(len, sequences)) - 1)
-        name, past = keys_name(lm.model), None
-        if name is None or len(sequences) == 1 or shared < _LEAST_PREFIX:
+        name = keys_name(lm.model) if len(sequences) > 1 and shared >= _LEAST_PREFIX else None
+        kept: dict[str, Any] = {}
+        if name is None:
             shared = 0
         else:
             start = torch.tensor([sequences[0][:shared]], device=device)
-            past = kept_cache(lm.body(input_ids=start, use_cache=True))
-            past.batch_repeat_interleave(len(sequences))
-        lengths = torch.tensor([len(sequence) - shared for sequence in sequences])
-        width = int(lengths.max())
-        ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-        for row, sequence in enumerate(sequences):  # padded at the end, which nothing looks at
-            ids[row, : len(sequence) - shared] = torch.tensor(sequence[shared:])
-        mask = torch.arange(shared + width) < (lengths + shared)[:, None]
+            kept = {name: kept_cache(lm.body(input_ids=start, use_cache=True))}
+        ids, mask, lengths = padded([sequence[shared:] for sequence in sequences])
+        mask = torch.nn.functional.pad(mask, (shared, 0), value=True)
         last = lm.body(
             input_ids=ids.to(device),
             attention_mask=mask.to(device).long(),
-            use_cache=past is not None,
-            **({} if name is None or past is None else {name: past}),
+            use_cache=bool(kept),
+            **repeated(kept, len(sequences)),
         ).last_hidden_state
         states = last[torch.arange(len(sequences), device=device), (lengths - 1).to(device)]
         logits = lm.head(states)[:, list(self.verdict_tokens())]

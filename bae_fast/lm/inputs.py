@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -252,6 +252,17 @@ def _told(real: Tensor, tell: bool) -> dict[str, Tensor]:
     if tell:
         options["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0)
     return options
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences as one tensor, padded at the end, which nothing before it looks at: (ids, which are
+    no padding, lengths)."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    width = int(lengths.max())
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.as_tensor(sequence)
+    return ids, torch.arange(width) < lengths[:, None], lengths
 
 
 def max_positions(model: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -53,3 +54,12 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 def kept_cache(output: Any) -> Any:
     """What the next call may go on from, of a model's output; None where nothing was kept."""
     return next((output[name] for name in NAMES if name in output), None)
+
+
+def repeated(kept: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The argument with keys and values of one sequence, for n that go on from it: a copy, which a
+    batch extends. Nothing for nothing."""
+    made = {name: copy.deepcopy(cache) for name, cache in kept.items()}
+    for cache in made.values():
+        cache.batch_repeat_interleave(n)
+    return made

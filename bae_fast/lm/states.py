@@ -6,7 +6,6 @@ of every prompt. What comes back lies in memory.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bae_fast.lm.capture import Engine
-from bae_fast.lm.inputs import check_ids, check_length
-from bae_fast.lm.keys import keys_name
+from bae_fast.lm.inputs import check_ids, check_length, padded
+from bae_fast.lm.keys import keys_name, repeated
 from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.logits import causal_model
 from bae_fast.progress import progress_bar
@@ -83,21 +82,22 @@ def states_at(
     after: list[Tensor] = []
     total = sum(map(len, sequences))
     prefix: Sequence[int] = []
-    cache = None
+    kept: dict[str, Any] = {}
     step = lm.head.rows_at_a_time if next_token else 1
     with engine:
-        if share_prefix and keys_name(lm.model) and (prefix := _common_prefix(sequences)):
-            cache = _keys_and_values(engine, prefix, stop=not next_token)
+        name = keys_name(lm.model) if share_prefix else None
+        if name is not None and (prefix := _common_prefix(sequences)):
+            kept = _keys_and_values(engine, prefix, name, stop=not next_token)
             sequences = [sequence[len(prefix) :] for sequence in sequences]
         with progress_bar(total, what="states", unit="tok", show=progress) as bar:
             for batch in _batches(order, sequences, batch_tokens):
-                ids, mask, lengths = _padded([sequences[i] for i in batch])
+                ids, mask, lengths = padded([sequences[i] for i in batch])
                 mask = torch.nn.functional.pad(mask, (len(prefix), 0), value=True)
                 options = {
                     "input_ids": ids.to(lm.device),
                     "attention_mask": mask.to(lm.device).long(),
-                    "use_cache": cache is not None,
-                    **_going_on(lm, cache, len(batch)),
+                    "use_cache": bool(kept),
+                    **repeated(kept, len(batch)),
                 }
                 found, out = engine.run(functools.partial(lm.body, **options), stop=not next_token)
                 rows = torch.arange(len(batch))[:, None].to(lm.device)
@@ -118,16 +118,6 @@ def states_at(
     return kept, torch.cat(after)[back] if next_token else None
 
 
-def _padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences, the longest last, as one tensor: (ids, which are no padding, lengths)."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    width = int(lengths[-1])
-    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.as_tensor(sequence)
-    return ids, torch.arange(width) < lengths[:, None], lengths
-
-
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
     """The tokens that all sequences begin with, the last of the shortest left out."""
     first, last = min(map(list, sequences)), max(map(list, sequences))
@@ -138,7 +128,10 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> Sequence[int]:
     return first[:same]
 
 
-def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> Any:
+def _keys_and_values(
+    engine: Engine, prefix: Sequence[int], name: str, *, stop: bool
+) -> dict[str, Any]:
+    """The argument by which every sequence goes on from the prefix."""
     from transformers import DynamicCache
 
     lm = engine.lm
@@ -149,26 +142,11 @@ def _keys_and_values(engine: Engine, prefix: Sequence[int], *, stop: bool) -> An
             lm.body,
             input_ids=torch.tensor([list(prefix)], device=lm.device),
             use_cache=True,
-            **_going_on_from(lm, cache),
+            **{name: cache},
         ),
         stop=stop,
     )
-    return cache
-
-
-def _going_on_from(lm: LanguageModel, cache: Any) -> dict[str, Any]:
-    name = keys_name(lm.model)
-    assert name is not None, "of models that take keys and values alone"
     return {name: cache}
-
-
-def _going_on(lm: LanguageModel, cache: Any, n: int) -> dict[str, Any]:
-    """Arguments to go on from keys and values: a copy that a batch may extend."""
-    if cache is None:
-        return {}
-    cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(n)
-    return _going_on_from(lm, cache)
 
 
 def _batches(
