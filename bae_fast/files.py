@@ -31,7 +31,8 @@ except ImportError:  # Windows has other locks: there nothing is locked
 
 # in the metadata of a safetensors file: the CRC-32 of each tensor, JSON
 _CHECKSUMS = "bae_fast.crc32"
-_CHANGED = "a bit has changed since it was written"
+# why a checksum is another
+CHANGED = "a bit has changed since it was written"
 
 
 def cache_folder(name: str) -> Path:
@@ -229,7 +230,7 @@ def read_torch(path: str | os.PathLike[str], what: str, *, own: bool = False) ->
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is another: {_CHANGED}")
+                raise ValueError(f"the checksum of {damaged} is another: {CHANGED}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise anything
         raise ValueError(f"{path} is not a readable {what}: {first_line(error)}") from error
@@ -300,6 +301,21 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         while part := file.read(2**22):
             digest.update(part)
     return digest.hexdigest()
+
+
+def part_checksum(path: str | os.PathLike[str], first: int = 0, length: int | None = None) -> int:
+    """The CRC-32 of a file's bytes from ``first`` on, of all or of so many as there are of them.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found, left = 0, os.path.getsize(path) - first if length is None else length
+    with open(path, "rb") as file:
+        file.seek(first)
+        while left > 0 and (part := file.read(min(left, 2**22))):
+            found = zlib.crc32(part, found)
+            left -= len(part)
+    return found
 
 
 # -- locks -------------------------------------------------------------------------------------
@@ -398,13 +414,18 @@ def _move_up(folder: Path) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file in UTF-8, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def as_json(value: Any) -> str:
+    """JSON as it is written to files, indented and in the order given."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write JSON, indented and in the order given, whole or not at all."""
-    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    return write_text(path, as_json(value))
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -514,5 +535,5 @@ def _check_sums(tensors: dict[str, Tensor], kept: str, path: str | os.PathLike[s
         if _checksum(tensors[name]) != value:
             raise ValueError(
                 f"{path} is damaged: the checksum of {name} is another than {_CHECKSUMS} in its "
-                f"metadata has; {_CHANGED}"
+                f"metadata has; {CHANGED}"
             )

@@ -3,6 +3,7 @@
 A state is a tree of dictionaries, lists, tensors and plain values. Its tensors are written by all
 ranks, each its own parts, into ``step-N.tmp``, which is renamed when every rank has written: a
 folder under its final name is whole. Written with R ranks, it is read with any other number.
+``checksums.json`` has the CRC-32 of every part of every file; a folder without it is an older one.
 Nothing in it is unpickled but torch's table of contents, and that only where it asks for torch's
 own classes: a stranger's checkpoint can run nothing.
 
@@ -19,6 +20,7 @@ import os
 import pickle
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,10 +31,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bae_fast.distributed import Mesh
-from bae_fast.files import first_line, read_json, torch_reason, write_json
+from bae_fast.files import (
+    CHANGED,
+    as_json,
+    first_line,
+    part_checksum,
+    read_json,
+    torch_reason,
+    write_json,
+    write_text,
+)
 from bae_fast.progress import say
 
-VALUES = "run.json"
+VALUES, CHECKSUMS, _TABLE = "run.json", "checksums.json", ".metadata"
 _PREFIX, _UNFINISHED = "step-", ".tmp"
 # keys of the JSON that stand for something else than an object of JSON
 _TENSOR, _ITEMS, _TUPLE = "tensor", "items", "tuple"
@@ -188,22 +199,29 @@ class Checkpoints:
     def _write(self, snapshot: _Snapshot) -> None:
         from torch.distributed import checkpoint
 
+        from bae_fast.training.checkpoint_files import SummingWriter
+
         target = self.path(snapshot.step)
         work = target.with_name(target.name + _UNFINISHED)
         with contextlib.ExitStack() as undo, _naming(target):
             if self._first:  # what is half written would fill the disk for the next save too
                 undo.callback(shutil.rmtree, work, ignore_errors=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
+            writer = SummingWriter(work)
             with _quiet():
                 checkpoint.save(
                     snapshot.tensors,
-                    storage_writer=checkpoint.FileSystemWriter(work),
+                    storage_writer=writer,
                     process_group=self._group,
                     no_dist=self.mesh is None,
                 )
             # the first rank's save ends when those of all have
             if self._first:
-                write_json(work / VALUES, snapshot.values)
+                text = as_json(snapshot.values)
+                wholes = {_TABLE: part_checksum(work / _TABLE), VALUES: zlib.crc32(text.encode())}
+                sums = {name: {"0": crc32} for name, crc32 in wholes.items()}
+                write_json(work / CHECKSUMS, sums | writer.sums)
+                write_text(work / VALUES, text)  # last, as the folder is whole with it
                 # aside, not removed: that takes long, and a process may be killed meanwhile
                 aside = target.with_name(f"{target.name}.aside{_UNFINISHED}")
                 if target.exists():
@@ -265,17 +283,21 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: no such checkpoint.
-            ValueError: a folder that is not whole, or was written by another version of torch.
+            ValueError: a folder that is not whole, or was written by another version of torch; a
+                bit of a file has changed.
         """
         from torch.distributed import checkpoint
 
+        from bae_fast.training.checkpoint_files import CheckingReader
+
         if not (path / VALUES).is_file():
             raise FileNotFoundError(f"{path} holds no whole checkpoint")
-        values = read_json(path / VALUES)
-        reader = checkpoint.FileSystemReader(path)
         wanted: dict[str, Tensor] = {}
         try:
-            with (path / ".metadata").open("rb") as file:
+            sums = _sums(path)
+            values = read_json(path / VALUES)
+            reader = CheckingReader(path, sums)
+            with (path / _TABLE).open("rb") as file:
                 _Contents(file).load()
             for name, entry in reader.read_metadata().state_dict_metadata.items():
                 wanted[name] = self._room(entry, dims(tuple(name.split("/"))))
@@ -289,7 +311,9 @@ class Checkpoints:
             local = {name: _local(tensor) for name, tensor in wanted.items()}
             state: dict[str, Any] = unflatten(values["state"], local)
         except (Exception, checkpoint.api.CheckpointException) as error:
-            raise ValueError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
+            raise ValueError(
+                f"{path} is not a readable checkpoint: {first_line(_cause(error))}"
+            ) from error
         return state
 
     def _room(self, entry: Any, dims: tuple[int | None, int | None]) -> Tensor:
@@ -306,6 +330,33 @@ def _is_best(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return read_json(path / VALUES).get("best") is True
     return False
+
+
+def _sums(path: Path) -> dict[str, dict[str, int]] | None:
+    """The checksums of a checkpoint's parts, once those of whole files are compared; None for a
+    checkpoint from before there were any.
+
+    Raises:
+        ValueError: naming the file of which a bit has changed.
+    """
+    if not (path / CHECKSUMS).is_file():
+        return None
+    sums = read_json(path / CHECKSUMS)
+    if not all(isinstance(parts, dict) for parts in sums.values()):
+        raise ValueError(f"{CHECKSUMS} must hold an object for each file")
+    for name in (VALUES, _TABLE):
+        if part_checksum(path / name) != sums.get(name, {}).get("0"):
+            raise ValueError(
+                f"{name} is damaged: its checksum is another than {CHECKSUMS} has; {CHANGED}"
+            )
+    return sums
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened, where torch says on which processes: on the first of them."""
+    failures = getattr(error, "failures", None)  # rank -> (error, where)
+    found: BaseException = next(iter(failures.values()))[0] if failures else error
+    return found
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -329,10 +380,7 @@ def _naming(target: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        inner: Any = error
-        failures = getattr(error, "failures", None)  # of torch's exception: rank -> what happened
-        if failures:
-            inner = next(iter(failures.values()))[0]
+        inner: Any = _cause(error)
         unwritten = torch_reason(inner)
         number = getattr(inner, "errno", None) or (errno.ENOSPC if unwritten else errno.EIO)
         lines = str(inner).strip().splitlines()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -203,6 +204,40 @@ def test_a_damaged_checkpoint_does_not_make_those_after_it_fail(tmp_path, damage
         saved(tmp_path).load(tmp_path / "step-4", whole)
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "run.json", "checksums.json"])
+def test_a_bit_of_a_checkpoint_that_has_changed_is_found_and_its_file_is_named(tmp_path, name):
+    store = Checkpoints(tmp_path, keep=2, mesh=None)
+    given = {"x": torch.arange(100.0), "of": {"y": torch.ones(3, 5, dtype=torch.int64)}, "z": 0.5}
+    store.save(given, 1, whole)
+    store.wait()
+    path = store.path(1) / name
+    data = path.read_bytes()
+    # what is in a file of checksums is a digit of another's, mostly
+    named = re.escape(name) if name != "checksums.json" else r"\S+ is damaged|checksums\.json"
+    for at in range(0, len(data), -(-len(data) // 60)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"step-1 is not a readable checkpoint: .*{named}"):
+            store.load(store.path(1), whole)
+    path.write_bytes(data)
+    found = store.load(store.path(1), whole)
+    assert torch.equal(found["x"], given["x"])
+    assert torch.equal(found["of"]["y"], given["of"]["y"])
+    assert found["z"] == 0.5
+    store.close()
+
+
+def test_a_checkpoint_of_an_older_version_without_checksums_is_read(tmp_path):
+    store = saved(tmp_path, 5)
+    (store.path(5) / "checksums.json").unlink()
+    assert torch.equal(store.load(store.path(5), whole)["x"], torch.arange(5.0))
+    (store.path(5) / "checksums.json").write_text('{"run.json": 1}')
+    with pytest.raises(ValueError, match=r"step-5 is not a readable .*checksums\.json must hold"):
+        store.load(store.path(5), whole)
+    store.close()
+
+
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
 def test_a_process_killed_while_a_step_is_saved_again_leaves_one_of_it(
     tmp_path, monkeypatch, killed_at
@@ -239,6 +274,7 @@ def test_a_strangers_checkpoint_runs_nothing(tmp_path):
 
     store = saved(tmp_path / "checkpoints", 1)
     (store.path(1) / ".metadata").write_bytes(pickle.dumps(Stranger()))
+    (store.path(1) / "checksums.json").unlink()
     with pytest.raises(ValueError, match=r"step-1 is not a readable checkpoint: .* asks for posix"):
         store.load(store.path(1), whole)
     assert not (tmp_path / "ran").exists()

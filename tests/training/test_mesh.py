@@ -202,6 +202,15 @@ def test_divided_moments_go_on_undivided_and_the_other_way(tmp_path):
     found, *_ = worker.launch(tmp_path / "b", 2, [("ids", "ids", [2, 1], divided)])
     for name, value in one["parameters"].items():
         assert (found["ids"]["parameters"][name] - value).abs().max() <= 1e-9, name
+    # what the second of two processes wrote is compared by one that reads it alone
+    path = tmp_path / "run" / "checkpoints" / "step-6" / "__1_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"step-6 is not .*: __1_0\.distcp is damaged: the checksum"
+    ):
+        worker.trainer(None, out=tmp_path / "run").resume()
 
 
 @pytest.mark.long
