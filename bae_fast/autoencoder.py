@@ -24,7 +24,13 @@ from bae_fast import hub
 from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.normalization import Normalized
-from bae_fast.pretrained import find_pretrained, load_tensors_, read_pretrained, write_pretrained
+from bae_fast.pretrained import (
+    find_pretrained,
+    load_tensors_,
+    publish_,
+    read_pretrained,
+    write_pretrained,
+)
 from bae_fast.progress import tracked
 
 if TYPE_CHECKING:
@@ -351,6 +357,8 @@ class Autoencoder(Normalized):
     ) -> str:
         """Put the module into a repository of the Hugging Face Hub, with a model card.
 
+        Of paths on this machine, which the metadata may name, the last part alone is published.
+
         Args:
             repo_id: ``user/name``; made where it is missing.
             subfolder: where in the repository the two files lie; SAELens asks for one. The card
@@ -369,7 +377,7 @@ class Autoencoder(Normalized):
             OSError: the Hub refused or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as made:
-            self.save_pretrained(Path(made) / (subfolder or ""))
+            publish_(self.save_pretrained(Path(made) / (subfolder or "")))
             # at the top, where the Hub reads it
             hub.write_card(
                 Path(made) / hub.CARD_NAME,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from bae_fast._version import __version__
@@ -47,6 +47,44 @@ def is_name(name: str) -> bool:
 def is_repo_id(name: str | os.PathLike[str]) -> bool:
     """Whether a name could be that of a repository, ``user/name``, and is no path on disk."""
     return isinstance(name, str) and is_name(name) and not Path(name).exists()
+
+
+# what metadata name that may be a path: the language model, the text, and rows of a file
+_NAMES = ("model_name", "dataset_path", "rows")
+
+
+def public_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata as others may read them: of a path on this machine the last part alone.
+
+    Names of the Hub, addresses and all other values stay whole. A relative path is known as one
+    only where the name of a model, a text or rows stands.
+    """
+    found = {key: _public(value, relative=key in _NAMES) for key, value in metadata.items()}
+    files = metadata.get("text_files")
+    if isinstance(files, (list, tuple)) and files:  # no names of the Hub
+        found["text_files"] = [_last_part(str(path)) for path in files]
+        # several files are one text, whose name is all of theirs
+        if metadata.get("dataset_path") == " ".join(map(str, files)):
+            found["dataset_path"] = " ".join(found["text_files"])
+    return found
+
+
+def _public(value: Any, *, relative: bool) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(one, relative=relative) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(one, relative=relative) for one in value]
+    if not isinstance(value, str) or "://" in value:
+        return value
+    path = PureWindowsPath(value)
+    here = value.startswith(("/", "~", "./", "../", "\\", ".\\", "..\\")) or path.is_absolute()
+    if relative and len(path.parts) > 1:
+        here |= not is_name(value) or Path(value).exists()
+    return _last_part(value) if here else value
+
+
+def _last_part(path: str) -> str:
+    return PureWindowsPath(path).name or "a folder"  # it understands both kinds of slashes
 
 
 def download(
@@ -134,6 +172,8 @@ def write_card(
     license: str | None = None,  # the card's own word for it
 ) -> Path:
     """Write a model card: what the module is, where its rows came from, figures, how to load it.
+
+    Of a path on this machine the card has the last part, see :func:`public_metadata`.
 
     Args:
         path: the card's.
@@ -264,7 +304,7 @@ def _write_card(
 
 
 def _metadata(values: dict[str, Any]) -> dict[str, Any]:
-    return values.get("metadata") or {}
+    return public_metadata(values.get("metadata") or {})
 
 
 def _common(every: list[dict[str, Any]]) -> dict[str, Any]:

@@ -73,6 +73,34 @@ def write_pretrained(
     return folder
 
 
+def publish_(folder: str | os.PathLike[str]) -> None:
+    """Cut local paths in the metadata of a saved model's two files, which others will read.
+
+    Files without any stay as they are, byte for byte. Tensors and the id of the save stay, so that
+    codes made with the model still belong to it.
+    """
+    config, weights = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
+    values = read_json(config)
+    if values != (public := _public(values)):
+        write_json(config, public)
+    tensors, header = read_safetensors(weights)
+    try:
+        kept = json.loads(header.get("config", "null"))
+    except ValueError:  # of another program
+        return
+    if kept != (public := _public(kept)):
+        header = {**header, "config": json.dumps(public)}
+        write_safetensors(weights, tensors, header, sums=True)
+
+
+def _public(values: Any) -> Any:
+    """A configuration with metadata that others may read."""
+    metadata = values.get("metadata") if isinstance(values, dict) else None
+    if not isinstance(metadata, dict):
+        return values
+    return {**values, "metadata": hub.public_metadata(metadata)}
+
+
 def _as_used(module: nn.Module) -> dict[str, Tensor]:
     """A module's state, where parametrized and pruned tensors stand by their names, as they are
     used: a file says nothing of how they are made."""

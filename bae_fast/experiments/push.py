@@ -12,7 +12,7 @@ from bae_fast import hub
 from bae_fast.baselines import load_autoencoder
 from bae_fast.experiments import runs
 from bae_fast.files import publishing, read_json
-from bae_fast.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from bae_fast.pretrained import CONFIG_NAME, WEIGHTS_NAME, publish_
 
 # where commands leave figures, beside the model or beside the folders of a run's models
 _EVALUATION, _METRICS = "evaluation.json", "metrics.json"
@@ -48,8 +48,9 @@ class Config:
 def run(config: Config) -> runs.Result:
     """Check the autoencoders, write their card, and upload both in one commit.
 
-    The two files of an autoencoder are sent as they are, so that files of codes that belong to it
-    are still known by its id.
+    The two files of an autoencoder are sent as they are, with its id, so that files of codes that
+    belong to it are still known. Only of paths on this machine, which their metadata may name, the
+    last part alone is sent.
 
     Raises:
         ValueError, OSError, ImportError: naming the field, the file, the repository or the package.
@@ -134,6 +135,7 @@ def _write(
         target.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(folder / name, target / name)
+        publish_(target)
     card = made / hub.CARD_NAME
     if len(models) > 1:
         hub.write_run_card(card, config.repo, models, license=config.license)

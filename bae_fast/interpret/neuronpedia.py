@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import publishing, replacing
+from bae_fast.hub import public_metadata
 from bae_fast.lm.cache import ActivationCache
 from bae_fast.progress import progress_bar
 
@@ -204,7 +205,7 @@ class _Source:
                 "id": self.source_id,
                 "modelId": self.model_id,
                 "setName": release.source_set,
-                "dataset": str(self.cache.manifest.get("dataset_path", "")),
+                "dataset": str(public_metadata(self.cache.manifest).get("dataset_path", "")),
                 "num_prompts": self.cache.n_windows,
                 "num_tokens_in_prompt": self.cache.context_size,
                 "hfRepoId": release.hf_repo_id,

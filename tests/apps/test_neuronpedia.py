@@ -81,7 +81,7 @@ def cache(tmp_path):
         manifest={
             "hook_name": "layers.1",
             "model_name": "user/tiny",
-            "dataset_path": "text",
+            "dataset_path": "/home/me/text",
             "context_size": CONTEXT,
         },
         rows=torch.randn(len(place), D),
@@ -129,6 +129,7 @@ def test_every_object_has_the_importers_fields_and_the_numbers_of_the_model(cach
     found = read(folder)
     assert len(list((folder / "features").iterdir())) == 3
     assert found["source"][0]["id"] == "1-res-bae"
+    assert found["source"][0]["dataset"] == "text"  # and not whose home it lies in
     assert [one["index"] for one in found["features"]] == [str(j) for j in range(F)]
 
     dense = torch.zeros(WINDOWS, CONTEXT, F)

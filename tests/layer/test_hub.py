@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import processes
 import pytest
@@ -221,6 +222,73 @@ def test_what_would_be_sent_can_be_looked_at(tmp_path, run_folder, capsys):
     assert main(["push", str(run_folder / "a"), "user/one", *options]) == 0
     assert "| FVU | 0.5000 |" in (tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+# metadata of a run on this machine, and what others may read of them
+LOCAL = {
+    "model_name": "/home/me/models/llama-3",
+    "hook_name": "model.layers.1",
+    "dataset_path": "/home/me/my text notes/a.txt",
+    "text_files": ["/home/me/my text", "notes/a.txt"],
+    "note": "~/secret/run 5",
+    "layers": [1, 2],
+    "text_sha256": "0" * 64,
+}
+PUBLIC = LOCAL | {
+    "model_name": "llama-3",
+    "dataset_path": "my text a.txt",
+    "text_files": ["my text", "a.txt"],
+    "note": "run 5",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        (LOCAL, PUBLIC),
+        ({"model_name": "here/model"}, {"model_name": "model"}),  # a folder that is there
+        ({"model_name": "user/model"}, {"model_name": "user/model"}),
+        ({"dataset_path": "a/b/c"}, {"dataset_path": "c"}),
+        ({"note": "a/b/c"}, {"note": "a/b/c"}),  # words, as far as anybody knows
+        ({"rows": "../x/rows.npy"}, {"rows": "rows.npy"}),
+        ({"rows": "C:\\Users\\me\\rows.npy"}, {"rows": "rows.npy"}),
+        ({"dataset_path": "hf://datasets/a/b"}, {"dataset_path": "hf://datasets/a/b"}),
+        ({"dataset_path": "/"}, {"dataset_path": "a folder"}),
+        ({"more": {"of": ["/home/me/x", 3]}}, {"more": {"of": ["x", 3]}}),
+        ({"dataset_path": "pydoc_data.topics", "text_files": None},) * 2,
+    ],
+)
+def test_of_a_path_on_this_machine_others_read_the_last_part(tmp_path, monkeypatch, given, public):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub.public_metadata(given) == public
+
+
+@pytest.mark.parametrize("by", ["command", "method"])
+def test_a_path_on_this_machine_is_in_no_file_that_is_published(tmp_path, monkeypatch, by):
+    model = BinaryAutoencoder(6, 40, metadata=LOCAL)
+    saved, out = model.save_pretrained(tmp_path / "saved"), tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    if by == "command":
+        pytest.importorskip("jsonargparse")
+        assert main(["push", str(saved), "user/one", "--out", str(out)]) == 0
+        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+        assert json.loads((out / "cfg.json").read_text())["save_id"] in before["cfg.json"].decode()
+    else:
+        monkeypatch.setattr(hub, "upload", lambda made, *_, **__: shutil.copytree(made, out))
+        model.push_to_hub("user/one")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", *sorted(before)]
+    for path in out.iterdir():
+        for word in (b"/home", b"secret", b"notes"):
+            assert word not in path.read_bytes(), (path, word)
+    assert "| model_name | llama-3 |" in (out / "README.md").read_text()
+    again = load_autoencoder(out)
+    assert again.config.metadata == PUBLIC
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    # of the weights alone, too
+    (out / "cfg.json").unlink()
+    assert load_autoencoder(out).config.metadata == PUBLIC
 
 
 @pytest.mark.parametrize(
