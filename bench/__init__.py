@@ -23,7 +23,7 @@ results; ``recipe`` and ``ablation``, which train, run by name.
 | ``collect.py`` | the tokens that go to each feature |
 | ``launches.py``, ``compiled.py`` | of GPUs without one: what a step starts, its machine code |
 | ``estimate.py`` | the time of a step on a GPU by arithmetic |
-| ``device.py``, ``rate.cu`` | on a GPU: what is right, then times, kept case by case |
+| ``device/`` | on a GPU: what is right, then times, kept case by case |
 | ``models.py`` | real language models: loads, and what runs inside them, beside their own |
 | ``saebench.py`` | SAEBench's core evaluation of what is trained here |
 | ``versions.py``, ``abi.py`` | a wheel tried with given versions; what its symbols ask for |

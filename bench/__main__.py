@@ -40,10 +40,10 @@ from bench import (
     versions,
     wide,
 )
+from bench.checkout import ROOT
 from bench.inputs import simd
 from bench.timing import SECONDS
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 # the page with the table of a GPU
 SPEED = ROOT / "docs" / "results" / "speed.md"
@@ -98,16 +98,6 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def refusals(result: dict[str, Any]) -> list[str]:
-    """What was refused in a result, one line each."""
-    return [
-        f"{tables.line(row | {'sides': {}})}{name}: {side['refused']}"
-        for row in result["rows"]
-        for name, side in row.get("sides", {}).items()
-        if "refused" in side
-    ]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -209,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in () if options.tables else options.suites or MEASURED:
         print(f"== {name}", flush=True)
         result = {"environment": environment(), **SUITES[name].run(**options_of(name, options))}
-        refused += refusals(result)
+        refused += tables.refusals(result["rows"], tables.case_of)
         if name in ("models", "supply"):
             result = SUITES[name].merged(folder / f"{name}.json", result)
         if options.only is None:

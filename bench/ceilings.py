@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,33 @@ def bit_macs(level: str) -> float | None:
     return probe.bit_macs_per_second(level.encode(), torch.get_num_threads(), PROBE_SECONDS) or None
 
 
+def rates(
+    best: Callable[[Callable[[], Any]], float],
+    copy_bytes: int,
+    gemm_side: int,
+    dtypes: Sequence[torch.dtype],
+) -> dict[str, Any]:
+    """Those of torch's copy and of its products, on the device that tensors are made on.
+
+    Args:
+        best: seconds of the fastest of a few calls.
+    """
+    source, target = torch.rand(copy_bytes // 4), torch.empty(copy_bytes // 4)
+    copied = best(functools.partial(target.copy_, source))
+    found: dict[str, Any] = {"copy": 2 * copy_bytes / copied}
+    del source, target
+    for dtype in dtypes:
+        a, b = (torch.randn(gemm_side, gemm_side).to(dtype) for _ in range(2))
+        seconds = best(functools.partial(torch.mm, a, b))
+        found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * gemm_side**3 / seconds
+    return found
+
+
 def measure() -> dict[str, Any]:
-    """Every ceiling."""
-    source, target = torch.rand(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
-    found: dict[str, Any] = {"copy": 2 * COPY_BYTES / _best(lambda: target.copy_(source))}
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype == torch.bfloat16 and not has_bfloat16("cpu"):
-            continue  # a product of this size takes minutes
-        a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE).to(dtype) for _ in range(2))
-        seconds = _best(functools.partial(torch.mm, a, b))
-        found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * GEMM_SIDE**3 / seconds
-    rates = {level: bit_macs(level) for level in LEVELS}
-    return found | {"bit_macs": {level: rate for level, rate in rates.items() if rate}}
+    """Every ceiling of this CPU."""
+    dtypes = [torch.float32]
+    if has_bfloat16("cpu"):  # else a product of this size takes minutes
+        dtypes.append(torch.bfloat16)
+    found = rates(_best, COPY_BYTES, GEMM_SIDE, dtypes)
+    counted = {level: bit_macs(level) for level in LEVELS}
+    return found | {"bit_macs": {level: rate for level, rate in counted.items() if rate}}

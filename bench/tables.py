@@ -96,9 +96,23 @@ def comparison(
 
 def line(row: dict[str, Any]) -> str:
     """A row on one line, for the terminal."""
-    case = " ".join(str(v) for k, v in row.items() if k not in ("work", "sides"))
     sides = (f"{n} {cell(side)}" for n, side in row["sides"].items())
-    return f"{case}: " + ", ".join(sides)
+    return f"{case_of(row)}: " + ", ".join(sides)
+
+
+def case_of(row: dict[str, Any]) -> str:
+    """What a row is of, in a few words."""
+    return " ".join(str(v) for k, v in row.items() if k not in ("work", "sides"))
+
+
+def refusals(rows: list[dict[str, Any]], name_of: Callable[[dict[str, Any]], str]) -> list[str]:
+    """What was refused in some rows, one line each."""
+    return [
+        f"{name_of(row)}: {name}: {side['refused']}"
+        for row in rows
+        for name, side in row.get("sides", {}).items()
+        if "refused" in side
+    ]
 
 
 def machine(result: dict[str, Any]) -> str:

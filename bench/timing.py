@@ -165,6 +165,34 @@ def verify(
         raise WrongResultError(f"{type(error).__name__}: {error}") from error
 
 
+def failure(name: str, error: BaseException) -> dict[str, str]:
+    """What became of a side that raised: "refused", or "unavailable" where it could not run.
+
+    That is so where memory was not there, and where a compiler failed: its failures are its own,
+    but a result that is wrong is refused.
+    """
+    compiler = name.startswith("compile") and error.__cause__ is not None
+    memory = isinstance(error.__cause__, torch.OutOfMemoryError)
+    return {"unavailable" if compiler or memory else "refused": first_line(error)}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    if isinstance(error.__cause__, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    # a compiler's first line only names it
+    return " ".join(lines[: 2 if error.__cause__ is not None else 1])[:300] or type(error).__name__
+
+
+def add_ratios(sides: dict[str, dict[str, Any]], first: str) -> None:
+    """To every side that was timed, how many times faster it is than the first."""
+    seconds = sides[first].get("seconds")
+    for side in sides.values():
+        if seconds is not None and "seconds" in side:
+            side["ratio"] = seconds / side["seconds"]
+
+
 def compare(
     comparison: Comparison, ceilings: dict[str, Any] | None = None, seconds: float = SECONDS
 ) -> dict[str, Any]:
@@ -179,12 +207,9 @@ def compare(
         try:
             verify(comparison, name)
         except WrongResultError as error:
-            # the compiler's own failures are its own; a result that is wrong is refused
-            compiler = name == "compile" and error.__cause__ is not None
-            key = "unavailable" if compiler else "refused"
-            # a compiler's first line only names it
-            found[name][key] = " ".join(str(error).split("\n")[:2])
-            print(f"{comparison}: {name}: {key}: {found[name][key]}", flush=True)
+            found[name] = failure(name, error)
+            ((key, reason),) = found[name].items()
+            print(f"{comparison}: {name}: {key}: {reason}", flush=True)
     sides = {name: side for name, side in comparison.sides.items() if not found[name]}
     for name, side in sides.items():
         arguments = side.prepare()
@@ -197,10 +222,7 @@ def compare(
         found[name] |= {"seconds": statistics.median(times), "rounds": len(times)}
         if ceilings is not None:
             found[name] |= shares(comparison.work, found[name]["seconds"], name, ceilings)
-    first = next(iter(comparison.sides))
-    if "seconds" in found[first]:
-        for name in sides:
-            found[name]["ratio"] = found[first]["seconds"] / found[name]["seconds"]
+    add_ratios(found, next(iter(comparison.sides)))
     return comparison.case | {"work": comparison.work, "sides": found}
 
 

@@ -231,8 +231,8 @@ def test_without_the_fence_the_products_of_panels_are_found_to_wait(name, tmp_pa
 
 
 def test_the_loop_that_measures_the_rate_is_nothing_but_the_instruction(tmp_path):
-    """bench/device.py measures with it: memory is not touched between the products."""
-    BY_CHIP(str(ROOT / "bench" / "rate.cu"), "sm_90", tmp_path / "rate.cubin")
+    """bench/device/ceilings.py measures with it: memory is not touched between the products."""
+    BY_CHIP(str(ROOT / "bench" / "device" / "rate.cu"), "sm_90", tmp_path / "rate.cubin")
     (row,) = kernels_of(tmp_path / "rate.cubin").values()
     assert row["STACK"] == row["LOCAL"] == 0
     loop = row["sass"].split("BMMA", 1)[1].rsplit("BMMA", 1)[0]

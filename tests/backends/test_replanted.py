@@ -32,7 +32,7 @@ LAUNCH, BITS, BODIES = "kernels/triton/launch.py", "kernels/triton/bits.py", "ke
 ENCODE, GRADIENT = "kernels/triton/encode.py", "kernels/triton/gradient.py"
 CONFIGS, DRIVER = "kernels/triton/configs.py", "kernels/cuda/driver.py"
 INTERPRETED = "tests/backends/triton_interpreted.py::"
-IN_CUDA, IN_BENCH = "tests/backends/test_cuda.py::", "bench/test_device.py::"
+IN_CUDA, IN_BENCH = "tests/backends/test_cuda.py::", "bench/device/"
 
 # (what is changed, the test, what it says)
 FAULTS = {
@@ -128,20 +128,20 @@ FAULTS = {
     ),
     "kernels are not found in a plain checkout": (
         [("bench/__init__.py", "checkout.use()", "")],
-        IN_BENCH + "test_kernels_are_found_in_a_plain_checkout",
+        "bench/test_checkout.py::test_kernels_are_found_in_a_plain_checkout",
         "kernels are not installed",
     ),
     "one refused check costs the times of its side": (
         [
             (
-                "bench/device.py",
-                "        comparison = build(case, impls, machine.device)\n",
-                "        comparison = build(case, impls, machine.device)\n"
-                "        for name in spoiled(result['rows'], case) & set(comparison.sides):\n"
-                "            del comparison.sides[name]\n",
+                "bench/device/parts.py",
+                "    again = {ENV_SIGN_PLANES",
+                "    for name in spoiled(job.result['rows'], job.case) & set(comparison.sides):\n"
+                "        del comparison.sides[name]\n"
+                "    again = {ENV_SIGN_PLANES",
             )
         ],
-        IN_BENCH + "test_what_the_checks_refuse_is_timed_and_marked",
+        IN_BENCH + "test_parts.py::test_what_the_checks_refuse_is_timed_and_marked",
         "KeyError: 'torch bf16'",
     ),
     "a fault that shows while a result is checked is nobody's": (
@@ -152,17 +152,18 @@ FAULTS = {
                 "    except ArithmeticError as error:\n",
             )
         ],
-        IN_BENCH + "test_a_fault_that_shows_while_a_result_is_checked_is_the_sides_own",
+        IN_BENCH
+        + "test_worker.py::test_a_fault_that_shows_while_a_result_is_checked_is_the_sides_own",
         "KeyError",
     ),
     "a check that ended its process is made again": (
-        [("bench/device.py", 'if row["sides"] and kind not in COMPARED:', "if False:")],
-        IN_BENCH + "test_a_check_that_ends_its_process_is_not_made_again",
+        [("bench/device/parts.py", 'job.sides and job.case["kind"] not in COMPARED', "False")],
+        IN_BENCH + "test_worker.py::test_a_check_that_ends_its_process_is_not_made_again",
         r"assert \(0, 2\) == \(0, 1\)",
     ),
     "a step of many starts is timed with the host": (
-        [("bench/device.py", "SLEEP_SHARE * CYCLES * min(starting, default=0.0)", "0.0")],
-        IN_BENCH + "test_the_host_is_ahead_of_what_is_timed",
+        [("bench/device/machine.py", "SLEEP_SHARE * CYCLES * min(starting, default=0.0)", "0.0")],
+        IN_BENCH + "test_machine.py::test_the_host_is_ahead_of_what_is_timed",
         r"1000000.*1000000",
     ),
     "a pointer of another dtype": (

@@ -204,6 +204,13 @@ def test_no_circle_within_a_line():
     assert len(list(graphlib.TopologicalSorter(below).static_order())) == len(below)
 
 
+def test_no_circle_between_the_modules_of_bench():
+    """They are one part above, so that what they import of each other is not seen there."""
+    bench = {name for name in MODULES if part(name) == "bench"}
+    below = {name: imports(name) & bench - {name} for name in bench}
+    assert len(list(graphlib.TopologicalSorter(below).static_order())) == len(bench)
+
+
 def test_the_imports_are_read_from_the_text():
     """The tests of the arrows would pass on an empty graph."""
     assert "bae_fast.functional" in imports("bae_fast.model")

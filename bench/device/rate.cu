@@ -1,4 +1,4 @@
-// The rate of the 1-bit matrix instruction: nothing but it, from registers, for bench/device.py.
+// The rate of the 1-bit matrix instruction: nothing but it, from registers, for ceilings.py.
 #include "instructions.cuh"
 
 namespace bae_fast {
