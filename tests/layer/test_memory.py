@@ -194,7 +194,7 @@ def function_of(out: bf.BAEOutput):
     pending = [out.recon.grad_fn]
     while pending:
         node = pending.pop()
-        if "_PackedAutoencoder" in type(node).__name__:
+        if "PackedAutoencoder" in type(node).__name__:
             return node
         pending += [parent for parent, _ in node.next_functions if parent is not None]
     raise AssertionError("no node of the layer")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from sparse_rows import module, synthetic
 
-import bae_fast as bf
 from bae_fast.baselines import TRAINING, make_baseline
+from bae_fast.ops import registry
 from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, TrainingConfig
 from bae_fast.training.checkpoints import Checkpoints, checkpoints
 
@@ -76,13 +76,13 @@ def test_micro_batches_have_the_gradient_of_the_batch_and_encode_each_row_once(
     x = synthetic().double()
     config = dataclasses.replace(SMALL, covariance_weight=covariance, batch_size=64)
     rows = []
-    encode = bf.functional.registry.BACKENDS["cpp"].ops["encode"]
+    encode = registry.BACKENDS["cpp"].ops["encode"]
 
     def counted(x, *arguments):
         rows.append(len(x))
         return encode(x, *arguments)
 
-    monkeypatch.setitem(bf.functional.registry.BACKENDS["cpp"].ops, "encode", counted)
+    monkeypatch.setitem(registry.BACKENDS["cpp"].ops, "encode", counted)
     gradients = []
     for parts in (1, 8):
         torch.manual_seed(0)
