@@ -11,10 +11,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bae_fast.cli.errors import is_usage
 from bae_fast.cli.options import JSON, make_parser, read
 from bae_fast.experiments.runs import ConfigError, Result, check_out
 from bae_fast.progress import say
+
+# jsonargparse goes through what a YAML file gives an option of several values as if it were a list
+_NO_LIST = (
+    "does not support item assignment",
+    "object is not iterable",
+    "dictionary changed size during iteration",
+)
 
 
 def run_experiment(
@@ -43,8 +49,7 @@ def run_experiment(
     except UnicodeDecodeError as error:
         raise ConfigError("config", f"must name a YAML file in UTF-8; {error}") from error
     except Exception as error:
-        # jsonargparse writes into the text of a YAML file as if it were the option's list
-        if not (is_usage(error) and "does not support item assignment" in str(error)):
+        if not any(text in str(error) for text in _NO_LIST):
             raise
         raise ConfigError(
             "config", "must give an option of several values a list of them, as in text: [a, b]"

@@ -20,7 +20,10 @@ def describe(error: BaseException, *, debug: bool = False) -> str:
         return " ".join(f"--{field.replace('_', '-')} {text}".split())
     line = one_line(error)
     if is_usage(error):
-        return f"{_option(line)} (see --help)"
+        line = _option(line)
+        for theirs, ours in _SENTENCES:
+            line = re.sub(f"^{theirs}$", ours, line)
+        return f"{line} (see --help)"
     if isinstance(error, MemoryError):
         return f"out of memory: {line}" if line else "out of memory"
     if isinstance(error, _CLEAR) and line and not isinstance(error, (UnicodeError, RecursionError)):
@@ -35,12 +38,32 @@ def is_usage(error: BaseException) -> bool:
 
 
 # what jsonargparse says of a value of another type, and of one that is none of several types
-_EXPECTED = re.compile(r": Expected an? (?P<kinds>.+)\. Got value: (?P<value>.*)")
+_EXPECTED = re.compile(r"(?P<place>[^:]*): Expected an? (?P<kinds>.+)\. Got value: (?P<value>.*)")
 _NO_KIND = re.compile(
-    r": Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.+?)\] Errors: "
-    r".* Given value: (?P<value>.*)"
+    r"(?P<place>[^:]*): Does not validate against any of the Union subtypes "
+    r"Subtypes: \[(?P<kinds>.+?)\] Errors: .* Given value: (?P<value>.*)"
 )
-_WORDS = {"int": "a whole number", "float": "a number", "Path": "a path", "NoneType": "null"}
+# and of what is no path, see bae_fast.cli.options
+_NO_PATH = re.compile(
+    r"(?P<place>[^:]*): .*?Not of type GivenPath: (?P<got>got .*?)( - Expected .*)?"
+)
+# and of a file of options, or of an option without its value: the house's words for the parser's
+_SENTENCES = (
+    (r"Unexpected config: ?(.*)", r"--config must name a YAML file of options; got '\1'"),
+    (r"Problems parsing config: (.*)", r"--config must name a YAML file; \1"),
+    (r"--config: File does not exist: (.*)", r"--config must name a YAML file; \1 does not exist"),
+    (r"--config: Path is not a file: (.*)", r"--config must name a YAML file; \1 is none"),
+    (r"Option '(.*)' is not accepted", r"--config must hold options of this command; got '\1'"),
+    (r"Value not boolean: (.*)\.", r"--config must set a switch to true or false; got \1"),
+    (r"argument (--\S+): expected .*argument", r"\1 must have a value; got none"),
+)
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "GivenPath": "a path",
+    "NoneType": "null",
+}
 
 
 def _option(line: str) -> str:
@@ -49,6 +72,9 @@ def _option(line: str) -> str:
     if not mark:
         return line
     key, _, rest = rest.partition('"')
+    no_path = _NO_PATH.fullmatch(rest)
+    if no_path is not None:
+        return f"{head}--{key.replace('_', '-')}{no_path['place']} must be a path; {no_path['got']}"
     found = _EXPECTED.fullmatch(rest) or _NO_KIND.fullmatch(rest)
     if found is not None:
         names = re.findall(r"<class '(\w+)'>", found["kinds"])
@@ -56,7 +82,7 @@ def _option(line: str) -> str:
         for choices in re.findall(r"Literal\[(.+?)\]", found["kinds"]):
             kinds.insert(0, "one of " + choices.replace("'", ""))
         if kinds:
-            rest = f" must be {' or '.join(kinds)}; got {found['value']}"
+            rest = f"{found['place']} must be {' or '.join(kinds)}; got {found['value']}"
     return f"{head}--{key.replace('_', '-')}{rest}"
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import typing
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,17 @@ class Field(NamedTuple):
     optional: bool
 
 
+class GivenPath:
+    """What stands for ``Path`` in a parser: an empty text is none, where Python takes it for the
+    folder that the command runs in."""
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or str(value) == "" or "\0" in str(value):
+        raise ValueError(f"got {value!r}")
+    return Path(value)
+
+
 def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> ArgumentParser:
     """A parser with an option for every field of a configuration.
 
@@ -45,14 +57,19 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
     """
     try:
         from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
+        from jsonargparse.typing import register_type
     except ImportError as error:
         raise ImportError(NEEDS) from error
 
     class Parser(ArgumentParser):
         def format_help(self, *given: Any, **named: Any) -> str:
             # a path is said as the types of other options are
-            return re.sub(r"<class\s+'Path'>", "path", str(super().format_help(*given, **named)))
+            text = re.sub(
+                r"<class\s+'GivenPath'>", "path", str(super().format_help(*given, **named))
+            )
+            return text.replace("GivenPath", "path")
 
+    register_type(GivenPath, str, _path, type_check=lambda value, _kind: isinstance(value, Path))
     about, helps = documentation(config)
     parser = Parser(
         prog=f"bae-fast {name}", description=about, exit_on_error=False, allow_abbrev=False
@@ -67,6 +84,7 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         default = field.default
         if default is not dataclasses.MISSING:
             options["default"] = list(default) if isinstance(default, tuple) else default
+        kind = GivenPath if kind is Path else kind
         option = "--" + field.name.replace("_", "-")
         if field.name in positional:
             option = field.name
@@ -85,9 +103,17 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
 
 
 def read(parser: ArgumentParser, config: type, arguments: list[str]) -> Any:
-    """The configuration that a command line and its YAML files give."""
+    """The configuration that a command line and its YAML files give.
+
+    Raises:
+        ValueError: null for an option that has to have a value, which the parser lets pass.
+    """
     found = parser.parse_args(arguments)
     values = {field.name: found[field.name] for field in dataclasses.fields(config)}
+    hints = get_type_hints(config)
+    for name, value in values.items():
+        if value is None and not read_type(hints[name]).optional:
+            raise ValueError(f"--{name.replace('_', '-')} must have a value; got null")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

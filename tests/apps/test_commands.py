@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +160,64 @@ def test_a_value_of_another_type_is_told_in_words(option, value, said, capsys):
     assert capsys.readouterr().err.strip() == f"bae-fast train: {said}"
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_empty_path_is_none_and_not_the_folder_that_the_command_runs_in(name, capsys):
+    places, command = POSITIONAL.get(name, {}), name.split(".")
+    hints = typing.get_type_hints(config_of(name))
+    paths = [field for field, hint in hints.items() if read_type(hint).kind is Path]
+    assert paths
+    for field in paths:
+        given = {k: [str(one) for one in (v if isinstance(v, tuple) else (v,))]
+                 for k, v in places.items()}  # fmt: skip
+        if field in places:
+            given[field][-1] = ""
+        arguments = [one for some in given.values() for one in some]
+        if field not in places:
+            arguments += [f"--{field.replace('_', '-')}", ""]
+        assert main([*command, *arguments]) == 2, field
+        said = capsys.readouterr().err.strip()
+        option = rf"--{field.replace('_', '-')}( element \d)?"
+        line = rf"bae-fast {command[0]}: {option} must be a path; got '' \(see --help\)"
+        assert re.fullmatch(line, said), said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("out: ''", "--out must be a path; got ''"),
+        ("load: ''", "--load must be a path; got ''"),
+        ("out: [a, b]", "--out must be a path; got ['a', 'b']"),
+        ("load: 3", "--load must be a path; got 3"),
+        ('out: "a\\0b"', "--out must be a path; got 'a\\x00b'"),
+        ("out: null", "--out must have a value; got null"),
+        ("steps: null", "--steps must have a value; got null"),
+        ("hook: 3", "--hook must be a text or null; got 3"),
+        ("k: [a]", "--k element 1 must be a whole number; got a"),
+        ("k: 3", "--config must give an option of several values a list of them"),
+        ("k: {3: 4}", "--config must give an option of several values a list of them"),
+        ("progress: 3", "--config must set a switch to true or false; got 3"),
+        ("ouch: 3", "--config must hold options of this command; got 'ouch'"),
+        ("", "--config must name a YAML file of options; got ''"),
+        ("- a\n- b", "--config must name a YAML file of options; got '- a - b'"),
+        ("out: a: b", "--config must name a YAML file; mapping values are not allowed"),
+        ("config: none.yaml", "none.yaml' does not exist"),
+    ],
+)
+def test_what_a_file_of_options_may_not_hold_is_named(text, said, tmp_path, capsys):
+    path = write_text(tmp_path / "options.yaml", text)
+    command = "compare" if text.startswith("k:") else "train"
+    assert main([command, "--config", str(path)]) in (1, 2)
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"bae-fast {command}: "), line
+    assert said in line
+    assert "\n" not in line
+
+
 def test_help_names_no_class(capsys):
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "<class" not in shown
+    assert "GivenPath" not in shown
     assert "(type: path, default:" in " ".join(shown.split())
 
 
