@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 # rows on which what is made at the end of a run, or a coder, can be fitted: more change little
-FITTED_ROWS = 262_144
+MOST_ROWS = 262_144
 
 
-def evenly(rows: Tensor, most: int = FITTED_ROWS) -> Tensor:
+def evenly(rows: Tensor, most: int = MOST_ROWS) -> Tensor:
     """Every k-th of ``[n, ...]``, with the least k that leaves at most so many: a view."""
     return rows[:: -(-len(rows) // most)]
 

@@ -114,9 +114,9 @@ def choose_features(
         ValueError: k below 1, or density not one-dimensional.
     """
     if density.dim() != 1:
-        raise ValueError(f"density has shape {tuple(density.shape)}: [F] is needed")
+        raise ValueError(f"density must have shape [F]; got {list(density.shape)}")
     if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k={k!r} is not allowed: an integer of at least 1")
+        raise ValueError(f"k must be an int >= 1; got {k!r}")
     p = density.detach().cpu()
     order = p.argsort(stable=True)
     live = order[p[order] > 0]
@@ -177,9 +177,7 @@ def describe_features(
     if margins is not None:
         score = margins(features).detach().cpu()
         if score.shape != on.shape:
-            raise ValueError(
-                f"margins gives shape {tuple(score.shape)}: {tuple(on.shape)} is needed"
-            )
+            raise ValueError(f"margins must give shape {list(on.shape)}; got {list(score.shape)}")
     part = slice(rows.start, rows.stop)
     window, position = cache.row_window[part].long(), cache.row_position[part].long()
     row_tokens = cache.tokens[window, position].long()
@@ -255,13 +253,13 @@ def _check(code: BinaryCode, cache: ActivationCache, rows: range, features: Tens
     cache.check_rows(rows)
     if len(code.shape) != 2 or code.shape[0] != len(rows):
         raise ValueError(
-            f"code has shape {tuple(code.shape)}: [{len(rows)}, F] is needed, a row for each of "
-            f"rows={rows!r}"
+            f"code must have shape [{len(rows)}, F], a row for each of rows={rows!r}; "
+            f"got {list(code.shape)}"
         )
     if features.numel() and not 0 <= int(features.min()) <= int(features.max()) < code.shape[1]:
         raise ValueError(
-            f"feature_ids has values from {int(features.min())} to {int(features.max())}: "
-            f"0 to {code.shape[1] - 1} are allowed"
+            f"feature_ids must lie between 0 and {code.shape[1] - 1}; got "
+            f"{int(features.min())} to {int(features.max())}"
         )
 
 

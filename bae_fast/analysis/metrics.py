@@ -44,12 +44,12 @@ class FVUAccumulator:
         """
         if x.shape != recon.shape or x.dim() == 0 or x.numel() == 0:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}: equal shapes "
-                "[..., d] with at least one row are needed"
+                "x and recon must have one shape [..., d] with at least one row; got "
+                f"{list(x.shape)} and {list(recon.shape)}"
             )
         if self._mean is not None and x.shape[-1] != self._mean.numel():
             raise ValueError(
-                f"x has width {x.shape[-1]}: {self._mean.numel()} is needed, as in the rows before"
+                f"x must have width {self._mean.numel()}, as the rows before; got {x.shape[-1]}"
             )
         width = x.shape[-1]
         pairs = zip(
@@ -78,9 +78,9 @@ class FVUAccumulator:
             ValueError: no rows yet, or rows without variance.
         """
         if self.n_rows == 0:
-            raise ValueError("x: no rows were given, at least two are needed")
+            raise ValueError("x must have at least two rows; got none")
         if self._squares == 0:
-            raise ValueError("x has no variance: FVU needs rows that differ")
+            raise ValueError("x must have rows that differ; got one row again and again")
         return self._error / self._squares
 
 
@@ -109,7 +109,7 @@ def covariance_eigenvalues(x: Tensor) -> Tensor:
         ValueError: not two-dimensional, or fewer than two rows.
     """
     if x.dim() != 2 or len(x) < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}: [n, d] with n of at least 2 is needed")
+        raise ValueError(f"x must have shape [n, d] with n of at least 2; got {list(x.shape)}")
     mean = torch.stack([part.double().sum(0) for part in x.split(_CHUNK)]).sum(0) / len(x)
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(_CHUNK):
@@ -143,7 +143,7 @@ def gaussian_rate_distortion_bits(
     values = _spectrum(covariance)
     target = torch.as_tensor(fvu, dtype=torch.float64, device=values.device)
     if not bool((target > 0).all()):
-        raise ValueError(f"fvu={fvu!r} is not allowed: positive numbers")
+        raise ValueError(f"fvu must be positive; got {fvu!r}")
     flat = target.reshape(-1)
     # With the k smallest eigenvalues under water, sum min(w, v) = (their sum) + (d - k) w.
     below = torch.cat([values.new_zeros(1), values.cumsum(0)])
@@ -176,7 +176,7 @@ def gaussian_rate_distortion_fvu(
     values = _spectrum(covariance)
     target = torch.as_tensor(bits, dtype=torch.float64, device=values.device)
     if not bool((target >= 0).all()):
-        raise ValueError(f"bits={bits!r} is not allowed: numbers of at least 0")
+        raise ValueError(f"bits must be at least 0; got {bits!r}")
     flat = target.reshape(-1)
     falling = values[values > 0].flip(0)
     logs = falling.log2()
@@ -246,13 +246,13 @@ def density_histogram(
     """
     if not 0 < lowest < 1 or bins_per_decade < 1:
         raise ValueError(
-            f"lowest={lowest!r}, bins_per_decade={bins_per_decade!r} are not allowed: a lowest "
-            "between 0 and 1, and at least 1 bin"
+            "lowest must lie between 0 and 1, and bins_per_decade be at least 1; got "
+            f"{lowest!r} and {bins_per_decade!r}"
         )
     p = density.detach().double().cpu().reshape(-1)
     if p.numel() == 0 or not bool(((p >= 0) & (p <= 1)).all()):
         found = f"{float(p.min())} to {float(p.max())}" if p.numel() else "no values"
-        raise ValueError(f"density has {found}: at least one value, all of 0 to 1, is needed")
+        raise ValueError(f"density must hold a value or more, all between 0 and 1; got {found}")
     n_bins = max(round(-math.log10(lowest) * bins_per_decade), 1)
     # Python's powers of ten are exact where they can be, so a density of 0.1 lies on an edge.
     powers = [10.0 ** ((i - n_bins) / bins_per_decade) for i in range(n_bins + 1)]
@@ -279,14 +279,15 @@ def _spectrum(covariance: Tensor) -> Tensor:
         values = wide.sort().values
     else:
         raise ValueError(
-            f"covariance has shape {tuple(covariance.shape)}: [d, d], or eigenvalues [d], is needed"
+            "covariance must have shape [d, d], or [d] of eigenvalues; "
+            f"got {list(covariance.shape)}"
         )
     if not bool(values.isfinite().all()) or float(values[-1]) <= 0:
-        raise ValueError("covariance is not finite or has no variance: a positive one is needed")
-    if float(values[0]) < -1e-9 * float(values[-1]):
         raise ValueError(
-            f"covariance has the eigenvalue {float(values[0]):.3g}: none below 0 is allowed"
+            f"covariance must be finite and have variance; got eigenvalues up to {values[-1]:.3g}"
         )
+    if float(values[0]) < -1e-9 * float(values[-1]):
+        raise ValueError(f"covariance must have no eigenvalue below 0; got {float(values[0]):.3g}")
     return values.clamp_min(0)
 
 

@@ -350,12 +350,14 @@ class _Replacement:
         y = first_part(output)
         if not isinstance(y, Tensor) or y.dim() < 2 or not y.is_floating_point():
             raise TypeError(
-                f"path={self.path!r} gives {type(y).__name__}: rows of floats are needed"
+                f"path must name a module that gives rows of floats; {self.path!r} gives "
+                f"{type(y).__name__}"
             )
         x = self._input(y, [*args, *kwargs.values()])
         if x.shape[:-1] != y.shape[:-1]:
             raise ValueError(
-                f"path={self.path!r} makes {list(y.shape)} of {list(x.shape)}: a row each is needed"
+                "path must name a module that gives a row for each that it is given; "
+                f"{self.path!r} makes {list(y.shape)} of {list(x.shape)}"
             )
         if self.place.depth >= 0:
             self.place.calls += 1
@@ -430,8 +432,8 @@ class _Replacement:
         known = place.shape is not None and shape.numel() == place.shape[0] * place.shape[1]
         if not known and len(shape) != 2 and (asks or place.offset):
             raise ValueError(
-                f"path={self.path!r} gives {list(y.shape)}: [batch, length, d] is needed to tell "
-                "the positions of drop_positions and mask"
+                "path must name a module that gives [batch, length, d], as drop_positions and mask "
+                f"speak of positions; {self.path!r} gives {list(y.shape)}"
             )
 
 

@@ -85,9 +85,7 @@ class SalientTokens:
 
     def _slice(self, feature: int) -> slice:
         if not 0 <= feature < self.n_features:
-            raise IndexError(
-                f"feature={feature} is not allowed: there are {self.n_features} features"
-            )
+            raise IndexError(f"feature must lie between 0 and {self.n_features - 1}; got {feature}")
         return slice(int(self.offsets[feature]), int(self.offsets[feature + 1]))
 
     def of(self, feature: int) -> tuple[Tensor, Tensor]:

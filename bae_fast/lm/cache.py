@@ -147,7 +147,7 @@ class ActivationCache:
             ValueError: the bound leaves no whole window held out, or none to train on.
         """
         if not isinstance(n_heldout, int) or n_heldout < 1:
-            raise ValueError(f"n_heldout={n_heldout!r} is not allowed: an integer of at least 1")
+            raise ValueError(f"n_heldout must be an int >= 1; got {n_heldout!r}")
         window = self.row_window
         starts = torch.ones(self.n_rows, dtype=torch.bool)
         starts[1:] = window[1:] != window[:-1]
@@ -167,8 +167,8 @@ class ActivationCache:
         """Raise ValueError where a range of row numbers has steps or leaves the cache."""
         if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.n_rows:
             raise ValueError(
-                f"rows={rows!r} is not allowed: a range in steps of 1 within the cache's "
-                f"{self.n_rows:,} rows"
+                f"rows must be a range in steps of 1 within the cache's {self.n_rows:,} rows; "
+                f"got {rows!r}"
             )
 
     def token_context(self, row: int, before: int = 8, after: int = 4) -> TokenContext:
@@ -178,7 +178,7 @@ class ActivationCache:
             IndexError: no such row.
         """
         if not -self.n_rows <= row < self.n_rows:
-            raise IndexError(f"row={row} is not allowed: this cache has {self.n_rows:,} rows")
+            raise IndexError(f"row must be one of this cache's {self.n_rows:,} rows; got {row}")
         window = self.tokens[int(self.row_window[row])].tolist()
         at = int(self.row_position[row])
         return TokenContext(
@@ -364,7 +364,7 @@ class RowsFile:
         if self.n_rows == 0:
             if rows.dtype not in DTYPE_NAMES:
                 allowed = ", ".join(DTYPE_NAMES.values())
-                raise ValueError(f"hook gives {rows.dtype}: {allowed} are allowed")
+                raise ValueError(f"hook must give {allowed}; got {rows.dtype}")
             self.dtype, self.width = rows.dtype, rows.shape[1]
         # NumPy has no bfloat16: the rows go as bytes.
         self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
@@ -401,7 +401,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     where = f"folder={str(folder)!r}"
     if not folder.is_dir():
-        raise ValueError(f"{where} is not a folder: an activation cache is needed")
+        raise ValueError(f"{where} must be the folder of an activation cache; it is no folder")
     if not path.is_file():
         raise ValueError(f"{where} has no {MANIFEST_NAME}: not an activation cache")
     try:

@@ -86,9 +86,9 @@ class Engine:
                 return
             if name in found and name in self._shared:
                 raise ValueError(
-                    f"hook={name!r} is called more than once in a pass, as it is also "
-                    f"{', '.join(path for path in self._shared[name] if path != name)}: a module "
-                    "is needed that gives one state a token"
+                    "hook must name a module that gives one state a token; "
+                    f"{name!r} is called more than once in a pass, as it is also "
+                    f"{', '.join(path for path in self._shared[name] if path != name)}"
                 )
             found.setdefault(name, first_part(output))
             if self._here.stop and len(found) == len(self.hooks):
@@ -142,8 +142,8 @@ class Engine:
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             if not isinstance(out, Tensor) or out.dim() != 3 or shape[:2] != tuple(tokens.shape):
                 raise ValueError(
-                    f"hook={hook!r} gives {shape}: a module is needed whose output is "
-                    f"[batch, context_size, d], here [{len(tokens)}, {tokens.shape[1]}, d]"
+                    "hook must name a module whose output is [batch, context_size, d], here "
+                    f"[{len(tokens)}, {tokens.shape[1]}, d]; {hook!r} gives {shape}"
                 )
         return found
 

@@ -373,20 +373,20 @@ def _check_arguments(
         raise TypeError(f"token_windows must be an integer tensor; got {kind}")
     if token_windows.dim() != 2 or token_windows.numel() == 0:
         raise ValueError(
-            f"token_windows has shape {tuple(token_windows.shape)}: [n_windows, context_size] "
-            "is needed, neither zero"
+            "token_windows must have shape [n_windows, context_size], neither zero; got "
+            f"{list(token_windows.shape)}"
         )
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} is not allowed: an integer of at least 1")
+        raise ValueError(f"batch_size must be an int >= 1; got {batch_size!r}")
     context_size = token_windows.shape[1]
     if not isinstance(drop_positions, int) or not 0 <= drop_positions < context_size:
         raise ValueError(
-            f"drop_positions={drop_positions!r} is not allowed: an integer from 0 to "
-            f"context_size - 1 = {context_size - 1}"
+            f"drop_positions must be an int from 0 to context_size - 1 = {context_size - 1}; "
+            f"got {drop_positions!r}"
         )
     if not isinstance(max_norm_ratio, (int, float, np.number)) or not max_norm_ratio > 1:
         raise ValueError(
-            f"max_norm_ratio={max_norm_ratio!r} is not allowed: a number over 1; infinity keeps all"
+            f"max_norm_ratio must be over 1, or infinite to keep all; got {max_norm_ratio!r}"
         )
     if exclude_tokens is not None and not isinstance(exclude_tokens, (Iterable, Tensor)):
         raise TypeError(f"exclude_tokens must be token ids, or None; got {exclude_tokens!r}")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from bae_fast.devices import autocasts
+
 if TYPE_CHECKING:
     from bae_fast.lm.loading import LanguageModel
 
@@ -102,7 +104,7 @@ def running(model: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def in_own_dtype(device: torch.device) -> Iterator[None]:
     """Leave out autocast, which is of the caller's thread: a model computes in the dtype it has."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         with torch.autocast(device.type, enabled=False):
             yield
     else:
@@ -162,12 +164,12 @@ def block_path(model: torch.nn.Module, number: int) -> str:
     if len(lists) != 1:
         which = ", ".join(name for name, _ in lists)
         raise ValueError(
-            f"hook: the blocks of {type(model).__name__} are not found by number"
-            + (f": they may be {which}; give a path" if lists else "")
+            f"hook must be the path of a module, as the blocks of {type(model).__name__} are not "
+            f"found by number" + (f": they may be {which}" if lists else "")
         )
     name, size = lists[0]
     if not 0 <= number < size:
-        raise ValueError(f"hook: there is no block {number}; this model has 0 to {size - 1}")
+        raise ValueError(f"hook must name one of the blocks 0 to {size - 1}; got block {number}")
     return f"{name}.{number}"
 
 
@@ -214,8 +216,8 @@ def resolve_hook(model: torch.nn.Module, hook: str) -> str:
                     return f"{block}.{name}"
         near = block_path(model, number)
         raise ValueError(
-            f"hook={hook!r} is no module's output in {type(model).__name__}: give the path of a "
-            f"module, such as {near!r} (the output of block {number})"
+            f"hook must name a module's output in {type(model).__name__}, such as {near!r} (the "
+            f"output of block {number}); got {hook!r}"
         )
     if hook == "hook_embed":
         table = getattr(model, "get_input_embeddings", lambda: None)()
@@ -225,7 +227,8 @@ def resolve_hook(model: torch.nn.Module, hook: str) -> str:
     # Three good suggestions beat one: layer numbers differ in a single character.
     near_names = difflib.get_close_matches(str(hook), names, n=3, cutoff=0.5) or list(names)[1:4]
     raise ValueError(
-        f"hook={hook!r} is not a module of this model: near it are {', '.join(near_names)}"
+        f"hook must name a module of this model; got {hook!r}, near which are "
+        f"{', '.join(near_names)}"
     )
 
 

@@ -76,7 +76,9 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None = None) -> int | Non
         return None
     bos = beginning_token(tokenizer)
     if bos is None:
-        raise ValueError("prepend_bos=True is not allowed: this tokenizer has no bos_token_id")
+        raise ValueError(
+            "prepend_bos must be False, as this tokenizer has no bos_token_id; got True"
+        )
     return bos
 
 
@@ -301,5 +303,5 @@ def check_ids(model: Any, ids: Tensor, name: str) -> None:
     n_vocabulary = model.get_input_embeddings().weight.shape[0]
     if low < 0 or high >= n_vocabulary:
         raise ValueError(
-            f"{name} has ids from {low} to {high}: 0 to {n_vocabulary - 1} are allowed"
+            f"{name} must have ids between 0 and {n_vocabulary - 1}; got {low} to {high}"
         )

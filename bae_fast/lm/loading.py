@@ -144,7 +144,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
-    raise ValueError(f"dtype={dtype!r} is not allowed: auto, {', '.join(_DTYPES)}")
+    raise ValueError(f"dtype must be one of auto, {', '.join(_DTYPES)}; got {dtype!r}")
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) -> Any:
@@ -367,8 +367,9 @@ def find_language_model(name: str = DEFAULT_MODEL, revision: str | None = None) 
 
 def _find(name: str) -> ModelSource:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"name={name!r} is not allowed: a Hugging Face id, a folder, or "
-                         f"{DEFAULT_MODEL!r}")  # fmt: skip
+        raise ValueError(
+            f"name must be a Hugging Face id, a folder, or {DEFAULT_MODEL!r}; got {name!r}"
+        )
     if name == DEFAULT_MODEL:
         return _find_default()
     path = Path(name).expanduser()
@@ -382,8 +383,8 @@ def _find(name: str) -> ModelSource:
         if len(gguf) == 1:
             return ModelSource(str(path), gguf[0].name, name, gguf[0].stem, _file_digest(gguf))
         raise ValueError(
-            f"name={name!r} is a folder with no config.json and {len(gguf)} .gguf files: "
-            "one or the other is needed"
+            f"name must be a folder with config.json or one .gguf file; {name!r} has no "
+            f"config.json and {len(gguf)} .gguf files"
         )
     return ModelSource(name, None, name, name, "")
 
@@ -462,8 +463,8 @@ def _one_line(source: ModelSource) -> Iterator[None]:
         if len(reason) > _REASON_CHARACTERS:
             reason = reason[:_REASON_CHARACTERS] + "..."
         raise ValueError(
-            f"name={source.name!r} could not be loaded: a folder with a causal language model, a "
-            f"reachable Hugging Face id, or {DEFAULT_MODEL!r} is needed ({reason})"
+            "name must be a folder with a causal language model, a reachable Hugging Face id, or "
+            f"{DEFAULT_MODEL!r}; {source.name!r} could not be loaded ({reason})"
         ) from error
 
 

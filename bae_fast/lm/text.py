@@ -217,14 +217,14 @@ def read_text(
     """
     paths = [path] if isinstance(path, (str, Path)) else list(path)
     if not paths:
-        raise ValueError("path=[] is not allowed: at least one text file is needed")
+        raise ValueError("path must name at least one text file; got []")
     texts = []
     for item in map(Path, paths):
         try:
             files = text_files(item)
         except ValueError as error:
             state = str(error).rpartition(f"{item} ")[2]
-            raise ValueError(f"path={str(item)!r} {state}: a UTF-8 text file is needed") from error
+            raise ValueError(f"path must name UTF-8 text; {str(item)!r} {state}") from error
         found = []
         for file in files:
             data = file.read_bytes()
@@ -235,7 +235,7 @@ def read_text(
             if text.strip():
                 found.append(text)
         if not found:
-            raise ValueError(f"path={str(item)!r} holds no text: a UTF-8 text file is needed")
+            raise ValueError(f"path must name UTF-8 text; {str(item)!r} holds none")
         texts += found
     return "\n\n".join(texts)
 
@@ -249,7 +249,7 @@ def _file_text(path: Path, data: bytes, field: str) -> str:
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"path={str(path)!r} is not UTF-8 text (byte {error.start}): {TEXT_FORMS} is needed"
+            f"path must name {TEXT_FORMS}; {str(path)!r} is not UTF-8 (byte {error.start})"
         ) from error
     if text_ending(path) not in LINES:
         return text
@@ -301,9 +301,9 @@ def windows(
         several = "; '\\n\\n'.join(texts) makes one of several" if isinstance(text, list) else ""
         raise TypeError(f"text must be a string; got {type(text).__name__}{several}")
     if not isinstance(context_size, int) or context_size < 2:
-        raise ValueError(f"context_size={context_size!r} is not allowed: an integer of at least 2")
+        raise ValueError(f"context_size must be an int >= 2; got {context_size!r}")
     if n_tokens is not None and (not isinstance(n_tokens, int) or n_tokens < 1):
-        raise ValueError(f"n_tokens={n_tokens!r} is not allowed: an integer of at least 1, or None")
+        raise ValueError(f"n_tokens must be an int >= 1, or None; got {n_tokens!r}")
     bos = bos_to_prepend(tokenizer, prepend_bos)
     body = context_size if bos is None else context_size - 1
     most = None if n_tokens is None else -(-n_tokens // context_size)
@@ -314,8 +314,8 @@ def windows(
     n_windows = len(ids) // body if most is None else min(len(ids) // body, most)
     if n_windows == 0:
         raise ValueError(
-            f"text has {len(ids):,} tokens: at least one window of context_size={context_size} "
-            "is needed"
+            f"text must hold at least one window of context_size={context_size}; got "
+            f"{len(ids):,} tokens"
         )
     out = torch.as_tensor(ids[: n_windows * body], dtype=torch.int64).view(n_windows, body)
     if bos is not None:

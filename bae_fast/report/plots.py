@@ -196,7 +196,7 @@ def plot_fvu_bits(
     for point in points:
         if not (_number(point.fvu) and _number(point.bits)) or point.bits <= 0 or point.fvu < 0:
             raise ValueError(
-                f"points has {point!r}: a finite FVU of at least 0 and positive bits are needed"
+                f"points must have a finite FVU of at least 0 and positive bits; got {point!r}"
             )
     ink = ink_of(dark)
     all_bits = [p.bits for p in points] or [300.0]

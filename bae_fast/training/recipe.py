@@ -60,7 +60,10 @@ def init_from_rows_(
         ValueError: for a transcoder, whose inputs and targets have different spaces.
     """
     if bae.is_transcoder:
-        raise ValueError("init_from_rows_ needs d_out=None: a transcoder's target is not x")
+        raise ValueError(
+            "init_from_rows_ needs d_out=None, as a transcoder's target is not x; "
+            f"got d_out={bae.config.d_out}"
+        )
     rows = bae.normalize(x).to(bae.W_enc.dtype)
     each = bae.config.d_sae
     f, own = each * part[1], slice(each * part[0], each * (part[0] + 1))
@@ -178,7 +181,10 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
             that is not finite, which changes nothing.
     """
     if bae.is_transcoder:
-        raise ValueError("refit_decoder_ needs d_out=None: a transcoder's target is not x")
+        raise ValueError(
+            "refit_decoder_ needs d_out=None, as a transcoder's target is not x; "
+            f"got d_out={bae.config.d_out}"
+        )
     f, d = bae.W_dec.shape
     if f > MAX_REFIT_FEATURES:
         raise ValueError(f"refit_decoder_ needs d_sae <= {MAX_REFIT_FEATURES}; got {f}")

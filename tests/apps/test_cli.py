@@ -193,7 +193,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys)
             ["--text", "nowhere.txt"],
             "--text must name text that can be read; nowhere",
         ),
-        (["--model", ""], "name='' is not allowed"),
+        (["--model", ""], "name must be a Hugging Face id, a folder, or"),
         (["--impl", "cuda"], "--impl cuda cannot run here"),
         (["--bos"], "this tokenizer has no bos_token_id"),
     ],

@@ -617,7 +617,10 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
             ["--k", "3", "33"],
             "--k must be at most d_sae=32, the expansion times the width 16; got 33",
         ),
-        (["--methods", "transcoder", "--transcoder-hooks", "no", "way"], "hook='no' is not a"),
+        (
+            ["--methods", "transcoder", "--transcoder-hooks", "no", "way"],
+            "module of this model; got 'no'",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(arguments, change, message, capsys, tmp_path):

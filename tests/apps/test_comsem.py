@@ -483,7 +483,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="model must be in eval mode"):
         score_model(bae, cache, range(cache.n_rows), Words(), RuleJudge())
     bae.eval()
-    with pytest.raises(ValueError, match=r"rows=range\(0, 900\) is not allowed"):
+    with pytest.raises(ValueError, match=r"rows must be a range in .*; got range\(0, 900\)"):
         score_model(bae, cache, range(900), Words(), RuleJudge())
     with pytest.raises(ValueError, match="no feature has 6 tokens"):
         score_model(bae, cache, range(4), Words(), RuleJudge())

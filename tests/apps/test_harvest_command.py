@@ -88,7 +88,7 @@ def test_a_dataset_is_streamed(place, tmp_path, monkeypatch):
             ("--dataset", "b"),
             "dataset needs the package datasets: pip install 'bae-fast[datasets]'",
         ),
-        (("--hooks", "model.layers.9"), "hook='model.layers.9' is not a module of this model"),
+        (("--hooks", "model.layers.9"), "must name a module of this model; got 'model.layers.9'"),
     ],
 )
 def test_errors_are_one_line(place, tmp_path, monkeypatch, capsys, more, text):

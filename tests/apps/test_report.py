@@ -209,7 +209,7 @@ def test_many_codes_at_one_place_are_still_drawn():
 
 @pytest.mark.parametrize("point", [Point("a", math.nan, 3), Point("a", 0.1, 0), Point("a", -1, 3)])
 def test_codes_without_a_place_are_refused(point):
-    with pytest.raises(ValueError, match="points has Point"):
+    with pytest.raises(ValueError, match=r"points must have .*; got Point"):
         plot_fvu_bits(SPECTRUM, [point])
 
 

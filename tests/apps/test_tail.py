@@ -338,7 +338,7 @@ def test_constants_out_of_range_are_named(lm, options, message):
 
 
 def test_what_it_cannot_take_is_named(lm):
-    with pytest.raises(ValueError, match=r"hook='no\.such' is not a module"):
+    with pytest.raises(ValueError, match=r"must name a module of this model; got 'no\.such'"):
         InPlaceDivergence(lm, text(2), "no.such")
     with pytest.raises(ValueError, match=r"windows must be \[n_windows, length\]"):
         InPlaceDivergence(lm, text(2)[0], PATH)

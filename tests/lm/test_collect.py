@@ -197,7 +197,7 @@ def test_bad_input_is_named():
         collect_scores([torch.rand(3, 8), torch.rand(3, 7)])
     with pytest.raises(ValueError, match="NaN"):
         collect_scores([torch.full((2, 3), float("nan"))])
-    with pytest.raises(IndexError, match="feature=8"):
+    with pytest.raises(IndexError, match="feature must lie between 0 and 7; got 8"):
         collect_code(code).of(8)
 
 

@@ -310,7 +310,11 @@ def test_the_split_is_that_of_one_file(tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size must be an int >= 1; got 0"),
         ({"drop_positions": 16}, ValueError, "drop_positions must be below context_size=16"),
         ({"text": torch.zeros(3)}, TypeError, "text must be an integer tensor"),
-        ({"text": torch.full((2, 16), 42)}, ValueError, "text has ids from 42 to 42: 0 to 41"),
+        (
+            {"text": torch.full((2, 16), 42)},
+            ValueError,
+            "text must have ids between 0 and 41; got 42 to 42",
+        ),
         ({"text": torch.zeros(2, 16, dtype=torch.int64)}, ValueError, "of the first 0 rows"),
     ],
 )

@@ -23,7 +23,7 @@ from bae_fast.training import fit_search_
 ORDER = 0.7
 
 # rows that decoders, ranges of values and coders are fitted to: a pursuit takes a millisecond a row
-FITTED_ROWS = 131072
+SEARCHED_ROWS = 131072
 
 
 def make(context: Context) -> list[Scorer]:
@@ -34,13 +34,13 @@ def make(context: Context) -> list[Scorer]:
         return []
 
     def made(model: Any, method: str, k: int | None) -> list[tuple[dict[str, Any], Autoencoder]]:
-        rows = evenly(rows_of(context, method)[0], FITTED_ROWS)
+        rows = evenly(rows_of(context, method)[0], SEARCHED_ROWS)
         return context.once(model, "searched", lambda: searched(context, model, method, k, rows))
 
     def score(model: Any, method: str, k: int | None, _seed: int) -> dict[str, Any]:
         train, held, target = rows_of(context, method)
         points = []
-        fitted_to = evenly(train, FITTED_ROWS)
+        fitted_to = evenly(train, SEARCHED_ROWS)
         for settings, found_by in made(model, method, k):
             precision = value_precision(found_by, fitted_to, held, target)
             found = settings | describe(found_by, fitted_to, precision)
@@ -59,7 +59,7 @@ def make(context: Context) -> list[Scorer]:
         Column("kl_bits", "KL, searched", "{:.4f}"),
     ]
     tokens = config.substitution_tokens and context.windows(config.substitution_tokens).numel()
-    settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": FITTED_ROWS}
+    settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": SEARCHED_ROWS}
     lost = {"value_bits": list(MEASURED), "tokens": tokens}
     coded = Scorer("search", settings | lost, score, columns)
     return [coded, *_of_features(context, settings, made)]
