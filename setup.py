@@ -69,6 +69,7 @@ SOURCES = [
     "search",
     "covariance",
     "pair_lists",
+    "pair_counts",
     "products",
     "backward",
     "sparse_backward",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
+from bae_fast.ops import registry
 
 # one float32 matrix holds the mutual information of all pairs: 1 GiB at this width
 MAX_COLUMNS = 16384
@@ -63,11 +64,14 @@ def joint_counts(
 
 
 def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
-    """The same for pairs of columns of one code, float32 ``[k, k]``.
+    """The same for pairs of different columns of one code, float32 ``[k, k]``.
 
     Where few bits are on, on a CPU, only products with a one are taken; the counts are the same.
     """
     rows = code.flatten()
+    compiled = registry.extras("auto", rows.device.type).pair_counts
+    if compiled is not None and len(rows):
+        return compiled(rows.words, columns, rows.n_columns)
     is_sparse = int(rows.counts().sum()) < _SPARSE * len(rows) * rows.n_columns
     if not is_sparse or rows.device.type != "cpu" or len(columns) == 0:
         return joint_counts(code, columns, code, columns)

@@ -32,6 +32,9 @@ std::tuple<Tensor, Tensor> pair_lists(Tensor words, Tensor counts, int64_t n_row
 Tensor list_rows(Tensor words, Tensor ranks, int64_t n_features);
 Tensor listed_covariance(Tensor ranks, Tensor lists, int64_t n_features, int64_t n_rows);
 
+// pair_counts.cpp
+Tensor pair_counts(Tensor words, Tensor place, int64_t k, double list_cost);
+
 // products.cpp
 void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> keep, double width,
                int64_t start, Tensor words, Tensor window);

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bae_fast.analysis import metrics
 from bae_fast.analysis.quantisers import quantize, value_ranges
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.devices import without_autocast
@@ -151,8 +152,8 @@ def evaluate(
     codes, first = [], 0
     for block in model.blocks(rows, dense=not binary):
         goal = model.as_own(goals[first : first + len(block)])
-        finite = block.isfinite().all(1) & goal.isfinite().all(1)
-        if not bool(finite.all()):
+        if not (all_finite(block) and all_finite(goal)):
+            finite = block.isfinite().all(1) & goal.isfinite().all(1)
             row = first + int((~finite).int().argmax())
             raise ValueError(f"rows (and targets) must be finite; got NaN or Inf in row {row}")
         features = model.encode(block)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.metrics import fvu
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import seeded
 from bae_fast.codes import BinaryCode
 from bae_fast.entropy.components import init_from_components_, rank
@@ -164,7 +165,7 @@ def rows_entropy(
         rows = torch.from_numpy(rows)
     width = rows.shape[1] if isinstance(rows, Tensor) and rows.dim() == 2 else 1
     check_rows("rows", rows, width, least=_LEAST_ROWS)
-    if not bool(rows.isfinite().all()):
+    if not all_finite(rows):
         raise ValueError("rows must be finite; they hold NaN or Inf")
     if not expansions or min(expansions) < 1:
         raise ValueError(f"expansions must be integers of at least 1; got {list(expansions)}")

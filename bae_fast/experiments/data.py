@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.experiments.runs import ConfigError
 from bae_fast.files import cache_folder, check_writable
 from bae_fast.progress import Stages, say, tracked
@@ -247,8 +248,8 @@ def read_rows(path: Path) -> Tensor:
     if not rows.numel():
         raise ConfigError("states", f"must hold at least one row; {path} has {list(rows.shape)}")
     rows = rows.float() if rows.dtype == torch.float64 else rows
-    bad = int((~rows.isfinite()).any(1).sum())
-    if bad:
+    if not all_finite(rows):
+        bad = int((~rows.isfinite()).any(1).sum())
         kind = str(rows.dtype).removeprefix("torch.")
         raise ConfigError(
             "states", f"must be finite; {path} has NaN or Inf in {bad:,} rows, as {kind}"

@@ -84,6 +84,8 @@ class Extras:
             The projection may be written to.
         grouped: (numbers int32 ``[M]``, G) -> offsets int64 ``[G + 1]`` and the rising indices of
             each number in 0 .. G-1; other numbers are left out.
+        pair_counts: (words, different columns int64 ``[k]``, K) -> rows in which two of the columns
+            are on, float32 ``[k, k]``, of fewer than 2^24 rows.
         covariance_columns: (gradient at D ``[]``, words of the rows at hand, words, counts and
             number of the rows counted) -> a function (g ``[rows at hand, columns]``, first) that
             adds D's gradient at the bits of those columns, from a multiple of 32 on, to g. All
@@ -94,6 +96,7 @@ class Extras:
     salient: Callable[[Tensor, Tensor, int, int], Tensor] | None = None
     search: Callable[..., tuple[Tensor, Tensor]] | None = None
     grouped: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+    pair_counts: Callable[[Tensor, Tensor, int], Tensor] | None = None
     covariance_columns: (
         Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Callable[[Tensor, int], None]] | None
     ) = None

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.devices import has_bfloat16, without_autocast
 from bae_fast.distributed import Mesh
@@ -554,7 +555,6 @@ def learning() -> Iterator[None]:
 
 def check_finite(name: str, rows: Tensor, numbers: Tensor) -> None:
     """Refuse NaN and Inf; ``numbers`` are those of the rows among all."""
-    finite = rows.isfinite().all(1)
-    if not bool(finite.all()):
-        row = int(numbers[int((~finite).int().argmax())])
+    if not all_finite(rows):
+        row = int(numbers[int((~rows.isfinite()).any(1).int().argmax())])
         raise ValueError(f"{name} must be finite; got NaN or Inf in row {row}")

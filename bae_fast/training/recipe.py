@@ -11,6 +11,7 @@ from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.normalization import check_rows
+from bae_fast.ops import registry
 from bae_fast.pairs import pair_counts
 from bae_fast.search import SearchedAutoencoder
 
@@ -195,20 +196,33 @@ def refit_decoder_(bae: BinaryAutoencoder, x: Tensor, *, ridge: float = 1e-5) ->
     for block in x.split(_ROW_BLOCK):
         block = block.to(bae.W_dec.device, bae.W_dec.dtype)
         code = bae.encode(block)
-        values = torch.ones(len(block), f + 1, dtype=dtype, device=bae.W_dec.device)
-        values[:, :f] = code.values(dtype)
-        if code.n_bits == 1:  # integers either way, and fewer operations where few bits are on
-            counts = code.counts().double()
+        rows = bae.normalize(block).to(dtype)
+        moment[:f] += _sums_of_rows(code, rows, bae.impl)
+        moment[f] += rows.sum(0, dtype=torch.float64)
+        if code.n_bits == 1:  # integers, of the pairs that are on together
             system[:f, :f] += pair_counts(code, columns)
-            system[f, :f] += counts
-            system[:f, f] += counts
-            system[f, f] += len(block)
+            ones = code.counts().double()
         else:
-            system += values.T @ values
-        moment += values.T @ bae.normalize(block).to(dtype)
+            values = code.values(dtype)
+            system[:f, :f] += values.T @ values
+            ones = values.sum(0, dtype=torch.float64)
+        system[f, :f] += ones
+        system[:f, f] += ones
+        system[f, f] += len(block)
     solution = least_squares(system, moment, ridge * len(x))
     bae.W_dec.copy_(solution[:f])
     bae.b_dec.copy_(solution[f])
+
+
+def _sums_of_rows(code: BinaryCode, rows: Tensor, impl: str) -> Tensor:
+    """V^T x ``[F, d]``, V the values of the code and x rows ``[N, d]`` of a dtype of products."""
+    device = rows.device
+    name = registry.choose(impl, device.type, rows.dtype, code.n_columns, code.n_bits, device.index)
+    if name == "reference":
+        return code.values(rows.dtype).T @ rows
+    backward = registry.BACKENDS[name].ops["decoder_backward"]
+    sums: Tensor = backward(code.words, rows, code.n_columns, code.n_bits, rows.dtype)[0]
+    return sums
 
 
 def least_squares(system: Tensor, moment: Tensor, ridge: float) -> Tensor:

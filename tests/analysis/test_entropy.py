@@ -24,7 +24,6 @@ from bae_fast.entropy.icl import label_tokens, make_prompts
 from bae_fast.entropy.layers import run_layer, usual_rows
 from bae_fast.entropy.synthetic import KINDS, SyntheticSpec
 from bae_fast.lm.tasks import TASKS, Task, load_task, task_from_dataset
-from bae_fast.pairs import pair_counts, sparse_pair_counts
 from bae_fast.report.series import Panel, plot_panels
 
 # -- sets of known entropy ---------------------------------------------------------------------
@@ -100,29 +99,6 @@ def correlated(n=4000, k=9, seed=0):
     hidden = torch.rand(n, 3, generator=g)
     mixing = torch.randn(3, k, generator=g)
     return (hidden @ mixing + 0.3 * torch.randn(n, k, generator=g)) > 0.2
-
-
-def test_counts_of_pairs_are_the_integers_whatever_the_blocks(monkeypatch):
-    bits = correlated(n=301, k=33)
-    code, columns = BinaryCode.from_dense(bits), torch.tensor([0, 3, 4, 31, 32, 8, 9])
-    whole = estimate_entropy(code)
-    monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 37)
-    monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 5)
-    chosen = bits[:, columns].long()
-    assert torch.equal(pair_counts(code, columns).long(), chosen.T @ chosen)
-    assert estimate_entropy(code) == whole
-
-
-@pytest.mark.parametrize("p", [0.0, 0.01, 0.07, 0.3])
-def test_counts_of_pairs_of_rare_ones_are_the_integers(p, monkeypatch):
-    monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 64)
-    monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 2)
-    bits = torch.rand(301, 70, generator=torch.Generator().manual_seed(0)) < p
-    bits[:, 5] = True
-    code, columns = BinaryCode.from_dense(bits), torch.tensor([69, 5, 0, 33, 12])
-    chosen = bits[:, columns].long()
-    for count in (pair_counts, sparse_pair_counts):
-        assert torch.equal(count(code, columns), (chosen.T @ chosen).float())
 
 
 def test_the_tree_is_the_maximum_spanning_tree_of_the_mutual_information():

@@ -195,6 +195,14 @@ def listed_operators(n, k, pad):
     at_hand = strided(pack_rows(torch.rand(n + 3, k) < 0.3), pad)
     window = pack_rows(torch.rand(n + 3, k) < 0.2)
     thin = pack_rows(torch.rand(n + 3, k) < 0.001)
+    # every second column, in falling order; and all of them
+    place = torch.full((k,), -1, dtype=torch.int32)
+    place[::2] = torch.arange(len(place[::2]), dtype=torch.int32).flip(0)
+    for cost, chosen in itertools.product((1e-9, 1e9), (place, torch.arange(k).int())):
+        check(
+            f"pair_counts: N {n}, K {k}, rows {pad} words apart, cost {cost}",
+            op("pair_counts"), words, chosen, int(chosen.max()) + 1, cost,
+        )  # fmt: skip
     found = 0
     for cost, all_rows in itertools.product((1e-9, 6.0), (False, True)):
         shape = f"N {n}, K {k}, rows {pad} words apart, cost {cost}"

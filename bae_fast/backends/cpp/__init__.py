@@ -33,12 +33,14 @@ def _bodies() -> dict[str, Callable[..., Any]]:
 
 def _extras() -> registry.Extras:
     from bae_fast.backends.cpp.encoder_backward import covariance_columns
+    from bae_fast.backends.cpp.pair_counts import pair_counts
     from bae_fast.backends.cpp.salient import column_counts, grouped, salient
     from bae_fast.backends.cpp.search import search
 
     return registry.Extras(
         column_counts=column_counts,
         grouped=grouped,
+        pair_counts=pair_counts,
         salient=salient,
         search=search,
         covariance_columns=covariance_columns,

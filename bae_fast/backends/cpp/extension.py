@@ -45,6 +45,9 @@ _SCHEMAS = (
     " -> (Tensor ranks, Tensor lists)",
     "cpp_list_rows(Tensor words, Tensor ranks, int n_features) -> Tensor",
     "cpp_listed_covariance(Tensor ranks, Tensor lists, int n_features, int n_rows) -> Tensor",
+    # fp32 [k, k]: rows in which two columns are on, of those with a place from 0 to k - 1; as many
+    # bit products as `list_cost` take the time of one visited entry of lists
+    "cpp_pair_counts(Tensor words, Tensor place, int k, float list_cost) -> Tensor",
     # gradient at the bits -> gradient at pre, for the columns of g from `start`; with a covariance
     # there are signs, or columns to make them of, or ranks with lists of rows counted and at hand
     "cpp_backward(Tensor(a!) g, Tensor words, int start, Tensor? shift, Tensor? curvature,"

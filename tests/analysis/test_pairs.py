@@ -1,0 +1,93 @@
+"""Counts of pairs of columns: the integers, whichever way they are counted."""
+
+import pytest
+import torch
+
+from bae_fast import BinaryCode
+from bae_fast.ops import registry
+from bae_fast.pairs import joint_counts, pair_counts, sparse_pair_counts
+
+CPP = registry.BACKENDS["cpp"]
+COLUMNS = torch.tensor([69, 5, 0, 33, 12])
+
+
+def drawn(n, k, p, seed=0):
+    """Bits ``[n, k]``, a column that is always on and one that never is."""
+    bits = torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) < p
+    bits[:, 5 % k] = True
+    bits[:, 6 % k] = False
+    return bits
+
+
+def counted(bits, columns):
+    chosen = bits[:, columns].long()
+    return (chosen.T.double() @ chosen.double()).float()
+
+
+@pytest.fixture
+def compiled():
+    """The compiled function, which :func:`pair_counts` takes where it is there."""
+    if CPP.unavailable is not None:
+        pytest.skip(f"needs compiled kernels: {CPP.unavailable}")
+    return CPP.extras.pair_counts
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.07, 0.3])
+def test_counts_are_the_integers_whatever_the_blocks(p, monkeypatch):
+    monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 64)
+    monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 2)
+    bits = drawn(301, 70, p)
+    code = BinaryCode.from_dense(bits)
+    for count in (
+        pair_counts,
+        sparse_pair_counts,
+        lambda code, columns: joint_counts(code, columns, code, columns),
+    ):
+        assert torch.equal(count(code, COLUMNS), counted(bits, COLUMNS))
+
+
+def test_without_compiled_kernels_they_are_the_same(monkeypatch):
+    monkeypatch.setenv(registry.ENV_IMPL, "torch")
+    for p in (0.01, 0.3):
+        bits = drawn(301, 70, p)
+        assert torch.equal(
+            pair_counts(BinaryCode.from_dense(bits), COLUMNS), counted(bits, COLUMNS)
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 33), (33, 31), (500, 257), (70_000, 40)])
+def test_lists_and_bits_give_the_same_integers_at_every_level(n, k, threads, compiled, monkeypatch):
+    from bae_fast.backends.cpp import extension
+    from bae_fast.backends.cpp import pair_counts as body
+
+    before = torch.get_num_threads()
+    some = torch.randperm(k, generator=torch.Generator().manual_seed(1))[: (k + 1) // 2]
+    try:
+        torch.set_num_threads(threads)
+        for level in extension.LEVELS:
+            if extension.op("simd")(extension.LEVELS[level]) < 0:
+                continue
+            for p in (0.0, 0.03, 0.5):
+                bits = drawn(n, k, p)
+                words = BinaryCode.from_dense(bits).words
+                for columns in (torch.arange(k), some):
+                    for cost in (1e-12, 30.0, 1e12):
+                        monkeypatch.setattr(body, "LIST_COST", dict.fromkeys(body.LIST_COST, cost))
+                        assert torch.equal(compiled(words, columns, k), counted(bits, columns))
+    finally:
+        torch.set_num_threads(before)
+        extension.use_simd(None)
+
+
+def test_words_far_apart_and_no_columns(compiled):
+    bits = drawn(200, 70, 0.1)
+    wide = torch.full((200, 9), -1, dtype=torch.int32)
+    wide[:, :3] = BinaryCode.from_dense(bits).words
+    assert torch.equal(compiled(wide[:, :3], COLUMNS, 70), counted(bits, COLUMNS))
+    assert compiled(wide[:, :3], COLUMNS[:0], 70).shape == (0, 0)
+
+
+def test_a_code_without_rows_has_no_pairs():
+    code = BinaryCode.from_dense(torch.zeros(0, 40, dtype=torch.bool))
+    assert torch.equal(pair_counts(code, torch.arange(40)), torch.zeros(40, 40))
