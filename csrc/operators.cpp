@@ -36,6 +36,7 @@ void register_operators() {
   cpu.impl<&list_rows>("cpp_list_rows");
   cpu.impl<&listed_covariance>("cpp_listed_covariance");
   cpu.impl<&pair_counts>("cpp_pair_counts");
+  cpu.impl<&common_ones>("cpp_common_ones");
   cpu.impl<&backward>("cpp_backward");
   cpu.impl<&list_window>("cpp_list_window");
   cpu.impl<&sparse_backward>("cpp_sparse_backward");

@@ -34,6 +34,7 @@ Tensor listed_covariance(Tensor ranks, Tensor lists, int64_t n_features, int64_t
 
 // pair_counts.cpp
 Tensor pair_counts(Tensor words, Tensor place, int64_t k, double list_cost);
+Tensor common_ones(Tensor left, Tensor rows, Tensor index);
 
 // products.cpp
 void threshold(Tensor pre, std::optional<Tensor> bias, std::optional<Tensor> keep, double width,

@@ -1,8 +1,9 @@
-// Rows in which two columns are on together, for all pairs of chosen columns.
+// Rows in which two columns are on together, for all pairs of chosen columns; and ones that rows of
+// bits have in common.
 //
-// Two ways to the same integers. Where ones are few, the rows that a column is on in are visited,
-// and each entry of their lists adds one to a counter: sum_r l_r^2 in all for l_r ones in row r,
-// whatever the number of columns is. Else every pair is counted by bits.
+// Pairs are counted in two ways to the same integers. Where ones are few, the rows that a column is
+// on in are visited, and each entry of their lists adds one to a counter: sum_r l_r^2 in all for
+// l_r ones in row r, whatever the number of columns is. Else every pair is counted by bits.
 #include "operators.h"
 
 namespace bae_fast {
@@ -131,6 +132,44 @@ Tensor pair_counts(Tensor words, Tensor place, int64_t k, double list_cost) {
     if (of[j] >= 0) std::copy_n(in + j * m, m, rows + of[j] * m);
   }
   by_bits(rows, k, m, to);
+  return out;
+}
+
+// fp32 [G, a, c]: ones that left[g, i] and rows[index[g, j]] have in common, of bits [G, a, m] and
+// [k, m] in one piece, k at most 2^16.
+Tensor common_ones(Tensor left, Tensor rows, Tensor index) {
+  const int64_t groups = left.size(0), across = left.size(1), m = left.size(2);
+  const int64_t chosen = index.size(1);
+  Tensor out = new_empty(ScalarType::Float, groups, across, chosen);
+  const uint32_t* const from = data<uint32_t>(left);
+  const int32_t* const of = data<int32_t>(index);
+  float* const to = mutable_data<float>(out);
+  const std::vector<uint32_t> nothing(std::min(m, kWordsAtOnce), 0);
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint16_t> names(chosen);
+    std::vector<int32_t> counts(across * chosen);
+    for (int64_t g = begin; g < end; ++g) {
+      std::copy_n(of + g * chosen, chosen, names.begin());
+      std::fill(counts.begin(), counts.end(), 0);
+      for (int64_t w = 0; w < m; w += kWordsAtOnce) {
+        SignCounts s{};
+        s.rows = data<uint32_t>(rows) + w;
+        s.rows_stride = m;
+        s.index = names.data();
+        s.count = chosen;
+        s.below = nothing.data();
+        s.words = std::min(m - w, kWordsAtOnce);
+        for (int64_t i = 0; i < across; ++i) {
+          s.above = from + (g * across + i) * m + w;
+          s.out = counts.data() + i * chosen;
+          kernels().sign_counts(s);
+        }
+      }
+      for (int64_t i = 0; i < across * chosen; ++i) {
+        to[g * across * chosen + i] = static_cast<float>(counts[i]);
+      }
+    }
+  });
   return out;
 }
 

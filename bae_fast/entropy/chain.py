@@ -12,12 +12,14 @@ most mutual information with b_j: one that tells nothing alone, as in a parity, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
+from bae_fast.ops import registry
 from bae_fast.pairs import xlog2x
 
 # earlier columns tried for pairs: all of them up to this width, else those of the most mutual
@@ -81,6 +83,7 @@ def savings(
     saved = torch.zeros(k, dtype=torch.float64, device=among.device)
     if k < 3:
         return saved
+    outcomes = _Outcomes(rows, columns)
     n_pairs = int(((among >= 0).sum(1).double() * ((among >= 0).sum(1) - 1) / 2).sum())
     n_thirds = int((among >= 0).sum())
     step = max(_SCRATCH // (c * c * 4), 1)
@@ -88,7 +91,7 @@ def savings(
         at = slice(start, start + step)
         js = torch.arange(k, device=among.device)[at]
         mine, valid = among[at].clamp_min(0), among[at] >= 0
-        counts = _counts(rows, columns, js, mine, None)
+        counts = outcomes(js, mine, None)
         entropy, terms = _given_pairs(counts, table)
         allowed = valid[:, :, None] & valid[:, None, :]
         allowed &= torch.ones(c, c, dtype=torch.bool, device=among.device).triu(1)
@@ -108,7 +111,7 @@ def savings(
         pair = torch.stack([best[some] // c, best[some] % c], 1)
         mine, valid = mine[some], valid[some].clone()
         valid.scatter_(1, pair, False)
-        counts = _counts(rows, columns, js[some], mine, mine.gather(1, pair))
+        counts = outcomes(js[some], mine, mine.gather(1, pair))
         entropy, terms = _given_triples(counts, table)
         entropy = torch.where(valid, entropy, torch.inf)
         h3, third = entropy.min(1)
@@ -126,33 +129,79 @@ def _beyond_chance(statistic: Tensor, degrees: Tensor, tail: float) -> Tensor:
     return torch.special.gammaincc(degrees / 2, statistic / 2) < tail
 
 
-def _counts(
-    rows: BinaryCode, columns: Tensor, js: Tensor, among: Tensor, pair: Tensor | None
-) -> Tensor:
-    """Rows by outcome, exact float32: ``[J, 2, c + 1, c + 1]`` or, given a pair, ``[J, 8, c + 1]``.
+class _Outcomes:
+    """Counts of rows by the outcomes of columns ``[k]`` of a code ``[N, K]``: exact float32."""
 
-    First form: (b_j off or on, a on, b on). Second: (b_j, first, second of the pair; a on). The
-    last of the c + 1 is a column that is always on.
-    """
-    n_js, c = among.shape
-    shape = (n_js, 2, c + 1, c + 1) if pair is None else (n_js, 8, c + 1)
-    found = torch.zeros(shape, dtype=torch.float32, device=among.device)
-    step = max(_SCRATCH // (n_js * (c + 1) * 2), 16)
-    for start in range(0, rows.shape[0], step):
-        words = rows.words[start : start + step]
-        dense = packing.unpack_rows(words, rows.n_columns, torch.uint8)[:, columns].T.float()
-        tried = torch.nn.functional.pad(dense[among], (0, 0, 0, 1), value=1.0)  # [J, c + 1, rows]
-        own = dense[js][:, None]
+    def __init__(self, rows: BinaryCode, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns
+        self.common = registry.extras("auto", rows.device.type).common_ones
+        if self.common is not None:  # the columns as rows of bits, and one that is always on
+            n, k = len(rows), len(columns)
+            own = packing.rows_to_columns(rows.words, rows.n_columns).t()[columns]
+            always = packing.pack_rows(torch.ones(1, n, dtype=torch.bool, device=own.device))
+            self.packed, self.always = torch.cat([own, always]), k
+
+    def __call__(self, js: Tensor, among: Tensor, pair: Tensor | None) -> Tensor:
+        """``[J, 2, c + 1, c + 1]`` or, given a pair, ``[J, 8, c + 1]``.
+
+        First form: (b_j off or on, a on, b on). Second: (b_j, first, second of the pair; a on). The
+        last of the c + 1 is a column that is always on.
+
+        Args:
+            js: int64 ``[J]``.
+            among: int64 ``[J, c]``.
+            pair: int64 ``[J, 2]``, or None.
+        """
+        if self.common is None:
+            return self._by_products(js, among, pair)
+        step = max(_SCRATCH // (self.packed.shape[1] * (among.shape[1] + 8)), 1)
+        pairs = [None] * -(-len(js) // step) if pair is None else pair.split(step)
+        parts = zip(js.split(step), among.split(step), pairs, strict=True)
+        return torch.cat([self._by_bits(self.common, *part) for part in parts])
+
+    def _by_bits(
+        self,
+        common: Callable[[Tensor, Tensor, Tensor], Tensor],
+        js: Tensor,
+        among: Tensor,
+        pair: Tensor | None,
+    ) -> Tensor:
+        tried = torch.nn.functional.pad(among, (0, 1), value=self.always)
+        own = self.packed[js][:, None]
         if pair is None:
-            on = (tried * own) @ tried.mT
-            found[:, 1] += on
-            found[:, 0] += tried @ tried.mT - on
-        else:
-            first, second = dense[pair[:, :1]][:, 0], dense[pair[:, 1:]][:, 0]
-            state = 4 * own[:, 0] + 2 * first + second
-            which = state[:, None] == torch.arange(8, device=among.device)[:, None]
-            found += which.float() @ tried.mT
-    return found
+            others = self.packed[tried]
+            on = common(others & own, self.packed, tried)
+            return torch.stack([common(others, self.packed, tried) - on, on], 1)
+        # bits past the last row are on in a complement, and in no column
+        first, second = self.packed[pair[:, :1]], self.packed[pair[:, 1:]]
+        outcomes = [
+            a & b & c for a in (~own, own) for b in (~first, first) for c in (~second, second)
+        ]
+        return common(torch.cat(outcomes, 1), self.packed, tried)
+
+    def _by_products(self, js: Tensor, among: Tensor, pair: Tensor | None) -> Tensor:
+        rows = self.rows
+        n_js, c = among.shape
+        shape = (n_js, 2, c + 1, c + 1) if pair is None else (n_js, 8, c + 1)
+        found = torch.zeros(shape, dtype=torch.float32, device=among.device)
+        step = max(_SCRATCH // (n_js * (c + 1) * 2), 16)
+        for start in range(0, rows.shape[0], step):
+            words = rows.words[start : start + step]
+            dense = packing.unpack_rows(words, rows.n_columns, torch.uint8)
+            dense = dense[:, self.columns].T.float()
+            # [J, c + 1, rows]
+            tried = torch.nn.functional.pad(dense[among], (0, 0, 0, 1), value=1.0)
+            own = dense[js][:, None]
+            if pair is None:
+                on = (tried * own) @ tried.mT
+                found[:, 1] += on
+                found[:, 0] += tried @ tried.mT - on
+            else:
+                first, second = dense[pair[:, :1]][:, 0], dense[pair[:, 1:]][:, 0]
+                state = 4 * own[:, 0] + 2 * first + second
+                which = state[:, None] == torch.arange(8, device=among.device)[:, None]
+                found += which.float() @ tried.mT
+        return found
 
 
 def _given_pairs(counts: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

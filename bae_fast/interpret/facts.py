@@ -34,7 +34,7 @@ from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
-from bae_fast.pairs import joint_counts
+from bae_fast.pairs import MAX_COLUMNS, joint_counts, pair_counts
 from bae_fast.spacing import even_numbers
 
 # elements of a dense block at a time
@@ -310,7 +310,7 @@ def neighbours(code: BinaryCode, *, k: int = 6, max_rows: int = 2**16) -> Ranked
         phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j)),
 
     the correlation of two bits, from exact counts. Work: N F'^2 products for F' features that
-    vary, so rows are limited.
+    vary, so rows are limited. Memory: 4 F'^2 bytes, for F' up to 16,384.
 
     Args:
         code: ``[N, F]`` without a row mask.
@@ -333,10 +333,13 @@ def neighbours(code: BinaryCode, *, k: int = 6, max_rows: int = 2**16) -> Ranked
     scores = torch.zeros(f, k, dtype=torch.float64, device=code.device)
     counts = every[live].double()
     spread = (counts * (n - counts)).sqrt()
+    # all pairs at once are counted faster, and held where they fit
+    whole = pair_counts(rows, live) if len(live) <= MAX_COLUMNS else None
     for start in range(0, len(live), _PAIR_BLOCK):
         left = live[start : start + _PAIR_BLOCK]
         own = slice(start, start + len(left))
-        phi = n * joint_counts(rows, left, rows, live).double() - counts[own, None] * counts
+        both = joint_counts(rows, left, rows, live) if whole is None else whole[own]
+        phi = n * both.double() - counts[own, None] * counts
         phi /= spread[own, None] * spread
         phi.diagonal(start).fill_(-torch.inf)
         best = phi.topk(min(k, len(live)), dim=1)

@@ -86,6 +86,9 @@ class Extras:
             each number in 0 .. G-1; other numbers are left out.
         pair_counts: (words, different columns int64 ``[k]``, K) -> rows in which two of the columns
             are on, float32 ``[k, k]``, of fewer than 2^24 rows.
+        common_ones: (words int32 ``[G, a, m]``, others int32 ``[k, m]``, index int64 ``[G, c]``) ->
+            ones that word i of a group and the others chosen for it have in common, float32
+            ``[G, a, c]``, of fewer than 2^24 bits and k at most 2^16.
         covariance_columns: (gradient at D ``[]``, words of the rows at hand, words, counts and
             number of the rows counted) -> a function (g ``[rows at hand, columns]``, first) that
             adds D's gradient at the bits of those columns, from a multiple of 32 on, to g. All
@@ -97,6 +100,7 @@ class Extras:
     search: Callable[..., tuple[Tensor, Tensor]] | None = None
     grouped: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     pair_counts: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    common_ones: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     covariance_columns: (
         Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Callable[[Tensor, int], None]] | None
     ) = None

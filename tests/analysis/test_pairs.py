@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from bae_fast import BinaryCode
+from bae_fast.entropy import estimate_entropy
+from bae_fast.interpret.facts import neighbours
 from bae_fast.ops import registry
+from bae_fast.packing import pack_rows
 from bae_fast.pairs import joint_counts, pair_counts, sparse_pair_counts
 
 CPP = registry.BACKENDS["cpp"]
@@ -86,6 +89,37 @@ def test_words_far_apart_and_no_columns(compiled):
     wide[:, :3] = BinaryCode.from_dense(bits).words
     assert torch.equal(compiled(wide[:, :3], COLUMNS, 70), counted(bits, COLUMNS))
     assert compiled(wide[:, :3], COLUMNS[:0], 70).shape == (0, 0)
+
+
+@pytest.mark.parametrize("m", [1, 5, 64, 2049])
+def test_ones_in_common_are_the_integers_at_every_level(m, compiled):
+    from bae_fast.backends.cpp import extension
+
+    g = torch.Generator().manual_seed(0)
+    left = torch.rand(6, 4, 32 * m, generator=g) < 0.5
+    others = torch.rand(37, 32 * m, generator=g) < 0.3
+    index = torch.randint(37, (6, 9), generator=g)
+    right = torch.einsum("gin,gjn->gij", left.double(), others[index].double()).float()
+    try:
+        for level in extension.LEVELS:
+            if extension.op("simd")(extension.LEVELS[level]) >= 0:
+                found = CPP.extras.common_ones(pack_rows(left), pack_rows(others), index)
+                assert torch.equal(found, right)
+    finally:
+        extension.use_simd(None)
+
+
+@pytest.mark.parametrize(("n", "k"), [(2, 3), (333, 20), (1000, 150)])
+def test_entropy_and_neighbours_are_the_same_without_compiled_kernels(n, k, compiled, monkeypatch):
+    bits = drawn(n, k, 0.2)
+    bits[:, 2] = bits[:, 0] ^ bits[:, 1]  # a parity, which only pairs tell
+    code = BinaryCode.from_dense(bits)
+    found, near = estimate_entropy(code), neighbours(code, k=2)
+    monkeypatch.setenv(registry.ENV_IMPL, "torch")
+    assert estimate_entropy(code) == found
+    again = neighbours(code, k=2)
+    assert torch.equal(again.indices, near.indices)
+    assert torch.equal(again.scores, near.scores)
 
 
 def test_a_code_without_rows_has_no_pairs():

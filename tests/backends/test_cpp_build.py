@@ -229,7 +229,7 @@ def test_operators_give_the_same_without_torch_and_a_wrong_result_is_found(
 RECORDED = {
     "rows_to_columns", "column_counts", "count_ones", "rows_to_features", "salient", "grouped",
     "search", "threshold", "covariance", "pair_lists", "list_rows", "listed_covariance",
-    "pair_counts", "backward", "list_window", "sparse_backward", "bits_product",
+    "pair_counts", "common_ones", "backward", "list_window", "sparse_backward", "bits_product",
 }  # fmt: skip
 
 

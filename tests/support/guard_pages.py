@@ -203,6 +203,9 @@ def listed_operators(n, k, pad):
             f"pair_counts: N {n}, K {k}, rows {pad} words apart, cost {cost}",
             op("pair_counts"), words, chosen, int(chosen.max()) + 1, cost,
         )  # fmt: skip
+    rows, groups = strided(pack_rows(bits.T), 0), torch.randint(k, (4, 5), dtype=torch.int32)
+    left = pack_rows(torch.rand(4 * 3, n) < 0.5).view(4, 3, -1)
+    check(f"common_ones: N {n}, K {k}", op("common_ones"), left, rows, groups)
     found = 0
     for cost, all_rows in itertools.product((1e-9, 6.0), (False, True)):
         shape = f"N {n}, K {k}, rows {pad} words apart, cost {cost}"

@@ -33,12 +33,13 @@ def _bodies() -> dict[str, Callable[..., Any]]:
 
 def _extras() -> registry.Extras:
     from bae_fast.backends.cpp.encoder_backward import covariance_columns
-    from bae_fast.backends.cpp.pair_counts import pair_counts
+    from bae_fast.backends.cpp.pair_counts import common_ones, pair_counts
     from bae_fast.backends.cpp.salient import column_counts, grouped, salient
     from bae_fast.backends.cpp.search import search
 
     return registry.Extras(
         column_counts=column_counts,
+        common_ones=common_ones,
         grouped=grouped,
         pair_counts=pair_counts,
         salient=salient,

@@ -48,6 +48,9 @@ _SCHEMAS = (
     # fp32 [k, k]: rows in which two columns are on, of those with a place from 0 to k - 1; as many
     # bit products as `list_cost` take the time of one visited entry of lists
     "cpp_pair_counts(Tensor words, Tensor place, int k, float list_cost) -> Tensor",
+    # fp32 [G, a, c]: ones in common of bits left [G, a, m] and rows [k, m], k <= 2^16, of which
+    # index [G, c] chooses for each group
+    "cpp_common_ones(Tensor left, Tensor rows, Tensor index) -> Tensor",
     # gradient at the bits -> gradient at pre, for the columns of g from `start`; with a covariance
     # there are signs, or columns to make them of, or ranks with lists of rows counted and at hand
     "cpp_backward(Tensor(a!) g, Tensor words, int start, Tensor? shift, Tensor? curvature,"

@@ -1,6 +1,6 @@
-"""Rows in which two columns are on together, for :mod:`bae_fast.pairs`.
+"""Rows in which columns are on together: pairs for :mod:`bae_fast.pairs`, more for the chain rule.
 
-By lists of the ones where they are few, else by bits (``csrc/pair_counts.cpp``).
+Pairs by lists of the ones where they are few, else by bits (``csrc/pair_counts.cpp``).
 """
 
 from __future__ import annotations
@@ -22,4 +22,11 @@ def pair_counts(words: Tensor, columns: Tensor, n_columns: int) -> Tensor:
     place = torch.full((n_columns,), -1, dtype=torch.int32)
     place[columns] = torch.arange(len(columns), dtype=torch.int32)
     counts: Tensor = op("pair_counts")(dense_rows(words), place, len(columns), LIST_COST[simd()])
+    return counts
+
+
+def common_ones(left: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Ones in common of int32 words ``[G, a, m]`` and of those among ``[k, m]`` that index int64
+    ``[G, c]`` chooses: float32 ``[G, a, c]``; k at most 2^16."""
+    counts: Tensor = op("common_ones")(left.contiguous(), rows.contiguous(), index.int())
     return counts
