@@ -30,6 +30,16 @@ _SAMPLE_PRODUCTS = 2**36
 _SAMPLE_LEAST, _SAMPLE_MOST = 2**14, 2**17
 
 
+# rows of bits that `common_ones` can name
+MOST_COMMON = 2**16
+
+
+def columns_as_rows(code: BinaryCode, columns: Tensor) -> Tensor:
+    """Columns of a code as packed bits, int32 ``[k, ceil(N/32)]``."""
+    rows = code.flatten()
+    return packing.rows_to_columns(rows.words, rows.n_columns).t()[columns].contiguous()
+
+
 def joint_counts(
     left: BinaryCode, left_columns: Tensor, right: BinaryCode, right_columns: Tensor
 ) -> Tensor:
@@ -46,6 +56,12 @@ def joint_counts(
         ``[k, l]``.
     """
     a, b = left.flatten(), right.flatten()
+    common = registry.extras("auto", left.device.type).common_ones
+    if common is not None and len(a) and len(right_columns) <= MOST_COMMON:
+        every = torch.arange(len(right_columns), device=left.device)
+        others = columns_as_rows(b, right_columns)
+        index = every.expand(len(left_columns), -1)
+        return common(columns_as_rows(a, left_columns)[:, None], others, index)[:, 0]
     shape = (len(left_columns), len(right_columns))
     found = torch.zeros(shape, dtype=torch.float32, device=left.device)
     for start in range(0, a.shape[0], ROW_BLOCK):

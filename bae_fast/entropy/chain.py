@@ -20,7 +20,7 @@ from torch import Tensor
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
 from bae_fast.ops import registry
-from bae_fast.pairs import xlog2x
+from bae_fast.pairs import columns_as_rows, xlog2x
 
 # earlier columns tried for pairs: all of them up to this width, else those of the most mutual
 # information
@@ -136,10 +136,11 @@ class _Outcomes:
         self.rows, self.columns = rows, columns
         self.common = registry.extras("auto", rows.device.type).common_ones
         if self.common is not None:  # the columns as rows of bits, and one that is always on
-            n, k = len(rows), len(columns)
-            own = packing.rows_to_columns(rows.words, rows.n_columns).t()[columns]
-            always = packing.pack_rows(torch.ones(1, n, dtype=torch.bool, device=own.device))
-            self.packed, self.always = torch.cat([own, always]), k
+            own = columns_as_rows(rows, columns)
+            always = packing.pack_rows(
+                torch.ones(1, len(rows), dtype=torch.bool, device=own.device)
+            )
+            self.packed, self.always = torch.cat([own, always]), len(columns)
 
     def __call__(self, js: Tensor, among: Tensor, pair: Tensor | None) -> Tensor:
         """``[J, 2, c + 1, c + 1]`` or, given a pair, ``[J, 8, c + 1]``.

@@ -35,27 +35,19 @@ def compiled():
     return CPP.extras.pair_counts
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch"])
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.07, 0.3])
-def test_counts_are_the_integers_whatever_the_blocks(p, monkeypatch):
+def test_counts_are_the_integers_whatever_the_blocks(p, impl, monkeypatch):
+    monkeypatch.setenv(registry.ENV_IMPL, impl)
     monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 64)
     monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 2)
-    bits = drawn(301, 70, p)
-    code = BinaryCode.from_dense(bits)
-    for count in (
-        pair_counts,
-        sparse_pair_counts,
-        lambda code, columns: joint_counts(code, columns, code, columns),
-    ):
+    bits, others = drawn(301, 70, p), drawn(301, 50, 0.2, seed=1)
+    code, other = BinaryCode.from_dense(bits), BinaryCode.from_dense(others)
+    for count in (pair_counts, sparse_pair_counts):
         assert torch.equal(count(code, COLUMNS), counted(bits, COLUMNS))
-
-
-def test_without_compiled_kernels_they_are_the_same(monkeypatch):
-    monkeypatch.setenv(registry.ENV_IMPL, "torch")
-    for p in (0.01, 0.3):
-        bits = drawn(301, 70, p)
-        assert torch.equal(
-            pair_counts(BinaryCode.from_dense(bits), COLUMNS), counted(bits, COLUMNS)
-        )
+    columns = torch.tensor([3, 49, 3])
+    right = (bits[:, COLUMNS].double().T @ others[:, columns].double()).float()
+    assert torch.equal(joint_counts(code, COLUMNS, other, columns), right)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
