@@ -22,7 +22,7 @@ SECONDS = 540.0
 # of these for the watching process: starting, ending, table and plot
 SPARE = 10.0
 # without a word of the worker until its kernel is taken to hang: half a minute more than the dense
-# program's compiler may be silent, which is the longest that a sound worker is
+# program's compiler is given, which says nothing meanwhile
 STALL = COMPILE_SECONDS + 30.0
 # between a worker's signs of life while it waits for another process
 SIGN = 10.0

@@ -31,7 +31,7 @@ pytestmark = [
 LAUNCH, BITS, BODIES = "kernels/triton/launch.py", "kernels/triton/bits.py", "kernels/triton/bodies"
 ENCODE, GRADIENT = "kernels/triton/encode.py", "kernels/triton/gradient.py"
 CONFIGS, DRIVER = "kernels/triton/configs.py", "kernels/cuda/driver.py"
-INTERPRETED = "tests/backends/triton_interpreted.py::"
+INTERPRETED = "tests/backends/interpreted/"
 IN_CUDA, IN_BENCH = "tests/backends/test_cuda.py::", "bench/device/"
 
 # (what is changed, the test, what it says)
@@ -46,7 +46,7 @@ FAULTS = {
             ),
             (f"{BODIES}/encode.py", "counts = torch.empty(k,", "counts = torch.zeros(k,"),
         ],
-        INTERPRETED + "test_tuning_changes_no_result",
+        INTERPRETED + "tile_sizes.py::test_tuning_changes_no_result",
         r"assert torch\.equal\(code\.counts\(\), right\.counts\(\)\)",
     ),
     "tuning meets tiles that do not run": (
@@ -58,7 +58,7 @@ FAULTS = {
                 "triton.runtime.errors.OutOfResources",
             )
         ],
-        INTERPRETED + "test_tiles_that_do_not_run_are_left_out",
+        INTERPRETED + "tile_sizes.py::test_tiles_that_do_not_run_are_left_out",
         "RuntimeError: invalid argument",
     ),
     "tuning times a warm cache and the host": (
@@ -69,17 +69,17 @@ FAULTS = {
                 "return 0.0 * bool(call())",
             )
         ],
-        INTERPRETED + "test_tiles_are_timed_with_a_cold_cache",
+        INTERPRETED + "tile_sizes.py::test_tiles_are_timed_with_a_cold_cache",
         r"assert 0\.0 == 2\.5",
     ),
     "tuning is timed on another device than the tensors'": (
         [(LAUNCH, "with current(device):", "with contextlib.nullcontext():")],
-        INTERPRETED + "test_tuning_is_timed_on_the_device_of_the_tensors",
+        INTERPRETED + "tile_sizes.py::test_tuning_is_timed_on_the_device_of_the_tensors",
         r"assert \[0, 0, 0\] == \[1, 1, 1\]",
     ),
     "ranks that tune apart": (
         [(LAUNCH, "if _entry is None and _alone():", "if _entry is None:")],
-        INTERPRETED + "test_ranks_do_not_tune_apart",
+        INTERPRETED + "tile_sizes.py::test_ranks_do_not_tune_apart",
         r"== default",
     ),
     "small tiles where large ones end first": (
@@ -91,7 +91,7 @@ FAULTS = {
                 "return entries[0 if rows <= 512 else -1]",
             )
         ],
-        INTERPRETED + "test_the_tile_is_that_which_ends_first",
+        INTERPRETED + "tile_sizes.py::test_the_tile_is_that_which_ends_first",
         r"assert 64 == 128",
     ),
     "more digits of the counts than rows need": (
@@ -102,17 +102,17 @@ FAULTS = {
                 "DIGITS",
             )
         ],
-        INTERPRETED + "test_binary_digits_of_counts",
+        INTERPRETED + "single_kernels.py::test_binary_digits_of_counts",
         "63",
     ),
     "a capture in one thread refuses what other threads compile": (
         [(LAUNCH, "class _Capture(threading.local):", "class _Capture:")],
-        INTERPRETED + "test_a_first_call_under_capture_says_to_warm_up",
+        INTERPRETED + "tile_sizes.py::test_a_first_call_under_capture_says_to_warm_up",
         r"assert 0 == 1",
     ),
     "a compilation while a CUDA graph is captured": (
         [(LAUNCH, "    if _capture.going:\n        raise", "    if False:\n        raise")],
-        INTERPRETED + "test_a_first_call_under_capture_says_to_warm_up",
+        INTERPRETED + "tile_sizes.py::test_a_first_call_under_capture_says_to_warm_up",
         "DID NOT RAISE",
     ),
     "a grid higher than a device starts": (
@@ -123,7 +123,7 @@ FAULTS = {
                 "(launch.cdiv(n, config.m), launch.cdiv(width, config.n)),",
             )
         ],
-        INTERPRETED + "test_no_grid_is_higher_than_a_device_starts",
+        INTERPRETED + "tile_sizes.py::test_no_grid_is_higher_than_a_device_starts",
         r"assert \(?2 ?\*\* ?16\)? <",
     ),
     "kernels are not found in a plain checkout": (

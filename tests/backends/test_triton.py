@@ -1,6 +1,6 @@
 """impl="triton" without a GPU: when it says it cannot run, and its tests in the interpreter.
 
-``triton_interpreted.py`` holds the tests of the kernels; they run in a process of their own with
+The folder ``interpreted`` holds the tests of the kernels; they run in a process of their own with
 TRITON_INTERPRET=1. ``test_triton_compile.py`` compiles every kernel for real chips.
 """
 
@@ -20,6 +20,11 @@ import bae_fast as bf
 from bae_fast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = [
+    str(path)
+    for path in sorted((ROOT / "tests" / "backends" / "interpreted").glob("*.py"))
+    if path.name != "conftest.py"
+]
 TRITON = registry.BACKENDS["triton"]
 needs_triton = pytest.mark.skipif(
     TRITON.unavailable is not None, reason=f"impl='triton' cannot run: {TRITON.unavailable}"
@@ -76,7 +81,7 @@ def in_the_interpreter(*arguments):
 @needs_interpreter
 @pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
-    in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "not long")
+    in_the_interpreter(*INTERPRETED, "-m", "not long")
 
 
 @needs_triton
@@ -84,7 +89,7 @@ def test_the_kernels_in_the_interpreter():
 @pytest.mark.long
 @pytest.mark.slow
 def test_every_kind_of_step_in_the_interpreter():
-    in_the_interpreter("tests/backends/triton_interpreted.py", "-m", "long")
+    in_the_interpreter(*INTERPRETED, "-m", "long")
 
 
 @needs_triton
