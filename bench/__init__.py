@@ -17,6 +17,7 @@ results; ``recipe`` and ``ablation``, which train, run by name.
 | ``rival.py`` | the recipe's step beside that of a plain TopK autoencoder |
 | ``sparse.py``, ``lists.cpp`` | the covariance of sparse codes beside a floor program |
 | ``crossover.py`` | where lists of ones and bits take the same time |
+| ``pairs.py`` | counts of pairs of columns, and the estimates that stand on them |
 | ``recipe.py``, ``ablation.py`` | what training reaches, and what each part of it is worth |
 | ``wide.py`` | the start's share of ones in wide dictionaries |
 | ``supply.py``, ``jobs.py`` | where rows come from, and who shares them |

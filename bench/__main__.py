@@ -29,6 +29,7 @@ from bench import (
     memory,
     models,
     operators,
+    pairs,
     recipe,
     rival,
     saebench,
@@ -59,8 +60,13 @@ MEASURED: dict[str, Any] = {
 LARGE: dict[str, Any] = {"rival": rival}
 # these train, some for an hour and more: only by name
 TRAINED: dict[str, Any] = {"recipe": recipe, "ablation": ablation, "wide": wide}
-# of sparse codes: their covariance, and the search for them; only by name
-LISTS: dict[str, Any] = {"sparse": sparse, "crossover": crossover, "search": search}
+# of sparse codes: their covariance, the search for them, counts of pairs; only by name
+LISTS: dict[str, Any] = {
+    "sparse": sparse,
+    "crossover": crossover,
+    "search": search,
+    "pairs": pairs,
+}
 # of a GPU, without one: what a step starts, what its kernels become, its time by arithmetic
 COUNTED: dict[str, Any] = {"launches": launches, "compiled": compiled, "estimate": estimate}
 # of real language models, which have to be named; only by name

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import time
 
 import pytest
@@ -24,6 +25,7 @@ from bench import (
     memory,
     models,
     operators,
+    pairs,
     rates,
     rival,
     search,
@@ -234,6 +236,23 @@ def test_crossover_takes_the_density_nearest_to_equal_times_and_restores_the_cos
     )
     assert result["cost"] == {"scalar": nearest["both"]["cost"]}
     assert "LIST_COST at scalar" in crossover.table(result)
+
+
+@needs_cpp
+@pytest.mark.usefixtures("one_process")
+def test_pairs_are_the_same_with_and_without_kernels_and_a_wrong_count_is_refused(monkeypatch):
+    before = os.environ.get(registry.ENV_IMPL)
+    cases = [(what, 300, 150, 20) for what in ("pairs", "entropy", "neighbours")]
+    monkeypatch.setattr(pairs, "CASES", cases)
+    result = pairs.run(seconds=0)
+    assert tables.refusals(result["rows"], tables.case_of) == []
+    assert "refused" not in pairs.table(result)
+    assert os.environ.get(registry.ENV_IMPL) == before
+    comparison = pairs.build(*cases[0])
+    wrong = comparison.sides["kernel"].run()
+    wrong[0][3, 5] += 1
+    with pytest.raises(exact.WrongResultError, match="pairs of kernel differ"):
+        comparison.check("kernel", wrong)
 
 
 def test_trained_densities_are_those_that_were_asked_for():
