@@ -246,7 +246,7 @@ def test_pairs_are_the_same_with_and_without_kernels_and_a_wrong_count_is_refuse
     monkeypatch.setattr(pairs, "CASES", cases)
     result = pairs.run(seconds=0)
     assert tables.refusals(result["rows"], tables.case_of) == []
-    assert "refused" not in pairs.table(result)
+    assert "refused" not in pairs.table({"environment": environment(), **result})
     assert os.environ.get(registry.ENV_IMPL) == before
     comparison = pairs.build(*cases[0])
     wrong = comparison.sides["kernel"].run()
