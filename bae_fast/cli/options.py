@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import typing
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
+
+from bae_fast.cli.fields import NEEDS, documentation, read_type
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 # the result as JSON, for machines; no part of a configuration
 JSON = "--json"
-
-NEEDS = "the commands need jsonargparse and docstring-parser: pip install 'bae-fast[cli]'"
-
-
-class Field(NamedTuple):
-    """What an option is made from.
-
-    Attributes:
-        kind: the type of one value.
-        number: None for one value, "+" or "*" for several, or their number.
-        optional: whether null is a value.
-    """
-
-    kind: Any
-    number: str | int | None
-    optional: bool
 
 
 class GivenPath:
@@ -115,31 +99,3 @@ def read(parser: ArgumentParser, config: type, arguments: list[str]) -> Any:
         if value is None and not read_type(hints[name]).optional:
             raise ValueError(f"--{name.replace('_', '-')} must have a value; got null")
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def read_type(hint: Any) -> Field:
-    """Type, number of values and whether None is allowed, of an annotation."""
-    parts = list(get_args(hint)) if get_origin(hint) in (typing.Union, UnionType) else [hint]
-    optional = type(None) in parts
-    (kind,) = [part for part in parts if part is not type(None)]
-    if get_origin(kind) is not tuple:
-        return Field(kind, None, optional)
-    values = get_args(kind)
-    return Field(values[0], "*" if values[-1] is ... else len(values), optional)
-
-
-@functools.cache
-def documentation(config: type) -> tuple[str, dict[str, str]]:
-    """What a configuration's docstring says of it, and of each field, bases included."""
-    try:
-        from docstring_parser import DocstringStyle, parse
-    except ImportError as error:
-        raise ImportError(NEEDS) from error
-    helps: dict[str, str] = {}
-    about = ""
-    for cls in reversed(config.__mro__):
-        if dataclasses.is_dataclass(cls):
-            found = parse(cls.__doc__ or "", DocstringStyle.GOOGLE)
-            about = found.short_description or about
-            helps |= {p.arg_name: " ".join((p.description or "").split()) for p in found.params}
-    return about, {name: text.replace("%", "%%") for name, text in helps.items()}

@@ -17,7 +17,8 @@ import pytest
 import bae_fast as bf
 from bae_fast.cli import COMMANDS, main
 from bae_fast.cli.command import plain
-from bae_fast.cli.options import documentation, make_parser, read, read_type
+from bae_fast.cli.fields import documentation, read_type
+from bae_fast.cli.options import make_parser, read
 from bae_fast.experiments import runs
 from bae_fast.experiments.judges import JUDGES
 from bae_fast.experiments.training import Training

@@ -181,7 +181,7 @@ def test_the_order_names_only_what_is_there():
 
 
 def test_no_command_imports_another():
-    shared = {f"bae_fast.cli.{name}" for name in ("command", "errors", "net", "options")}
+    shared = {f"bae_fast.cli.{name}" for name in ("command", "errors", "fields", "net", "options")}
     for name in MODULES:
         assert {t for t in imports(name) if t.startswith("bae_fast.cli.")} <= shared, name
         if part(name) == "bench":
