@@ -307,7 +307,9 @@ class MemorySupply:
         return self._take(torch.cat(picked) if len(picked) > 1 else picked[0])
 
     def _take(self, ids: Tensor) -> Rows:
-        return Rows({hook: x[ids.to(x.device)] for hook, x in self.rows.items()}, ids)
+        # half the time of x[ids] for rows of half precision on a CPU
+        taken = {hook: x.index_select(0, ids.to(x.device)) for hook, x in self.rows.items()}
+        return Rows(taken, ids)
 
     def sample(self, n: int, seed: int | torch.Generator) -> Rows:
         check_int("n", n, 1)
