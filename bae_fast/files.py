@@ -436,8 +436,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: not JSON, or not an object.
     """
     try:
-        # editors on Windows put a mark before UTF-8
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        with naming(path):  # of what fails to be read once it is open
+            text = Path(path).read_text(encoding="utf-8-sig")  # Windows puts a mark before UTF-8
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -487,7 +488,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     # one read: opening by name twice could meet two files where another process replaces it
-    return parse_safetensors(Path(path).read_bytes(), path)
+    with naming(path):
+        data = Path(path).read_bytes()
+    return parse_safetensors(data, path)
 
 
 def parse_safetensors(

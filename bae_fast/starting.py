@@ -6,6 +6,7 @@ Nothing has run by then, so the process ends at once, in one line. Once the comm
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -38,3 +39,12 @@ def let_signals_end_commands() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end_at_once)
+    atexit.register(_end_undisturbed)
+
+
+def _end_undisturbed() -> None:
+    """Let no signal speak of an interruption once all is done: what is left is Python's own end,
+    which takes a part of a second."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is end_at_once:
+            signal.signal(number, signal.SIG_IGN)

@@ -54,6 +54,10 @@ _SENTENCES = (
     (r"--config: File does not exist: (.*)", r"--config must name a YAML file; \1 does not exist"),
     (r"--config: Path is not a file: (.*)", r"--config must name a YAML file; \1 is none"),
     (r"Option '(.*)' is not accepted", r"--config must hold options of this command; got '\1'"),
+    (
+        r"(--[^:]*): 'utf-8' codec can't encode.*",
+        r"\1 must be UTF-8; PYTHONUTF8=1 reads it in every locale",
+    ),
     (r"Value not boolean: (.*)\.", r"--config must set a switch to true or false; got \1"),
     (r"argument (--\S+): expected .*argument", r"\1 must have a value; got none"),
 )

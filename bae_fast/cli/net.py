@@ -72,6 +72,9 @@ def caught(name: str, run: Callable[[], int], *, debug: bool = False) -> int:
             return error.code if isinstance(error.code, int) else 0
         except KeyboardInterrupt as error:
             _ignore_more()
+            # where it passed through code that a library had as text, CPython takes it for one that
+            # nobody caught, and `python -m` ends by the signal; more such code lets it forget
+            exec("")
             if debug:
                 _trace()
             text = one_line(error) if _said(error) else INTERRUPTED

@@ -39,7 +39,7 @@ from bae_fast.codes import BinaryCode
 from bae_fast.compression.columns import IndependentColumns, choose_classes
 from bae_fast.compression.gaps import categorical, constriction_stream
 from bae_fast.compression.tree import Halves, TreeColumns
-from bae_fast.files import replacing
+from bae_fast.files import naming, replacing
 from bae_fast.pairs import (
     SAMPLE_PIECE,
     counts_with_parents,
@@ -445,7 +445,7 @@ class CompressedCode:
         constriction_stream()
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, naming(path):
             size = os.fstat(file.fileno()).st_size
             head = cls._read_head(file, path, size)
         try:

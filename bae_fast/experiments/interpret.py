@@ -125,6 +125,8 @@ def run(config: Config) -> runs.Result:
     device = pick_device(config)
     # what cannot work is found before anything slow has run
     cache_of(config)
+    runs.check_field(config, "answers", folder=False)
+    runs.check_field(config, "delphi", folder=True)
     judges = None if config.dry_run else _judges(config, device)
     stages = Stages(config.progress)
     seen = see(config, stages)

@@ -72,15 +72,20 @@ def run(config: Config) -> runs.Result:
             missing[0], "must be given; got none" + (f", and none of {others}" if others else "")
         )
     runs.check_at_least(config, 1, "examples")
-    release = Release(
-        name=config.release,
-        title=config.title or config.release,
-        source_set=config.source_set,
-        creator=config.creator,
-        creator_id=config.creator_id,
-        urls=() if config.url is None else (config.url,),
-    )
-    model, data = open_model(config, config.load)
+    try:
+        release = Release(
+            name=config.release,
+            title=config.title or config.release,
+            source_set=config.source_set,
+            creator=config.creator,
+            creator_id=config.creator_id,
+            urls=() if config.url is None else (config.url,),
+        )
+    except ValueError as error:
+        field, _, text = str(error).partition(" ")
+        raise runs.ConfigError("release" if field == "name" else field, text) from error
+    # a Path is a folder; a text may name a repository too
+    model, data = open_model(config, str(config.load))
     if model.is_transcoder:
         raise runs.ConfigError("load", "must be an autoencoder of the hook; it is a transcoder")
     numbers = re.findall(r"\d+", data.hook)

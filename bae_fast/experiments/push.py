@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bae_fast import hub
 from bae_fast.baselines import load_autoencoder
@@ -35,6 +35,8 @@ class Config:
         out: A folder that the files are written to instead. Nothing is sent then.
     """
 
+    OUT_IS_A_FOLDER: ClassVar[bool] = True
+
     folder: Path
     repo: str
     subfolder: str | None = None
@@ -62,6 +64,11 @@ def run(config: Config) -> runs.Result:
             "subfolder", f"must be a path within the repository; got {config.subfolder!r}"
         )
     found = _models(config)
+    for place, folder in found.items():
+        if config.out is not None and (config.out / place).resolve() == folder.resolve():
+            raise runs.ConfigError(
+                "out", f"must not be where the autoencoder lies itself; got {config.out}"
+            )
     models = {
         place: (load_autoencoder(folder).config_values(), _figures(config, folder))
         for place, folder in found.items()

@@ -116,13 +116,25 @@ def check_out(config: Any) -> None:
         return
     # a command writes one file where it makes up its name if none is given
     default = {field.name: field.default for field in dataclasses.fields(config)}["out"]
-    folder = default is not None or out.is_dir()
+    folder = default is not None or getattr(config, "OUT_IS_A_FOLDER", False)
+    check_field(config, "out", folder=folder)
+
+
+def check_field(config: Any, name: str, *, folder: bool) -> None:
+    """Find out whether the folder, or the file, that a field names can be written.
+
+    Raises:
+        ConfigError: naming the field, its value and the reason.
+    """
+    place = getattr(config, name)
+    if place is None:
+        return
     try:
-        check_place(out, folder=folder)
+        check_place(place, folder=folder)
     except OSError as error:
         kind = "folder" if folder else "file"
         raise ConfigError(
-            "out", f"must name a {kind} that can be written; {out}: {error.strerror or error}"
+            name, f"must name a {kind} that can be written; {place}: {error.strerror or error}"
         ) from error
 
 
@@ -277,7 +289,19 @@ def results(config: Any, *, wait: bool = False) -> Iterator[Path]:
             raise _taken(config.out) from error
         if not getattr(config, "report_only", False):
             write_text(folder / RESOLVED, resolved(config))
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            _leave_nothing(folder)
+            raise
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove the folder of a run that has made nothing which the next call could go on from."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [RESOLVED]:
+            (folder / RESOLVED).unlink()
+            folder.rmdir()
 
 
 @contextmanager

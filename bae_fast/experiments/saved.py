@@ -46,13 +46,16 @@ def open_model(
     Raises:
         ConfigError: the model was trained on another hook, on rows of a file whose language model
             is not named, or on a text that is not here; or it reads rows of another width.
+        ValueError: the model's metadata say where it was trained by values of another type.
     """
     model = load_autoencoder(folder, device=pick_device(config))
     metadata = model.config.metadata
+    check_facts(metadata, folder)
     hooks = metadata.get("transcoder_hooks") or [metadata.get("hook_name")]
     if config.hook is not None and hooks[0] is not None and config.hook != hooks[0]:
         raise runs.ConfigError(
-            "hook", f"{config.hook}: the model in {folder} was trained on {hooks[0]}"
+            "hook",
+            f"must be {hooks[0]}, on which the model in {folder} was trained; got {config.hook!r}",
         )
     if config.model is not None:
         check_model(metadata, config.model, "--model")
@@ -65,8 +68,8 @@ def open_model(
     data = data_of(
         config,
         model=metadata.get("model_name") if config.model is None else config.model,
-        hook=config.hook or hooks[0],
-        context=config.context or metadata.get("context_size"),
+        hook=hooks[0] if config.hook is None else config.hook,
+        context=metadata.get("context_size") if config.context is None else config.context,
     )
     width = block_width(data)
     if width is not None and width != model.d_in:
@@ -76,6 +79,30 @@ def open_model(
             f"of {model_name(data.model)} are {width} wide",
         )
     return model, text_of(config, data, metadata) if with_text else data
+
+
+# what is read of a model's metadata, which may be a stranger's: its type, and in words
+_FACTS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("model_name", "hook_name", "text_field", "text_sha256"), (str, "a text")),
+    **dict.fromkeys(("context_size", "tokens"), (int, "a whole number")),
+    **dict.fromkeys(("prepend_bos", "text_packed"), (bool, "true or false")),
+    **dict.fromkeys(("text_files", "transcoder_hooks"), (list, "a list of texts")),
+}
+
+
+def check_facts(metadata: Mapping[str, Any], folder: Path | str) -> None:
+    """Refuse metadata that say where a model was trained by values of another type.
+
+    Raises:
+        ValueError: naming the folder, the entry and its value.
+    """
+    for name, (kind, words) in _FACTS.items():
+        value = metadata.get(name)
+        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        if isinstance(value, list):
+            fits = fits and all(isinstance(one, str) for one in value)
+        if value is not None and not fits:
+            raise ValueError(f"{folder}: {name} in the metadata must be {words}; got {value!r}")
 
 
 def text_of(config: Source, data: Data, metadata: Mapping[str, Any]) -> Data:

@@ -172,11 +172,15 @@ def train_autoencoder(config: Config, folder: Path, stages: Stages) -> BinaryAut
 # -- prompts -----------------------------------------------------------------------------------
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Lines of a text file that hold text."""
+def read_prompts(field: str, path: Path) -> list[str]:
+    """Lines of a text file, which a field names, that hold text."""
     from bae_fast.lm import read_text
 
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise runs.ConfigError(field, str(error).removeprefix("path ")) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def make_sets(config: Config) -> tuple[Prompts, Prompts, list[str]]:
@@ -185,7 +189,8 @@ def make_sets(config: Config) -> tuple[Prompts, Prompts, list[str]]:
     A question is in one half only, however often it is asked.
     """
     if config.positive is not None and config.negative is not None:
-        a, b = read_prompts(config.positive), read_prompts(config.negative)
+        a = read_prompts("positive", config.positive)
+        b = read_prompts("negative", config.negative)
         if min(len(a), len(b)) < 4:
             raise runs.ConfigError(
                 "positive",

@@ -150,6 +150,12 @@ def write_neuronpedia_export(
     return target
 
 
+def _last_part(name: str) -> str:
+    """A language model's name without its owner, or the name of its folder, however it is given."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_dir() else path.name
+
+
 class _Source:
     """One autoencoder at one place of one model, and the objects that describe it."""
 
@@ -164,7 +170,7 @@ class _Source:
     ) -> None:
         self.model, self.cache, self.rows = model, cache, rows
         self.tokenizer, self.release = tokenizer, release
-        self.model_id = str(cache.manifest["model_name"]).rpartition("/")[2]
+        self.model_id = _last_part(str(cache.manifest["model_name"]))
         self.source_id = f"{layer}-{release.source_set}"
         self._now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         # the texts of tokens that were shown before

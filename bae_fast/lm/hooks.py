@@ -225,7 +225,8 @@ def resolve_hook(model: torch.nn.Module, hook: str) -> str:
             if module is table:
                 return name
     # Three good suggestions beat one: layer numbers differ in a single character.
-    near_names = difflib.get_close_matches(str(hook), names, n=3, cutoff=0.5) or list(names)[1:4]
+    inner = [name for name in names if name]  # "" is the model itself
+    near_names = difflib.get_close_matches(hook, inner, n=3, cutoff=0.5) or inner[:3]
     raise ValueError(
         f"hook must name a module of this model; got {hook!r}, near which are "
         f"{', '.join(near_names)}"

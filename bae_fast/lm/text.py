@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from bae_fast.files import naming
 from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
 from bae_fast.progress import tracked
 
@@ -147,6 +148,8 @@ def text_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, (str, Path)) else list(paths):
+        if path == "":  # which Path takes for the folder that the program runs in
+            raise ValueError("paths must name text files or folders of them; got ''")
         path = Path(path)
         found = [path]
         if path.is_dir():
@@ -219,15 +222,18 @@ def read_text(
     if not paths:
         raise ValueError("path must name at least one text file; got []")
     texts = []
-    for item in map(Path, paths):
+    for item in paths:
         try:
             files = text_files(item)
         except ValueError as error:
+            if item == "":
+                raise
             state = str(error).rpartition(f"{item} ")[2]
             raise ValueError(f"path must name UTF-8 text; {str(item)!r} {state}") from error
         found = []
         for file in files:
-            data = file.read_bytes()
+            with naming(file):
+                data = file.read_bytes()
             if digest is not None:
                 digest.update(bytes_before(file, len(data)))
                 digest.update(data)

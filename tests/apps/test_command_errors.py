@@ -6,16 +6,21 @@ import errno
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import processes
 import pytest
 
+import bae_fast as bf
 from bae_fast import progress
 from bae_fast.cli import errors, main, net
 from bae_fast.experiments import runs
 from bae_fast.files import write_text
 from bae_fast.lm import gguf, known
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class NamelessError(Exception):
@@ -206,3 +211,42 @@ def test_a_revision_of_files_that_are_here_is_refused(tmp_path, capsys):
     assert main(["demo", "--cache", str(tmp_path / "cache"), *options]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("bae-fast demo: --revision is of a Hugging Face id; the files of ")
+
+
+def test_an_interruption_of_what_a_library_runs_as_text_has_the_status_of_others(tmp_path):
+    program = """
+from bae_fast.cli.net import caught
+
+def run():
+    exec("raise KeyboardInterrupt")
+
+raise SystemExit(caught("demo", run))
+"""
+    write_text(tmp_path / "program.py", program)
+    done = run_module("program", tmp_path)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "bae-fast demo: interrupted; the last results are as they were"
+
+
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(tmp_path):
+    # what is registered first is called last, in the end of the interpreter
+    signalled = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    write_text(tmp_path / "sitecustomize.py", signalled)
+    done = run_module("bae_fast", tmp_path, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == bf.__version__
+
+
+def run_module(name, folder, *arguments):
+    """``python -m`` with a folder of modules before all others."""
+    places = os.pathsep.join([str(folder), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": places},
+        check=False,
+    )  # fmt: skip
+
+
+def test_an_argument_that_is_no_utf_8_is_named(capsys):
+    assert main(["match", "a", "\udcff"]) == 2
+    assert "match: --folders element 2 must be UTF-8; PYTHONUTF8=1" in capsys.readouterr().err

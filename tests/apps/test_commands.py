@@ -19,7 +19,7 @@ from bae_fast.cli import COMMANDS, main
 from bae_fast.cli.command import plain
 from bae_fast.cli.fields import documentation, read_type
 from bae_fast.cli.options import make_parser, read
-from bae_fast.experiments import runs
+from bae_fast.experiments import runs, saved, steer
 from bae_fast.experiments.judges import JUDGES
 from bae_fast.experiments.training import Training
 from bae_fast.files import write_text
@@ -229,6 +229,97 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_runs(
         assert f"--out must name a folder that can be written; {tmp_path / out}: " in error
         assert "\n" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "kind"),
+    [
+        ("--answers", "file/inside", "file"),
+        ("--answers", ".", "file"),
+        ("--delphi", "file", "folder"),
+    ],
+)
+def test_other_places_of_interpret_are_found_before_anything_runs(
+    option, place, kind, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr("bae_fast.experiments.interpret.see", lambda *_: pytest.fail("it began"))
+    options = ["--judge", "rule", "--out", str(tmp_path / "out"), option, str(tmp_path / place)]
+    assert main(["interpret", *options]) == 1
+    assert f"{option} must name a {kind} that can be written; " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", ["decompress codes.bae", "evaluate run"])
+def test_a_folder_is_no_place_for_a_file(command, tmp_path, capsys):
+    assert main([*command.split(), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"--out must name a file that can be written; {tmp_path}: Is a directory" in said
+
+
+@pytest.mark.parametrize("part", ["synthetic", "layers", "icl", "rows"])
+def test_seeds_are_looked_at_before_anything_runs(part, tmp_path, capsys, monkeypatch):
+    for name in ("_runs", "own_rows"):
+        monkeypatch.setattr(
+            f"bae_fast.experiments.entropy.{part}.{name}",
+            lambda *_: pytest.fail("it has begun"),
+            raising=False,
+        )
+    options = ["--states", "rows.npy"] if part == "rows" else []
+    options += ["--seeds", "0", "-1", "--out", str(tmp_path / "out")]
+    assert main(["entropy", part, *options]) == 1
+    assert "--seeds must be at least 0; got [0, -1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model_name", 3, "a text"),
+        ("hook_name", ["a"], "a text"),
+        ("context_size", "16", "a whole number"),
+        ("context_size", True, "a whole number"),
+        ("text_files", "a.txt", "a list of texts"),
+        ("text_files", [3], "a list of texts"),
+        ("transcoder_hooks", {"a": "b"}, "a list of texts"),
+        ("prepend_bos", "no", "true or false"),
+    ],
+)
+def test_metadata_of_a_stranger_that_say_where_by_another_type_are_named(
+    name, value, words, tmp_path, capsys
+):
+    bae = bf.BinaryAutoencoder(16, 32, metadata={name: value})
+    folder = str(bae.save_pretrained(tmp_path / "bae"))
+    assert main(["match", folder, folder, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert f"{folder}: {name} in the metadata must be {words}; got {value!r}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_hook_and_a_window_of_nothing_are_not_the_trainings(tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "block_width", lambda _data: None)
+    metadata = {"model_name": "m", "context_size": 16}
+    folder = bf.BinaryAutoencoder(16, 32, metadata=metadata).save_pretrained(tmp_path)
+    config = config_of("match")(folders=(folder, folder), hook="", context=0)
+    _, data = saved.open_model(config, folder, with_text=False)
+    assert (data.hook, data.context) == ("", 0)
+
+
+def test_a_file_of_prompts_that_is_not_there_is_named_by_its_option(tmp_path):
+    with pytest.raises(runs.ConfigError, match=r"^positive must name UTF-8 text; .*none\.txt"):
+        steer.read_prompts("positive", tmp_path / "none.txt")
+
+
+def test_a_run_that_fails_before_it_has_made_anything_leaves_nothing(tmp_path):
+    def fail(made):
+        with runs.results(config_of("match")(out=tmp_path)) as folder:
+            if made is not None:
+                write_text(folder / made, "x")
+            raise ZeroDivisionError
+
+    for made, left in ((None, []), ("checkpoint.pt", [".unfinished"])):
+        with pytest.raises(ZeroDivisionError):
+            fail(made)
+        assert [path.name for path in tmp_path.iterdir()] == left
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bae_fast import files
+from bae_fast.compression import CompressedCode
 from bae_fast.files import (
     check_writable,
     publishing,
@@ -23,6 +24,7 @@ from bae_fast.files import (
     write_text,
     write_torch,
 )
+from bae_fast.lm import read_text
 
 
 def test_results_take_the_old_ones_place_together(tmp_path):
@@ -231,3 +233,10 @@ def test_a_checkpoint_on_a_full_disk_is_named_and_says_no_place_in_an_archive(tm
     assert "inline_container" not in checkpoint
     assert "log.jsonl" in log
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file that cannot be read")
+def test_a_file_that_fails_while_it_is_read_is_named():
+    for read_it in (files.read_json, files.read_safetensors, CompressedCode.open, read_text):
+        with pytest.raises(OSError, match="error: '/proc/self/mem'"):
+            read_it(Path("/proc/self/mem"))

@@ -213,7 +213,7 @@ def test_the_local_judge_and_its_agreement_with_another(folder, tmp_path):
     ("change", "message"),
     [
         (["--load", "nowhere"], "folder nowhere does not exist"),
-        (["--hook", "model.layers.1"], "was trained on model.layers.0"),
+        (["--hook", "model.layers.1"], "--hook must be model.layers.0, on which the model in"),
         (["--features", "0"], "n_features must be an int >= 1; got 0"),
         (["--judge", "openai"], "the openai judge needs --judge-model"),
         (["--judge", "openai", "--judge-model", "m"], "NO_KEY must hold the key"),

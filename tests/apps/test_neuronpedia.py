@@ -110,6 +110,16 @@ def read(folder) -> dict[str, list[dict]]:
     return found
 
 
+@pytest.mark.parametrize("name", ["user/tiny", "tiny", "{}/tiny", "{}/tiny/", "{}/tiny/."])
+def test_a_model_is_called_as_its_folder_however_that_is_given(cache, tmp_path, name):
+    (tmp_path / "tiny").mkdir()
+    cache.manifest["model_name"] = name.format(tmp_path)
+    model = BinaryAutoencoder(D, F).init_density_(cache.rows, 0.2).eval()
+    folder = write_neuronpedia_export(tmp_path / "out", model, cache, Words(), RELEASE, layer=1)
+    assert folder == tmp_path / "out" / "tiny" / "1-res-bae"
+    assert read(folder)["model"][0]["id"] == "tiny"
+
+
 @pytest.mark.parametrize("kind", ["bae", "topk"])
 def test_every_object_has_the_importers_fields_and_the_numbers_of_the_model(cache, tmp_path, kind):
     if kind == "bae":

@@ -85,10 +85,22 @@ serve.publish(serve.Config(folder=Path(sys.argv[1])), None)
 """
 
 
-def test_the_page_of_a_repository_s_model_can_be_served(server, tmp_path):
+# the same of the features for Neuronpedia
+EXPORT = SERVE.replace("import saved, serve", "import neuronpedia as serve, saved").replace(
+    "serve.publish(serve.Config(folder=Path(sys.argv[1])), None)",
+    """
+serve.run(serve.Config(
+    load=Path(sys.argv[1]), release="r", source_set="s", creator="c", creator_id="i"
+))
+""",
+)
+
+
+@pytest.mark.parametrize("program", [SERVE, EXPORT], ids=["serve", "neuronpedia"])
+def test_the_features_of_a_repository_s_model_can_be_shown(server, tmp_path, program):
     metadata = {"model_name": "user/language-model", "hook_name": "model.layers.3"}
     pushed(server, tmp_path, BinaryAutoencoder(6, 40, metadata=metadata), "user/dictionary")
-    said = printed(server, tmp_path, "-c", SERVE, "user/dictionary")
+    said = printed(server, tmp_path, "-c", program, "user/dictionary")
     assert said.splitlines()[-1] == "user/language-model model.layers.3"
 
 
@@ -289,6 +301,24 @@ def test_a_path_on_this_machine_is_in_no_file_that_is_published(tmp_path, monkey
     # of the weights alone, too
     (out / "cfg.json").unlink()
     assert load_autoencoder(out).config.metadata == PUBLIC
+
+
+def test_a_pushed_folder_is_a_folder_and_not_the_model_s_own(tmp_path, run_folder, capsys):
+    pytest.importorskip("jsonargparse")
+    before = (run_folder / "a" / "cfg.json").read_bytes()
+    (tmp_path / "file").write_text("kept")
+    for arguments, words in (
+        (["a", "--out", "file"], "--out must name a folder that can be written; "),
+        (["a", "--out", "run/a"], "--out must not be where the autoencoder lies itself"),
+        (["a", "--out", "run", "--subfolder", "a"], "--out must not be where the autoencoder"),
+        ([".", "--out", "run"], "--out must not be where the autoencoder lies itself"),
+    ):
+        folder, *options = arguments
+        options[1] = str(tmp_path / options[1])
+        assert main(["push", str(run_folder / folder), "user/one", *options]) == 1
+        assert words in capsys.readouterr().err
+    assert (run_folder / "a" / "cfg.json").read_bytes() == before
+    assert not (run_folder / "README.md").exists()
 
 
 @pytest.mark.parametrize(

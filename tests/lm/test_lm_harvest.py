@@ -313,7 +313,7 @@ def test_unknown_hooks_name_their_neighbours(lm, tmp_path):
         ValueError, match=r"got 'model\.layers\.11', near which are .*model\.layers\.1"
     ):
         harvest(lm, _tokens(), "model.layers.11", folder=tmp_path)
-    with pytest.raises(ValueError, match="hook must name a module of this model; got ''"):
+    with pytest.raises(ValueError, match=r"of this model; got '', near which are \w"):
         harvest(lm, _tokens(), "", folder=tmp_path)
 
 
@@ -410,6 +410,11 @@ def test_read_text_joins_files_and_names_what_it_cannot_read(tmp_path):
             read_text(tmp_path / name)
     with pytest.raises(ValueError, match="at least one"):
         read_text([])
+    for empty in ("", ["", tmp_path / "a.txt"]):  # no path, and not the current folder
+        with pytest.raises(ValueError, match="must name text files or folders of them; got ''"):
+            read_text(empty)
+        with pytest.raises(ValueError, match="must name text files or folders of them; got ''"):
+            TextFiles(empty)
 
 
 def test_read_text_reads_folders_and_json_lines_as_a_harvest_of_documents_does(tmp_path):

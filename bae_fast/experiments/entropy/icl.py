@@ -65,6 +65,7 @@ def run(config: Config) -> runs.Result:
     """
     from bae_fast.report import entropy as report
 
+    runs.check_at_least(config, 0, "seeds")
     runs.check_one_of("tasks", config.tasks, TASKS)
     runs.check_one_of("draws", config.draws, DRAWS)
     runs.check_one_of("labels", config.labels, LABELS)

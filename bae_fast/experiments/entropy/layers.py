@@ -60,6 +60,7 @@ def run(config: Config) -> runs.Result:
     """
     from bae_fast.report import entropy as report
 
+    runs.check_at_least(config, 0, "seeds")
     runs.check_one_of("fits", config.fits, ("shared", "own"))
     return finish(
         config,

@@ -58,6 +58,7 @@ def run(config: Config) -> runs.Result:
 
     if config.states is None:
         raise runs.ConfigError("states", "must name a file of rows; got none")
+    runs.check_at_least(config, 0, "seeds")
     runs.check_one_of("start", config.start, STARTS)
     runs.check_at_least(config, 1, "expansion")
     source = own_rows(config.states)
