@@ -29,15 +29,17 @@ SAMPLE_PIECE = 256
 _SAMPLE_PRODUCTS = 2**36
 _SAMPLE_LEAST, _SAMPLE_MOST = 2**14, 2**17
 
+# rows that kernels count at a time: their bits by column, or lists of their ones, take a few
+# hundred MiB at the most columns
+KERNEL_ROWS = 2**17
 
-# rows of bits that `common_ones` can name
-MOST_COMMON = 2**16
+# columns whose bits a kernel can name
+_NAMED = 2**16
 
 
-def columns_as_rows(code: BinaryCode, columns: Tensor) -> Tensor:
-    """Columns of a code as packed bits, int32 ``[k, ceil(N/32)]``."""
-    rows = code.flatten()
-    return packing.rows_to_columns(rows.words, rows.n_columns).t()[columns].contiguous()
+def columns_as_rows(words: Tensor, n_columns: int, columns: Tensor) -> Tensor:
+    """Columns of row-packed words ``[N, W]`` as packed bits, int32 ``[k, ceil(N/32)]``."""
+    return packing.rows_to_columns(words, n_columns).t()[columns].contiguous()
 
 
 def joint_counts(
@@ -57,13 +59,17 @@ def joint_counts(
     """
     a, b = left.flatten(), right.flatten()
     common = registry.extras("auto", left.device.type).common_ones
-    if common is not None and len(a) and len(right_columns) <= MOST_COMMON:
-        every = torch.arange(len(right_columns), device=left.device)
-        others = columns_as_rows(b, right_columns)
-        index = every.expand(len(left_columns), -1)
-        return common(columns_as_rows(a, left_columns)[:, None], others, index)[:, 0]
     shape = (len(left_columns), len(right_columns))
     found = torch.zeros(shape, dtype=torch.float32, device=left.device)
+    if common is not None and shape[1] <= _NAMED:
+        index = torch.arange(shape[1], device=left.device).expand(shape)
+        for mine, theirs in zip(
+            a.words.split(KERNEL_ROWS), b.words.split(KERNEL_ROWS), strict=True
+        ):
+            own = columns_as_rows(mine, a.n_columns, left_columns)[:, None]
+            others = columns_as_rows(theirs, b.n_columns, right_columns)
+            found += common(own, others, index)[:, 0]
+        return found
     for start in range(0, a.shape[0], ROW_BLOCK):
         rows = slice(start, start + ROW_BLOCK)
         bits = packing.unpack_rows(b.words[rows], b.n_columns, torch.uint8)
@@ -87,7 +93,11 @@ def pair_counts(code: BinaryCode, columns: Tensor) -> Tensor:
     rows = code.flatten()
     compiled = registry.extras("auto", rows.device.type).pair_counts
     if compiled is not None and len(rows):
-        return compiled(rows.words, columns, rows.n_columns)
+        first, *others = rows.words.split(KERNEL_ROWS)
+        found = compiled(first, columns, rows.n_columns)
+        for words in others:
+            found += compiled(words, columns, rows.n_columns)
+        return found
     is_sparse = int(rows.counts().sum()) < _SPARSE * len(rows) * rows.n_columns
     if not is_sparse or rows.device.type != "cpu" or len(columns) == 0:
         return joint_counts(code, columns, code, columns)

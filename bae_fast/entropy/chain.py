@@ -20,7 +20,7 @@ from torch import Tensor
 from bae_fast import packing
 from bae_fast.codes import BinaryCode
 from bae_fast.ops import registry
-from bae_fast.pairs import columns_as_rows, xlog2x
+from bae_fast.pairs import KERNEL_ROWS, columns_as_rows, xlog2x
 
 # earlier columns tried for pairs: all of them up to this width, else those of the most mutual
 # information
@@ -135,12 +135,6 @@ class _Outcomes:
     def __init__(self, rows: BinaryCode, columns: Tensor) -> None:
         self.rows, self.columns = rows, columns
         self.common = registry.extras("auto", rows.device.type).common_ones
-        if self.common is not None:  # the columns as rows of bits, and one that is always on
-            own = columns_as_rows(rows, columns)
-            always = packing.pack_rows(
-                torch.ones(1, len(rows), dtype=torch.bool, device=own.device)
-            )
-            self.packed, self.always = torch.cat([own, always]), len(columns)
 
     def __call__(self, js: Tensor, among: Tensor, pair: Tensor | None) -> Tensor:
         """``[J, 2, c + 1, c + 1]`` or, given a pair, ``[J, 8, c + 1]``.
@@ -153,38 +147,50 @@ class _Outcomes:
             among: int64 ``[J, c]``.
             pair: int64 ``[J, 2]``, or None.
         """
+        c = among.shape[1]
+        shape = (len(js), 2, c + 1, c + 1) if pair is None else (len(js), 8, c + 1)
+        found = torch.zeros(shape, dtype=torch.float32, device=among.device)
         if self.common is None:
-            return self._by_products(js, among, pair)
-        step = max(_SCRATCH // (self.packed.shape[1] * (among.shape[1] + 8)), 1)
-        pairs = [None] * -(-len(js) // step) if pair is None else pair.split(step)
-        parts = zip(js.split(step), among.split(step), pairs, strict=True)
-        return torch.cat([self._by_bits(self.common, *part) for part in parts])
+            self._add_by_products(found, js, among, pair)
+            return found
+        tried = torch.nn.functional.pad(among, (0, 1), value=len(self.columns))
+        for words in self.rows.words.split(KERNEL_ROWS):
+            # the columns as rows of bits, and one that is always on
+            own = columns_as_rows(words, self.rows.n_columns, self.columns)
+            always = torch.ones(1, len(words), dtype=torch.bool, device=own.device)
+            packed = torch.cat([own, packing.pack_rows(always)])
+            step = max(_SCRATCH // (packed.shape[1] * (c + 8)), 1)
+            for start in range(0, len(js), step):
+                at = slice(start, start + step)
+                some = None if pair is None else pair[at]
+                found[at] += self._by_bits(self.common, packed, js[at], tried[at], some)
+        return found
 
+    @staticmethod
     def _by_bits(
-        self,
         common: Callable[[Tensor, Tensor, Tensor], Tensor],
+        packed: Tensor,
         js: Tensor,
-        among: Tensor,
+        tried: Tensor,
         pair: Tensor | None,
     ) -> Tensor:
-        tried = torch.nn.functional.pad(among, (0, 1), value=self.always)
-        own = self.packed[js][:, None]
+        own = packed[js][:, None]
         if pair is None:
-            others = self.packed[tried]
-            on = common(others & own, self.packed, tried)
-            return torch.stack([common(others, self.packed, tried) - on, on], 1)
+            others = packed[tried]
+            on = common(others & own, packed, tried)
+            return torch.stack([common(others, packed, tried) - on, on], 1)
         # bits past the last row are on in a complement, and in no column
-        first, second = self.packed[pair[:, :1]], self.packed[pair[:, 1:]]
+        first, second = packed[pair[:, :1]], packed[pair[:, 1:]]
         outcomes = [
             a & b & c for a in (~own, own) for b in (~first, first) for c in (~second, second)
         ]
-        return common(torch.cat(outcomes, 1), self.packed, tried)
+        return common(torch.cat(outcomes, 1), packed, tried)
 
-    def _by_products(self, js: Tensor, among: Tensor, pair: Tensor | None) -> Tensor:
+    def _add_by_products(
+        self, found: Tensor, js: Tensor, among: Tensor, pair: Tensor | None
+    ) -> None:
         rows = self.rows
         n_js, c = among.shape
-        shape = (n_js, 2, c + 1, c + 1) if pair is None else (n_js, 8, c + 1)
-        found = torch.zeros(shape, dtype=torch.float32, device=among.device)
         step = max(_SCRATCH // (n_js * (c + 1) * 2), 16)
         for start in range(0, rows.shape[0], step):
             words = rows.words[start : start + step]
@@ -202,7 +208,6 @@ class _Outcomes:
                 state = 4 * own[:, 0] + 2 * first + second
                 which = state[:, None] == torch.arange(8, device=among.device)[:, None]
                 found += which.float() @ tried.mT
-        return found
 
 
 def _given_pairs(counts: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ def test_counts_are_the_integers_whatever_the_blocks(p, impl, monkeypatch):
     monkeypatch.setenv(registry.ENV_IMPL, impl)
     monkeypatch.setattr("bae_fast.pairs.ROW_BLOCK", 64)
     monkeypatch.setattr("bae_fast.pairs.COLUMN_BLOCK", 2)
+    monkeypatch.setattr("bae_fast.pairs.KERNEL_ROWS", 96)
     bits, others = drawn(301, 70, p), drawn(301, 50, 0.2, seed=1)
     code, other = BinaryCode.from_dense(bits), BinaryCode.from_dense(others)
     for count in (pair_counts, sparse_pair_counts):
@@ -107,6 +108,10 @@ def test_entropy_and_neighbours_are_the_same_without_compiled_kernels(n, k, comp
     bits[:, 2] = bits[:, 0] ^ bits[:, 1]  # a parity, which only pairs tell
     code = BinaryCode.from_dense(bits)
     found, near = estimate_entropy(code), neighbours(code, k=2)
+    with monkeypatch.context() as small:
+        small.setattr("bae_fast.entropy.chain.KERNEL_ROWS", 100)
+        small.setattr("bae_fast.entropy.chain._SCRATCH", 2000)
+        assert estimate_entropy(code) == found
     monkeypatch.setenv(registry.ENV_IMPL, "torch")
     assert estimate_entropy(code) == found
     again = neighbours(code, k=2)
