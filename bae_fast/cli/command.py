@@ -46,6 +46,8 @@ def run_experiment(
     parser = make_parser(name, config, positional)
     try:
         settings = read(parser, config, [one for one in arguments if one != JSON])
+    except BrokenPipeError:  # of --help or --print_config, whose reader has seen enough
+        return 0
     except UnicodeDecodeError as error:
         raise ConfigError("config", f"must name a YAML file in UTF-8; {error}") from error
     except Exception as error:

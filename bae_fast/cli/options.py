@@ -72,7 +72,9 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         option = "--" + field.name.replace("_", "-")
         if field.name in positional:
             option = field.name
-            count = 2 if isinstance(field.default, tuple) else None
+            count = (
+                "+" if isinstance(field.default, tuple) else None
+            )  # their number is checked later
             options["metavar"] = field.name.upper() if count is None else "FOLDER"
             options.pop("default", None)
         if kind is bool:

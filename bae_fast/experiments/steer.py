@@ -233,6 +233,12 @@ def steer(config: Config, folder: Path) -> dict[str, Any]:
     most = found.largest(max(config.features))
     if not most:
         raise ValueError("no feature differs between the two sets at their last tokens")
+    if 2 * len(most) > autoencoder.d_sae:
+        raise runs.ConfigError(
+            "features",
+            f"must be at most half of the autoencoder's {autoencoder.d_sae:,}, as the controls are "
+            f"others; got {len(most):,}",
+        )
 
     tokens_a = causal.prompt_tokens(lm, measured_on.a)
     tokens_b = causal.prompt_tokens(lm, measured_on.b)

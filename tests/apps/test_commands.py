@@ -189,6 +189,32 @@ def test_what_a_file_of_options_may_not_hold_is_named(text, said, tmp_path, caps
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("folders", [["a"], ["a", "b", "c"]])
+def test_a_number_of_folders_that_match_does_not_take_is_named(folders, capsys):
+    assert main(["match", *folders]) == 1
+    assert f"--folders must be two folders; got {len(folders)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--print_config", "--help"])
+def test_a_reader_of_options_that_has_seen_enough_is_no_error(option, capsys, monkeypatch):
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, _text):
+            raise BrokenPipeError
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        assert main(["train", option]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_help_names_no_class(capsys):
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out

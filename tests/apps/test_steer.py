@@ -276,6 +276,15 @@ def test_what_a_user_can_mend_is_one_line(arguments, change, message, capsys, tm
     assert "\n" not in error
 
 
+def test_more_features_than_leave_controls_are_named(arguments, capsys, tmp_path):
+    base, argv = arguments
+    options = ["--load", str(base / "bae"), "--features", "64", "--out", str(tmp_path / "out")]
+    assert main([*argv, *options]) == 1
+    said = capsys.readouterr().err
+    assert "--features must be at most half of the autoencoder's 64, as the controls are" in said
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_two_saved_models_are_matched(arguments, capsys):
     base, argv = arguments
     bae = bf.BinaryAutoencoder.from_pretrained(base / "bae")
