@@ -72,9 +72,8 @@ def make_parser(name: str, config: type, positional: tuple[str, ...] = ()) -> Ar
         option = "--" + field.name.replace("_", "-")
         if field.name in positional:
             option = field.name
-            count = (
-                "+" if isinstance(field.default, tuple) else None
-            )  # their number is checked later
+            # how many there are is checked by the command
+            count = "+" if isinstance(field.default, tuple) else None
             options["metavar"] = field.name.upper() if count is None else "FOLDER"
             options.pop("default", None)
         if kind is bool:

@@ -19,8 +19,8 @@ LIST_COST = {"scalar": 25.0, "avx2": 120.0, "avx512": 200.0, "neon": 60.0, "amx"
 
 def pair_counts(words: Tensor, columns: Tensor, n_columns: int) -> Tensor:
     """float32 ``[k, k]`` of exact integers, for different columns int64 ``[k]``."""
-    place = torch.full((n_columns,), -1, dtype=torch.int32)
-    place[columns] = torch.arange(len(columns), dtype=torch.int32)
+    place = torch.full((n_columns,), -1, dtype=torch.int32, device="cpu")
+    place[columns] = torch.arange(len(columns), dtype=torch.int32, device="cpu")
     counts: Tensor = op("pair_counts")(dense_rows(words), place, len(columns), LIST_COST[simd()])
     return counts
 
