@@ -27,7 +27,7 @@ from bae_fast.pairs import pair_counts
 from bench import tables
 from bench.collect import densities
 from bench.exact import WrongResultError
-from bench.timing import SECONDS, Comparison, Side, compare
+from bench.timing import SECONDS, Comparison, Side, run_cases
 
 # what, N, F, ones in a row
 CASES = [
@@ -108,12 +108,7 @@ def _integers(code: BinaryCode) -> Tensor:
 
 def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
     """Every case; ``only`` those whose name holds that text."""
-    rows = []
-    for case in CASES:
-        if only in tables.name(case):
-            rows.append(compare(build(*case), seconds=seconds))
-            print(tables.line(rows[-1]), flush=True)
-    return {"rows": rows}
+    return run_cases(CASES, build, only, seconds, floors=False)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from bae_fast.packing import unpack_rows
 from bench import tables
 from bench.collect import densities
 from bench.exact import WrongResultError
-from bench.timing import SECONDS, Comparison, Side, compare
+from bench.timing import SECONDS, Comparison, Side, run_cases
 
 # N, d, F, features on in a row
 CASES = [
@@ -114,12 +114,7 @@ def _differing(a: BinaryCode, b: BinaryCode) -> int:
 
 def run(only: str = "", seconds: float = SECONDS) -> dict[str, Any]:
     """Every case."""
-    rows = []
-    for case in CASES:
-        if only in tables.name(case):
-            rows.append(compare(build(*case), seconds=seconds))
-            print(tables.line(rows[-1]), flush=True)
-    return {"rows": rows}
+    return run_cases(CASES, build, only, seconds, floors=False)
 
 
 def table(result: dict[str, Any]) -> str:
