@@ -31,10 +31,11 @@ SEARCHED: dict[str, tuple[str, ...]] = {
     "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
 }
 SEARCHED_BITS = (140, 165, 180, 200, 220)
-# what changes with the seed and with the layer, on the same text and with the same constants
+# what changes with the seed, the layer and the language model, on the same text
 REPEATS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
     "SmolLM2, block 6": ("mixed_block6", "mixed_block6_rivals"),
+    "Gemma 3 270M, block 10": ("mixed_gemma", "mixed_gemma_rivals"),
 }
 REPEATS_BITS = (180, 200, 220)
 # the runs whose features were probed, and put to the intruder test
@@ -142,7 +143,8 @@ def searched(results: Path) -> str:
 
 
 def repeats(results: Path) -> str:
-    """The same over seeds and at another layer, also for dictionaries without a search."""
+    """The same over seeds, at another layer and of another model, also for dictionaries without a
+    search."""
     return _searched(results, REPEATS, REPEATS_BITS, every=True)
 
 
