@@ -30,7 +30,8 @@ struct PlacedOnes {
       }
     }
     for (int64_t i = 0; i < k; ++i) place_begin[i + 1] += place_begin[i];
-    std::vector<int64_t> next = place_begin;
+    // not a copy: that needs a symbol of libstdc++ that is too new for manylinux_2_28
+    std::vector<int64_t> next(place_begin.begin(), place_begin.end());
     for (size_t r = 0; r < bits.length.size(); ++r) {
       for (int64_t e = begin[r]; e < begin[r + 1]; ++e) {
         row[next[place[e]]++] = static_cast<int32_t>(r);
