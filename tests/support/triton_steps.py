@@ -75,6 +75,17 @@ def assert_as_good_as_eager(x, parameters, direction, terms, impl="triton", **op
         assert (got[name].double() - exact[name]).abs().max() <= allowed, name
 
 
+def assert_as_torch_under_autocast(x, parameters, direction):
+    """bf16 products of fp32 tensors: dtypes equal those of impl="torch", values nearly so."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = run("triton", x, parameters, direction, surrogate="identity")
+        expected, _ = run("torch", x, parameters, direction, surrogate="identity")
+    for name in NAMES:
+        assert got[name].dtype == expected[name].dtype, name
+        error = (got[name].double() - expected[name].double()).abs().max()
+        assert error <= 2e-2 * expected[name].double().abs().max(), name
+
+
 def codes(n, k, seed=0):
     """Bits with constant columns, twins and rare columns, in words whose rows are padded."""
     g = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from triton_steps import (
     NAMES,
     OPS,
     assert_as_good_as_eager,
+    assert_as_torch_under_autocast,
     codes,
     exact_covariance,
     problem,
@@ -154,13 +155,7 @@ def test_unpacked_products_under_autocast(unpacked, monkeypatch):
     """fp32 gradients of fp32 weights; weights are copied a chunk at a time."""
     monkeypatch.setenv("BAE_FAST_SCRATCH_MB", "0")
     x, parameters, direction = problem(34, 9, 300, 1, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, _ = run("triton", x, parameters, direction, surrogate="identity")
-        expected, _ = run("torch", x, parameters, direction, surrogate="identity")
-    for name in NAMES:
-        assert got[name].dtype == expected[name].dtype, name
-        error = (got[name].double() - expected[name].double()).abs().max()
-        assert error <= 2e-2 * expected[name].double().abs().max(), name
+    assert_as_torch_under_autocast(x, parameters, direction)
 
 
 @pytest.mark.parametrize("k", [1, 33, 1024, 2500])

@@ -9,7 +9,16 @@ import itertools
 
 import pytest
 import torch
-from triton_steps import DTYPES, NAMES, OPS, WIDTHS, assert_as_good_as_eager, problem, run
+from triton_steps import (
+    DTYPES,
+    NAMES,
+    OPS,
+    WIDTHS,
+    assert_as_good_as_eager,
+    assert_as_torch_under_autocast,
+    problem,
+    run,
+)
 
 import bae_fast as bf
 from bae_fast.kernels import configs, launch
@@ -116,13 +125,7 @@ def test_autocast_adds_the_fp32_bias_before_rounding():
         code = bf.encode(x, W, b, impl="triton")
     assert torch.equal(code.to_dense()[0], b > -8.0)
     x, parameters, direction = problem(34, 9, 40, 1, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, _ = run("triton", x, parameters, direction, surrogate="identity")
-        expected, _ = run("torch", x, parameters, direction, surrogate="identity")
-    for name in NAMES:
-        assert got[name].dtype == expected[name].dtype, name
-        error = (got[name].double() - expected[name].double()).abs().max()
-        assert error <= 2e-2 * expected[name].double().abs().max(), name
+    assert_as_torch_under_autocast(x, parameters, direction)
 
 
 def test_autocast_copies_weights_by_chunks(monkeypatch):
