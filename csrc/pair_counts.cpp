@@ -73,24 +73,35 @@ void by_lists(const PlacedOnes& ones, int64_t k, float* out) {
   });
 }
 
+// To out[i, j], a row every `stride`, the ones are added that above[i] and rows[index[j]], or
+// rows[j] without index, have in common: bits [across, words] and [.., words].
+void add_common_ones(const uint32_t* above, int64_t across, const uint32_t* rows,
+                     const uint16_t* index, int64_t count, int64_t words, int32_t* out,
+                     int64_t stride) {
+  static const uint32_t kNothing[kWordsAtOnce] = {};
+  for (int64_t w = 0; w < words; w += kWordsAtOnce) {
+    SignCounts s{};
+    s.rows = rows + w;
+    s.rows_stride = words;
+    s.index = index;
+    s.count = count;
+    s.below = kNothing;
+    s.words = std::min(words - w, kWordsAtOnce);
+    for (int64_t i = 0; i < across; ++i) {
+      s.above = above + i * words + w;
+      s.out = out + i * stride;
+      kernels().sign_counts(s);
+    }
+  }
+}
+
 // Of columns as rows of bits, [k, words].
 void by_bits(const uint32_t* bits, int64_t k, int64_t words, float* out) {
-  const std::vector<uint32_t> nothing(std::min(words, kWordsAtOnce), 0);
   by_groups(k, [&](int64_t first, int64_t last, std::vector<int32_t>& counts) {
+    const uint32_t* const own = bits + first * words;
     counts.assign((k - first) * kColumnsAtOnce, 0);
-    for (int64_t w = 0; w < words; w += kWordsAtOnce) {
-      SignCounts s{};
-      s.rows = bits + first * words + w;
-      s.rows_stride = words;
-      s.count = last - first;
-      s.below = nothing.data();
-      s.words = std::min(words - w, kWordsAtOnce);
-      for (int64_t i = first; i < k; ++i) {
-        s.above = bits + i * words + w;
-        s.out = counts.data() + (i - first) * kColumnsAtOnce;
-        kernels().sign_counts(s);
-      }
-    }
+    add_common_ones(own, k - first, own, nullptr, last - first, words, counts.data(),
+                    kColumnsAtOnce);
     for (int64_t i = first; i < k; ++i) {
       for (int64_t j = first; j < last; ++j) {
         const int32_t both = counts[(i - first) * kColumnsAtOnce + j - first];
@@ -145,27 +156,14 @@ Tensor common_ones(Tensor left, Tensor rows, Tensor index) {
   const uint32_t* const from = data<uint32_t>(left);
   const int32_t* const of = data<int32_t>(index);
   float* const to = mutable_data<float>(out);
-  const std::vector<uint32_t> nothing(std::min(m, kWordsAtOnce), 0);
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint16_t> names(chosen);
     std::vector<int32_t> counts(across * chosen);
     for (int64_t g = begin; g < end; ++g) {
       std::copy_n(of + g * chosen, chosen, names.begin());
       std::fill(counts.begin(), counts.end(), 0);
-      for (int64_t w = 0; w < m; w += kWordsAtOnce) {
-        SignCounts s{};
-        s.rows = data<uint32_t>(rows) + w;
-        s.rows_stride = m;
-        s.index = names.data();
-        s.count = chosen;
-        s.below = nothing.data();
-        s.words = std::min(m - w, kWordsAtOnce);
-        for (int64_t i = 0; i < across; ++i) {
-          s.above = from + (g * across + i) * m + w;
-          s.out = counts.data() + i * chosen;
-          kernels().sign_counts(s);
-        }
-      }
+      add_common_ones(from + g * across * m, across, data<uint32_t>(rows), names.data(), chosen, m,
+                      counts.data(), chosen);
       for (int64_t i = 0; i < across * chosen; ++i) {
         to[g * across * chosen + i] = static_cast<float>(counts[i]);
       }
