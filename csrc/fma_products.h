@@ -35,14 +35,6 @@ constexpr int64_t kFmaLeft = kFmaRows * kFmaDepth, kFmaRight = kFmaColumns * kFm
 constexpr int64_t kFmaRightPanel = kFmaStrip / kFmaColumns * kFmaRight;
 static_assert(kFmaStrip % kFmaColumns == 0);
 
-inline float number(float value) { return value; }
-inline float number(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof(out));
-  return out;
-}
-
 // ---- panels -------------------------------------------------------------------------------------
 
 int64_t fma_panel_bytes(int64_t rows, int64_t depth, int64_t) {

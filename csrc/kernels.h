@@ -74,6 +74,18 @@ struct BitsProduct {
   uint8_t* scratch;  // gather_scratch or product_scratch bytes, cache line aligned
 };
 
+// out [columns] (+)= sum of the listed rows of a dense matrix, read where they lie.
+struct ListedRows {
+  const int32_t* list;
+  int64_t count;
+  const void* dense;  // float, or bf16 numbers where `half`
+  bool half;
+  int64_t dense_stride;
+  int64_t columns;
+  float* out;
+  bool add;  // to what out holds
+};
+
 // Elements (i, k) of a matrix at data[i * row + k * column]; one of the strides is 1.
 struct Matrix {
   enum Element { kFloat, kBfloat16, kBits };  // bits: row-packed, `row` in words
@@ -245,6 +257,8 @@ struct Kernels {
   // Writes the number of every one among the bits of n words, rising, and returns how many there
   // are: as many as out must have room for.
   int64_t (*set_bits)(const uint32_t* words, int64_t n, int32_t* out);
+
+  void (*add_listed_rows)(const ListedRows& rows);
 };
 
 extern const Kernels kScalarKernels;

@@ -1,5 +1,5 @@
-// Kernels of the encoder's backward on listed entries, once for every instruction set; included
-// after kernels_impl.h, whose `Vector` counts bits here too.
+// Kernels of the encoder's backward on listed entries, and of sums of listed rows, once for every
+// instruction set; included after kernels_impl.h, whose `Vector` counts bits here too.
 //
 // A list names rows of a panel: a block of a dense matrix, copied so that its rows lie one after
 // the other and stay in the outer cache of a core, zero up to whole registers. With i_0, i_1, ..
@@ -24,6 +24,7 @@ constexpr int64_t kRegisterBytes = 16;
 constexpr int kDots = 8;             // entries taken at once
 constexpr int kOutputRegisters = 8;  // of an output, kept over its list
 constexpr int64_t kAhead = 8;        // rows of the weight
+constexpr int64_t kSoon = 3;         // listed rows, which lie anywhere
 
 template <typename T, int64_t kBytes>
 struct Numbers {
@@ -37,6 +38,14 @@ inline V load_numbers(const T* from) {
   V out;
   __builtin_memcpy(&out, from, sizeof(out));
   return out;
+}
+
+// As many bf16 numbers as a register holds of fp32, widened.
+template <typename V>
+inline V load_numbers(const uint16_t* from) {
+  typename Numbers<uint16_t, kRegisterBytes / 2>::type half;
+  __builtin_memcpy(&half, from, sizeof(half));
+  return reinterpret_cast<V>(__builtin_convertvector(half, Register<uint32_t>) << 16);
 }
 
 // sum + a b; one rounding where the level has the instruction.
@@ -135,7 +144,7 @@ template <int kCount, typename T>
 inline void sums_of(const SparseLists<T>& s, int64_t c, int64_t begin, int64_t end, const T* value,
                     T* out, int64_t used) {
   using V = Register<T>;
-  constexpr int64_t kNumbers = kRegisterBytes / sizeof(T);
+  constexpr int64_t kNumbers = kRegisterBytes / sizeof(T), kLine = 64 / sizeof(T);
   alignas(64) T edge[kCount * kNumbers] = {};
   const bool whole = used >= kCount * kNumbers;
   if (!whole) __builtin_memcpy(edge, out, used * sizeof(T));
@@ -146,6 +155,10 @@ inline void sums_of(const SparseLists<T>& s, int64_t c, int64_t begin, int64_t e
   for (int64_t k = begin; k < end; ++k) {
     const T* row = s.panel + s.index[k] * s.panel_stride + c;
     const V factor = value[k] - V{};
+    if (k + kSoon < end) {
+      const T* soon = s.panel + s.index[k + kSoon] * s.panel_stride + c;
+      for (int64_t at = 0; at < kCount * kNumbers; at += kLine) __builtin_prefetch(soon + at);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       sum[r] = multiply_add(load_numbers<V>(row + r * kNumbers), factor, sum[r]);
@@ -314,35 +327,59 @@ int64_t set_bits(const uint32_t* words, int64_t n, int32_t* out) {
   return found;
 }
 
-void sparse_dots_f32(const SparseLists<float>& s, const float* weight, int64_t stride,
-                     float* value) {
-  sparse_dots(s, weight, stride, value);
+// out[0 .. columns) (+)= the sum of kCount rows.
+template <int kCount, typename N>
+inline void add_few_rows(const ListedRows& s, const int32_t* list, bool add) {
+  using V = Register<float>;
+  constexpr int64_t kNumbers = kRegisterBytes / sizeof(float);
+  const N* row[kCount];
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r) {
+    row[r] = static_cast<const N*>(s.dense) + list[r] * s.dense_stride;
+  }
+  int64_t c = 0;
+  for (; c + kNumbers <= s.columns; c += kNumbers) {
+    V sum = load_numbers<V>(row[0] + c);
+#pragma GCC unroll 8
+    for (int r = 1; r < kCount; ++r) sum += load_numbers<V>(row[r] + c);
+    if (add) sum += load_numbers<V>(s.out + c);
+    __builtin_memcpy(s.out + c, &sum, sizeof(V));
+  }
+  for (; c < s.columns; ++c) {
+    float sum = number(row[0][c]);
+    for (int r = 1; r < kCount; ++r) sum += number(row[r][c]);
+    s.out[c] = add ? s.out[c] + sum : sum;
+  }
 }
-void sparse_dots_f64(const SparseLists<double>& s, const double* weight, int64_t stride,
-                     double* value) {
-  sparse_dots(s, weight, stride, value);
+
+template <typename N>
+inline void add_rows_of(const ListedRows& s) {
+  int64_t k = 0;
+  for (; k + 8 <= s.count; k += 8) add_few_rows<8, N>(s, s.list + k, s.add || k > 0);
+  const int64_t rest = s.count - k;
+  if (rest & 4) add_few_rows<4, N>(s, s.list + k, s.add || k > 0);
+  k += rest & 4;
+  if (rest & 2) add_few_rows<2, N>(s, s.list + k, s.add || k > 0);
+  k += rest & 2;
+  if (rest & 1) add_few_rows<1, N>(s, s.list + k, s.add || k > 0);
 }
-void sparse_sums_f32(const SparseLists<float>& s, const float* value, float* out, int64_t stride) {
-  sparse_sums(s, value, out, stride);
-}
-void sparse_sums_f64(const SparseLists<double>& s, const double* value, double* out,
-                     int64_t stride) {
-  sparse_sums(s, value, out, stride);
-}
-void transpose_f32(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
-                   int64_t out_stride) {
-  transpose_numbers(in, in_stride, rows, columns, out, out_stride);
-}
-void transpose_f64(const double* in, int64_t in_stride, int64_t rows, int64_t columns, double* out,
-                   int64_t out_stride) {
-  transpose_numbers(in, in_stride, rows, columns, out, out_stride);
+
+void add_listed_rows(const ListedRows& s) {
+  if (s.count == 0 && !s.add) {
+    __builtin_memset(s.out, 0, s.columns * sizeof(float));
+  } else if (s.half) {
+    add_rows_of<uint16_t>(s);
+  } else {
+    add_rows_of<float>(s);
+  }
 }
 
 constexpr Kernels with_sparse(Kernels k) {
-  k.sparse_f32 = {sparse_dots_f32, sparse_sums_f32, transpose_f32};
-  k.sparse_f64 = {sparse_dots_f64, sparse_sums_f64, transpose_f64};
+  k.sparse_f32 = {sparse_dots<float>, sparse_sums<float>, transpose_numbers<float>};
+  k.sparse_f64 = {sparse_dots<double>, sparse_sums<double>, transpose_numbers<double>};
   k.sign_counts = sign_counts;
   k.set_bits = set_bits;
+  k.add_listed_rows = add_listed_rows;
   return k;
 }
 

@@ -26,4 +26,13 @@ constexpr int64_t kPanelBytes = 512;
 constexpr int64_t n_words(int64_t n_bits) { return (n_bits + kWordBits - 1) / kWordBits; }
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Of fp32, or of the bits of a bf16 number.
+inline float number(float value) { return value; }
+inline float number(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
 }  // namespace bae_fast

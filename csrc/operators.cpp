@@ -42,6 +42,7 @@ void register_operators() {
   cpu.impl<&sparse_backward>("cpp_sparse_backward");
   cpu.impl<&rows_to_features>("cpp_rows_to_features");
   cpu.impl<&bits_product>("cpp_bits_product");
+  cpu.impl<&gather_rows>("cpp_gather_rows");
   cpu.impl<&unit_encode>("cpp_unit_encode");
   cpu.impl<&unit_product>("cpp_unit_product");
   cpu.impl<&unit_backward>("cpp_unit_backward");

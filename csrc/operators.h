@@ -44,6 +44,7 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
                  int64_t digits, Tensor words, Tensor window);
 bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor out);
 bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out);
+void gather_rows(Tensor bits, Tensor dense, bool add, Tensor out);
 
 // backward.cpp
 void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift,

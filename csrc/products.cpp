@@ -275,4 +275,28 @@ bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
   return finite;
 }
 
+// out (+)= bits dense, in fp32: each row of out is the sum of the listed rows of dense, fp32 or
+// bf16, which are read where they lie.
+void gather_rows(Tensor bits, Tensor dense, bool add, Tensor out) {
+  const int64_t words = bits.size(1), stride = row_stride(bits);
+  const uint32_t* const from = data<uint32_t>(bits);
+  ListedRows all{};
+  all.half = dense.scalar_type() == ScalarType::BFloat16;
+  all.dense = all.half ? static_cast<const void*>(data<uint16_t>(dense)) : data<float>(dense);
+  all.dense_stride = row_stride(dense);
+  all.columns = out.size(1);
+  all.add = add;
+  float* const to = mutable_data<float>(out);
+  parallel_for(0, out.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> list(dense.size(0));
+    ListedRows one = all;
+    one.list = list.data();
+    for (int64_t row = begin; row < end; ++row) {
+      one.count = kernels().set_bits(from + row * stride, words, list.data());
+      one.out = to + row * row_stride(out);
+      kernels().add_listed_rows(one);
+    }
+  });
+}
+
 }  // namespace bae_fast

@@ -10,7 +10,10 @@ namespace {
 // listed at once, one tile of columns at least: entries, and lists of them
 constexpr int64_t kEntries = int64_t{1} << 21, kLists = int64_t{1} << 18;
 constexpr int64_t kReuse = 2;  // entries of a group for a row of it, from which panels are copied
-constexpr int64_t kScattered = 1;  // the same of all columns, below which rows are not blocked
+// The same of all columns, below which rows are not blocked: of matrices that the last cache holds
+// (measured from 3 on; at 97 both take as long), and of others.
+constexpr int64_t kScattered = 16, kScatteredOutside = 1;
+constexpr int64_t kLastCache = int64_t{1} << 24;  // bytes of a matrix
 constexpr int64_t kGroup = 4 * kPanelRows;  // columns for which a part of all rows stays at hand
 constexpr int64_t kIndexed = 1 << 16;       // rows that an index of a block may name
 constexpr int64_t kSignBlock = 256;         // words of a row: 512 KiB of a block of rows
@@ -67,9 +70,11 @@ class SparseBackward {
 
   void run() {
     const double per_group = static_cast<double>(row_begin[n]) * kPanelRows / k;
-    scattered_ = per_group < static_cast<double>(kScattered * n);
+    const int64_t largest = n * std::max(x.width, grad_recon.width) * sizeof(T);
+    const int64_t most_scattered = largest <= kLastCache ? kScattered : kScatteredOutside;
+    scattered_ = per_group < static_cast<double>(most_scattered * n);
     std::optional<Scratch> padded[2];
-    if (per_group < static_cast<double>(kReuse * n)) {
+    if (scattered_ || per_group < static_cast<double>(kReuse * n)) {
       pad(grad_recon, padded[0]);
       pad(x, padded[1]);
     }

@@ -72,6 +72,8 @@ def everything(n, k, d):
     for gather in (True, False):
         results.append(torch.ones(n, d))
         op("bits_product")(words, weight, gather, True, results[-1])
+    results.append(torch.ones(n, d))
+    op("gather_rows")(words, weight, True, results[-1])
     columns, signs = results[0], results[4]
     digits = pack_rows((counts >> torch.arange(n.bit_length())[:, None]) & 1)
     for dtype in (torch.float32, torch.float64):

@@ -183,6 +183,12 @@ def private_operators(n, k, d, pad):
             f"bits_product of features: {shape}, gather {gather}, add {add}",
             op("bits_product"), features, strided(dense, pad), gather, add, out,
         )  # fmt: skip
+    for dtype, add in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        dense, out = torch.randn(k, d).to(dtype), torch.randn(n, d)
+        check(
+            f"gather_rows {dtype}: {shape}, add {add}",
+            op("gather_rows"), words, strided(dense, pad), add, strided(out, pad),
+        )  # fmt: skip
 
 
 def listed_operators(n, k, pad):

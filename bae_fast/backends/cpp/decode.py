@@ -4,11 +4,12 @@
 
 V is the value of the code, ``[N, F]``: the bit itself for one-bit codes, else
 sum_i b_i 2^i / (2^k - 1). Both are one product, rows of bits times rows of numbers. With one-bit
-codes there are two ways, chosen by the measured density: adding the rows where bits are one; and
-one cost at any density, by tables of the sums of five rows, or by matrix units on integers of 32
-bits, where the CPU has them: both as exact as fp32. In half precision they are the same, of widened
-numbers; matrix units multiply bits as bf16 numbers where these are dense. float64 and codes of
-several bits take torch's product of unpacked bits, one chunk of features at a time.
+codes there are three ways, chosen by the measured density: adding the rows where bits are one, read
+where they lie, or from blocks of them that are copied close together; and one cost at any density,
+by tables of the sums of five rows, or by matrix units on integers of 32 bits, where the CPU has
+them. All are as exact as fp32. In half precision they are the same, of widened numbers; matrix
+units multiply bits as bf16 numbers where these are dense. float64 and codes of several bits take
+torch's product of unpacked bits, one chunk of features at a time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ GATHER_BELOW = {"scalar": 0.17, "avx2": 0.2, "avx512": 0.16, "neon": 0.17, "amx"
 # density 0.03 (four shapes, bench/results/operators.json); less, as it does not shrink to nothing.
 GATHER_BELOW_UNITS = 0.02
 
+# Ones in a row and 512 of depth up to which the rows are read where they lie: few of a copied block
+# would be used, and sums would be fetched again for every block. Measured at five shapes and three
+# instruction sets: up to 7 and more of numbers that the last cache holds, up to 1.5 and more of
+# others (uniform bits; the common features of a trained code are in a cache more often).
+IN_PLACE_UP_TO, IN_PLACE_UP_TO_OUTSIDE = 16, 2
+BLOCK_DEPTH = 512
+LAST_CACHE = 2**24  # bytes
+
+
+def _in_place(ones: int, rows: int, dense: Tensor) -> bool:
+    outside = dense.numel() * dense.element_size() > LAST_CACHE
+    most = IN_PLACE_UP_TO_OUTSIDE if outside else IN_PLACE_UP_TO
+    return ones * BLOCK_DEPTH <= most * rows * dense.shape[0]
+
 
 def _adds_rows(ones: int, rows: int, depth: int, units: bool) -> bool:
     below = GATHER_BELOW_UNITS if units else GATHER_BELOW[simd()]
@@ -52,9 +67,13 @@ def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype
     n, f = words.shape[0], W_dec.shape[0]
     recon = b_dec.float().expand(n, -1).clone()
     units = dtype == torch.bfloat16 and has_matrix_units()
-    gather = _adds_rows(op("count_ones")(words), n, f, units)
+    ones = op("count_ones")(words)
+    gather = _adds_rows(ones, n, f, units)
     if units and not gather:
         op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
+        return recon.to(dtype)
+    if gather and W_dec.dtype != torch.float16 and _in_place(ones, n, W_dec):
+        op("gather_rows")(words, dense_rows(W_dec), True, recon)
         return recon.to(dtype)
     # numbers of a half-precision parameter are widened a chunk at a time
     chunks = (
@@ -87,11 +106,14 @@ def _gradient_of_bits(
         return None
     n, d_out = grad_recon.shape
     units = grad_recon.dtype == torch.bfloat16 and has_matrix_units()
-    gather = _adds_rows(op("count_ones")(words), n, n_columns, units)
+    ones = op("count_ones")(words)
+    gather = _adds_rows(ones, n, n_columns, units)
     features = op("rows_to_features")(words, n_columns)
     grad_W = empty_gradient(n_columns, d_out, torch.float32)
     if units and not gather:
         op("unit_product")(features, operand(grad_recon, 1), 1, False, grad_W)
+    elif gather and grad_recon.dtype != torch.float16 and _in_place(ones, n_columns, grad_recon):
+        op("gather_rows")(features, dense_rows(grad_recon), False, grad_W)
     elif not op("bits_product")(features, dense_rows(grad_recon.float()), gather, False, grad_W):
         return None
     return grad_W.to(dtype)

@@ -75,6 +75,8 @@ _SCHEMAS = (
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
     # False, and nothing of use in out, where dense is not finite: only without `gather`, with AMX
     "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> bool",
+    # the same by adding rows of an fp32 or bf16 matrix where they lie, without copies in blocks
+    "cpp_gather_rows(Tensor bits, Tensor dense, bool add, Tensor(a!) out) -> ()",
     # dense products of the package's own, sums in fp32 -> 0: none; 1: of fp32 and bf16 numbers as
     # they are; 2: on matrix units, 3 digits for fp32, 1 for bf16 operands. False, and nothing of
     # use written, where an operand of 3 digits on matrix units is not below 2^127

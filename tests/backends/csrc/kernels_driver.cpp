@@ -706,6 +706,64 @@ void test_product(const Kernels& k, const char* name, Result (*kernel)(const Bit
   }
 }
 
+// Rows of integers, of which sums are exact in any order, in fp32 and bf16.
+void listed_rows(const Kernels& k, int64_t count, int64_t columns, bool half, bool add) {
+  begin("%s add_listed_rows: %lld rows, columns %lld, half %d, add %d", k.name, (long long)count,
+        (long long)columns, half, add);
+  constexpr int64_t kRows = 40;
+  const int64_t stride = columns + count % 3;
+  Buffer<float> wide(half ? 0 : extent(kRows, stride, columns));
+  Buffer<uint16_t> narrow(half ? extent(kRows, stride, columns) : 0);
+  const auto fill = [&](int64_t at, float value) {
+    if (!half) {
+      wide[at] = value;
+      return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    narrow[at] = static_cast<uint16_t>(bits >> 16);
+  };
+  std::vector<float> values(half ? narrow.size() : wide.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = static_cast<float>(random_between(-255, 255));
+    fill(static_cast<int64_t>(i), values[i]);
+  }
+  Buffer<int32_t> list(count);
+  for (int64_t i = 0; i < count; ++i) list[i] = static_cast<int32_t>(random_between(0, kRows - 1));
+  Buffer<float> out(columns);
+  for (int64_t c = 0; c < columns; ++c) {
+    out[c] = add ? static_cast<float>(random_between(-100, 100))
+                 : std::numeric_limits<float>::quiet_NaN();
+  }
+  const std::vector<float> before = out.copy();
+  ListedRows s{};
+  s.list = list.get();
+  s.count = count;
+  s.dense = half ? static_cast<const void*>(narrow.get()) : wide.get();
+  s.half = half;
+  s.dense_stride = stride;
+  s.columns = columns;
+  s.out = out.get();
+  s.add = add;
+  k.add_listed_rows(s);
+  for (int64_t c = 0; c < columns; ++c) {
+    double want = add ? before[c] : 0;
+    for (int64_t i = 0; i < count; ++i) want += values[list[i] * stride + c];
+    equal("sum", 0, c, out[c], want);
+  }
+}
+
+void test_listed_rows(const Kernels& k) {
+  int64_t turn = 0;
+  for (int64_t count = 0; count <= 17; ++count) {
+    for (int64_t columns : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100}) {
+      ++turn;
+      listed_rows(k, count, columns, turn % 2 == 0, turn % 3 == 0);
+      listed_rows(k, count, columns, turn % 2 != 0, turn % 3 != 0);
+    }
+  }
+}
+
 // ---- dense products -----------------------------------------------------------------------------
 
 // [rows, columns] of integers as the units read them, either way contiguous.
@@ -964,6 +1022,7 @@ void test_level(const Kernels& k) {
   test_covariance(k);
   test_backward(k);
   test_product(k, "gather_product", k.gather_product);
+  test_listed_rows(k);
   if (k.bits_product != nullptr) test_product(k, "bits_product", k.bits_product);
   if (k.units != nullptr) test_units(k);
   for (const Screen* screen : k.screens) {
