@@ -322,12 +322,14 @@ def part_checksum(path: str | os.PathLike[str], first: int = 0, length: int | No
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str], *, wait: bool) -> Iterator[bool]:
+def locked(path: str | os.PathLike[str], *, wait: bool, passing: bool = False) -> Iterator[bool]:
     """Hold the lock of a path; it ends with the block, and with the process, however that ends.
 
     Args:
         path: a folder, or a file, which is made where it is missing.
         wait: whether to wait until no other process has it.
+        passing: the path is a file that stands for nothing but the lock: its folder is made too
+            where it is missing, and the file is removed by whoever has held it.
 
     Returns:
         Whether it is held: False where another process has it and ``wait`` is False. True on a
@@ -336,20 +338,52 @@ def locked(path: str | os.PathLike[str], *, wait: bool) -> Iterator[bool]:
     Raises:
         OSError: the file cannot be opened.
     """
-    flags = os.O_RDONLY if os.path.isdir(path) else os.O_WRONLY | os.O_CREAT
-    handle = os.open(path, flags, 0o666)
-    try:
-        held = True
-        if fcntl is not None:
+    while True:
+        handle = _open_made(path) if passing else _open(path)
+        try:
+            held = _lock(handle, wait=wait)
+            if passing and held and not _still_at(handle, path):
+                continue  # its holder has removed it, and a later one may hold another of the name
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                held = False
-            except OSError:  # a file system without locks
-                pass
-        yield held
-    finally:
-        os.close(handle)
+                yield held
+            finally:
+                if passing and held:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+            return
+        finally:
+            os.close(handle)
+
+
+def _open(path: str | os.PathLike[str]) -> int:
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_WRONLY | os.O_CREAT
+    return os.open(path, flags, 0o666)
+
+
+def _open_made(path: str | os.PathLike[str]) -> int:
+    """The same of a file in a folder that is made, and that others may remove while it is empty."""
+    while True:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return _open(path)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
+
+
+def _still_at(handle: int, path: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 # -- folders of results ------------------------------------------------------------------------

@@ -215,15 +215,18 @@ def once(
     if path.is_file():
         return _kept(path, name, settings)
     lock = folder / f".{path.stem}.lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _waiting(lock, f"   {name}: another process is at it; waiting for its result"):
-        made_meanwhile = path.is_file()
-        if not made_meanwhile:
-            start = time.perf_counter()
-            result = {"settings": settings, **run()}
-            result["seconds"] = round(time.perf_counter() - start, 1)
-            write_json(path, result)
-        lock.unlink(missing_ok=True)  # whoever waits for it, or makes it anew, finds the result
+    try:
+        with _waiting(lock, f"   {name}: another process is at it; waiting for its result"):
+            made_meanwhile = path.is_file()
+            if not made_meanwhile:
+                start = time.perf_counter()
+                result = {"settings": settings, **run()}
+                result["seconds"] = round(time.perf_counter() - start, 1)
+                write_json(path, result)
+    except BaseException:
+        with contextlib.suppress(OSError):  # another run's files are there
+            folder.rmdir()
+        raise
     if made_meanwhile:
         return _kept(path, name, settings)
     say(f"   {name}: {result['seconds']:.0f} s")
@@ -240,13 +243,13 @@ def _kept(path: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _waiting(path: Path, text: str) -> Iterator[None]:
-    """Hold a path's lock, and say so where it takes waiting for another process."""
-    with locked(path, wait=False) as held:
+    """Hold the lock that a file stands for, and say so where that takes waiting for another."""
+    with locked(path, wait=False, passing=True) as held:
         if held:
             yield
             return
     say(text)
-    with locked(path, wait=True):
+    with locked(path, wait=True, passing=True):
         yield
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -24,6 +26,20 @@ def test_the_entropy_of_ones_own_rows(own, tmp_path, name, more, capsys):
     assert estimate["fvu"] < 0.01
     assert estimate["chain"] == pytest.approx(8, abs=0.2)
     assert "| 16 | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_of_an_estimate_that_a_signal_stops(own, tmp_path, monkeypatch, number):
+    out = tmp_path / "out"
+
+    def stopped(*_arguments, **_options):
+        assert len(list((out / "runs").iterdir())) == 1  # its lock
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("bae_fast.experiments.entropy.rows.fit_bae", stopped)
+    options = ["--states", str(own / "rows.npy"), "--seeds", "0", "--out", str(out)]
+    assert main(["entropy", "rows", *options]) == 128 + number
+    assert list(out.iterdir()) == []
 
 
 def test_ones_own_rows_are_matched_without_a_language_model(own, tmp_path, monkeypatch):
