@@ -25,6 +25,9 @@ from bae_fast.training import LiveSupply, MemorySupply, ShardSupply, Supply
 # the hook of a file's rows
 FILE_HOOK = "rows"
 
+# options of which exactly one says where rows come from, see RowsFrom
+SOURCES = ("states", "cache", "live")
+
 
 @dataclasses.dataclass(frozen=True)
 class RowsFrom(Reading):
@@ -92,7 +95,7 @@ def rows_for(
         ConfigError: not exactly one source, rows that cannot be read, or a hook that is not there.
         ValueError, OSError: naming the file.
     """
-    given = [name for name in ("states", "cache", "live") if getattr(config, name)]
+    given = [name for name in SOURCES if getattr(config, name)]
     if len(given) != 1:
         shown = " and ".join(given) or "none"
         raise runs.ConfigError("states", f"or cache or live must be given, one alone; got {shown}")

@@ -23,7 +23,7 @@ from bae_fast.experiments import runs
 from bae_fast.experiments.data import check_one_source
 from bae_fast.experiments.metric import error_metric
 from bae_fast.experiments.reading import local_device
-from bae_fast.experiments.supplies import RowsFrom, Source, rows_for
+from bae_fast.experiments.supplies import SOURCES, RowsFrom, Source, rows_for
 from bae_fast.experiments.training import Training, check, features_of, training_config
 from bae_fast.files import check_writable, read_json, write_text
 from bae_fast.model import BinaryAutoencoder
@@ -307,7 +307,7 @@ def resolved_config(folder: Path) -> Config:
     """The configuration that a run's folder was made with.
 
     Raises:
-        FileNotFoundError, ValueError: no run in the folder, or a file of another kind.
+        FileNotFoundError, ValueError: no run in the folder, an empty file or one of another kind.
     """
     path = folder / runs.RESOLVED
     if not path.is_file():
@@ -328,6 +328,13 @@ def resolved_config(folder: Path) -> Config:
                 values[name] = Path(values[name])
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {line!r}") from error
+    given = [name for name in SOURCES if values.get(name)]
+    if len(given) != 1:
+        got = " and ".join(given) or (f"{len(values)} others" if values else "an empty file")
+        raise ValueError(
+            f"{path} must hold the options of a run of bae-fast train, a line each, one of "
+            f"{', '.join(SOURCES)} among them; got {got}"
+        )
     fields = {field.name for field in dataclasses.fields(Config)}
     lists: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields

@@ -241,6 +241,17 @@ def test_what_a_run_lacks_is_named(states, tmp_path, capsys):
     (tmp_path / runs.RESOLVED).write_text("states: {")
     with pytest.raises(ValueError, match="is not the configuration of a run"):
         evaluate.run(evaluate.Config(tmp_path))
+    for text, got in (
+        ("", "an empty file"),
+        ("seed: 0\nk: 3\n", "2 others"),
+        ('states: "rows.npy"\nlive: true\n', "states and live"),
+    ):
+        (tmp_path / runs.RESOLVED).write_text(text)
+        assert main(["evaluate", str(tmp_path)]) == 1
+        assert capsys.readouterr().err.strip() == (
+            f"bae-fast evaluate: {tmp_path / runs.RESOLVED} must hold the options of a run of "
+            f"bae-fast train, a line each, one of states, cache, live among them; got {got}"
+        )
     (tmp_path / runs.RESOLVED).write_text(runs.resolved(train.Config(states=states)))
     with pytest.raises(FileNotFoundError, match="holds no trained model"):
         evaluate.run(evaluate.Config(tmp_path))
