@@ -38,7 +38,8 @@ from bae_fast import functional
 from bae_fast.codes import BinaryCode
 from bae_fast.model import ARCHITECTURE, BAEConfig, BinaryAutoencoder
 from bae_fast.search import ARCHITECTURE as SEARCHED
-from bae_fast.training.config import STARTS, TrainingConfig, check_bounds, check_integers
+from bae_fast.training.binary import STARTS, TrainingConfig
+from bae_fast.training.config import check_bounds, check_integers
 from bae_fast.training.recipe import init_from_rows_, residual, revive_
 
 try:

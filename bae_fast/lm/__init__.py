@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bae_fast.lm.cache import ActivationCache, Split, TokenContext, cache_key
-from bae_fast.lm.capture import Engine
+from bae_fast.lm.capture import Engine, match_hooks
 from bae_fast.lm.documents import DatasetText, TextFiles, TextWindows, TokenWindows
 from bae_fast.lm.gradients import sensitivity
 from bae_fast.lm.harvest import harvest
-from bae_fast.lm.hooks import find_module, match_hooks, resolve_hook, running
+from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.identity import model_digest
 from bae_fast.lm.inputs import (
     asks_for_bos,

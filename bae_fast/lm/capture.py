@@ -7,6 +7,7 @@ read a model's modules here.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +17,31 @@ from torch import Tensor
 
 from bae_fast.arguments import check_int
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
-from bae_fast.lm.hooks import first_part, in_own_dtype, resolve_hook, running
+from bae_fast.lm.hooks import find_module, first_part, in_own_dtype, resolve_hook, running
 from bae_fast.lm.inputs import Padding, padding_mask, text_mask
 from bae_fast.lm.loading import LanguageModel
+
+
+def match_hooks(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:
+    """Paths of modules that match, in the model's order; ``*`` stands for one part of a path.
+
+    Raises:
+        ValueError: a pattern that matches no module.
+    """
+    names = [name for name, _ in lm.model.named_modules()]
+    matched: set[str] = set()
+    for pattern in patterns:
+        parts = pattern.split(".")
+        found = [
+            name
+            for name in names
+            if len(name.split(".")) == len(parts)
+            and all(map(fnmatch.fnmatchcase, name.split("."), parts))
+        ]
+        if not found:
+            find_module(lm.model, pattern)  # its error names what is near
+        matched.update(found)
+    return [name for name in names if name in matched]
 
 
 class _Done(Exception):  # noqa: N818 (no error: the way out)

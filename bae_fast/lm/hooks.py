@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fnmatch
 import re
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from bae_fast.devices import autocasts
-
-if TYPE_CHECKING:
-    from bae_fast.lm.loading import LanguageModel
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
@@ -246,28 +242,6 @@ def find_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
         ValueError: no such module.
     """
     return model.get_submodule(resolve_hook(model, hook))
-
-
-def match_hooks(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:
-    """Paths of modules that match, in the model's order; ``*`` stands for one part of a path.
-
-    Raises:
-        ValueError: a pattern that matches no module.
-    """
-    names = [name for name, _ in lm.model.named_modules()]
-    matched: set[str] = set()
-    for pattern in patterns:
-        parts = pattern.split(".")
-        found = [
-            name
-            for name in names
-            if len(name.split(".")) == len(parts)
-            and all(map(fnmatch.fnmatchcase, name.split("."), parts))
-        ]
-        if not found:
-            find_module(lm.model, pattern)  # its error names what is near
-        matched.update(found)
-    return [name for name in names if name in matched]
 
 
 def in_order(

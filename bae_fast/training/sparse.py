@@ -1,8 +1,12 @@
-"""The objective that an autoencoder brings along, such as those of :mod:`bae_fast.baselines`."""
+"""The objective that an autoencoder brings along, such as those of :mod:`bae_fast.baselines`.
+
+The constants of the loop are all that it has.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol, cast, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,9 +14,40 @@ from torch import Tensor
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.distributed import Mesh
 from bae_fast.statistics import entropy_bits
+from bae_fast.training.binary import TrainingConfig
 from bae_fast.training.config import LoopConfig
 from bae_fast.training.objective import Loss, Objective, Precision, Step
 from bae_fast.training.pool import Pool, Poolable
+
+# the constants of the Binary Autoencoder's objective where it has no part in a run
+_OFF: dict[str, Any] = {
+    "entropy_weight": 0.0,
+    "init": "none",
+    "bank_batches": 0,
+    "multilinear": False,
+    "revive_every": 0,
+    "refit": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig(LoopConfig):
+    """The constants of a run whose objective the module brings along, such as a baseline's.
+
+    The defaults are Adam as the papers of the baselines have it.
+    """
+
+    def objective(self, model: Autoencoder) -> Objective:
+        """:class:`SparseObjective`."""
+        return SparseObjective(model, self)
+
+    def settings(self) -> dict[str, Any]:
+        """The constants as JSON values.
+
+        Files of results name a run by all constants of both objectives, those of the Binary
+        Autoencoder's being off: a result that was kept stays recognised.
+        """
+        return {**TrainingConfig(**_OFF).settings(), **super().settings()}
 
 
 @runtime_checkable
