@@ -1,7 +1,7 @@
-"""What a signal does to a command that is still importing its libraries, which takes seconds.
+"""What a signal does to a command that is still importing its libraries, and to one that is done.
 
-Nothing has run by then, so the process ends at once, in one line. Once the command itself runs,
-`bae_fast.cli.net` turns signals into exceptions.
+Imports take seconds. Nothing has run by then, so the process ends at once, in one line. Once the
+command itself runs, `bae_fast.cli.net` turns signals into exceptions.
 """
 
 from __future__ import annotations
@@ -48,3 +48,15 @@ def _end_undisturbed() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is end_at_once:
             signal.signal(number, signal.SIG_IGN)
+
+
+def forget_interruption() -> None:
+    """Let ``python -m`` end with a command's own status after an interruption that was caught.
+
+    Where a KeyboardInterrupt leaves code that is run from text, as some libraries run theirs,
+    CPython takes it for one that nobody catches: it sets a flag (`unhandled_keyboard_interrupt` in
+    `Python/pythonrun.c`), and at the end of ``python -m`` a flag that is set ends the process by
+    SIGINT. Nothing in Python reads or clears it, except that code which is run from text clears it
+    as it begins. So a text of no code is run.
+    """
+    exec("")

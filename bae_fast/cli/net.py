@@ -13,7 +13,7 @@ from types import FrameType
 
 from bae_fast.cli.errors import DEBUG, describe, is_usage, one_line
 from bae_fast.progress import say
-from bae_fast.starting import INTERRUPTED, SIGNALS, end_at_once
+from bae_fast.starting import INTERRUPTED, SIGNALS, end_at_once, forget_interruption
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -72,9 +72,7 @@ def caught(name: str, run: Callable[[], int], *, debug: bool = False) -> int:
             return error.code if isinstance(error.code, int) else 0
         except KeyboardInterrupt as error:
             _ignore_more()
-            # where it passed through code that a library had as text, CPython takes it for one that
-            # nobody caught, and `python -m` ends by the signal; more such code lets it forget
-            exec("")
+            forget_interruption()
             if debug:
                 _trace()
             text = one_line(error) if _said(error) else INTERRUPTED
