@@ -21,5 +21,7 @@ def all_finite(numbers: Tensor) -> bool:
     """
     if numbers.numel() == 0:
         return True
+    if numbers.dtype.itemsize == 1:  # float8 has no extremes
+        numbers = numbers.float()
     least, largest = torch.aminmax(numbers.detach())  # each is NaN where a number is
     return bool(least.isfinite() & largest.isfinite())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from bae_fast import functional
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import (
     Autoencoder,
     check_metadata,
@@ -283,7 +284,7 @@ class BinaryAutoencoder(Autoencoder):
         for start in range(0, len(self.b_enc), chunk):
             pre = rows @ self.W_enc[:, start : start + chunk]
             top = pre.topk(on + 1, dim=0).values
-            if not bool(torch.isfinite(top).all()):
+            if not all_finite(top):
                 raise ValueError("x must be finite; its pre-activations hold NaN or Inf")
             self.b_enc[start : start + chunk] = -(top[-1] + top[-2]) / 2
         return self

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bae_fast.arguments import all_finite
 from bae_fast.codes import check_strided
 from bae_fast.devices import autocasts
 
@@ -257,7 +258,7 @@ class Normalized(nn.Module):
 def _check_held(name: str, centre: Any, scale: float, dtype: torch.dtype) -> None:
     """Refuse a normalisation that the module's dtype has no numbers for."""
     held = centre.new_tensor(scale).to(dtype)
-    if not (bool(held.isfinite()) and held > 0 and bool(centre.to(dtype).isfinite().all())):
+    if not (bool(held.isfinite()) and held > 0 and all_finite(centre.to(dtype))):
         raise ValueError(
             f"{name} must have a mean and a scale within {str(dtype).removeprefix('torch.')}, the "
             f"dtype of x_mean and x_scale; got means up to {float(centre.abs().max()):.3g} and a "

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.normalization import check_rows
 from bae_fast.spacing import evenly_from
 
@@ -80,7 +81,7 @@ def metric_scales(metric: str, rows: Tensor, *, sensitivity: Tensor | None = Non
             got = None if sensitivity is None else list(sensitivity.shape)
             raise ValueError(f"sensitivity must have shape [{width}]; got {got}")
         square = sensitivity.double().cpu()
-        if not bool(square.isfinite().all()) or not bool((square > 0).any()):
+        if not all_finite(square) or not bool((square > 0).any()):
             raise ValueError("sensitivity must be finite and somewhere positive")
         # dimensions that the model hardly reads get a large scale, and not an endless one
         scales = square.clamp_min(float(square[square > 0].median()) * _LEAST**2).rsqrt()

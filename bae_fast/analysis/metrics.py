@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
+
 DENSE_ABOVE = 0.1
 ALWAYS_ON_ABOVE = 0.9
 
@@ -282,7 +284,7 @@ def _spectrum(covariance: Tensor) -> Tensor:
             "covariance must have shape [d, d], or [d] of eigenvalues; "
             f"got {list(covariance.shape)}"
         )
-    if not bool(values.isfinite().all()) or float(values[-1]) <= 0:
+    if not all_finite(values) or float(values[-1]) <= 0:
         raise ValueError(
             f"covariance must be finite and have variance; got eigenvalues up to {values[-1]:.3g}"
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.causal.distributions import divergence
 from bae_fast.causal.splice import norm_bounds, replaced_output, spliced
@@ -148,7 +149,7 @@ class Prompt:
                 f"settings must name features from 0 to {self.model.d_sae - 1}; got {ids}"
             )
         values = torch.tensor([settings[j] for j in ids], dtype=torch.float32)
-        if not bool(values.isfinite().all()):
+        if not all_finite(values):
             raise ValueError(f"settings must be finite; got {values.tolist()}")
         original = self._read(tokens)[0]
         changed = original

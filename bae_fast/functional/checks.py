@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.codes import check_covariance_size, check_strided, check_tail
 from bae_fast.devices import autocasts
 from bae_fast.functional.outputs import Encoded
@@ -111,12 +112,10 @@ def _check_x(
             f"mask must be bool {list(x.shape[:-1])} on {x.device}; "
             f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
         )
-    if check_finite:
-        finite = torch.isfinite(x)
-        if not bool(finite.all()):
-            raise ValueError(
-                f"x must be finite; got {int((~finite).sum())} NaN or Inf of {x.numel()}"
-            )
+    if check_finite and not all_finite(x):
+        raise ValueError(
+            f"x must be finite; got {int((~x.isfinite()).sum())} NaN or Inf of {x.numel()}"
+        )
 
 
 # -- packed fields -----------------------------------------------------------------------------

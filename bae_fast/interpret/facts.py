@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bae_fast import packing
 from bae_fast.analysis.features import TokenLift, token_lifts
 from bae_fast.analysis.text import token_text
-from bae_fast.arguments import check_int
+from bae_fast.arguments import all_finite, check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
@@ -377,7 +377,7 @@ def histograms(
         if not len(block):
             continue
         values = block.float()
-        if not bool(values.isfinite().all()):
+        if not all_finite(values):
             raise ValueError("blocks must be finite")
         f = values.shape[1]
         if low is None or high is None or counts is None:

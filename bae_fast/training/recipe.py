@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bae_fast.arguments import check_int
+from bae_fast.arguments import all_finite, check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.distributed import Mesh
 from bae_fast.functional import decode, encode
@@ -234,7 +234,7 @@ def least_squares(system: Tensor, moment: Tensor, ridge: float) -> Tensor:
     Raises:
         ValueError: x was not finite.
     """
-    if not bool(torch.isfinite(moment).all()):
+    if not all_finite(moment):
         raise ValueError("x must be finite; it holds NaN or Inf")
     system.diagonal().add_(ridge)
     return torch.cholesky_solve(moment, torch.linalg.cholesky(system))

@@ -29,3 +29,14 @@ def test_the_largest_numbers_are_finite_and_so_is_nothing():
         most = torch.finfo(dtype).max
         assert all_finite(torch.tensor([[most, -most], [most, -most]], dtype=dtype))
     assert all_finite(torch.empty(0, 5))
+
+
+def test_numbers_of_eight_bits_are_seen_too():
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        most = torch.finfo(dtype).max
+        assert all_finite(torch.tensor([most, -most]).to(dtype))
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            numbers = torch.tensor([0, bad, 1]).to(dtype)
+            assert all_finite(numbers) == bool(numbers.float().isfinite().all())
+        assert not all_finite(torch.tensor([0, float("nan"), 1]).to(dtype))
+    assert not all_finite(torch.tensor([float("inf"), 0]).to(torch.float8_e5m2))

@@ -220,6 +220,19 @@ def test_non_finite_x_is_counted_when_checking_is_on(parameters, x, value, impl)
             call()
 
 
+def test_rows_of_float8_are_checked_under_autocast(parameters, x):
+    def layer(rows):
+        with torch.autocast("cpu"):
+            return bf.binary_autoencoder(
+                rows.to(torch.float8_e5m2), **parameters, check_finite=True
+            )
+
+    assert layer(x).recon.isfinite().all()
+    x[2, 3] = torch.inf
+    with refused(ValueError, "x must be finite", "got 1 NaN or Inf of 72"):
+        layer(x)
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_non_finite_x_neither_crashes_nor_counts_as_one_when_checking_is_off(parameters, x, impl):
     x[2] = torch.nan
