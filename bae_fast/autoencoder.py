@@ -32,6 +32,7 @@ from bae_fast.pretrained import (
     write_pretrained,
 )
 from bae_fast.progress import tracked
+from bae_fast.units import divided, multiplied
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -270,12 +271,13 @@ class Autoencoder(Normalized):
         before = self.active(rows)
         kept = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         w_enc, w_dec, b_dec = weights
-        w_enc.div_(metric[:, None])  # type: ignore[union-attr]
-        w_dec.mul_(metric)  # type: ignore[union-attr]
-        b_dec.mul_(metric)  # type: ignore[union-attr]
-        self.x_metric = None
+        one = torch.ones_like(self.x_scale)
+        w_enc.copy_(divided(w_enc.T, one, metric, self.x_metric_inverse).T)  # type: ignore[union-attr]
+        for weight in (w_dec, b_dec):
+            weight.copy_(multiplied(weight, one, metric))  # type: ignore[union-attr, arg-type]
+        self.set_metric_(None)
         if not self.active(rows).equal(before):
-            self.x_metric = metric
+            self.set_metric_(metric)
             self.load_state_dict(kept)
             raise ValueError("rows must keep every bit for the metric to be folded; some changed")
         return self

@@ -151,7 +151,7 @@ class BinaryAutoencoder(Autoencoder):
     ``b_enc``, ``W_dec [d_sae, d_out]``, ``b_dec`` are named and shaped as in SAELens. Buffers
     ``x_mean [d_in]`` and ``x_scale []`` (and ``y_mean``, ``y_scale`` for a transcoder) normalise;
     they are 0 and 1 until :meth:`fit_normalization_`, which can give each dimension a unit of its
-    own (``x_metric [d_in]``).
+    own (``x_metric [d_in]``), or all a matrix of units (``[d_in, d_in]``).
 
     Example::
 
@@ -426,7 +426,7 @@ class BinaryAutoencoder(Autoencoder):
                 f"target must have shape {list(out.recon.shape)}; got {list(target.shape)}"
             )
         wide = torch.promote_types(out.recon.dtype, torch.float32)
-        recon, target, scale = out.recon.to(wide), target.to(wide), self.target_scale.to(wide)
+        recon, target = out.recon.to(wide), target.to(wide)
         n: int | Tensor = recon.numel()
         mask = out.code.row_mask
         if mask is not None:
@@ -437,7 +437,9 @@ class BinaryAutoencoder(Autoencoder):
         if total is not None:
             n = total * recon.shape[-1]
         # one pass each way, where the square of a difference takes two and three
-        squares = mse_loss(recon / scale, target / scale, reduction="sum")
+        squares = mse_loss(
+            self.in_target_units(recon), self.in_target_units(target), reduction="sum"
+        )
         # out.variance is zero: it carries the curvature of the squares to the bits
         return (squares if out.variance is None else squares + out.variance) / n
 

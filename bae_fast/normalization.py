@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from bae_fast.arguments import all_finite
 from bae_fast.codes import check_strided
 from bae_fast.devices import autocasts
+from bae_fast.units import divided, inverse_units, multiplied
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# the buffers of a unit
+_UNITS = ("scale", "metric", "metric_inverse")
 
 # elements of rows upcast to float64 at a time
 _CHUNK_ELEMENTS = 16 * 2**20
@@ -55,7 +60,8 @@ class Normalized(nn.Module):
 
     Buffers ``x_mean [d_in]`` and ``x_scale []`` (``y_mean``, ``y_scale`` for another target)
     normalise; they are 0 and 1 until :meth:`fit_normalization_`. Where a metric was given there is
-    ``x_metric [d_in]`` too (``y_metric``), the relative unit of each dimension, else None.
+    ``x_metric [d_in]`` too (``y_metric``), the relative unit of each dimension, or
+    ``[d_in, d_in]``, a symmetric positive definite matrix that rows are divided by; else None.
 
     Attributes:
         is_transcoder: whether the target is something else than x.
@@ -65,6 +71,7 @@ class Normalized(nn.Module):
     x_mean: Tensor
     x_scale: Tensor
     x_metric: Tensor | None
+    x_metric_inverse: Tensor | None
 
     def register_normalization(
         self,
@@ -82,25 +89,53 @@ class Normalized(nn.Module):
                 self.register_buffer(f"{name}_scale", torch.ones((), device=device, dtype=dtype))
                 # in files only where a metric was given
                 self.register_buffer(f"{name}_metric", None)
+                self.register_buffer(f"{name}_metric_inverse", None, persistent=False)
+
+    def set_metric_(self, metric: Tensor | None, side: str = "x") -> None:
+        """Make a metric the module's own, of x or of the target (``"y"``), without a look at rows.
+
+        Args:
+            metric: ``[d]``, ``[d, d]`` or None, as in :class:`Normalized`.
+
+        Raises:
+            ValueError: a matrix that is not symmetric and positive definite.
+        """
+        setattr(self, f"{side}_metric_inverse", inverse_units(metric))
+        setattr(self, f"{side}_metric", metric)
+
+    def _apply(self, *args: Any, **options: Any) -> Self:
+        """Move and convert; the inverse of a matrix is that of the numbers it has afterwards."""
+        super()._apply(*args, **options)
+        for side in "xy":
+            metric = getattr(self, f"{side}_metric", None)
+            if isinstance(metric, Tensor) and metric.dim() == 2:
+                # memory that is yet to be filled holds no matrix; what fills it sets the metric
+                with contextlib.suppress(ValueError):
+                    self.set_metric_(metric, side)
+        return self
 
     @property
     def target_mean(self) -> Tensor:
         """``[d_out]``, the mean of the target."""
         return self.y_mean if self.is_transcoder else self.x_mean  # type: ignore[return-value]
 
-    @property
-    def target_scale(self) -> Tensor:
-        """The unit of the target: ``[]``, or ``[d_out]`` where a metric was given."""
-        return self._unit("y" if self.is_transcoder else "x")
+    def _divided(self, rows: Tensor, side: str) -> Tensor:
+        return divided(rows, *(getattr(self, f"{side}_{n}") for n in _UNITS))
 
-    def _unit(self, side: str) -> Tensor:
-        scale: Tensor = getattr(self, f"{side}_scale")
-        metric: Tensor | None = getattr(self, f"{side}_metric")
-        return scale if metric is None else scale * metric
+    def in_target_units(self, rows: Tensor) -> Tensor:
+        """Differences of targets ``[..., d_out]`` in the units that errors are measured in."""
+        return self._divided(rows, "y" if self.is_transcoder else "x")
+
+    def in_raw_units(self, rows: Tensor) -> Tensor:
+        """Differences of normalised targets, as decoder directions ``[..., d_out]``, in raw units:
+        :meth:`denormalize` without the mean."""
+        side = "y" if self.is_transcoder else "x"
+        return multiplied(rows, *(getattr(self, f"{side}_{n}") for n in _UNITS[:2]))
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - x_mean) / (x_scale x_metric), ``[..., d_in]``, in x's dtype, or in the parameters'
-        where that is wider: rows of a bfloat16 cache go into a float32 layer.
+        where that is wider: rows of a bfloat16 cache go into a float32 layer. A metric that is a
+        matrix divides by its inverse.
 
         Raises:
             TypeError: x is not a tensor of floats.
@@ -120,7 +155,7 @@ class Normalized(nn.Module):
         # not the buffers' dtype: FSDP's mixed precision narrows parameters and leaves buffers wide
         own = next(self.parameters(), self.x_mean).dtype
         dtype = own if torch.promote_types(x.dtype, own) == own else x.dtype
-        return ((x - self.x_mean) / self._unit("x")).to(dtype)
+        return self._divided(x - self.x_mean, "x").to(dtype)
 
     def normalized_rows(self, x: Tensor) -> Tensor:
         """:meth:`normalize`, for a product with the parameters.
@@ -143,7 +178,7 @@ class Normalized(nn.Module):
 
     def denormalize(self, recon: Tensor) -> Tensor:
         """Inverse of the target's normalisation, ``[..., d_out]``, in recon's dtype."""
-        return (recon * self.target_scale + self.target_mean).to(recon.dtype)
+        return (self.in_raw_units(recon) + self.target_mean).to(recon.dtype)
 
     @torch.no_grad()
     def fit_normalization_(
@@ -157,13 +192,16 @@ class Normalized(nn.Module):
         """Set the buffers so that the rows of x are centred and of unit mean square.
 
         With a metric each dimension is divided by its own scale before, so its squared error in
-        training weighs as the inverse square of that; see :mod:`bae_fast.analysis.error_metric`.
+        training weighs as the inverse square of that; see :mod:`bae_fast.analysis.error_metric`. A
+        matrix M makes the squared error of a row e that of e M^-1.
 
         Args:
             x: ``[..., d_in]``. Rows with outlying norms should be dropped before.
             target: ``[..., d_out]``, for a transcoder only.
-            metric: ``[d_in]``, the scales of x's dimensions, positive; only their ratios count.
-            target_metric: ``[d_out]``, those of the target, for a transcoder only.
+            metric: ``[d_in]``, the scales of x's dimensions, positive; or ``[d_in, d_in]``,
+                symmetric and positive definite. Only their ratios count.
+            target_metric: ``[d_out]`` or ``[d_out, d_out]``, those of the target, for a transcoder
+                only.
 
         Returns:
             self.
@@ -220,7 +258,7 @@ class Normalized(nn.Module):
             mean = getattr(self, f"{side}_mean")
             mean.copy_(centre)
             getattr(self, f"{side}_scale").fill_(scale)
-            setattr(self, f"{side}_metric", None if relative is None else relative.to(mean))
+            self.set_metric_(None if relative is None else relative.to(mean), side)
         return self
 
     def usual_norms(self) -> tuple[float, float]:
@@ -248,11 +286,16 @@ class Normalized(nn.Module):
             name, mean = f"{side}_metric", getattr(self, f"{side}_mean", None)
             if not isinstance(mean, Tensor) or f"{prefix}{side}_mean" not in state_dict:
                 continue
-            if prefix + name not in state_dict:
-                setattr(self, name, None)
-            elif getattr(self, name) is None:
-                setattr(self, name, torch.empty_like(mean))
+            given = state_dict.get(prefix + name)
+            own = getattr(self, name)
+            if given is None:
+                self.set_metric_(None, side)
+            elif own is None or own.shape != given.shape:
+                setattr(self, name, mean.new_empty(given.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
+        for side in "xy":
+            if isinstance(getattr(self, f"{side}_metric", None), Tensor):
+                self.set_metric_(getattr(self, f"{side}_metric"), side)
 
 
 def _check_held(name: str, centre: Any, scale: float, dtype: torch.dtype) -> None:
@@ -269,15 +312,22 @@ def _check_held(name: str, centre: Any, scale: float, dtype: torch.dtype) -> Non
 def _relative_units(
     name: str, units: Tensor, blocks: Sequence[Tensor], centre: Any, scale: float
 ) -> Tensor:
-    """Units of dimensions over the scale, such that rows divided by both have unit mean square."""
+    """Units over the scale, such that rows divided by both have unit mean square."""
     what = "metric" if name == "x" else "target_metric"
     width = blocks[0].shape[1]
-    if not isinstance(units, Tensor) or units.shape != (width,):
+    if not isinstance(units, Tensor) or units.shape not in ((width,), (width, width)):
         got = list(units.shape) if isinstance(units, Tensor) else type(units).__name__
-        raise ValueError(f"{what} must be a tensor [{width}]; got {got}")
+        raise ValueError(f"{what} must be a tensor [{width}] or [{width}, {width}]; got {got}")
     units = units.to(blocks[0].device, torch.float64)
-    if not bool((units.isfinite() & (units > 0)).all()):
+    if units.dim() == 1 and not bool((units.isfinite() & (units > 0)).all()):
         raise ValueError(f"{what} must be finite and positive; the least is {float(units.min())}")
+    try:
+        inverse = inverse_units(units)
+    except ValueError as error:
+        raise ValueError(f"{what} {str(error).removeprefix('metric ')}") from error
+    one = units.new_ones(())
     n = sum(block.numel() for block in blocks)
-    square = sum(((block.double() - centre) / units).square().sum() for block in blocks) / n
-    return units * math.sqrt(float(square)) / scale
+    square = sum(
+        divided(block.double() - centre, one, units, inverse).square().sum() for block in blocks
+    )
+    return units * math.sqrt(float(square) / n) / scale

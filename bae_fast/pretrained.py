@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bae_fast import hub
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
+from bae_fast.units import inverse_units
 
 CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -179,7 +179,13 @@ def check_weights(name: str, tensor: Tensor, source: str) -> None:
     if bad:
         raise ValueError(f"{source}: {name} must hold no NaN; got {bad:,} of {tensor.numel():,}")
     divides = name in ("x_scale", "y_scale", "x_metric", "y_metric")
-    if divides and not bool((tensor.isfinite() & (tensor > 0)).all()):
+    if divides and tensor.dim() == 2:
+        try:
+            inverse_units(tensor)
+        except ValueError as error:
+            why = str(error).removeprefix("metric ")
+            raise ValueError(f"{source}: {name} {why}") from error
+    elif divides and not bool((tensor.isfinite() & (tensor > 0)).all()):
         raise ValueError(f"{source}: {name} must be positive and finite; got {tensor.min():g}")
 
 
@@ -197,7 +203,9 @@ def load_tensors_(
         # a buffer that only files of a module with a metric hold
         mean = getattr(module, f"{side}_mean", None)
         if f"{side}_metric" in tensors and isinstance(mean, Tensor):
-            setattr(module, f"{side}_metric", torch.empty_like(mean))
+            shape = tensors[f"{side}_metric"].shape
+            matrix = shape == (len(mean), len(mean))
+            setattr(module, f"{side}_metric", mean.new_empty(shape if matrix else mean.shape))
     expected = module.state_dict()
     if tensors.keys() != expected.keys():
         raise ValueError(f"{source} must hold {sorted(expected)}; got {sorted(tensors)}")

@@ -41,6 +41,7 @@ from bae_fast.search import ARCHITECTURE as SEARCHED
 from bae_fast.training.binary import STARTS, TrainingConfig
 from bae_fast.training.config import check_bounds, check_integers
 from bae_fast.training.recipe import init_from_rows_, residual, revive_
+from bae_fast.units import divided, inverse_units, multiplied
 
 try:
     from sae_lens import registry
@@ -208,6 +209,7 @@ class _Binary(SAE[Any]):
     x_mean: Tensor
     x_scale: Tensor
     x_metric: Tensor | None
+    x_metric_inverse: Tensor | None
     feature_scale: Tensor
 
     def initialize_weights(self) -> None:
@@ -226,6 +228,7 @@ class _Binary(SAE[Any]):
             self.register_buffer(name, getattr(bae, name))
         # the relative unit of each dimension, in files of a module that has one
         self.register_buffer("x_metric", None)
+        self.register_buffer("x_metric_inverse", None, persistent=False)
         # of fold_W_dec_norm; not in files
         scale = torch.ones_like(self.W_dec[:, 0])
         self.register_buffer("feature_scale", scale.detach(), persistent=False)
@@ -242,15 +245,15 @@ class _Binary(SAE[Any]):
     def fit_normalization_(self, x: Tensor) -> Any:
         """Set x_mean and x_scale from raw rows ``[..., d_in]``, see the Binary Autoencoder."""
         bae = self.autoencoder().fit_normalization_(x)
-        self.x_metric = bae.x_metric
+        self.x_metric, self.x_metric_inverse = bae.x_metric, None
         return self
 
     def _normalized(self, x: Tensor) -> Tensor:
         x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
-        return (x - self.x_mean) / self._unit()
+        return divided(x - self.x_mean, self.x_scale, self.x_metric, self.x_metric_inverse)
 
-    def _unit(self) -> Tensor:
-        return self.x_scale if self.x_metric is None else self.x_scale * self.x_metric
+    def _raw(self, rows: Tensor) -> Tensor:
+        return multiplied(rows, self.x_scale, self.x_metric) + self.x_mean
 
     def encode(self, x: Tensor) -> Tensor:
         """Values of the features, ``[..., d_sae]``: 0 and 1, times the scale of a folded decoder.
@@ -265,7 +268,7 @@ class _Binary(SAE[Any]):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Raw reconstruction of values, which may be any floats."""
-        recon = (feature_acts @ self.W_dec + self.b_dec) * self._unit() + self.x_mean
+        recon = self._raw(feature_acts @ self.W_dec + self.b_dec)
         recon = self.hook_sae_recons(recon)
         return self.reshape_fn_out(recon, self.d_head)
 
@@ -290,6 +293,7 @@ class _Binary(SAE[Any]):
         self.feature_scale = torch.ones_like(state_dict["W_dec"][:, 0])
         if "x_metric" in state_dict:
             self.x_metric = torch.empty_like(state_dict["x_metric"])
+            self.x_metric_inverse = inverse_units(state_dict["x_metric"])
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         """Files hold W_dec unfolded."""
@@ -437,7 +441,7 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
             losses["covariance_loss"] = weights["covariance"] * out.covariance
         return TrainStepOutput(
             sae_in=step_input.sae_in,
-            sae_out=(out.recon * self._unit() + self.x_mean).to(x.dtype),
+            sae_out=self._raw(out.recon).to(x.dtype),
             feature_acts=out.code.values(self.dtype),
             hidden_pre=x.new_empty(0),
             loss=sum(losses.values(), x.new_zeros(())),

@@ -11,7 +11,12 @@ Dividing each dimension by a scale s_i before training weighs its squared error 
                    log-likelihood at the hook (:func:`bae_fast.lm.sensitivity`). To second order
                    an error e costs a divergence of sum_i F_i e_i^2 / 2, cross terms left out.
 
-``NAME^P`` is s_i to the power P: std^0.5 lies between none and std.
+``NAME^P`` is s_i to the power P: std^0.5 lies between none and std. And with a matrix in place of
+scales, by which rows are divided: the squared error is then that divergence with its cross terms:
+
+``fisher``         (F / f + 0.02)^(-1/2), F the second moments of these gradients
+                   (:func:`bae_fast.lm.fisher`) and f the mean of its diagonal. What is added keeps
+                   directions that few gradients were seen of; ``fisher^P`` is its power P.
 """
 
 from __future__ import annotations
@@ -25,13 +30,16 @@ from bae_fast.arguments import all_finite
 from bae_fast.normalization import check_rows
 from bae_fast.spacing import evenly_from
 
-KINDS = ("std", "robust", "sensitivity")
+KINDS = ("std", "robust", "sensitivity", "fisher")
 
 # scales are at least this share of their median: else a dimension that hardly varies would be all
 # that counts, and one that nothing reads would not count at all
 _LEAST = 1e-3
 
 _MEDIAN_TO_STD = 1.4826
+
+# of the mean of a Fisher information's diagonal, added to all its eigenvalues
+_FLOOR = 0.02
 
 # rows that the robust scale is read from, evenly over all
 _ROBUST_ROWS = 2**15
@@ -59,23 +67,32 @@ def parse_metric(metric: str) -> tuple[str, float]:
 
 
 @torch.no_grad()
-def metric_scales(metric: str, rows: Tensor, *, sensitivity: Tensor | None = None) -> Tensor | None:
-    """The scale of each dimension, float64 ``[d]``; None for "none".
+def metric_scales(
+    metric: str,
+    rows: Tensor,
+    *,
+    sensitivity: Tensor | None = None,
+    fisher: Tensor | None = None,
+) -> Tensor | None:
+    """The scale of each dimension, float64 ``[d]``, or a matrix ``[d, d]``; None for "none".
 
     Args:
         metric: see the module's text.
         rows: raw training rows ``[n, d]``.
         sensitivity: ``[d]``, mean squared gradients, for that kind.
+        fisher: ``[d, d]``, second moments of gradients, for that kind.
 
     Raises:
-        ValueError: another metric, rows that do not vary, or a sensitivity that is missing, of
-            another width or nowhere positive.
+        ValueError: another metric, rows that do not vary, or a sensitivity or Fisher information
+            that is missing, of another width or nowhere positive.
     """
     kind, power = parse_metric(metric)
     check_rows("rows", rows, rows.shape[-1])
     if kind == "none":
         return None
     width = rows.shape[1]
+    if kind == "fisher":
+        return _fisher_units(fisher, width, power)
     if kind == "sensitivity":
         if sensitivity is None or sensitivity.shape != (width,):
             got = None if sensitivity is None else list(sensitivity.shape)
@@ -97,3 +114,16 @@ def metric_scales(metric: str, rows: Tensor, *, sensitivity: Tensor | None = Non
     if not len(positive):
         raise ValueError(f"rows must vary for the metric {metric}; got constant ones")
     return scales.clamp_min(float(positive.median()) * _LEAST) ** power
+
+
+def _fisher_units(fisher: Tensor | None, width: int, power: float) -> Tensor:
+    if fisher is None or fisher.shape != (width, width):
+        got = None if fisher is None else list(fisher.shape)
+        raise ValueError(f"fisher must have shape [{width}, {width}]; got {got}")
+    wide = fisher.double().cpu()
+    mean = float(wide.diagonal().mean())
+    if not bool(wide.isfinite().all()) or not mean > 0:
+        raise ValueError("fisher must be finite and somewhere positive")
+    values, vectors = torch.linalg.eigh((wide + wide.T) / (2 * mean))
+    units = (values.clamp_min(0) + _FLOOR) ** (-power / 2)
+    return (vectors * units) @ vectors.T

@@ -167,7 +167,7 @@ def recovery(
     if found is None or found.shape != (model.d_sae, model.d_out):
         raise ValueError(f"{type(model).__name__} must have one direction a feature")
     # what a feature adds to the raw row, whatever the units of dimensions
-    raw = torch.nn.functional.normalize((found * model.target_scale).float().cpu(), dim=1)
+    raw = torch.nn.functional.normalize(model.in_raw_units(found).float().cpu(), dim=1)
     cosines = torch.nn.functional.normalize(directions.float().cpu(), dim=1) @ raw.T
     partners, own = _pairs(cosines)
     code = model.active(rows)

@@ -221,7 +221,7 @@ class SparseAutoencoder(Autoencoder):
                 f"got {list(wanted.shape)}"
             )
         wide = torch.promote_types(wanted.dtype, torch.float32)
-        goal = (wanted.to(wide) - self.target_mean) / self.target_scale
+        goal = self.in_target_units(wanted.to(wide) - self.target_mean)
         pre = self.preactivation(x)
         features = self.activate(pre)
         recon = self._decoded(features)

@@ -28,6 +28,7 @@ from bae_fast.files import (
     write_torch,
 )
 from bae_fast.pretrained import check_weights
+from bae_fast.units import divided, inverse_units, multiplied
 
 # dict_class -> our method; AutoEncoderNew is read too
 CLASSES = {
@@ -53,6 +54,12 @@ def _raw(model: Autoencoder, allowed: tuple[str, ...], library: str) -> dict[str
         )
     found = {name: t.detach().cpu().double() for name, t in model.state_dict().items()}
     scale, mean = found["x_scale"], found["x_mean"]
+    one = torch.ones_like(scale)
+    metric = found.pop("x_metric", None)
+    target = found.pop("y_metric", None) if model.is_transcoder else metric
+    found["W_enc"] = divided(found["W_enc"].T, one, metric, inverse_units(metric)).T
+    for name in ("W_dec", "b_dec"):
+        found[name] = multiplied(found[name], one, target)
     if model.is_transcoder:
         # theirs subtracts nothing before the encoder
         found["b_enc"] = found["b_enc"] - mean / scale @ found["W_enc"]

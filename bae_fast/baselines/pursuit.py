@@ -54,7 +54,7 @@ class PursuedAutoencoder(Autoencoder):
         )
         self.x_mean.copy_(model.x_mean)
         self.x_scale.copy_(model.x_scale)
-        self.x_metric = None if model.x_metric is None else model.x_metric.clone()
+        self.set_metric_(None if model.x_metric is None else model.x_metric.clone())
         directions = nn.functional.normalize(model.W_dec.detach(), dim=1)
         self.W_dec = nn.Parameter(directions.clone(), requires_grad=False)
         self.b_dec = nn.Parameter(model.b_dec.detach().clone(), requires_grad=False)

@@ -77,8 +77,9 @@ class Config(JudgeOptions, Data):
         batch_size: The number of rows in a step.
         metric: The unit in which each dimension's error is measured, for every method alike: none
             is the same for all, std the standard deviation, robust a scale that outliers do not
-            move, sensitivity how little the language model's next token depends on the dimension.
-            A power may follow, as in std^0.5. The table's FVU is in raw units for any metric.
+            move, sensitivity how little the language model's next token depends on the dimension,
+            and fisher the same for all directions, a matrix. A power may follow, as in std^0.5. The
+            table's FVU is in raw units for any metric.
         kl_tail: The numbers of further steps, after the others, in which the reconstruction stands
             in the language model and the divergence of its next token takes the place of half of
             the squared error. Every method is trained with each number, and 0 leaves the tail out.

@@ -92,7 +92,7 @@ def look_at(
     see = model.preactivation if binary else model.activations
     directions = model.directions()
     if directions is not None:
-        directions = (directions * model.target_scale).float()
+        directions = model.in_raw_units(directions).float()
     gathered = gather_facts(
         found.code,
         row_tokens=cache.tokens[windows, cache.row_position[part].long()],

@@ -15,8 +15,9 @@ from bae_fast.spacing import even_numbers
 if TYPE_CHECKING:
     from bae_fast.lm import ActivationCache
 
-# windows of held-in text that gradients are taken on, evenly over it, in tokens
-_TOKENS = 8192
+# held-in text that gradients are taken on, in whole windows evenly over it: tokens at least, and
+# for each dimension of a matrix
+_TOKENS, _TOKENS_A_DIMENSION = 8192, 32
 
 
 def check_metric(config: Any) -> str:
@@ -34,32 +35,35 @@ def check_metric(config: Any) -> str:
 def error_metric(
     config: Any, rows: Tensor, stages: Stages, cache: ActivationCache | None, last_row: int
 ) -> Tensor | None:
-    """The scale of each dimension, ``[d]``; None for a configuration without a metric.
+    """The scale of each dimension, ``[d]``, or a matrix; None for a configuration without a metric.
 
     Args:
-        config: has ``metric``, and for sensitivities the fields of a language model.
+        config: has ``metric``, and for gradients the fields of a language model.
         rows: those that are trained on.
-        cache: the harvest that they are of, for sensitivities.
+        cache: the harvest that they are of, for gradients.
         last_row: number in the cache of the last row that is trained on.
 
     Raises:
-        ConfigError: another metric, or sensitivities without a language model.
+        ConfigError: another metric, or gradients without a language model.
     """
     kind = check_metric(config)
-    if kind != "sensitivity":
+    if kind not in ("sensitivity", "fisher"):
         return metric_scales(config.metric, rows)
     if cache is None:
         raise ConfigError(
             "metric",
-            "sensitivity must have the rows of a harvest of this command; got those of a file, of "
+            f"{kind} must have the rows of a harvest of this command; got those of a file, of "
             "shards or of a running model",
         )
-    from bae_fast.lm.gradients import sensitivity
+    from bae_fast.lm.gradients import fisher, sensitivity
 
     tokens = cache.tokens[: int(cache.row_window[last_row]) + 1].long()
-    n = min(max(_TOKENS // tokens.shape[1], 1), len(tokens))
+    wanted = max(_TOKENS, _TOKENS_A_DIMENSION * cache.d_in if kind == "fisher" else 0)
+    n = min(max(wanted // tokens.shape[1], 1), len(tokens))
     windows = tokens[even_numbers(len(tokens), n)]
     lm = load_model(config, stages)
     with stages.stage("gradients of the language model at the hook"):
-        found = sensitivity(lm, windows, config.hook, progress=config.progress)
-    return metric_scales(config.metric, rows, sensitivity=found)
+        made = (fisher if kind == "fisher" else sensitivity)(
+            lm, windows, config.hook, progress=config.progress
+        )
+    return metric_scales(config.metric, rows, **{kind: made})

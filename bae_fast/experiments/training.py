@@ -33,8 +33,8 @@ class Training:
         d_sae: The number of features, F, in place of the expansion.
         metric: The unit in which each dimension's error is measured: none is the same for all,
             std the standard deviation, robust a scale that outliers do not move, sensitivity how
-            little the language model's next token depends on the dimension. A power may follow,
-            as in std^0.5.
+            little the language model's next token depends on the dimension, and fisher the same
+            for all directions, a matrix. A power may follow, as in std^0.5.
         impl: The implementation of the layer; auto takes the fastest that runs here.
         steps: The number of optimizer steps.
         batch_size: The number of rows in a step.

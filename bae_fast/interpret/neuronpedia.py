@@ -228,7 +228,7 @@ class _Source:
     def _directions(self) -> Tensor | None:
         """What each feature adds to the raw reconstruction, if it has one direction."""
         directions = self.model.directions()
-        return None if directions is None else (directions * self.model.target_scale).float().cpu()
+        return None if directions is None else self.model.in_raw_units(directions).float().cpu()
 
     def _common(self, feature: int) -> dict[str, Any]:
         return {

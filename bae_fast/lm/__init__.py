@@ -5,7 +5,7 @@ from __future__ import annotations
 from bae_fast.lm.cache import ActivationCache, Split, TokenContext, cache_key
 from bae_fast.lm.capture import Engine, match_hooks
 from bae_fast.lm.documents import DatasetText, TextFiles, TextWindows, TokenWindows
-from bae_fast.lm.gradients import sensitivity
+from bae_fast.lm.gradients import fisher, sensitivity
 from bae_fast.lm.harvest import harvest
 from bae_fast.lm.hooks import find_module, resolve_hook, running
 from bae_fast.lm.identity import model_digest
@@ -53,6 +53,7 @@ __all__ = [
     "cache_key",
     "find_language_model",
     "find_module",
+    "fisher",
     "harvest",
     "harvest_shards",
     "load_language_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,13 +34,41 @@ def sensitivity(
 ) -> Tensor:
     """Mean squared gradient of the log-likelihood at a module's output: float64 ``[d]``.
 
-    The diagonal of the Fisher information of the hidden states: next tokens are drawn from the
-    model's own distribution, so to second order the mean KL divergence that an error e at one
-    state causes, summed over all later tokens, is sum_i F_i e_i^2 / 2 nats, cross terms left out.
+    The diagonal of :func:`fisher`, which has the arguments and errors; to second order the mean KL
+    divergence of an error e is sum_i F_ii e_i^2 / 2 nats, cross terms left out.
+    """
+    return _moments(
+        lm,
+        windows,
+        hook,
+        lambda g: g.square().sum(0),
+        drop_positions,
+        max_norm_ratio,
+        seed,
+        progress,
+    )
+
+
+def fisher(
+    lm: LanguageModel,
+    windows: Tensor,
+    hook: str,
+    *,
+    drop_positions: int = 1,
+    max_norm_ratio: float | None = 5.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Second moments of the log-likelihood's gradient at a module's output: float64 ``[d, d]``.
+
+    The Fisher information of the hidden states: next tokens are drawn from the model's own
+    distribution, so to second order the mean KL divergence that an error e at one state causes,
+    summed over all later tokens, is e F e^T / 2 nats.
 
     Args:
         lm: the model; one window at a time runs forward and, from the hook on, backward.
-        windows: token ids ``[n, length]``, of the text that is trained on.
+        windows: token ids ``[n, length]``, of the text that is trained on. Its rank is at most
+            their number of tokens.
         hook: the module's path.
         drop_positions, max_norm_ratio: states that are left out, as in :func:`bae_fast.lm.harvest`.
         seed: the seed of the tokens that are drawn.
@@ -48,6 +77,22 @@ def sensitivity(
         ValueError: windows of another shape, no such module, or no state that is looked at.
         RuntimeError: the model finished without calling the module.
     """
+    return _moments(
+        lm, windows, hook, lambda g: g.T @ g, drop_positions, max_norm_ratio, seed, progress
+    )
+
+
+def _moments(
+    lm: LanguageModel,
+    windows: Tensor,
+    hook: str,
+    summed: Callable[[Tensor], Tensor],
+    drop_positions: int,
+    max_norm_ratio: float | None,
+    seed: int,
+    progress: bool,
+) -> Tensor:
+    """Mean over states of what ``summed`` makes of gradients ``[n, d]`` in float64."""
     if windows.dim() != 2 or not windows.numel() or windows.shape[1] <= drop_positions:
         raise ValueError(
             f"windows must be [n, length], length above drop_positions={drop_positions}; "
@@ -92,8 +137,8 @@ def sensitivity(
                 keep = torch.arange(len(norms), device=norms.device) >= drop_positions
                 if max_norm_ratio is not None:
                     keep &= norms <= max_norm_ratio * norms.median()
-                square = gradient.flatten(0, -2)[keep].double().square().sum(0).cpu()
-                total = square if total is None else total + square
+                part = summed(gradient.flatten(0, -2)[keep].double()).cpu()
+                total = part if total is None else total + part
                 n_states += int(keep.sum())
                 bar.update(len(window))
     finally:

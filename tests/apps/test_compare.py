@@ -300,7 +300,7 @@ def test_a_description_encodes_every_row_once(monkeypatch):
     assert found["l0"] == pytest.approx(float(bae.encode(held).to_dense().sum(1).double().mean()))
 
 
-@pytest.mark.parametrize("metric", ["std^0.5", "sensitivity"])
+@pytest.mark.parametrize("metric", ["std^0.5", "sensitivity", "fisher"])
 def test_a_metric_is_given_to_every_method_and_names_the_run(
     arguments, metric, tmp_path, monkeypatch
 ):
@@ -312,7 +312,8 @@ def test_a_metric_is_given_to_every_method_and_names_the_run(
     assert [run["settings"]["metric"] for run in result["runs"]] == [metric] * 3
     models = [load_autoencoder(tmp_path / run["model"]) for run in result["runs"]]
     assert torch.equal(models[0].x_metric, models[1].x_metric)
-    assert models[2].y_metric.shape == (16,)
+    shape = (16, 16) if metric == "fisher" else (16,)
+    assert models[0].x_metric.shape == models[2].y_metric.shape == shape
     cache = ActivationCache.open(next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*")))
     rows = cache.rows[: cache.split(4096).train.stop].float()
     if metric == "std^0.5":
@@ -601,7 +602,7 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
     ("change", "message"),
     [
         (["--encoder", "nowhere"], "--encoder must be the folder of a sentence encoder"),
-        (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity"),
+        (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity, fisher"),
         (["--k", "0"], "--k must be at least 1; got [0]"),
         (["--kl-tail", "-1"], "--kl-tail must be at least 0; got [-1]"),
         (

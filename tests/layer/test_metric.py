@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ import bae_fast as bf
 from bae_fast.analysis.error_metric import metric_scales, parse_metric
 from bae_fast.autoencoder import load_autoencoder
 from bae_fast.baselines import METHODS, make_baseline
+from bae_fast.pretrained import load_tensors_
 from bae_fast.training import gather_features, shard_features
 
 D, F = 12, 40
@@ -158,14 +160,18 @@ def test_scales_are_what_their_names_say():
 
 @pytest.mark.parametrize("metric", ["var", "std^", "std^0", "std^-1", "std^nan", "", "none^2"])
 def test_other_metrics_are_named(metric):
-    with pytest.raises(ValueError, match="metric must be none or one of std, robust, sensitivity"):
+    with pytest.raises(
+        ValueError, match="metric must be none or one of std, robust, sensitivity, fisher"
+    ):
         metric_scales(metric, rows())
 
 
 def test_what_it_cannot_take_is_named():
     x = rows()
     bae = bf.BinaryAutoencoder(D, F)
-    with pytest.raises(ValueError, match=r"metric must be a tensor \[12\]; got \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"metric must be a tensor \[12\] or \[12, 12\]; got \[3\]"
+    ):
         bae.fit_normalization_(x, metric=torch.ones(3))
     with pytest.raises(ValueError, match="metric must be finite and positive; the least is 0"):
         bae.fit_normalization_(x, metric=torch.zeros(D))
@@ -230,3 +236,152 @@ def test_features_of_a_module_that_searches_are_not_divided():
     whole = bf.SearchedAutoencoder(6, 128)
     with pytest.raises(ValueError, match="got SearchedAutoencoder, of which a part encodes"):
         shard_features(whole, _Rank(0))
+
+
+# -- a matrix of units -----------------------------------------------------------------------------
+
+
+def matrix(width: int = D) -> torch.Tensor:
+    """Symmetric, of eigenvalues from 1/4 to 4, along no dimension."""
+    generator = torch.Generator().manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator).double())[0]
+    return (turn * torch.logspace(-0.6, 0.6, width, dtype=torch.float64)) @ turn.T
+
+
+def test_a_matrix_of_one_scale_for_each_dimension_is_these_scales():
+    x, scales = rows(), rows().std(0)
+    plain, made = module(scales), module(scales.diag())
+    assert_close(made.x_metric, plain.x_metric.diag())
+    assert_close(made.normalize(x), plain.normalize(x), rtol=1e-5, atol=1e-5)
+    state = {k: v for k, v in plain.state_dict().items() if k != "x_metric"}
+    made.load_state_dict({**state, "x_metric": made.x_metric})
+    code = plain.encode(x)
+    assert made.encode(x).equal(code)
+    assert_close(made.decode(code), plain.decode(code), rtol=1e-5, atol=1e-4)
+
+
+def test_errors_are_measured_by_the_matrix():
+    x = rows().double()
+    bae = module(matrix()).double()
+    z = bae.normalize(x)
+    assert float(z.square().mean()) == pytest.approx(1, rel=1e-5)
+    assert_close(bae.denormalize(z), x)
+    assert_close(bae.x_scale, module(None).double().x_scale)
+    # up to one factor, the inverse of the metric's square
+    ratio = bae.x_metric / matrix()
+    assert_close(ratio, ratio.mean().expand(D, D), rtol=1e-4, atol=0)
+    out = bae(x)
+    unit = bae.x_scale * bae.x_metric
+    assert_close(bae.mse(out, x), torch.linalg.solve(unit, (x - out.recon).T).square().mean())
+    assert_close(module(7 * matrix()).x_metric.double(), bae.x_metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_rounds_no_row_before_the_layer(dtype):
+    bae, x = module(matrix()), rows()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = bae.normalize(x.to(dtype))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, bae.normalize(x.to(dtype)))
+
+
+@pytest.mark.parametrize("n_bits", [1, 3])
+def test_files_keep_a_matrix(tmp_path, n_bits):
+    x = rows()
+    bae = module(matrix(), n_bits=n_bits)
+    bae.save_pretrained(tmp_path)
+    for again in (bf.BinaryAutoencoder.from_pretrained(tmp_path), load_autoencoder(tmp_path)):
+        assert torch.equal(again.x_metric, bae.x_metric)
+        assert again.encode(x).equal(bae.encode(x))
+        assert_close(again.decode(again.encode(x)), bae.decode(bae.encode(x)))
+    for bad, said in (
+        (-bae.x_metric, "x_metric must be symmetric and positive definite where it is a matrix"),
+        (torch.ones(D, 3), "x_metric"),
+    ):
+        tensors = {**bae.state_dict(), "x_metric": bad}
+        with pytest.raises(ValueError, match=said):
+            load_tensors_(bf.BinaryAutoencoder(D, F, n_bits=n_bits, device="meta"), tensors, ".")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_baseline_takes_a_matrix_and_keeps_it(tmp_path, method):
+    torch.manual_seed(0)
+    x = rows()
+    options = {"d_out": 7} if method == "transcoder" else {}
+    y = rows(width=7) if options else None
+    model = make_baseline(method, D, F, k=4, **options)
+    model.fit_normalization_(x, y, metric=matrix(), target_metric=matrix(7) if options else None)
+    model.eval()
+    with torch.no_grad():
+        found = model.training_loss(x, y, dead=None, done=0.5)
+    assert torch.isfinite(found[0])
+    goal = x if y is None else y
+    error = model.in_target_units(goal - model.reconstruct(x)).square().mean()
+    assert float(found[1]["mse"]) == pytest.approx(float(error.detach()), rel=1e-3)
+    model.save_pretrained(tmp_path)
+    again = load_autoencoder(tmp_path)
+    assert torch.equal(again.x_metric, model.x_metric)
+    assert_close(again.reconstruct(x), model.reconstruct(x))
+
+
+def test_a_matrix_is_folded_and_shared_and_copied():
+    x = rows().double()
+    bae = module(matrix()).double()
+    before = bae.encode(x)
+    recon = bae.decode(before)
+    copied, moved = copy.deepcopy(bae), bf.BinaryAutoencoder(D, F)
+    assert copied.encode(x).equal(before)
+    moved.double().load_state_dict(bae.state_dict())
+    assert moved.encode(x).equal(before)
+    searched = bf.SearchedAutoencoder.of(bae, x, bit_price=1e-3)
+    assert torch.equal(searched.x_metric, bae.x_metric)
+    error = bae.in_target_units(x - recon).square().mean()
+    assert bae.in_target_units(x - searched.reconstruct(x)).square().mean() < error
+    assert bae.fold_metric_(x) is bae
+    assert bae.x_metric is bae.x_metric_inverse is None
+    assert bae.encode(x).equal(before)
+    assert_close(bae.decode(before), recon)
+
+
+def test_a_module_with_a_matrix_is_divided_by_features():
+    x = rows()
+    whole = bf.BinaryAutoencoder(D, 64).fit_normalization_(x, metric=matrix()).eval()
+    parts = [shard_features(whole, _Rank(rank)) for rank in (0, 1)]
+    halves = [part.encode(x).to_dense() for part in parts]
+    assert torch.equal(torch.cat(halves, 1), whole.encode(x).to_dense())
+
+
+def test_what_is_no_matrix_of_units_is_named():
+    x = rows()
+    bae = bf.BinaryAutoencoder(D, F)
+    for bad in (
+        torch.zeros(D, D),
+        -torch.eye(D),
+        torch.eye(D).roll(1, 0),
+        torch.full((D, D), torch.nan),
+    ):
+        with pytest.raises(ValueError, match="metric must be symmetric and positive definite"):
+            bae.fit_normalization_(x, metric=bad)
+    assert not bae.is_normalized()
+    with pytest.raises(ValueError, match=r"fisher must have shape \[12, 12\]; got \[12\]"):
+        metric_scales("fisher", x, fisher=torch.ones(D))
+    with pytest.raises(ValueError, match="fisher must be finite and somewhere positive"):
+        metric_scales("fisher", x, fisher=torch.zeros(D, D))
+
+
+def test_units_of_a_fisher_information_make_it_the_square_of_errors():
+    x = rows()
+    root = torch.randn(D, D, dtype=torch.float64)
+    information = root @ root.T
+    made = metric_scales("fisher", x, fisher=information)
+    inverse = torch.linalg.inv(made)
+    shifted = information / information.diagonal().mean() + 0.02 * torch.eye(D)
+    assert_close(inverse @ inverse, shifted)
+    assert_close(
+        metric_scales("fisher^0.5", x, fisher=information)
+        @ metric_scales("fisher^0.5", x, fisher=information),
+        made,
+    )
+    # of fewer gradients than dimensions
+    few = root[:, :3] @ root[:, :3].T
+    assert torch.linalg.eigvalsh(metric_scales("fisher", x, fisher=few)).min() > 0

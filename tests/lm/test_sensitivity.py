@@ -10,7 +10,7 @@ from tiny_lm import save_tiny_model
 
 pytest.importorskip("transformers")
 
-from bae_fast.lm import load_language_model, sensitivity
+from bae_fast.lm import fisher, load_language_model, sensitivity
 from bae_fast.lm.hooks import with_first_part
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -79,10 +79,30 @@ def test_half_of_it_times_the_square_of_an_error_is_the_divergence(lm):
             # to either side: the third order cancels
             both = divergence(lm, ids, place, error) + divergence(lm, ids, place, -error)
             true[i] += both / step**2 / len(ids)
-    fisher = exact(lm, ids)
-    torch.testing.assert_close(fisher, true, rtol=0.01, atol=0)
+    expected = exact(lm, ids)
+    torch.testing.assert_close(expected, true, rtol=0.01, atol=0)
     found = sensitivity(lm, ids[None].expand(250, -1), HOOK, max_norm_ratio=None, drop_positions=0)
-    torch.testing.assert_close(found, fisher, rtol=0.4, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0.4, atol=0)
+
+
+def test_the_matrix_says_what_an_error_in_any_direction_costs(lm):
+    ids, step = windows(1, 4)[0], 5e-4
+    options = {"max_norm_ratio": None, "drop_positions": 0}
+    found = fisher(lm, ids[None].expand(1500, -1), HOOK, **options)
+    torch.testing.assert_close(found, found.T)
+    diagonal = sensitivity(lm, ids[None].expand(1500, -1), HOOK, **options)
+    torch.testing.assert_close(found.diagonal(), diagonal)
+    values, vectors = torch.linalg.eigh(found)
+    assert values[-1] > 4 * diagonal.max() / 3  # some direction that is no dimension's
+    for column in (-1, -2, -3):
+        error = vectors[:, column]
+        cost = 0.0
+        for place in range(len(ids)):
+            both = divergence(lm, ids, place, step * error) + divergence(
+                lm, ids, place, -step * error
+            )
+            cost += both / step**2 / len(ids)
+        assert float(values[column]) == pytest.approx(cost, rel=0.3)
 
 
 def test_another_first_part_leaves_the_kind_of_the_output():

@@ -48,6 +48,7 @@ LINES = (
         "progress",
         "spacing",
         "starting",
+        "units",
         "waiting",
         "_version",
     },

@@ -88,11 +88,21 @@ def test_what_dictionary_learning_wrote_reconstructs_as_there(tmp_path, name):
     assert model.config.metadata == {"model_name": "lm", "hook_name": "layers.1"}
 
 
+def units(kind: str | None) -> Tensor | None:
+    """A metric: none, a scale for each dimension, or a matrix of them."""
+    scales = torch.linspace(0.5, 2, D)
+    if kind != "matrix":
+        return None if kind is None else scales
+    turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(7)))[0]
+    return (turn * scales) @ turn.T
+
+
+@pytest.mark.parametrize("metric", [None, "scales", "matrix"])
 @pytest.mark.parametrize("method", CLASSES.values())
-def test_what_is_written_reconstructs_the_same_on_raw_rows(tmp_path, method):
+def test_what_is_written_reconstructs_the_same_on_raw_rows(tmp_path, method, metric):
     torch.manual_seed(1)
     x = 5 + 3 * torch.randn(N, D)
-    model = make_baseline(method, D, F, k=K).fit_normalization_(x)
+    model = make_baseline(method, D, F, k=K).fit_normalization_(x, metric=units(metric))
     with torch.no_grad():
         model.b_dec.normal_()
     if method == "batchtopk":
@@ -120,14 +130,19 @@ def sparsify(s: dict[str, Tensor], config: dict, x: Tensor) -> Tensor:
     return top(pre, config["k"]) @ s["W_dec"] + s["b_dec"]
 
 
+@pytest.mark.parametrize("metric", [None, "scales", "matrix"])
 @pytest.mark.parametrize("transcode", [False, True])
-def test_sparsify_folders_go_both_ways(tmp_path, transcode):
+def test_sparsify_folders_go_both_ways(tmp_path, transcode, metric):
     torch.manual_seed(2)
     x, y = 5 + 3 * torch.randn(N, D), 2 - torch.randn(N, D)
+    given = units(metric)
     if transcode:
-        model = make_baseline("transcoder", D, F, k=K, d_out=D).fit_normalization_(x, y)
+        model = make_baseline("transcoder", D, F, k=K, d_out=D)
+        model.fit_normalization_(
+            x, y, metric=given, target_metric=None if given is None else given.flip(0).flip(-1)
+        )
     else:
-        model = make_baseline("topk", D, F, k=K).fit_normalization_(x)
+        model = make_baseline("topk", D, F, k=K).fit_normalization_(x, metric=given)
     with torch.no_grad():
         model.b_dec.normal_()
     folder = save_sparsify(model.eval(), tmp_path / "out")
