@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sys
@@ -34,7 +33,7 @@ def test_nothing_is_left_of_an_estimate_that_a_signal_stops(own, tmp_path, monke
 
     def stopped(*_arguments, **_options):
         assert len(list((out / "runs").iterdir())) == 1  # its lock
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # at once, in this thread
 
     monkeypatch.setattr("bae_fast.experiments.entropy.rows.fit_bae", stopped)
     options = ["--states", str(own / "rows.npy"), "--seeds", "0", "--out", str(out)]
