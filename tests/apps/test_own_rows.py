@@ -37,7 +37,12 @@ def test_nothing_is_left_of_an_estimate_that_a_signal_stops(own, tmp_path, monke
 
     monkeypatch.setattr("bae_fast.experiments.entropy.rows.fit_bae", stopped)
     options = ["--states", str(own / "rows.npy"), "--seeds", "0", "--out", str(out)]
-    assert main(["entropy", "rows", *options]) == 128 + number
+    # a shell has its background jobs ignore interruptions
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["entropy", "rows", *options]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(out.iterdir()) == []
 
 
