@@ -225,6 +225,7 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "equal-bits": rates.equal_bits,
     "equal-bits-searched": rates.searched,
     "equal-bits-repeats": rates.repeats,
+    "equal-bits-fisher": rates.fisher,
     "searched-features": rates.features,
     "equal-bits-small": rates.equal_bits_small,
     "compress": _first_table_of("compress/compress"),

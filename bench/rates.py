@@ -38,6 +38,11 @@ REPEATS: dict[str, tuple[str, ...]] = {
     "Gemma 3 270M, block 10": ("mixed_gemma", "mixed_gemma_rivals"),
 }
 REPEATS_BITS = (180, 200, 220)
+# the same text with errors in the language model's own metric, a matrix
+FISHER: dict[str, tuple[str, ...]] = {
+    "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_rivals"),
+}
+FISHER_BITS = (110, 130, 150, 170, 190, 210)
 # the runs whose features were probed, and put to the intruder test
 FEATURES = "mixed_searched"
 
@@ -146,6 +151,11 @@ def repeats(results: Path) -> str:
     """The same over seeds, at another layer and of another model, also for dictionaries without a
     search."""
     return _searched(results, REPEATS, REPEATS_BITS, every=True)
+
+
+def fisher(results: Path) -> str:
+    """The same in the language model's own metric."""
+    return _searched(results, FISHER, FISHER_BITS, every=True)
 
 
 def _searched(

@@ -579,6 +579,9 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
         "| a model | BAE (sparse) | search | 0.300 |",
         "| a model | TopK | encoder | 0.500, +67% |",
     ]
+    monkeypatch.setattr(rates, "FISHER", {"a model": ("other",)})
+    monkeypatch.setattr(rates, "FISHER_BITS", (100,))
+    assert rates.fisher(tmp_path) == rates.repeats(tmp_path)
 
 
 def test_features_of_each_code_have_a_line(tmp_path):
