@@ -40,9 +40,9 @@ REPEATS: dict[str, tuple[str, ...]] = {
 REPEATS_BITS = (180, 200, 220)
 # the same text with errors in the language model's own metric, a matrix
 FISHER: dict[str, tuple[str, ...]] = {
-    "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_rivals"),
+    "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_low", "fisher_gemma_rivals"),
 }
-FISHER_BITS = (110, 130, 150, 170, 190, 210)
+FISHER_BITS = (140, 160, 180, 200)
 # the runs whose features were probed, and put to the intruder test
 FEATURES = "mixed_searched"
 
