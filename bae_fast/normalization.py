@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bae_fast.arguments import all_finite
 from bae_fast.codes import check_strided
 from bae_fast.devices import autocasts
-from bae_fast.units import divided, inverse_units, multiplied
+from bae_fast.units import divided, empty_metric, inverse_units, multiplied
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -291,7 +291,7 @@ class Normalized(nn.Module):
             if given is None:
                 self.set_metric_(None, side)
             elif own is None or own.shape != given.shape:
-                setattr(self, name, mean.new_empty(given.shape))
+                setattr(self, name, empty_metric(mean, given))
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
         for side in "xy":
             if isinstance(getattr(self, f"{side}_metric", None), Tensor):
@@ -321,10 +321,7 @@ def _relative_units(
     units = units.to(blocks[0].device, torch.float64)
     if units.dim() == 1 and not bool((units.isfinite() & (units > 0)).all()):
         raise ValueError(f"{what} must be finite and positive; the least is {float(units.min())}")
-    try:
-        inverse = inverse_units(units)
-    except ValueError as error:
-        raise ValueError(f"{what} {str(error).removeprefix('metric ')}") from error
+    inverse = inverse_units(units, what)
     one = units.new_ones(())
     n = sum(block.numel() for block in blocks)
     square = sum(

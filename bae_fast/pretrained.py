@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bae_fast import hub
 from bae_fast.files import read_json, read_safetensors, write_json, write_safetensors
-from bae_fast.units import inverse_units
+from bae_fast.units import empty_metric, inverse_units
 
 CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -180,11 +180,7 @@ def check_weights(name: str, tensor: Tensor, source: str) -> None:
         raise ValueError(f"{source}: {name} must hold no NaN; got {bad:,} of {tensor.numel():,}")
     divides = name in ("x_scale", "y_scale", "x_metric", "y_metric")
     if divides and tensor.dim() == 2:
-        try:
-            inverse_units(tensor)
-        except ValueError as error:
-            why = str(error).removeprefix("metric ")
-            raise ValueError(f"{source}: {name} {why}") from error
+        inverse_units(tensor, f"{source}: {name}")
     elif divides and not bool((tensor.isfinite() & (tensor > 0)).all()):
         raise ValueError(f"{source}: {name} must be positive and finite; got {tensor.min():g}")
 
@@ -202,10 +198,9 @@ def load_tensors_(
     for side in "xy":
         # a buffer that only files of a module with a metric hold
         mean = getattr(module, f"{side}_mean", None)
-        if f"{side}_metric" in tensors and isinstance(mean, Tensor):
-            shape = tensors[f"{side}_metric"].shape
-            matrix = shape == (len(mean), len(mean))
-            setattr(module, f"{side}_metric", mean.new_empty(shape if matrix else mean.shape))
+        name = f"{side}_metric"
+        if name in tensors and isinstance(mean, Tensor):
+            setattr(module, name, empty_metric(mean, tensors[name]))
     expected = module.state_dict()
     if tensors.keys() != expected.keys():
         raise ValueError(f"{source} must hold {sorted(expected)}; got {sorted(tensors)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.devices import without_autocast
 
 
@@ -38,8 +39,18 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
         return (rows.to(wide) @ matrix.to(wide)).to(own)
 
 
-def inverse_units(metric: Tensor | None) -> Tensor | None:
+def empty_metric(mean: Tensor, given: Tensor) -> Tensor:
+    """Memory for a metric of rows whose mean is ``[d]``, as a given one is to be copied to it: a
+    matrix for ``[d, d]``, else units of dimensions, which another shape does not fit."""
+    matrix = given.shape == (len(mean), len(mean))
+    return mean.new_empty(given.shape if matrix else mean.shape)
+
+
+def inverse_units(metric: Tensor | None, name: str = "metric") -> Tensor | None:
     """The inverse of a matrix of units, in its dtype; None for units of dimensions, and for None.
+
+    Args:
+        name: what an error calls the metric.
 
     Raises:
         ValueError: a matrix that is not symmetric, positive definite and finite.
@@ -49,8 +60,8 @@ def inverse_units(metric: Tensor | None) -> Tensor | None:
     if metric.is_meta:
         return torch.empty_like(metric)
     wide = metric.detach().double()
-    symmetric = bool(wide.isfinite().all()) and torch.allclose(wide, wide.T, rtol=1e-2, atol=1e-6)
+    symmetric = all_finite(wide) and torch.allclose(wide, wide.T, rtol=1e-2, atol=1e-6)
     factor, failed = torch.linalg.cholesky_ex(wide) if symmetric else (wide, 1)
     if not symmetric or bool(failed):
-        raise ValueError("metric must be symmetric and positive definite where it is a matrix")
+        raise ValueError(f"{name} must be symmetric and positive definite where it is a matrix")
     return torch.cholesky_inverse(factor).to(metric.dtype)

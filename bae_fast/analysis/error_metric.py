@@ -122,7 +122,7 @@ def _fisher_units(fisher: Tensor | None, width: int, power: float) -> Tensor:
         raise ValueError(f"fisher must have shape [{width}, {width}]; got {got}")
     wide = fisher.double().cpu()
     mean = float(wide.diagonal().mean())
-    if not bool(wide.isfinite().all()) or not mean > 0:
+    if not all_finite(wide) or not mean > 0:
         raise ValueError("fisher must be finite and somewhere positive")
     values, vectors = torch.linalg.eigh((wide + wide.T) / (2 * mean))
     units = (values.clamp_min(0) + _FLOOR) ** (-power / 2)

@@ -343,6 +343,15 @@ def test_a_matrix_is_folded_and_shared_and_copied():
     assert_close(bae.decode(before), recon)
 
 
+@pytest.mark.parametrize("shape", [(3,), (D, 3), (3, 3), (D, D, 1)], ids=str)
+def test_a_state_with_a_metric_of_another_shape_is_refused(shape):
+    for own in (None, rows().std(0), matrix()):
+        bae = module(own)
+        state = {**bae.state_dict(), "x_metric": torch.ones(shape)}
+        with pytest.raises(RuntimeError, match="size mismatch for x_metric"):
+            bae.load_state_dict(state)
+
+
 def test_a_module_with_a_matrix_is_divided_by_features():
     x = rows()
     whole = bf.BinaryAutoencoder(D, 64).fit_normalization_(x, metric=matrix()).eval()

@@ -44,6 +44,8 @@ LAST_CACHE = 2**24  # bytes
 
 
 def _in_place(ones: int, rows: int, dense: Tensor) -> bool:
+    if dense.dtype == torch.float16:  # the kernel widens bf16 numbers alone
+        return False
     outside = dense.numel() * dense.element_size() > LAST_CACHE
     most = IN_PLACE_UP_TO_OUTSIDE if outside else IN_PLACE_UP_TO
     return ones * BLOCK_DEPTH <= most * rows * dense.shape[0]
@@ -72,7 +74,7 @@ def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype
     if units and not gather:
         op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
         return recon.to(dtype)
-    if gather and W_dec.dtype != torch.float16 and _in_place(ones, n, W_dec):
+    if gather and _in_place(ones, n, W_dec):
         op("gather_rows")(words, dense_rows(W_dec), True, recon)
         return recon.to(dtype)
     # numbers of a half-precision parameter are widened a chunk at a time
@@ -112,7 +114,7 @@ def _gradient_of_bits(
     grad_W = empty_gradient(n_columns, d_out, torch.float32)
     if units and not gather:
         op("unit_product")(features, operand(grad_recon, 1), 1, False, grad_W)
-    elif gather and grad_recon.dtype != torch.float16 and _in_place(ones, n_columns, grad_recon):
+    elif gather and _in_place(ones, n_columns, grad_recon):
         op("gather_rows")(features, dense_rows(grad_recon), False, grad_W)
     elif not op("bits_product")(features, dense_rows(grad_recon.float()), gather, False, grad_W):
         return None
