@@ -9,6 +9,7 @@ to be asked for before the compiler is imported, or of the start itself takes ``
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -44,8 +45,10 @@ class Started:
         return self._process.exitcode
 
     def send_signal(self, number):
+        # the server takes an ended child out of the table before it says that the child has ended
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
