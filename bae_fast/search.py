@@ -7,8 +7,10 @@ a row are flipped one at a time, the one that gains most first, until no flip lo
     mean over dimensions of (x - x_hat)^2  +  bit_price x sum of bits, -log2 of each bit's share
 
 which is the loss of training without its covariance, for one row and with the shares of the bits
-held fixed. The result is a minimum that no flip of a single bit improves (iterated conditional
-modes, Besag 1986; the greedy choice is that of matching pursuit, Mallat and Zhang 1993).
+held fixed. Ones of features that are on in many rows are cheap so; ``dense_bits`` makes them dearer
+where few such features are wanted. The result is a minimum that no flip of a single bit improves
+(iterated conditional modes, Besag 1986; the greedy choice is that of matching pursuit, Mallat and
+Zhang 1993).
 
 With P = (x - x_hat) D^T, D what each bit adds to x_hat, turning bit j on lowers the squared error
 by 2 P_j - |D_j|^2, and a flip of bit i changes P by a row of D D^T: a flip costs K steps, and no
@@ -43,6 +45,10 @@ MAX_SEARCH_COLUMNS = 32768
 
 # numbers of gains held at a time: with more, new pages cost time, with fewer the product
 _CHUNK_ELEMENTS = 4 * 2**20
+
+# the share of rows from which on ``dense_bits`` makes ones dearer: so steep a price is met before a
+# share of 0.1, where a feature counts as dense
+DENSE_FROM = 2.0**-4
 
 # a gain below this share of the largest |D_j|^2 is rounding
 _LEAST = 2.0**-20
@@ -142,6 +148,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
         d_sae: int,
         *,
         bit_price: float = 3e-4,
+        dense_bits: float = 0.0,
         max_flips: int = 256,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -153,12 +160,14 @@ class SearchedAutoencoder(BinaryAutoencoder):
             d_in, d_sae, device, dtype, options: see :class:`bae_fast.BinaryAutoencoder`.
             bit_price: mean squared error, in normalised units, that a bit of code length is worth.
                 The ``entropy_weight`` of the module's training is of the same unit.
+            dense_bits: bits that a one costs more for each doubling of its bit's share of rows
+                beyond 1/16: some 12 leave few features that are on in more than a tenth.
             max_flips: flips of a row after which its search ends.
 
         Raises:
-            ValueError: see :class:`bae_fast.BinaryAutoencoder`; a negative price, max_flips below
-                0, a transcoder, whose target is not known where it encodes, or more than 32,768
-                columns.
+            ValueError: see :class:`bae_fast.BinaryAutoencoder`; a negative price or
+                dense_bits, max_flips below 0, a transcoder, whose target is not known where it
+                encodes, or more than 32,768 columns.
         """
         super().__init__(d_in, d_sae, device=device, dtype=dtype, **options)
         columns = self.config.n_bits * d_sae
@@ -172,7 +181,8 @@ class SearchedAutoencoder(BinaryAutoencoder):
                 f"a search needs n_bits x d_sae <= {MAX_SEARCH_COLUMNS:,}, as it holds the "
                 f"products of all pairs of bits; got {columns:,}"
             )
-        self.bit_price = _price(bit_price)
+        self.bit_price = _at_least_0("bit_price", bit_price)
+        self.dense_bits = _at_least_0("dense_bits", dense_bits)
         if not isinstance(max_flips, int) or isinstance(max_flips, bool) or max_flips < 0:
             raise ValueError(f"max_flips must be an int >= 0; got {max_flips!r}")
         self.max_flips = max_flips
@@ -182,7 +192,13 @@ class SearchedAutoencoder(BinaryAutoencoder):
     @classmethod
     @torch.no_grad()
     def of(
-        cls, bae: BinaryAutoencoder, rows: Tensor, *, bit_price: float = 3e-4, max_flips: int = 256
+        cls,
+        bae: BinaryAutoencoder,
+        rows: Tensor,
+        *,
+        bit_price: float = 3e-4,
+        dense_bits: float = 0.0,
+        max_flips: int = 256,
     ) -> SearchedAutoencoder:
         """A trained module that searches, with a copy of its weights, in eval mode.
 
@@ -190,7 +206,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
             bae: the module.
             rows: raw rows ``[n, d_in]`` that give the bits' shares, first by the codes of ``bae``,
                 then by codes searched with those: held-in ones, 10,000 or more.
-            bit_price, max_flips: see :class:`SearchedAutoencoder`.
+            bit_price, dense_bits, max_flips: see :class:`SearchedAutoencoder`.
 
         Raises:
             TypeError: bae is no Binary Autoencoder, or rows are no tensor of floats.
@@ -212,6 +228,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
             check_finite=bae.check_finite,
             metadata=config.metadata,
             bit_price=bit_price,
+            dense_bits=dense_bits,
             max_flips=max_flips,
             device=bae.W_dec.device,
             dtype=bae.W_dec.dtype,
@@ -330,11 +347,12 @@ class SearchedAutoencoder(BinaryAutoencoder):
         return {**self.__dict__, "_pairs": None}
 
     def bits_of_ones(self, dtype: torch.dtype) -> Tensor:
-        """How much longer the code of a one is than that of a zero, in bits, in each column:
-        ``[K]``."""
+        """How much longer the code of a one is than that of a zero, in bits, and what
+        ``dense_bits`` adds, in each column: ``[K]``."""
         # a share of 0 or 1 is that of 65,536 rows without an exception, not of endless ones
         share = self.density.to(torch.float64).clamp(2.0**-17, 1 - 2.0**-17)
-        return ((1 - share) / share).log2().to(dtype)
+        dense = (share / DENSE_FROM).log2().clamp_min(0)
+        return (((1 - share) / share).log2() + self.dense_bits * dense).to(dtype)
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -344,6 +362,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
             **super().config_values(),
             "architecture": ARCHITECTURE,
             "bit_price": self.bit_price,
+            "dense_bits": self.dense_bits,
             "max_flips": self.max_flips,
         }
 
@@ -365,13 +384,16 @@ class SearchedAutoencoder(BinaryAutoencoder):
             if name not in values:
                 raise ValueError(f"{source} lacks {name!r}")
             options.setdefault(name, values[name])
+        # files of before have none
+        options.setdefault("dense_bits", values.get("dense_bits", 0.0))
         values = {**values, "architecture": BINARY}
         made = super().from_config(values, source, impl=impl, **options)
         assert isinstance(made, SearchedAutoencoder)
         return made
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bit_price={self.bit_price:g}, max_flips={self.max_flips}"
+        prices = f"bit_price={self.bit_price:g}, dense_bits={self.dense_bits:g}"
+        return f"{super().extra_repr()}, {prices}, max_flips={self.max_flips}"
 
 
 def _shares(bae: BinaryAutoencoder, rows: Tensor) -> Tensor:
@@ -408,7 +430,7 @@ def extras_of(device: torch.device, impl: str) -> registry.Extras:
         return registry.Extras()
 
 
-def _price(value: Any) -> float:
+def _at_least_0(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"bit_price must be a number >= 0; got {value!r}")
+        raise ValueError(f"{name} must be a number >= 0; got {value!r}")
     return float(value)

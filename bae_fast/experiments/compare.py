@@ -100,6 +100,9 @@ class Config(JudgeOptions, Data):
             instead of encoded. With any, the table has every method's error and bits with searched
             codes too: those of a sparse autoencoder by orthogonal matching pursuit with its k. What
             probe and encoder measure is measured of these codes as well.
+        search_dense_bits: The bits that a one of a feature on in many rows costs more in that
+            search, for each doubling of the feature's share of rows beyond 1/16. Some 12 leave few
+            features that are on in more than a tenth of the rows.
         probe: How well the best 1, 2 and 5 features tell properties of tokens, such as capitals,
             digits or code, stands in the table.
         encoder: The folder of a sentence encoder. With it the table has the share of draws in
@@ -131,6 +134,7 @@ class Config(JudgeOptions, Data):
     substitution_tokens: int = 2048
     description: bool = True
     search_prices: tuple[float, ...] = ()
+    search_dense_bits: float = 0.0
     probe: bool = False
     encoder: Path | None = None
     judge: tuple[str, ...] = ()
@@ -272,6 +276,7 @@ def check(config: Config) -> None:
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
     runs.check_at_least(config, 0, "kl_tail")
     runs.check_prices(config, "search_prices")
+    runs.check_prices(config, "search_dense_bits")
     runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)

@@ -105,6 +105,19 @@ def test_every_dictionary_is_scored_with_codes_that_are_searched_for(
     assert json.loads((tmp_path / "compare.json").read_text())["runs"] == result["runs"]
 
 
+def test_fewer_features_are_dense_where_their_ones_cost_more(arguments, tmp_path):
+    options = [*arguments[:-1], str(tmp_path), "--methods", "bae", "--search-prices", "1e-2"]
+    found = []
+    for dense_bits in ("0", "40"):
+        assert main([*options, "--search-dense-bits", dense_bits]) == 0
+        (run,) = json.loads((tmp_path / "compare.json").read_text())["runs"]
+        found.append(run)
+    assert found[0]["settings"] == found[1]["settings"]  # nothing was trained again
+    free, dear = (run["scores"]["search"]["points"][0] for run in found)
+    assert dear["dense_share"] < free["dense_share"]
+    assert dear["fitted_dense_share"] < free["fitted_dense_share"]
+
+
 def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch, capsys):
     out = folder_of(arguments, "--out")
     if not (out / "compare.json").is_file():
@@ -184,6 +197,9 @@ def test_bits_under_one_coder_stand_in_every_run(arguments):
             assert found["fvu"] == pytest.approx(run["heldout"]["fvu"], rel=1e-5)
             length = description_length(model.active(held), "tree", fitted_to=model.active(train))
             assert found["tree"] == pytest.approx(length.bits)
+            density = model.active(train).density()
+            assert found["fitted_dead_share"] == (density == 0).double().mean()
+            assert found["fitted_dense_share"] == (density > 0.1).double().mean() > 0
         if run["method"] == "topk":
             assert found["value_bits"] in description.VALUE_BITS
             five = found["fvu_by_value_bits"]["5"]

@@ -43,18 +43,20 @@ def searched(dtype=torch.float64, bit_price=0.02, n_bits=1, **options):
 
 
 def objective(model, x, bits):
-    """What the search lowers, of dense bits ``[n, K]``, as the module's text has it."""
+    """What the search lowers, of dense bits ``[n, K]``, as the module's text has it, with
+    ``dense_bits`` for each doubling of a share beyond 1/16."""
     code = BinaryCode.from_dense(bits, n_bits=model.n_bits)
     error = (model.normalize(x) - model.normalize(model.decode(code))).square().mean(1)
     share = model.density.double()
-    cost = torch.where(bits, -share.log2(), -(1 - share).log2()).sum(1)
+    dense = model.dense_bits * (16 * share).log2().clamp_min(0)
+    cost = torch.where(bits, dense - share.log2(), -(1 - share).log2()).sum(1)
     return error.double() + model.bit_price * cost
 
 
 @pytest.mark.parametrize("n_bits", [1, 3])
-@pytest.mark.parametrize("bit_price", [0.0, 0.02, 0.5])
-def test_no_flip_of_a_single_bit_improves_a_searched_code(n_bits, bit_price):
-    model, x = searched(n_bits=n_bits, bit_price=bit_price), rows()
+@pytest.mark.parametrize(("bit_price", "dense_bits"), [(0.0, 9), (0.02, 0), (0.02, 9), (0.5, 0)])
+def test_no_flip_of_a_single_bit_improves_a_searched_code(n_bits, bit_price, dense_bits):
+    model, x = searched(n_bits=n_bits, bit_price=bit_price, dense_bits=dense_bits), rows()
     bits = model.encode(x).to_dense(torch.bool)
     found = objective(model, x, bits)
     first = objective(model, x, BinaryAutoencoder.encode(model, x).to_dense(torch.bool))
@@ -65,6 +67,18 @@ def test_no_flip_of_a_single_bit_improves_a_searched_code(n_bits, bit_price):
         other = bits.clone()
         other[:, column] ^= True
         assert (objective(model, x, other) >= found - 2 * least - 1e-12).all(), column
+
+
+def test_ones_that_cost_more_beyond_a_share_leave_fewer_dense_features():
+    def densities(dense_bits):
+        torch.manual_seed(0)
+        model = searched(bit_price=0.05, dense_bits=dense_bits)
+        return model.encode(rows(2000)).density()
+
+    free, dear = densities(0.0), densities(12.0)
+    assert (free > 0.15).sum() >= 8
+    assert (dear > 0.15).sum() <= (free > 0.15).sum() // 2
+    assert dear.max() < free.max() - 0.2
 
 
 def test_each_flip_is_the_one_that_gains_most():
@@ -221,10 +235,10 @@ def test_a_module_that_searches_is_as_the_one_it_is_made_of():
     bae = trained(n_bits=2, preset="paper", covariance=False, **options)
     bae.fit_normalization_(rows(300), metric=torch.linspace(0.5, 2, D))
     bae.impl, bae.check_finite = "torch", True
-    model = SearchedAutoencoder.of(bae, rows(), bit_price=0.1, max_flips=7)
+    model = SearchedAutoencoder.of(bae, rows(), bit_price=0.1, dense_bits=3, max_flips=7)
     assert model.config == bae.config
     assert (model.impl, model.check_finite, model.training) == ("torch", True, False)
-    assert (model.bit_price, model.max_flips) == (0.1, 7)
+    assert (model.bit_price, model.dense_bits, model.max_flips) == (0.1, 3.0, 7)
     state = model.state_dict()
     assert state.keys() - bae.state_dict().keys() == {"density"}
     for name, tensor in bae.state_dict().items():
@@ -380,12 +394,23 @@ def test_it_encodes_in_inference_mode_and_trains_after_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_is_saved_and_loaded_whole(tmp_path, dtype):
-    model, x = searched(dtype, bit_price=0.01, max_flips=9), rows(dtype=dtype)
+    model, x = searched(dtype, bit_price=0.01, dense_bits=8, max_flips=9), rows(dtype=dtype)
     model.save_pretrained(tmp_path)
     for found in (load_autoencoder(tmp_path), SearchedAutoencoder.from_pretrained(tmp_path)):
         assert type(found) is SearchedAutoencoder
-        assert (found.bit_price, found.max_flips) == (0.01, 9)
+        assert (found.bit_price, found.dense_bits, found.max_flips) == (0.01, 8.0, 9)
         assert found.encode(x).equal(model.encode(x))
+
+
+def test_a_file_without_a_price_of_dense_features_is_of_before_there_was_one(tmp_path):
+    model = searched(max_flips=9)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "cfg.json").read_text())
+    assert values.pop("dense_bits") == 0
+    (tmp_path / "cfg.json").write_text(json.dumps(values))
+    found, x = load_autoencoder(tmp_path), rows()
+    assert found.dense_bits == 0
+    assert found.encode(x).equal(model.encode(x))
 
 
 @pytest.mark.parametrize(
@@ -394,6 +419,7 @@ def test_it_is_saved_and_loaded_whole(tmp_path, dtype):
         ("bit_price", None, "lacks 'bit_price'"),
         ("max_flips", None, "lacks 'max_flips'"),
         ("bit_price", "1", "bit_price must be a number >= 0; got '1'"),
+        ("dense_bits", -1, "dense_bits must be a number >= 0; got -1"),
         ("max_flips", 1.5, "max_flips must be an int >= 0; got 1.5"),
     ],
 )
@@ -463,6 +489,8 @@ def test_bad_arguments_are_refused():
     for price in (-1, float("nan"), float("inf"), True, "1"):
         with pytest.raises(ValueError, match="bit_price must be a number >= 0"):
             SearchedAutoencoder.of(bae, rows(), bit_price=price)
+        with pytest.raises(ValueError, match="dense_bits must be a number >= 0"):
+            SearchedAutoencoder.of(bae, rows(), dense_bits=price)
     for flips in (-1, 1.5, True):
         with pytest.raises(ValueError, match="max_flips must be an int >= 0"):
             SearchedAutoencoder.of(bae, rows(), max_flips=flips)

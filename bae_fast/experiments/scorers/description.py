@@ -121,12 +121,17 @@ def describe(model: Autoencoder, train: Tensor, precision: Precision) -> dict[st
     Returns:
         ``columns`` and ``tree``, bits a row; of each the part that says which features are on
         (``_support``) and what the coder itself takes, once (``_model_bits``); ``value_bits``, the
-        ``fvu`` at them, the FVU at all that were tried, and ``l0``.
+        ``fvu`` at them, the FVU at all that were tried, and ``l0``; and of the training rows, of
+        which there are more, the shares of features that are never on in them
+        (``fitted_dead_share``) and on in more than a tenth (``fitted_dense_share``).
     """
     fitted_to = BinaryCode.cat(as_code(model.encode(block)) for block in model.blocks(train))
     l0, best, fvu = precision.l0, precision.bits, precision.fvu
     found: dict[str, Any] = {"l0": l0, "value_bits": best, "fvu": fvu[best]}
     found["fvu_by_value_bits"] = {str(bits): value for bits, value in fvu.items()}
+    density = fitted_to.density()
+    found["fitted_dead_share"] = float((density == 0).double().mean())
+    found["fitted_dense_share"] = float((density > 0.1).double().mean())
     for coder in CODERS:
         length = description_length(precision.code, coder, fitted_to=fitted_to)
         found[coder] = length.bits + best * l0

@@ -60,6 +60,8 @@ def make(context: Context) -> list[Scorer]:
     ]
     tokens = config.substitution_tokens and context.windows(config.substitution_tokens).numel()
     settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": SEARCHED_ROWS}
+    if config.search_dense_bits:
+        settings["dense_bits"] = config.search_dense_bits
     lost = {"value_bits": list(MEASURED), "tokens": tokens}
     coded = Scorer("search", settings | lost, score, columns)
     return [coded, *_of_features(context, settings, made)]
@@ -111,7 +113,12 @@ def searched(
         return [
             (
                 {"bit_price": price},
-                fit_search_(SearchedAutoencoder.of(model, rows, bit_price=price), rows),
+                fit_search_(
+                    SearchedAutoencoder.of(
+                        model, rows, bit_price=price, dense_bits=context.config.search_dense_bits
+                    ),
+                    rows,
+                ),
             )
             for price in context.config.search_prices
         ]
