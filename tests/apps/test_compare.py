@@ -20,7 +20,7 @@ from bae_fast.experiments import compare, methods, runs, scorers
 from bae_fast.experiments.scorers import description, intruder, probing
 from bae_fast.files import write_json
 from bae_fast.interpret.intruder import intruder_scores
-from bae_fast.lm import ActivationCache, load_language_model
+from bae_fast.lm import ActivationCache, gradients, load_language_model
 from bae_fast.report import compare as report
 
 pytest.importorskip("transformers")
@@ -199,7 +199,7 @@ def test_bits_under_one_coder_stand_in_every_run(arguments):
             assert found["tree"] == pytest.approx(length.bits)
             density = model.active(train).density()
             assert found["fitted_dead_share"] == (density == 0).double().mean()
-            assert found["fitted_dense_share"] == (density > 0.1).double().mean() > 0
+            assert found["fitted_dense_share"] == (density > 0.1).double().mean()
         if run["method"] == "topk":
             assert found["value_bits"] in description.VALUE_BITS
             five = found["fvu_by_value_bits"]["5"]
@@ -300,6 +300,9 @@ def test_a_description_encodes_every_row_once(monkeypatch):
     torch.manual_seed(0)
     rows = torch.randn(700, 8)
     bae = bf.BinaryAutoencoder(8, 32, preset="sparse").fit_normalization_(rows).eval()
+    bae.init_density_(rows, 0.05)
+    with torch.no_grad():
+        bae.b_enc[:3] = torch.tensor([-1e9, -1e9, 1e9])
     encoded = []
 
     def encode(self, x, whole=bf.BinaryAutoencoder.encode):
@@ -314,6 +317,8 @@ def test_a_description_encodes_every_row_once(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(precision.code.to_dense(), bae.encode(held).to_dense())
     assert found["l0"] == pytest.approx(float(bae.encode(held).to_dense().sum(1).double().mean()))
+    assert found["fitted_dead_share"] == 2 / 32
+    assert found["fitted_dense_share"] == 1 / 32
 
 
 @pytest.mark.parametrize("metric", ["std^0.5", "sensitivity", "fisher"])
@@ -336,6 +341,34 @@ def test_a_metric_is_given_to_every_method_and_names_the_run(
         ratio = models[0].x_metric / rows.std(0).sqrt()
         assert float(ratio.std() / ratio.mean()) < 1e-2
     assert f"unit {metric}" in (tmp_path / "compare.md").read_text()
+
+
+def test_gradients_are_taken_once_of_a_harvest(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("bae_fast.experiments.metric._TOKENS", 768)
+    taken = []
+    whole = gradients.fisher
+    monkeypatch.setattr(gradients, "fisher", lambda *a, **k: taken.append(1) or whole(*a, **k))
+    change = ["--methods", "topk", "--metric", "fisher", "--no-description"]
+
+    def metric_of(name):
+        more = ["--substitution-tokens", "0", "--out", str(tmp_path / name)]
+        assert main([*arguments, *change, *more]) == 0
+        (run,) = json.loads((tmp_path / name / "compare.json").read_text())["runs"]
+        return load_autoencoder(tmp_path / name / run["model"]).x_metric
+
+    harvest = next(folder_of(arguments, "--cache").glob("*layers.0-[0-9a-f]*"))
+    before = set(harvest.iterdir())
+    first = metric_of("first")
+    (kept,) = set(harvest.iterdir()) - before
+    assert torch.equal(metric_of("second"), first)
+    assert len(taken) == 1
+    data = bytearray(kept.read_bytes())
+    data[-3] ^= 4
+    kept.write_bytes(data)  # a changed bit is found, and they are taken again
+    assert torch.equal(metric_of("third"), first)
+    assert len(taken) == 2
+    monkeypatch.setattr("bae_fast.experiments.metric._TOKENS", 512)  # nor are others taken for them
+    assert not torch.equal(metric_of("fourth"), first)
 
 
 def test_weights_of_the_binary_autoencoder_are_varied_as_k_is(arguments, tmp_path):
