@@ -226,6 +226,7 @@ EXPERIMENTS: dict[str, Callable[[Path], str]] = {
     "equal-bits-searched": rates.searched,
     "equal-bits-repeats": rates.repeats,
     "equal-bits-fisher": rates.fisher,
+    "dense-features": rates.dense,
     "searched-features": rates.features,
     "equal-bits-small": rates.equal_bits_small,
     "compress": _first_table_of("compress/compress"),

@@ -40,9 +40,14 @@ REPEATS: dict[str, tuple[str, ...]] = {
 REPEATS_BITS = (180, 200, 220)
 # the same text with errors in the language model's own metric, a matrix
 FISHER: dict[str, tuple[str, ...]] = {
+    "SmolLM2, block 12": ("fisher_smollm",),
     "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_low", "fisher_gemma_rivals"),
 }
 FISHER_BITS = (140, 160, 180, 200)
+# searches of one model, without and with ones of dense features made dearer
+DENSE: dict[str, tuple[str, ...]] = {
+    "Gemma 3 270M, block 10": ("fisher_gemma_low", "fisher_gemma_dense"),
+}
 # the runs whose features were probed, and put to the intruder test
 FEATURES = "mixed_searched"
 
@@ -156,6 +161,38 @@ def repeats(results: Path) -> str:
 def fisher(results: Path) -> str:
     """The same in the language model's own metric."""
     return _searched(results, FISHER, FISHER_BITS, every=True)
+
+
+def dense(results: Path) -> str:
+    """How many features are on in many rows or in none, at each price of searches: a line each."""
+    body = []
+    for label, folders in DENSE.items():
+        found = (read_json(results / folder / "compare.json") for folder in folders)
+        points = [
+            point
+            for result in found
+            for run in result["runs"]
+            if run["method"] == "bae"
+            for point in run["scores"]["search"]["points"]
+        ]
+        for point in sorted(points, key=lambda point: (point.get("dense_bits", 0), -point["tree"])):
+            shares = ("dense_share", "dead_share", "fitted_dead_share")
+            cells = [f"{point[name]:.1%}" if name in point else "" for name in shares]
+            lost = [f"{point[name]:.3f}" for name in ("fvu", "kl_bits")]
+            body.append(
+                [label, f"{point.get('dense_bits', 0):g}", f"{point['tree']:.0f}", *lost, *cells]
+            )
+    header = [
+        "model",
+        "`dense_bits`",
+        "bits, tree",
+        "FVU",
+        "KL",
+        "on in over a tenth of the rows",
+        "never on, held-out rows",
+        "never on, rows of the fit",
+    ]
+    return "\n".join(tables.table(header, body))
 
 
 def _searched(

@@ -584,6 +584,24 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
     assert rates.fisher(tmp_path) == rates.repeats(tmp_path)
 
 
+def test_dense_and_dead_features_have_a_line_for_each_price(tmp_path, monkeypatch):
+    def result(*points):
+        run = {"method": "bae", "scores": {"search": {"points": points}}}
+        rival = {"method": "topk", "scores": {"search": {"points": [{}]}}}
+        return {"runs": [run, rival]}
+
+    point = {"tree": 150.4, "fvu": 0.2, "kl_bits": 0.5, "dense_share": 0.03, "dead_share": 0.04}
+    write_json(tmp_path / "free" / "compare.json", result(point))
+    new = point | {"dense_bits": 12, "fitted_dead_share": 0.001, "dense_share": 0.02}
+    write_json(tmp_path / "dear" / "compare.json", result(new, new | {"tree": 200.0}))
+    monkeypatch.setattr(rates, "DENSE", {"a model": ("dear", "free")})
+    assert rates.dense(tmp_path).splitlines()[2:] == [
+        "| a model | 0 | 150 | 0.200 | 0.500 | 3.0% | 4.0% |  |",
+        "| a model | 12 | 200 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
+        "| a model | 12 | 150 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
+    ]
+
+
 def test_features_of_each_code_have_a_line(tmp_path):
     def probes(first):
         return {"probe_1": first, "probe_2": first + 0.1, "probe_5": first + 0.2}

@@ -653,6 +653,11 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
         (["--encoder", "nowhere"], "--encoder must be the folder of a sentence encoder"),
         (["--metric", "var"], "--metric must be none or one of std, robust, sensitivity, fisher"),
         (["--k", "0"], "--k must be at least 1; got [0]"),
+        (["--search-dense-bits", "9"], "--search-dense-bits must be left out where nothing is"),
+        (
+            ["--search-prices", "1", "--search-dense-bits", "-1"],
+            "--search-dense-bits must be finite and at least 0; got -1",
+        ),
         (["--kl-tail", "-1"], "--kl-tail must be at least 0; got [-1]"),
         (
             ["--bank-batches", "4"],

@@ -109,18 +109,13 @@ def searched(
     """
     if getattr(model, "is_transcoder", False):
         return []
+    config = context.config
     if method in ("bae", "bae_paper"):
+        dearer = {"dense_bits": config.search_dense_bits} if config.search_dense_bits else {}
+        prices = [{"bit_price": price} | dearer for price in config.search_prices]
         return [
-            (
-                {"bit_price": price},
-                fit_search_(
-                    SearchedAutoencoder.of(
-                        model, rows, bit_price=price, dense_bits=context.config.search_dense_bits
-                    ),
-                    rows,
-                ),
-            )
-            for price in context.config.search_prices
+            (price, fit_search_(SearchedAutoencoder.of(model, rows, **price), rows))
+            for price in prices
         ]
     if k is None or not isinstance(model, SparseAutoencoder) or model.is_binary:
         return []
