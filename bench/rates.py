@@ -46,7 +46,7 @@ FISHER: dict[str, tuple[str, ...]] = {
 FISHER_BITS = (140, 160, 180, 200)
 # searches of one model, without and with ones of dense features made dearer
 DENSE: dict[str, tuple[str, ...]] = {
-    "Gemma 3 270M, block 10": ("fisher_gemma_low", "fisher_gemma_dense"),
+    "Gemma 3 270M, block 10": ("fisher_gemma_low", "fisher_gemma", "fisher_gemma_dense"),
 }
 # the runs whose features were probed, and put to the intruder test
 FEATURES = "mixed_searched"
