@@ -200,7 +200,7 @@ def write_card(
     ]
     sizes = {
         key: values[key]
-        for key in ("d_in", "d_sae", "d_out", "n_bits", "k", "bit_price")
+        for key in ("d_in", "d_sae", "d_out", "n_bits", "k", "bit_price", "dense_bits")
         if key in values
     }
     lines = [

@@ -123,6 +123,18 @@ def test_codes_that_are_searched_for_are_compressed_and_read_with_their_model(
     assert "searched for, at 0.001 a bit" in capsys.readouterr().out  # as the model does
     assert decompress(tmp_path / "again" / "codes.bae").equal(model.encode(rows))
     assert found[1] < found[1000]
+    fewer = ["--states", str(own / "rows.npy"), "--load", str(own / "bae"), "--device", "cpu"]
+    fewer += ["--bit-price", "1e-3", "--dense-bits", "40", "--out", str(tmp_path / "fewer")]
+    assert main(["compress", *fewer]) == 0
+    free, dear = (
+        bf.BinaryAutoencoder.from_pretrained(tmp_path / n / "model") for n in ("", "fewer")
+    )
+    assert (free.dense_bits, dear.dense_bits) == (0, 40)
+    assert dear.encode(rows).density().max() < free.encode(rows).density().max()
+    capsys.readouterr()
+    alone = ["--dense-bits", "40", "--out", str(tmp_path / "alone")]
+    assert main(["compress", *again, *alone]) == 1
+    assert "--dense-bits must be left out where nothing is searched" in capsys.readouterr().err
     for price in ("-1", ".nan", ".inf"):
         assert main(["compress", *options, "--bit-price", price]) == 1
         said = f"--bit-price must be finite and at least 0; got {price.strip('.')}"

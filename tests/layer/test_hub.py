@@ -143,10 +143,10 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path):
     assert card.data.license is None  # nobody named one
     hub.write_card(path, "user/name", values, license="mit")
     assert ModelCard.load(path).data.license == "mit"
-    values = SearchedAutoencoder(6, 40, bit_price=0.01).config_values()
+    values = SearchedAutoencoder(6, 40, bit_price=0.01, dense_bits=9).config_values()
     card = ModelCard.load(hub.write_card(path, "user/name", values))
     assert "`searched_binary_autoencoder`: d_in = 6, " in card.text
-    assert "bit_price = 0.01." in card.text
+    assert "bit_price = 0.01, dense_bits = 9.0." in card.text
     assert "searched_binary_autoencoder" in card.data.tags
 
 
