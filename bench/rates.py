@@ -36,8 +36,9 @@ REPEATS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
     "SmolLM2, block 6": ("mixed_block6", "mixed_block6_rivals"),
     "Gemma 3 270M, block 10": ("mixed_gemma", "mixed_gemma_rivals"),
+    "Qwen2.5-Coder 1.5B, block 14": ("mixed_qwen", "mixed_qwen_rivals"),
 }
-REPEATS_BITS = (180, 200, 220)
+REPEATS_BITS = (180, 200, 220, 230)
 # the same text with errors in the language model's own metric, a matrix
 FISHER: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("fisher_smollm",),
