@@ -276,13 +276,7 @@ def check(config: Config) -> None:
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
     runs.check_at_least(config, 0, "kl_tail")
     runs.check_prices(config, "search_prices")
-    runs.check_prices(config, "search_dense_bits")
-    if config.search_dense_bits and not config.search_prices:
-        raise runs.ConfigError(
-            "search_dense_bits",
-            f"must be left out where nothing is searched; got {config.search_dense_bits:g} "
-            "without search_prices",
-        )
+    runs.check_dense_bits(config, "search_dense_bits", "search_prices")
     runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)

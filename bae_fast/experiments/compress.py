@@ -152,13 +152,7 @@ def _checked(config: Config) -> TrainingConfig:
     runs.check_at_least(config, 1, "block_rows")
     if config.bit_price is not None:
         runs.check_prices(config, "bit_price")
-    runs.check_prices(config, "dense_bits")
-    if config.dense_bits and config.bit_price is None:
-        raise runs.ConfigError(
-            "dense_bits",
-            f"must be left out where nothing is searched; got {config.dense_bits:g} without "
-            "bit_price",
-        )
+    runs.check_dense_bits(config, "dense_bits", "bit_price")
     return check(config)
 
 

@@ -98,6 +98,17 @@ def check_prices(config: Any, name: str) -> None:
             raise ConfigError(name, f"must be finite and at least 0; got {price:g}")
 
 
+def check_dense_bits(config: Any, name: str, price: str) -> None:
+    """Raise ConfigError where the bits that ones of dense features cost more in a search are no
+    price, or the field of its prices asks for no search."""
+    check_prices(config, name)
+    value = getattr(config, name)
+    if value and getattr(config, price) in (None, ()):
+        raise ConfigError(
+            name, f"must be left out where nothing is searched; got {value:g} without {price}"
+        )
+
+
 def check_one_of(name: str, value: Any, allowed: Any) -> None:
     """Raise ConfigError where a field's value, or one of a tuple of values, is unknown."""
     for one in value if isinstance(value, (list, tuple)) else (value,):

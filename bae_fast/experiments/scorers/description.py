@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.description import CODERS, description_length
+from bae_fast.analysis.evaluation import activity
 from bae_fast.analysis.metrics import (
     FVUAccumulator,
     covariance_eigenvalues,
@@ -129,9 +130,8 @@ def describe(model: Autoencoder, train: Tensor, precision: Precision) -> dict[st
     l0, best, fvu = precision.l0, precision.bits, precision.fvu
     found: dict[str, Any] = {"l0": l0, "value_bits": best, "fvu": fvu[best]}
     found["fvu_by_value_bits"] = {str(bits): value for bits, value in fvu.items()}
-    density = fitted_to.density()
-    found["fitted_dead_share"] = float((density == 0).double().mean())
-    found["fitted_dense_share"] = float((density > 0.1).double().mean())
+    active = activity(fitted_to)
+    found |= {f"fitted_{share}": active[share] for share in ("dead_share", "dense_share")}
     for coder in CODERS:
         length = description_length(precision.code, coder, fitted_to=fitted_to)
         found[coder] = length.bits + best * l0

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bae_fast.analysis.evaluation import activity
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines import PursuedAutoencoder, SparseAutoencoder
 from bae_fast.experiments.scorers import Column, Context, Scorer, intruder, probing
@@ -44,9 +45,8 @@ def make(context: Context) -> list[Scorer]:
         for settings, found_by in made(model, method, k):
             precision = value_precision(found_by, fitted_to, held, target)
             found = settings | describe(found_by, fitted_to, precision)
-            density = precision.code.density()
-            found["dead_share"] = float((density == 0).double().mean())
-            found["dense_share"] = float((density > 0.1).double().mean())
+            active = activity(precision.code)
+            found |= {share: active[share] for share in ("dead_share", "dense_share")}
             if config.substitution_tokens > 0:
                 found |= losses(context, found_by, method, precision)
             points.append(found)
