@@ -37,9 +37,38 @@ def test_labels_are_what_their_names_say():
     assert marked("capital") == ["The", "End"]
     assert marked("digit") == [" 3.14", " 1"]
     assert marked("punctuation") == [".", " =", ">>>", '("', '")', ' "', '"']
+    assert marked("inside a word") == []
     assert marked("quoted") == ["hello", "said", " he"]
     assert marked("line start") == ["The", "   x", ">>>", "End"]
     assert marked("code") == ["  ", "   x", " =", " 1", ">>>", " print", '("', "hello", '")']
+
+
+def test_words_of_a_class_are_whole_words():
+    texts = [
+        "In", " the", " the", "atre", " with", "out", "\n", "to", "day", "'", "s", " THAT", " is",
+        "_", "by", "<pad>", "and", " ", "or", ".", "In",
+    ]  # fmt: skip
+
+    class Reads(Tokenizer):
+        all_special_ids = (texts.index("<pad>"),)
+
+        def decode(self, ids, **_options):
+            return "".join(texts[i] for i in ids)
+
+        def convert_ids_to_tokens(self, token):
+            return texts[token]
+
+    found = token_labels(Reads(), torch.arange(len(texts)).view(3, 7))
+
+    def places(name):
+        return found[name].flatten().nonzero().flatten().tolist()
+
+    assert places("inside a word") == [3, 5, 8]
+    assert places("determiner") == [1, 11]
+    assert places("preposition") == [0, 14, 20]
+    assert places("conjunction") == [11, 16, 18]
+    assert places("auxiliary") == [12]
+    assert places("pronoun") == []
 
 
 class Given(Autoencoder):
