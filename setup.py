@@ -73,6 +73,7 @@ SOURCES = [
     "products",
     "backward",
     "sparse_backward",
+    "losses",
     "gradients",
     *KERNELS,
 ]

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from bae_fast import functional
 from bae_fast.arguments import all_finite
@@ -425,21 +424,16 @@ class BinaryAutoencoder(Autoencoder):
             raise ValueError(
                 f"target must have shape {list(out.recon.shape)}; got {list(target.shape)}"
             )
-        wide = torch.promote_types(out.recon.dtype, torch.float32)
-        recon, target = out.recon.to(wide), target.to(wide)
+        recon, mask, unit = out.recon, out.code.row_mask, self.target_unit
         n: int | Tensor = recon.numel()
-        mask = out.code.row_mask
         if mask is not None:
-            # before the square: the gradient of a dropped row that holds NaN must be zero
-            recon = torch.where(mask[..., None], recon, 0)
-            target = torch.where(mask[..., None], target, 0)
             n = mask.sum().clamp_min(1) * recon.shape[-1]
         if total is not None:
             n = total * recon.shape[-1]
-        # one pass each way, where the square of a difference takes two and three
-        squares = mse_loss(
-            self.in_target_units(recon), self.in_target_units(target), reduction="sum"
-        )
+        if unit is None:
+            wide = torch.promote_types(recon.dtype, torch.float32)
+            recon, target = (self.in_target_units(rows.to(wide)) for rows in (recon, target))
+        squares = functional.squared_error(recon, target, unit, mask=mask, impl=self.impl)
         # out.variance is zero: it carries the curvature of the squares to the bits
         return (squares if out.variance is None else squares + out.variance) / n
 

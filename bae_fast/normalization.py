@@ -126,6 +126,19 @@ class Normalized(nn.Module):
         """Differences of targets ``[..., d_out]`` in the units that errors are measured in."""
         return self._divided(rows, "y" if self.is_transcoder else "x")
 
+    @property
+    def target_unit(self) -> Tensor | None:
+        """``[d_out]``, what :meth:`in_target_units` multiplies each dimension by; None where that
+        is the product with a matrix."""
+        scale, metric, _ = (
+            getattr(self, f"{'y' if self.is_transcoder else 'x'}_{n}") for n in _UNITS
+        )
+        if metric is not None and metric.dim() == 2:
+            return None
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        unit: Tensor = (scale if metric is None else scale * metric).reciprocal()
+        return unit.expand(self.target_mean.shape)
+
     def in_raw_units(self, rows: Tensor) -> Tensor:
         """Differences of normalised targets, as decoder directions ``[..., d_out]``, in raw units:
         :meth:`denormalize` without the mean."""

@@ -22,6 +22,7 @@ from torch.nn.functional import embedding_bag, mse_loss
 
 from bae_fast import binary_autoencoder
 from bae_fast.devices import has_bfloat16
+from bae_fast.functional import squared_error
 from bae_fast.ops import registry
 from bae_fast.packing import n_words, unpack_rows
 from bae_fast.training import PRESETS, CodeBank
@@ -107,12 +108,12 @@ def recipe_step(
                 rows, *parameters, surrogate="rectangle", surrogate_width=width, past=past,
                 multilinear=True, impl=name.split()[0],
             )  # fmt: skip
-            loss = mse_loss(out.recon.float(), rows.float())
+            squares = squared_error(out.recon, rows, impl=name.split()[0])
         assert out.variance is not None
         terms = RECIPE.entropy_weight * out.entropy
         if past is not None:
             terms = terms * (1 + past.n_rows / len(x))
-        loss = loss + out.variance / x.numel() + terms
+        loss = (squares + out.variance) / x.numel() + terms
         bank.append(out.code)
         optimizer.zero_grad()
         loss.backward()

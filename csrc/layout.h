@@ -35,4 +35,13 @@ inline float number(uint16_t value) {
   return out;
 }
 
+// The same the other way: a bf16 number is the nearest, of two the even one.
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, uint16_t* to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  *to = static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
 }  // namespace bae_fast

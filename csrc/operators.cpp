@@ -43,6 +43,10 @@ void register_operators() {
   cpu.impl<&rows_to_features>("cpp_rows_to_features");
   cpu.impl<&bits_product>("cpp_bits_product");
   cpu.impl<&gather_rows>("cpp_gather_rows");
+  cpu.impl<&entropy>("cpp_entropy");
+  cpu.impl<&entropy_slopes>("cpp_entropy_slopes");
+  cpu.impl<&squared_error>("cpp_squared_error");
+  cpu.impl<&squared_error_gradient>("cpp_squared_error_gradient");
   cpu.impl<&unit_encode>("cpp_unit_encode");
   cpu.impl<&unit_product>("cpp_unit_product");
   cpu.impl<&unit_backward>("cpp_unit_backward");

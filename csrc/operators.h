@@ -44,7 +44,7 @@ bool unit_encode(Tensor x, Tensor W, Tensor bias, std::optional<Tensor> keep, do
                  int64_t digits, Tensor words, Tensor window);
 bool unit_product(Tensor left, Tensor right, int64_t digits, bool add, Tensor out);
 bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out);
-void gather_rows(Tensor bits, Tensor dense, bool add, Tensor out);
+void gather_rows(Tensor bits, Tensor dense, std::optional<Tensor> bias, Tensor out);
 
 // backward.cpp
 void backward(Tensor g, Tensor words, int64_t start, std::optional<Tensor> shift,
@@ -71,6 +71,13 @@ void sparse_backward(Tensor entries, Tensor words, std::optional<Tensor> grad_re
                      std::optional<Tensor> at_hand, Tensor counts, int64_t n_rows,
                      std::optional<Tensor> digits, double scale, Tensor x, Tensor W_enc,
                      Tensor grad_x, Tensor grad_W, Tensor column_sum);
+
+// losses.cpp
+Tensor entropy(Tensor counts, int64_t n_rows);
+void entropy_slopes(Tensor counts, int64_t n_rows, double scale, Tensor out);
+Tensor squared_error(Tensor recon, Tensor target, Tensor unit, std::optional<Tensor> keep);
+void squared_error_gradient(Tensor recon, Tensor target, Tensor unit, std::optional<Tensor> keep,
+                            double scale, Tensor out);
 
 // gradients.cpp
 Tensor new_gradient(int64_t rows, int64_t columns);

@@ -275,26 +275,35 @@ bool bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor out) 
   return finite;
 }
 
-// out (+)= bits dense, in fp32: each row of out is the sum of the listed rows of dense, fp32 or
-// bf16, which are read where they lie.
-void gather_rows(Tensor bits, Tensor dense, bool add, Tensor out) {
-  const int64_t words = bits.size(1), stride = row_stride(bits);
+// bits dense + bias, summed in fp32: each row of out is the sum of the listed rows of dense, fp32
+// or bf16, which are read where they lie. out is of fp32, or of bf16 numbers, which are rounded
+// once.
+void gather_rows(Tensor bits, Tensor dense, std::optional<Tensor> bias, Tensor out) {
+  const int64_t words = bits.size(1), stride = row_stride(bits), columns = out.size(1);
   const uint32_t* const from = data<uint32_t>(bits);
   ListedRows all{};
   all.half = dense.scalar_type() == ScalarType::BFloat16;
   all.dense = all.half ? static_cast<const void*>(data<uint16_t>(dense)) : data<float>(dense);
   all.dense_stride = row_stride(dense);
-  all.columns = out.size(1);
-  all.add = add;
-  float* const to = mutable_data<float>(out);
+  all.columns = columns;
+  const float* const first = data_or_null<float>(bias);
+  all.add = first != nullptr;
+  const bool narrow = out.scalar_type() == ScalarType::BFloat16;
+  void* const memory = out.data_ptr();
+  const int64_t out_stride = row_stride(out);
   parallel_for(0, out.size(0), 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> list(dense.size(0));
+    std::vector<float> wide(narrow ? columns : 0);
     ListedRows one = all;
     one.list = list.data();
     for (int64_t row = begin; row < end; ++row) {
       one.count = kernels().set_bits(from + row * stride, words, list.data());
-      one.out = to + row * row_stride(out);
+      one.out = narrow ? wide.data() : static_cast<float*>(memory) + row * out_stride;
+      if (first != nullptr) std::copy_n(first, columns, one.out);
       kernels().add_listed_rows(one);
+      if (!narrow) continue;
+      uint16_t* const rounded = static_cast<uint16_t*>(memory) + row * out_stride;
+      for (int64_t c = 0; c < columns; ++c) store(wide[c], rounded + c);
     }
   });
 }

@@ -6,9 +6,11 @@ of the ones of sparse codes, or nothing: then backward counts the pairs again). 
 backends keep a half-precision copy of W_dec as well.
 
 ``layer`` has the functions, ``outputs`` what they give, ``checks`` looks at their arguments, and
-``autograd`` has the Function, and a small one that decodes fixed bits.
+``autograd`` has the Function, and a small one that decodes fixed bits. ``error`` has the squared
+error of a reconstruction.
 """
 
+from bae_fast.functional.error import squared_error
 from bae_fast.functional.layer import (
     binary_autoencoder,
     compute_dtype,
@@ -26,4 +28,5 @@ __all__ = [
     "decode",
     "encode",
     "encode_rows",
+    "squared_error",
 ]

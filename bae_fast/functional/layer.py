@@ -104,7 +104,6 @@ def binary_autoencoder(
         BackendUnavailableError: an explicit ``impl`` cannot serve the call.
     """
     parameters = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    parameters = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     check_encoder(x, parameters, n_bits, mask, check_finite)
     n_columns = W_enc.shape[1]
     require("W_dec", W_dec, (n_columns // n_bits, "d_out"))

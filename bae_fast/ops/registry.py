@@ -89,6 +89,11 @@ class Extras:
         common_ones: (words int32 ``[G, a, m]``, others int32 ``[k, m]``, index int64 ``[G, c]``) ->
             ones that word i of a group and the others chosen for it have in common, float32
             ``[G, a, c]``, of fewer than 2^24 bits and k at most 2^16.
+        squared_error: (recon ``[n, d]``, target ``[n, d]``, unit float32 ``[d]``, keep bool ``[n]``
+            or None) -> sum of ((recon - target) unit)^2 over the rows kept, float64 ``[]``; recon
+            and target in float32 or bfloat16.
+        squared_error_gradient: (the same, scale) -> its gradient at recon times scale, in recon's
+            dtype.
         covariance_columns: (gradient at D ``[]``, words of the rows at hand, words, counts and
             number of the rows counted) -> a function (g ``[rows at hand, columns]``, first) that
             adds D's gradient at the bits of those columns, from a multiple of 32 on, to g. All
@@ -101,6 +106,10 @@ class Extras:
     grouped: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
     pair_counts: Callable[[Tensor, Tensor, int], Tensor] | None = None
     common_ones: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    squared_error: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    squared_error_gradient: (
+        Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] | None
+    ) = None
     covariance_columns: (
         Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Callable[[Tensor, int], None]] | None
     ) = None

@@ -17,8 +17,13 @@ def terms(
     entropy = entropy_bits(counts, n_rows).to(dtype)
     if numerator is None:
         return entropy, entropy.new_zeros(())
+    return entropy, covariance_of(numerator, n_rows).to(dtype)
+
+
+def covariance_of(numerator: Tensor, n_rows: Tensor) -> Tensor:
+    """D, float64 ``[]``."""
     total = n_rows.double()
-    return entropy, (numerator / (total * (total - 1))).to(dtype)
+    return numerator / (total * (total - 1))
 
 
 def slopes(counts: Tensor, n_rows: Tensor, grad_entropy: Tensor, dtype: torch.dtype) -> Tensor:

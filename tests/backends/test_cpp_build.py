@@ -230,7 +230,7 @@ RECORDED = {
     "rows_to_columns", "column_counts", "count_ones", "rows_to_features", "salient", "grouped",
     "search", "threshold", "covariance", "pair_lists", "list_rows", "listed_covariance",
     "pair_counts", "common_ones", "backward", "list_window", "sparse_backward", "bits_product",
-    "gather_rows",
+    "gather_rows", "entropy", "entropy_slopes", "squared_error", "squared_error_gradient",
 }  # fmt: skip
 
 

@@ -73,7 +73,14 @@ def everything(n, k, d):
         results.append(torch.ones(n, d))
         op("bits_product")(words, weight, gather, True, results[-1])
     results.append(torch.ones(n, d))
-    op("gather_rows")(words, weight, True, results[-1])
+    op("gather_rows")(words, weight, weight[0], results[-1])
+    results.append(op("entropy")(counts, n))
+    results.append(torch.ones(k))
+    op("entropy_slopes")(counts, n, 0.5, results[-1])
+    recon, unit = grad[:, :d].contiguous(), torch.ones(min(d, k))
+    results.append(op("squared_error")(recon, recon.flip(0), unit, None))
+    results.append(torch.ones_like(recon))
+    op("squared_error_gradient")(recon, recon.flip(0), unit, None, 0.5, results[-1])
     columns, signs = results[0], results[4]
     digits = pack_rows((counts >> torch.arange(n.bit_length())[:, None]) & 1)
     for dtype in (torch.float32, torch.float64):

@@ -183,11 +183,29 @@ def private_operators(n, k, d, pad):
             f"bits_product of features: {shape}, gather {gather}, add {add}",
             op("bits_product"), features, strided(dense, pad), gather, add, out,
         )  # fmt: skip
-    for dtype, add in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-        dense, out = torch.randn(k, d).to(dtype), torch.randn(n, d)
+    halves = (torch.float32, torch.bfloat16)
+    for dtype, bias in itertools.product(halves, (None, torch.randn(d))):
+        dense, out = torch.randn(k, d).to(dtype), torch.randn(n, d).to(dtype)
         check(
-            f"gather_rows {dtype}: {shape}, add {add}",
-            op("gather_rows"), words, strided(dense, pad), add, strided(out, pad),
+            f"gather_rows {dtype}: {shape}, bias {bias is not None}",
+            op("gather_rows"), words, strided(dense, pad), bias, strided(out, pad),
+        )  # fmt: skip
+
+    check(f"entropy: K {k}", op("entropy"), counts, n)
+    for dtype in (torch.float32, torch.float64):
+        check(
+            f"entropy_slopes {dtype}: K {k}",
+            op("entropy_slopes"), counts, n, 0.5, torch.zeros(k, dtype=dtype),
+        )  # fmt: skip
+    unit, kept = torch.rand(d) + 0.5, torch.rand(n) < 0.7
+    for ours, theirs, some in itertools.product(halves, halves, (None, kept)):
+        recon = strided(torch.randn(n, d).to(ours), pad)
+        target = strided(torch.randn(n, d).to(theirs), pad)
+        name = f"{ours} and {theirs}: N {n}, d {d}, rows {pad} apart, mask {some is not None}"
+        check(f"squared_error {name}", op("squared_error"), recon, target, unit, some)
+        check(
+            f"squared_error_gradient {name}", op("squared_error_gradient"),
+            recon, target, unit, some, 0.3, torch.zeros(n, d).to(ours),
         )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from bae_fast.backends.cpp import extension
 from bae_fast.ops import registry, schemas
 from bae_fast.ops.products import raw
-from bae_fast.ops.terms import slopes, terms
 
 
 def _bodies() -> dict[str, Callable[..., Any]]:
@@ -19,6 +18,7 @@ def _bodies() -> dict[str, Callable[..., Any]]:
     from bae_fast.backends.cpp.decode import decode, decoder_backward
     from bae_fast.backends.cpp.encode import encode
     from bae_fast.backends.cpp.encoder_backward import encoder_backward
+    from bae_fast.backends.cpp.losses import slopes, terms
 
     return {
         "encode": encode,
@@ -33,6 +33,7 @@ def _bodies() -> dict[str, Callable[..., Any]]:
 
 def _extras() -> registry.Extras:
     from bae_fast.backends.cpp.encoder_backward import covariance_columns
+    from bae_fast.backends.cpp.losses import squared_error, squared_error_gradient
     from bae_fast.backends.cpp.pair_counts import common_ones, pair_counts
     from bae_fast.backends.cpp.salient import column_counts, grouped, salient
     from bae_fast.backends.cpp.search import search
@@ -44,6 +45,8 @@ def _extras() -> registry.Extras:
         pair_counts=pair_counts,
         salient=salient,
         search=search,
+        squared_error=squared_error,
+        squared_error_gradient=squared_error_gradient,
         covariance_columns=covariance_columns,
     )
 

@@ -36,9 +36,9 @@ GATHER_BELOW_UNITS = 0.02
 
 # Ones in a row and 512 of depth up to which the rows are read where they lie: few of a copied block
 # would be used, and sums would be fetched again for every block. Measured at five shapes and three
-# instruction sets: up to 7 and more of numbers that the last cache holds, up to 1.5 and more of
+# instruction sets: up to 24 and more of numbers that the last cache holds, up to 1.5 and more of
 # others (uniform bits; the common features of a trained code are in a cache more often).
-IN_PLACE_UP_TO, IN_PLACE_UP_TO_OUTSIDE = 16, 2
+IN_PLACE_UP_TO, IN_PLACE_UP_TO_OUTSIDE = 24, 2
 BLOCK_DEPTH = 512
 LAST_CACHE = 2**24  # bytes
 
@@ -67,15 +67,18 @@ def _decode_bits(words: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype
     if torch.float64 in (dtype, W_dec.dtype):
         return None
     n, f = words.shape[0], W_dec.shape[0]
-    recon = b_dec.float().expand(n, -1).clone()
+    bias = b_dec.float().contiguous()
     units = dtype == torch.bfloat16 and has_matrix_units()
     ones = op("count_ones")(words)
     gather = _adds_rows(ones, n, f, units)
+    if gather and _in_place(ones, n, W_dec):
+        rounds = dtype == torch.bfloat16  # else it is float32, or rounded here
+        recon = torch.empty(n, len(bias), dtype=dtype if rounds else torch.float32)
+        op("gather_rows")(words, dense_rows(W_dec), bias, recon)
+        return recon.to(dtype)
+    recon = bias.expand(n, -1).clone()
     if units and not gather:
         op("unit_product")(words, operand(W_dec, 1), 1, True, recon)
-        return recon.to(dtype)
-    if gather and _in_place(ones, n, W_dec):
-        op("gather_rows")(words, dense_rows(W_dec), True, recon)
         return recon.to(dtype)
     # numbers of a half-precision parameter are widened a chunk at a time
     chunks = (
@@ -115,7 +118,7 @@ def _gradient_of_bits(
     if units and not gather:
         op("unit_product")(features, operand(grad_recon, 1), 1, False, grad_W)
     elif gather and _in_place(ones, n_columns, grad_recon):
-        op("gather_rows")(features, dense_rows(grad_recon), False, grad_W)
+        op("gather_rows")(features, dense_rows(grad_recon), None, grad_W)
     elif not op("bits_product")(features, dense_rows(grad_recon.float()), gather, False, grad_W):
         return None
     return grad_W.to(dtype)

@@ -75,8 +75,18 @@ _SCHEMAS = (
     # out = bits dense in fp32, added to what out holds with `add`; by adding rows with `gather`.
     # False, and nothing of use in out, where dense is not finite: only without `gather`, with AMX
     "cpp_bits_product(Tensor bits, Tensor dense, bool gather, bool add, Tensor(a!) out) -> bool",
-    # the same by adding rows of an fp32 or bf16 matrix where they lie, without copies in blocks
-    "cpp_gather_rows(Tensor bits, Tensor dense, bool add, Tensor(a!) out) -> ()",
+    # bits dense + bias by adding rows of an fp32 or bf16 matrix where they lie, without copies in
+    # blocks; summed in fp32, out is in fp32 or bf16
+    "cpp_gather_rows(Tensor bits, Tensor dense, Tensor? bias, Tensor(a!) out) -> ()",
+    # H in bits, float64 []; and its derivative at the bits of each column, times `scale`, in fp32
+    # or float64
+    "cpp_entropy(Tensor counts, int n_rows) -> Tensor",
+    "cpp_entropy_slopes(Tensor counts, int n_rows, float scale, Tensor(a!) out) -> ()",
+    # sum of ((recon - target) unit)^2, float64 [], over the rows that `keep` names; recon and
+    # target are [n, d] in fp32 or bf16, units fp32 [d]; and its gradient at recon, times `scale`
+    "cpp_squared_error(Tensor recon, Tensor target, Tensor unit, Tensor? keep) -> Tensor",
+    "cpp_squared_error_gradient(Tensor recon, Tensor target, Tensor unit, Tensor? keep,"
+    " float scale, Tensor(a!) out) -> ()",
     # dense products of the package's own, sums in fp32 -> 0: none; 1: of fp32 and bf16 numbers as
     # they are; 2: on matrix units, 3 digits for fp32, 1 for bf16 operands. False, and nothing of
     # use written, where an operand of 3 digits on matrix units is not below 2^127
