@@ -1,8 +1,8 @@
 // Sum of |V| and its signs, V_ij = N n_ij - n_i n_j.
 //
-// The upper triangle is taken by square tiles of kTile features; each thread takes the next tile
-// that nobody has. Sums of |V| are integers: their order does not matter. The signs of a tile are
-// written twice, as they are and transposed.
+// The upper triangle is taken by square tiles of kTile features, by turns. Sums of |V| are
+// integers: their order does not matter. The signs of a tile are written twice, as they are and
+// transposed.
 #include <utility>
 
 #include "operators.h"
@@ -63,49 +63,49 @@ std::tuple<Tensor, Tensor> covariance(Tensor words, Tensor counts, int64_t n_row
   for (int64_t i = 0; i < k; i += kTile) {
     for (int64_t j = i; j < k; j += kTile) tiles.emplace_back(i, j);
   }
-  std::atomic<int64_t> total{0}, next{0};
-  const int64_t threads = get_num_threads();
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> signs_of_tile(keep_signs ? 3 * kTile * kTileWords : 0);
-    uint32_t* const parts[2] = {signs_of_tile.data(), signs_of_tile.data() + kTile * kTileWords};
-    uint32_t* const mirror = signs_of_tile.data() + 2 * kTile * kTileWords;
-    Scratch scratch(kernels().covariance_scratch);
-    int64_t i_before = -1;
-    for (; begin < end; ++begin) {
-      for (int64_t t = next++; t < static_cast<int64_t>(tiles.size()); t = next++) {
-        const auto [i0, j0] = tiles[t];
-        const int64_t i1 = std::min(i0 + kTile, round_up(k, kStrip));
-        const int64_t j1 = std::min(j0 + kTile, round_up(k, kStrip));
-        CovarianceTile tile{};
-        tile.columns = data<uint32_t>(columns);
-        tile.stride = stride;
-        tile.words = columns.size(0);
-        tile.counts = ones.data();
-        tile.n_rows = n_rows;
-        tile.i0 = i0, tile.i1 = i1, tile.j0 = j0, tile.j1 = j1;
-        tile.above = keep_signs ? parts[0] : nullptr;
-        tile.below = keep_signs ? parts[1] : nullptr;
-        tile.planes_stride = kTileWords;
-        tile.scratch = scratch.get();
-        tile.same_rows = i0 == i_before;
-        tile.upper = i0 == j0;
-        i_before = i0;
-        const int64_t sum = kernels().covariance_tile(tile);
-        total += 2 * sum;
-        if (!keep_signs) continue;
-        const int64_t rows = std::min(i1, k) - i0, across = std::min(j1, k) - j0;
-        for (int p = 0; p < 2; ++p) {
-          if (i0 == j0) mirror_tile(parts[p], rows);
-          copy_signs(parts[p], rows, n_words(across), planes[p] + i0 * w + j0 / kWordBits, w);
-          if (i0 == j0) continue;
-          for (int64_t r = 0; r < rows; r += kWordBits) {
-            kernels().transpose(parts[p] + r * kTileWords, kTileWords,
-                                std::min(rows - r, kWordBits), across, mirror + r / kWordBits,
-                                kTileWords);
-          }
-          copy_signs(mirror, across, n_words(rows), planes[p] + j0 * w + i0 / kWordBits, w);
-        }
+  struct Memory {
+    std::vector<uint32_t> signs;
+    Scratch scratch;
+    int64_t i_before;
+  };
+  const auto make = [&] {
+    return Memory{std::vector<uint32_t>(keep_signs ? 3 * kTile * kTileWords : 0),
+                  Scratch(kernels().covariance_scratch), -1};
+  };
+  std::atomic<int64_t> total{0};
+  by_turns(static_cast<int64_t>(tiles.size()), make, [&](Memory& own, int64_t t) {
+    uint32_t* const parts[2] = {own.signs.data(), own.signs.data() + kTile * kTileWords};
+    uint32_t* const mirror = own.signs.data() + 2 * kTile * kTileWords;
+    const auto [i0, j0] = tiles[t];
+    const int64_t i1 = std::min(i0 + kTile, round_up(k, kStrip));
+    const int64_t j1 = std::min(j0 + kTile, round_up(k, kStrip));
+    CovarianceTile tile{};
+    tile.columns = data<uint32_t>(columns);
+    tile.stride = stride;
+    tile.words = columns.size(0);
+    tile.counts = ones.data();
+    tile.n_rows = n_rows;
+    tile.i0 = i0, tile.i1 = i1, tile.j0 = j0, tile.j1 = j1;
+    tile.above = keep_signs ? parts[0] : nullptr;
+    tile.below = keep_signs ? parts[1] : nullptr;
+    tile.planes_stride = kTileWords;
+    tile.scratch = own.scratch.get();
+    tile.same_rows = i0 == own.i_before;
+    tile.upper = i0 == j0;
+    own.i_before = i0;
+    const int64_t sum = kernels().covariance_tile(tile);
+    total += 2 * sum;
+    if (!keep_signs) return;
+    const int64_t rows = std::min(i1, k) - i0, across = std::min(j1, k) - j0;
+    for (int p = 0; p < 2; ++p) {
+      if (i0 == j0) mirror_tile(parts[p], rows);
+      copy_signs(parts[p], rows, n_words(across), planes[p] + i0 * w + j0 / kWordBits, w);
+      if (i0 == j0) continue;
+      for (int64_t r = 0; r < rows; r += kWordBits) {
+        kernels().transpose(parts[p] + r * kTileWords, kTileWords, std::min(rows - r, kWordBits),
+                            across, mirror + r / kWordBits, kTileWords);
       }
+      copy_signs(mirror, across, n_words(rows), planes[p] + j0 * w + i0 / kWordBits, w);
     }
   });
   *mutable_data<int64_t>(numerator) = total;

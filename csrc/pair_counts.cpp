@@ -40,20 +40,14 @@ struct PlacedOnes {
   }
 };
 
-// take(first, last) of groups of columns; each thread takes the next that nobody has.
+// take(first, last, counts) of groups of columns, with counts of a thread's own.
 template <typename Take>
 void by_groups(int64_t k, const Take& take) {
-  const int64_t groups = (k + kColumnsAtOnce - 1) / kColumnsAtOnce;
-  std::atomic<int64_t> next{0};
-  parallel_for(0, get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> counts;
-    for (; begin < end; ++begin) {
-      for (int64_t g = next++; g < groups; g = next++) {
-        const int64_t first = g * kColumnsAtOnce;
-        take(first, std::min(k, first + kColumnsAtOnce), counts);
-      }
-    }
-  });
+  by_turns((k + kColumnsAtOnce - 1) / kColumnsAtOnce, [] { return std::vector<int32_t>(); },
+           [&](std::vector<int32_t>& counts, int64_t g) {
+             const int64_t first = g * kColumnsAtOnce;
+             take(first, std::min(k, first + kColumnsAtOnce), counts);
+           });
 }
 
 void by_lists(const PlacedOnes& ones, int64_t k, float* out) {

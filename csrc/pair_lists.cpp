@@ -271,23 +271,24 @@ Tensor listed_covariance(Tensor ranks_tensor, Tensor lists_tensor, int64_t n_fea
     const auto [part, none] = covariance(words, dense_counts(ranks), n_rows, false);
     total += static_cast<uint64_t>(*data<int64_t>(part));
   }
+  struct Memory {
+    std::vector<int32_t> pairs, touched;
+    std::vector<Partner> partners;
+  };
+  const auto make = [&] {
+    Memory own{std::vector<int32_t>(ranks.active, 0), std::vector<int32_t>(ranks.active + 1),
+               std::vector<Partner>(ranks.active)};
+    for (int64_t j = 0; j < ranks.active; ++j) own.partners[j] = {-1, ranks.ones[j]};
+    return own;
+  };
   const int64_t groups = (ranks.active - ranks.dense + kRanksAtOnce - 1) / kRanksAtOnce;
-  const int64_t threads = get_num_threads();
   std::atomic<uint64_t> counted{0};
-  std::atomic<int64_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> pairs(ranks.active, 0), touched(ranks.active + 1);
-    std::vector<Partner> partners(ranks.active);
-    for (int64_t j = 0; j < ranks.active; ++j) partners[j] = {-1, ranks.ones[j]};
+  by_turns(groups, make, [&](Memory& own, int64_t g) {
+    const int64_t first = ranks.dense + g * kRanksAtOnce;
     uint64_t sum = 0;
-    for (; begin < end; ++begin) {
-      for (int64_t g = next++; g < groups; g = next++) {
-        const int64_t first = ranks.dense + g * kRanksAtOnce;
-        for (int64_t i = first; i < std::min(ranks.active, first + kRanksAtOnce); ++i) {
-          sum +=
-              pairs_before(ranks, lists, i, n_rows, pairs.data(), touched.data(), partners.data());
-        }
-      }
+    for (int64_t i = first; i < std::min(ranks.active, first + kRanksAtOnce); ++i) {
+      sum += pairs_before(ranks, lists, i, n_rows, own.pairs.data(), own.touched.data(),
+                          own.partners.data());
     }
     counted += sum;
   });

@@ -99,6 +99,19 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
+// work(own, g) for every g below `groups`, with what make() gives each thread as its own: a thread
+// takes the next group that nobody has, as some take longer than others.
+template <typename Make, typename Work>
+void by_turns(int64_t groups, const Make& make, const Work& work) {
+  std::atomic<int64_t> next{0};
+  parallel_for(0, get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    auto own = make();
+    for (; begin < end; ++begin) {
+      for (int64_t g = next++; g < groups; g = next++) work(own, g);
+    }
+  });
+}
+
 // The set bits of rows by their names, one row after the other, by blocks of rows.
 struct FoundBits {
   static constexpr int64_t kRows = 64;
