@@ -213,8 +213,9 @@ bool byte_encode(const UnitStrip& s, const EncodeStrip& e) {
   return encode_strips<ByQuads>(s, e, scratch, LineFiner(s, scratch));
 }
 
-// Of fewer rows, columns take longer to prepare than products become faster.
-constexpr int64_t kLeastScreened = 1024;
+// Of fewer rows, columns take longer to prepare than products become faster. Measured with trained
+// codes: at 512 rows 0.83 to 0.90 of the time of 16 bits, at 256 rows 0.8 to 1.3.
+constexpr int64_t kLeastScreened = 512;
 
 constexpr Screen kByteScreen = {
     kScreenRows,      kLeastScreened,     ByQuads::kJudged, kMostScreened, screen_columns_at_once,
