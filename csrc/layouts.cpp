@@ -12,6 +12,16 @@ int64_t padded_stride(int64_t columns) {
   return stride;
 }
 
+// Columns that are taken at once, and how many such spans a thread takes at least: those of a small
+// step are done sooner than a thread wakes.
+constexpr int64_t kSpan = 512, kWordsOfThread = 1 << 16;
+
+int64_t spans_of(int64_t columns) { return (columns + kSpan - 1) / kSpan; }
+
+int64_t spans_of_thread(int64_t rows) {
+  return 1 + kWordsOfThread / std::max<int64_t>(rows * (kSpan / kWordBits), 1);
+}
+
 void transpose_rows(const uint32_t* words, int64_t stride, int64_t n, int64_t columns,
                     uint32_t* out, int64_t out_stride) {
   parallel_for(0, n_words(n), 8, [&](int64_t begin, int64_t end) {
@@ -42,8 +52,7 @@ Tensor rows_to_features(Tensor words, int64_t n_columns) {
   Tensor out = new_empty(ScalarType::Int, n_columns, m);
   const uint32_t* in = data<uint32_t>(words);
   uint32_t* to = mutable_data<uint32_t>(out);
-  constexpr int64_t kSpan = 512;
-  parallel_for(0, (n_columns + kSpan - 1) / kSpan, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, spans_of(n_columns), spans_of_thread(n), [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kSpan; first < std::min(end * kSpan, n_columns); first += kSpan) {
       for (int64_t w = 0; w < m; ++w) {
         kernels().transpose(in + w * kWordBits * stride + first / kWordBits, stride,
@@ -61,9 +70,7 @@ Tensor column_counts(Tensor words, int64_t n_columns) {
   Tensor counts = new_zeros(ScalarType::Long, n_columns);
   const uint32_t* in = data<uint32_t>(words);
   int64_t* out = mutable_data<int64_t>(counts);
-  constexpr int64_t kSpan = 512;
-  const int64_t spans = (n_columns + kSpan - 1) / kSpan;
-  parallel_for(0, spans, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, spans_of(n_columns), spans_of_thread(n), [&](int64_t begin, int64_t end) {
     uint32_t columns[kSpan];
     for (int64_t span = begin; span < end; ++span) {
       const int64_t first = span * kSpan, used = std::min(n_columns - first, kSpan);
@@ -77,28 +84,20 @@ Tensor column_counts(Tensor words, int64_t n_columns) {
   return counts;
 }
 
-// Ones in all of the words. Counted by bytes, which every CPU can do on whole registers: the words
-// of a small step take less time than a thread takes to wake.
+// Ones in all of the words.
 int64_t count_ones(Tensor words) {
   const int64_t n = words.size(0), width = words.size(1), stride = row_stride(words);
   const uint32_t* in = data<uint32_t>(words);
-  constexpr int64_t kWordsOfThread = 1 << 17;
   std::atomic<int64_t> total{0};
   const int64_t grain = 1 + kWordsOfThread / std::max<int64_t>(width, 1);
   parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    int64_t sum = 0;
+    int64_t counts[kSpan] = {}, sum = 0;
     for (int64_t row = begin; row < end; ++row) {
-      uint32_t ones = 0;  // of fewer than 2^27 words
-      for (int64_t w = 0; w < width; ++w) {
-        uint32_t v = in[row * stride + w];
-        v -= v >> 1 & 0x55555555;
-        v = (v & 0x33333333) + (v >> 2 & 0x33333333);
-        v = (v + (v >> 4)) & 0x0f0f0f0f;
-        v += v >> 8;
-        ones += (v + (v >> 16)) & 0x3f;
+      for (int64_t w = 0; w < width; w += kSpan) {
+        kernels().column_counts(in + row * stride + w, 0, 1, std::min(width - w, kSpan), counts);
       }
-      sum += ones;
     }
+    for (const int64_t count : counts) sum += count;
     total += sum;
   });
   return total;
