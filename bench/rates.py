@@ -34,6 +34,7 @@ SEARCHED_BITS = (140, 165, 180, 200, 220)
 # what changes with the seed, the layer and the language model, on the same text
 REPEATS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
+    "SmolLM2, block 12, `dense_bits` 12": ("mixed_dense", "mixed_seeds_rivals"),
     "SmolLM2, block 6": ("mixed_block6", "mixed_block6_rivals"),
     "Gemma 3 270M, block 10": ("mixed_gemma", "mixed_gemma_rivals"),
     "Qwen2.5-Coder 1.5B, block 14": ("mixed_qwen", "mixed_qwen_rivals"),
@@ -47,6 +48,7 @@ FISHER: dict[str, tuple[str, ...]] = {
 FISHER_BITS = (140, 160, 180, 200)
 # searches of one model, without and with ones of dense features made dearer
 DENSE: dict[str, tuple[str, ...]] = {
+    "SmolLM2, block 12": ("mixed_searched", "mixed_dense"),
     "Gemma 3 270M, block 10": ("fisher_gemma_low", "fisher_gemma", "fisher_gemma_dense"),
 }
 # the runs whose features were probed, and put to the intruder test
@@ -165,15 +167,27 @@ def fisher(results: Path) -> str:
 
 
 def dense(results: Path) -> str:
-    """How many features are on in many rows or in none, at each price of searches: a line each."""
+    """How many features are on in many rows or in none, at each price of searches: a line each.
+
+    Of models of one seed, and of the entropy weights that all folders of a line have.
+    """
     body = []
     for label, folders in DENSE.items():
-        found = (read_json(results / folder / "compare.json") for folder in folders)
+        found = [
+            [
+                run
+                for run in read_json(results / folder / "compare.json")["runs"]
+                if run["method"] == "bae" and run["seed"] == 0
+            ]
+            for folder in folders
+        ]
+        weights = [{run["variant"]["entropy_weight"] for run in runs} for runs in found]
+        shared = set.intersection(*weights)
         points = [
             point
-            for result in found
-            for run in result["runs"]
-            if run["method"] == "bae"
+            for runs in found
+            for run in runs
+            if run["variant"]["entropy_weight"] in shared
             for point in run["scores"]["search"]["points"]
         ]
         for point in sorted(points, key=lambda point: (point.get("dense_bits", 0), -point["tree"])):

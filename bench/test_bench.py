@@ -585,15 +585,22 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
 
 
 def test_dense_and_dead_features_have_a_line_for_each_price(tmp_path, monkeypatch):
-    def result(*points):
-        run = {"method": "bae", "scores": {"search": {"points": points}}}
-        rival = {"method": "topk", "scores": {"search": {"points": [{}]}}}
-        return {"runs": [run, rival]}
+    def run(method, seed, weight, *points):
+        return {
+            "method": method, "seed": seed, "variant": {"entropy_weight": weight},
+            "scores": {"search": {"points": points}},
+        }  # fmt: skip
+
+    def result(*points, other=()):
+        return {"runs": [run("bae", 0, 1e-4, *points), run("topk", 0, 1e-4, {}), *other]}
 
     point = {"tree": 150.4, "fvu": 0.2, "kl_bits": 0.5, "dense_share": 0.03, "dead_share": 0.04}
     write_json(tmp_path / "free" / "compare.json", result(point))
     new = point | {"dense_bits": 12, "fitted_dead_share": 0.001, "dense_share": 0.02}
-    write_json(tmp_path / "dear" / "compare.json", result(new, new | {"tree": 200.0}))
+    # a further seed, and a weight that the other folder lacks, have no line
+    others = [run("bae", 1, 1e-4, new), run("bae", 0, 2e-4, new)]
+    dear = result(new, new | {"tree": 200.0}, other=others)
+    write_json(tmp_path / "dear" / "compare.json", dear)
     monkeypatch.setattr(rates, "DENSE", {"a model": ("dear", "free")})
     assert rates.dense(tmp_path).splitlines()[2:] == [
         "| a model | 0 | 150 | 0.200 | 0.500 | 3.0% | 4.0% |  |",
