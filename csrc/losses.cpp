@@ -48,6 +48,12 @@ void each_block(int64_t columns, const F& body) {
                });
 }
 
+// The sum of n numbers by halves: processes that share the columns evenly add up to the same bits.
+double sum_by_halves(const double* numbers, int64_t n) {
+  if (n <= 16) return std::accumulate(numbers, numbers + n, 0.0);
+  return sum_by_halves(numbers, n / 2) + sum_by_halves(numbers + n / 2, n - n / 2);
+}
+
 Tensor number_of(double value) {
   Tensor out = new_empty(ScalarType::Double);
   *mutable_data<double>(out) = value;
@@ -133,9 +139,9 @@ Tensor entropy(Tensor counts, int64_t n_rows) {
       const double p = static_cast<double>(ones[j]) / static_cast<double>(n_rows), q = 1 - p;
       bits[j - first] = p * log2_of(p + kEps) + q * log2_of(q + kEps);
     }
-    sums[block] = std::accumulate(bits, bits + (last - first), 0.0);
+    sums[block] = sum_by_halves(bits, last - first);
   });
-  return number_of(-std::accumulate(sums.begin(), sums.end(), 0.0));
+  return number_of(-sum_by_halves(sums.data(), static_cast<int64_t>(sums.size())));
 }
 
 // Its derivative at the bits of each column, times a number: see entropy_gradient in the same file.
