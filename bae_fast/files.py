@@ -188,6 +188,15 @@ def torch_reason(error: BaseException) -> str | None:
     return None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's, or torch's on the CPU, which has no class for it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
 def write_torch(path: str | os.PathLike[str], value: Any) -> Path:
     """Write what ``torch.save`` takes, whole or not at all.
 
@@ -218,7 +227,8 @@ def read_torch(path: str | os.PathLike[str], what: str, *, own: bool = False) ->
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, or a bit of it has changed.
+        ValueError: its content is no such thing, or a bit of it has changed.
+        OSError, MemoryError: it could not be read this time, and may be whole.
     """
     import torch
 
@@ -233,6 +243,10 @@ def read_torch(path: str | os.PathLike[str], what: str, *, own: bool = False) ->
                 raise ValueError(f"the checksum of {damaged} is another: {CHANGED}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise anything
+        # a seek to a place that no file has is of a damaged one, and no fault of the disk
+        of_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if of_disk or out_of_memory(error):
+            raise
         raise ValueError(f"{path} is not a readable {what}: {first_line(error)}") from error
 
 

@@ -6,6 +6,7 @@ its ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,9 @@ from bae_fast.files import write_text
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 CARD_NAME = "README.md"
+
+# errors of the cache's own disk, which say nothing of the repository
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 # what is shown first where a run has it: key of an evaluation, name, and how it is written
 _FIGURES = {
@@ -106,6 +110,7 @@ def download(
 
     Raises:
         FileNotFoundError: no such folder or repository, or the Hub cannot be reached.
+        OSError: the cache's disk is full, or may not be written.
     """
     hub = _library()
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -117,6 +122,8 @@ def download(
             token=token,
         )
     except (OSError, ValueError) as error:  # huggingface_hub's own errors are of these kinds
+        if getattr(error, "errno", None) in _OF_A_DISK:
+            raise
         raise FileNotFoundError(
             f"{repo_id} must be a folder, or a repository on the Hugging Face Hub: {_line(error)}"
         ) from error

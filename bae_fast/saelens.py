@@ -413,7 +413,7 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
         if not self._started:
             self.start_(x)
         if self.cfg.lr_scale != 1:
-            _LENGTHENED.add(self)
+            _lengthen(self)
         self._revive(x)
         target = self._normalized(x)
         weights = step_input.coefficients
@@ -472,6 +472,7 @@ def _mark_as_started(module: Any, _: Any) -> None:
 
 # modules in training whose updates are lengthened; SAELens makes the optimizer, and asks nobody
 _LENGTHENED: weakref.WeakSet[BinaryTrainingSAE] = weakref.WeakSet()
+_WATCHED: list[Any] = []  # handles of the two hooks
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -484,6 +485,14 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         module.lengthen(optimizer)
 
 
+def _lengthen(module: BinaryTrainingSAE) -> None:
+    """Lengthen every later update of a module; torch's optimizers are watched from the first on."""
+    if not _WATCHED:
+        _WATCHED.append(register_optimizer_step_pre_hook(_before_step))
+        _WATCHED.append(register_optimizer_step_post_hook(_after_step))
+    _LENGTHENED.add(module)
+
+
 def _register() -> None:
     """Once: SAELens refuses a second time."""
     if ARCHITECTURE not in registry.SAE_CLASS_REGISTRY:
@@ -494,8 +503,6 @@ def _register() -> None:
         registry.register_sae_training_class(
             ARCHITECTURE, BinaryTrainingSAE, BinaryTrainingSAEConfig
         )
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
 
 
 _register()

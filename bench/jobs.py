@@ -89,10 +89,8 @@ def live_case(steps: int) -> dict[str, Any]:
 
     @contextlib.contextmanager
     def opened(hooks: list[str]) -> Iterator[Supply]:
-        with contextlib.closing(
-            LiveSupply(
-                lm, tokens, hooks, buffer_rows=BUFFER, streams=STREAMS, batch_size=BATCH_WINDOWS
-            )
+        with LiveSupply(
+            lm, tokens, hooks, buffer_rows=BUFFER, streams=STREAMS, batch_size=BATCH_WINDOWS
         ) as supply:
             yield supply
 

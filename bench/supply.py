@@ -161,7 +161,7 @@ def live_case(n_passes: int) -> dict[str, Any]:
     """
     hook = HOOKS[-1]
     lm, tokens = model_and_text(128)
-    with contextlib.closing(LiveSupply(lm, tokens, [hook], buffer_rows=4096)) as supply:
+    with LiveSupply(lm, tokens, [hook], buffer_rows=4096) as supply:
         rows = supply.sample(4096, 0).x[hook].float()
         bae = BinaryAutoencoder(rows.shape[1], EXPANSION * rows.shape[1])
         bae.fit_normalization_(rows).init_density_(rows, 0.05)
@@ -218,7 +218,7 @@ def reads_case(n: int, width: int = 1024) -> dict[str, Any]:
         cache = harvest_shards(
             lm, random_tokens(600, 256), ["embedding"], folder, batch_size=64, progress=False
         )
-        with contextlib.closing(ShardSupply(cache, buffer_rows=1 << 16, n_heldout=0)) as supply:
+        with ShardSupply(cache, buffer_rows=1 << 16, n_heldout=0) as supply:
             supply.next(n)
 
             def shards() -> None:
@@ -273,7 +273,7 @@ def memory_case(gigabytes: int, width: int = 2048) -> dict[str, Any]:
         )
 
         def epoch() -> None:
-            with contextlib.closing(ShardSupply(folder, buffer_rows=1 << 16)) as supply:
+            with ShardSupply(folder, buffer_rows=1 << 16) as supply:
                 for _ in range(supply.n_train // 4096):
                     supply.next(4096)
 

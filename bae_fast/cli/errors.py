@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from bae_fast.files import out_of_memory
+
 DEBUG = "BAE_FAST_DEBUG"
 
 # characters of a line; what a file holds may be part of it
@@ -24,7 +26,7 @@ def describe(error: BaseException, *, debug: bool = False) -> str:
         for theirs, ours in _SENTENCES:
             line = re.sub(f"^{theirs}$", ours, line)
         return f"{line} (see --help)"
-    if isinstance(error, MemoryError):
+    if out_of_memory(error):
         return f"out of memory: {line}" if line else "out of memory"
     if isinstance(error, _CLEAR) and line and not isinstance(error, (UnicodeError, RecursionError)):
         return line

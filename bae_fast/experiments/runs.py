@@ -377,7 +377,7 @@ def fit(
             resumed = True
             say(f"   goes on from step {trainer.step:,}, by {checkpoint}")
         except ValueError as error:
-            say(f"   {checkpoint} is not used, as it is of another run: {error}")
+            say(f"   {checkpoint} is not used: {error}")
             checkpoint.unlink()
     if log is not None and not resumed:
         log.unlink(missing_ok=True)

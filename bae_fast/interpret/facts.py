@@ -34,6 +34,7 @@ from bae_fast.arguments import all_finite, check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.interpret.records import FeatureContext, FeatureRecord, Histogram
 from bae_fast.lm.cache import ActivationCache
+from bae_fast.lm.logits import final_norm
 from bae_fast.pairs import MAX_COLUMNS, joint_counts, pair_counts
 from bae_fast.spacing import even_numbers
 
@@ -233,20 +234,6 @@ def top_tokens(code: BinaryCode, row_tokens: Tensor, *, k: int = 6) -> TopTokens
 
 # -- logit lens --------------------------------------------------------------------------------
 
-# where causal language models of transformers keep the norm before the unembedding
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "ln_out")
-
-
-def final_norm(model: Any) -> nn.Module | None:
-    """The norm before the unembedding of a transformers model, or None where none is found."""
-    inner = getattr(model, "base_model", model)
-    for holder in (inner, getattr(inner, "decoder", None), getattr(inner, "model", None)):
-        for name in _FINAL_NORMS:
-            found = getattr(holder, name, None)
-            if isinstance(found, nn.Module):
-                return found
-    return None
-
 
 @torch.no_grad()
 def logit_lens(
@@ -267,7 +254,7 @@ def logit_lens(
         W_dec: ``[F, d]`` decoder rows in units of the residual stream (of normalised x is as good:
             the scale is one number).
         unembedding: ``[V, d]``, e.g. ``model.get_output_embeddings().weight``.
-        norm: the norm before it; see :func:`final_norm`.
+        norm: the norm before it; see :func:`bae_fast.lm.logits.final_norm`.
         k: tokens a feature.
         score: "cosine" of direction and unembedding less the mean unembedding, or "dot", the
             change of the logit above the mean logit along the unit direction: large unembeddings,

@@ -37,7 +37,7 @@ def keys_name(model: nn.Module) -> str | None:
     cache = DynamicCache(config=inner.config)
     plain = not (
         hasattr(inner.config, "decoder_layers")
-        or inner._is_stateful
+        or getattr(inner, "_is_stateful", False)
         or kinds & {"dynamic", "longrope"}
         # states of convolutions beside attention (LFM2) cannot be given to every sequence
         or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bae_fast.devices import has_bfloat16
+from bae_fast.files import out_of_memory
 from bae_fast.lm import gguf, identity
 from bae_fast.lm.identity import model_digest
 from bae_fast.lm.known import Known, content_digest
@@ -454,6 +455,8 @@ def _one_line(source: ModelSource) -> Iterator[None]:
     except ImportError:  # which says what to install
         raise
     except Exception as error:  # damaged files can raise anything
+        if out_of_memory(error):
+            raise
         # transformers lists every class it has, or many lines of advice
         lines = str(error).strip().splitlines() or ["no reason given"]
         reason = lines[0]

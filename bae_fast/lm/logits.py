@@ -8,12 +8,13 @@ body that hands over the states it is given in the place of the real one.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bae_fast.lm.hooks import in_own_dtype, running
+from bae_fast.lm.hooks import first_part, in_own_dtype, running
 from bae_fast.lm.identity import own_hooks
 
 # logits held at a time: 128 MiB in fp32; fewer tokens would read the output embedding too often
@@ -61,6 +62,49 @@ def body(model: nn.Module) -> Any:
             f"got {type(inner).__name__}"
         )
     return found
+
+
+@torch.no_grad()
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm that a causal language model ends with, or None where it ends with none.
+
+    Told by a pass over one token: the module without parts whose output the final states are, and
+    which is no product with a matrix. What hands on its input (dropout) is passed over.
+
+    None too for a model whose body and head are not apart.
+    """
+    inside = under_head(model)
+    if inside is causal_model(model) or not isinstance(inside, nn.Module):
+        return None
+    made: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        given = first_part(arguments)
+        if isinstance(output, Tensor) and isinstance(given, Tensor):
+            if output.data_ptr() != given.data_ptr():
+                made.append((module, output))
+
+    # some norms have no weight (OLMo)
+    norms = [
+        module
+        for module in inside.modules()
+        if not list(module.children())
+        and ((weight := getattr(module, "weight", None)) is None or weight.dim() == 1)
+    ]
+    device = next(inside.parameters()).device
+    ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running(inside))
+        stack.enter_context(in_own_dtype(device))
+        for module in norms:
+            stack.callback(module.register_forward_hook(keep).remove)
+        final = getattr(inside(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if final is None:
+        return None
+    for module, output in reversed(made):
+        if output.numel() == final.numel() and output.data_ptr() == final.data_ptr():
+            return module
+    return None
 
 
 class _States:

@@ -28,7 +28,7 @@ Sums = dict[str, dict[str, int]]
 class _Summed(WriteResult):
     """A part that was written, as the first process hears of it."""
 
-    crc32: int
+    crc32: int = 0  # without a default it could not follow one that torch may add
 
 
 class SummingWriter(FileSystemWriter):

@@ -33,7 +33,7 @@ from bae_fast.training.learner import Learner, check_same_run, learning
 from bae_fast.training.log import append_line, drop_later_lines
 from bae_fast.training.objective import Loss
 from bae_fast.training.signals import first_signals
-from bae_fast.training.supply import Rows, Supply, merge_states
+from bae_fast.training.supply import Closing, Rows, Supply, merge_states
 from bae_fast.training.trackers import TRACKERS, Tracker
 
 # after so many steps, or saves, that failed one after the other the run ends
@@ -165,7 +165,7 @@ class _Part:
         self.best = math.inf if state["best"] is None else state["best"]
 
 
-class JobTrainer:
+class JobTrainer(Closing):
     """Trains jobs on the batches of a supply.
 
     Example::

@@ -23,6 +23,7 @@ from bae_fast.lm.loading import LanguageModel
 from bae_fast.lm.shard_harvest import LIMIT_TOKENS
 from bae_fast.training.buffer import Buffer
 from bae_fast.training.supply import (
+    Closing,
     Rows,
     check_state,
     rows_of_a_stream,
@@ -94,7 +95,7 @@ class _Turn:
             self._lock.release()
 
 
-class LiveSupply:
+class LiveSupply(Closing):
     """Runs a language model over a text and gives out the rows of its modules.
 
     Every forward pass takes the next ``batch_size`` windows; pass g belongs to stream g mod V,
@@ -114,7 +115,7 @@ class LiveSupply:
 
     Example::
 
-        with contextlib.closing(LiveSupply(lm, text, ["model.layers.11"])) as supply:
+        with LiveSupply(lm, text, ["model.layers.11"]) as supply:
             x = supply.next(512).x["model.layers.11"]
 
     Attributes:

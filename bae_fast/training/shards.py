@@ -18,6 +18,7 @@ from bae_fast.arguments import check_int
 from bae_fast.lm.shards import BLOCK_ROWS, ShardedCache
 from bae_fast.training.buffer import Buffer, distinct
 from bae_fast.training.supply import (
+    Closing,
     Rows,
     check_state,
     rows_of_a_stream,
@@ -97,7 +98,7 @@ class _Stream:
                 self.buffer.x[hook][slots] = x[at]
 
 
-class ShardSupply:
+class ShardSupply(Closing):
     """Rows of a :class:`bae_fast.lm.ShardedCache` of any size.
 
     Blocks of 256 rows are read in an order that is drawn anew every epoch, and go through a buffer

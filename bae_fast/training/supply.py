@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -112,6 +112,23 @@ class Supply(Protocol):
 
     def close(self) -> None:
         """End what works in the background and close files. A second call does nothing."""
+
+
+_Self = TypeVar("_Self", bound="Closing")
+
+
+class Closing:
+    """What is closed at the end of a ``with`` block."""
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what works in the background and close files."""
+        raise NotImplementedError
 
 
 # -- streams -----------------------------------------------------------------------------------
@@ -219,7 +236,7 @@ def check_state(state: Mapping[str, Any], supply: Supply) -> dict[int, Any]:
 # -- rows in memory ----------------------------------------------------------------------------
 
 
-class MemorySupply:
+class MemorySupply(Closing):
     """Rows held in memory, or memory-mapped, in a random order that is drawn anew every epoch.
 
     Stream v has the v-th of V equal ranges of the rows. What is left of a stream's order when it

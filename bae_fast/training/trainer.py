@@ -20,7 +20,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from bae_fast.arguments import check_int
+from bae_fast.arguments import all_finite, check_int
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import read_torch, write_torch
 from bae_fast.normalization import check_rows
@@ -221,7 +221,8 @@ class Trainer(Generic[Config]):
                 :data:`bae_fast.starting.SIGNALS`, where the caller has given them a handler that
                 raises.
             ValueError: a row holds NaN or Inf.
-            RuntimeError: the loss is not finite any more.
+            RuntimeError: the loss or a parameter is not finite any more. A checkpoint is of finite
+                parameters alone.
         """
         check_int("log_every", log_every, 1)
         check_int("checkpoint_every", checkpoint_every, 0)
@@ -255,12 +256,14 @@ class Trainer(Generic[Config]):
                                 on_log(line)
                     if checkpoint and checkpoint_every and self.step % checkpoint_every == 0:
                         with _whole():
+                            self._check_parameters()
                             self.save(checkpoint)
+            self._check_parameters()
             with _whole(), learning():
                 self.objective.finish(evenly(self.rows))
                 self.learner.publish()
         except (KeyboardInterrupt, SystemExit):
-            if checkpoint is not None and not self._in_step:
+            if checkpoint is not None and not self._in_step and self._is_finite():
                 with _whole():
                     self.save(checkpoint)
             raise
@@ -281,6 +284,20 @@ class Trainer(Generic[Config]):
                 f"mse is {line['mse']} at step {self.step}: rows hold NaN or Inf, or lr is too high"
             )
         return line
+
+    def _is_finite(self) -> bool:
+        return all(all_finite(p) for p in self.learner.trained.parameters())
+
+    def _check_parameters(self) -> None:
+        """Refuse to go on, and to replace a good checkpoint, after a step that has diverged.
+
+        The loss of that step was still finite, as it is of the parameters before.
+        """
+        if not self._is_finite():
+            raise RuntimeError(
+                f"parameters hold NaN or Inf after step {self.step}: lr is too high; a "
+                "checkpoint of an earlier step is as it was"
+            )
 
     # -- resume --------------------------------------------------------------------------------
 

@@ -389,7 +389,11 @@ def flag(serves: Tensor) -> Tensor:
 
 
 class PairLists:
-    """Lists of counted rows, and whether they serve."""
+    """Lists of counted rows, and whether they serve.
+
+    Their entries are written where they are used, by the truth that their reader goes by: the sum
+    of all pairs and the signs in a window ask for other numbers of steps.
+    """
 
     def __init__(self, words: Tensor, features: Tensor, counts: Tensor, n_rows: Tensor) -> None:
         """Args:
@@ -409,8 +413,11 @@ class PairLists:
             serve_kernel, (1,), self.by_row.starts, self.serves, self.steps, n, k, capacity,
             DENSE=nvidia.DENSE_A_STEP, BLOCK=config.n, num_warps=config.warps,
         )  # fmt: skip
+
+    def fill(self, serves: Tensor) -> None:
+        """Write the entries where ``serves`` is not zero on the device."""
         for found in (self.by_row, self.by_feature):
-            found.fill(self.serves)
+            found.fill(serves)
 
     def counters(self, features: int) -> Tensor:
         """Zeros for as many programs as run, ``[programs, K]``."""
@@ -436,6 +443,7 @@ class PairLists:
             signs: planes ``[2, K, words]``, which are marked as not made, or no elements.
         """
         k = self.counts.shape[0]
+        self.fill(self.serves)
         counters = self.counters(k)
         sums = torch.empty(counters.shape[0], dtype=torch.int64, device=counters.device)
         self.start(pairs_kernel, self.serves, counters, sums, k)
@@ -467,6 +475,7 @@ class WindowSigns:
         gathers = near * self.own.starts[-1] // max(n, 1)  # of rows with the average number of ones
         fit = pairs.by_row.fit() & self.own.fit() & self.window.fit()
         self.serves = flag(fit & (pairs.steps + gathers <= 2 * pairs.dense))
+        pairs.fill(self.serves)
         for found in (self.window,) if same else (self.window, self.own):
             found.fill(self.serves)
         self.counters = pairs.counters(k)

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(arguments, tmp_path, capsys)
     assert "without a run that was stopped, of other settings" in capsys.readouterr().err
     assert (out / ".unfinished" / "checkpoint.pt").read_bytes() == checkpoint
     assert main([*arguments, "--overwrite"]) == 0
-    assert "is of another run" in capsys.readouterr().out
+    assert "is not used: state must be of a run with the same module" in capsys.readouterr().out
     steps = [json.loads(x)["step"] for x in (out / "log.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30]
 

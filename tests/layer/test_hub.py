@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -342,3 +344,13 @@ def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     pytest.importorskip("jsonargparse")
     assert main(["push", str(tmp_path), "a/b"]) == 1
     assert f"{tmp_path} holds no saved autoencoder" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_not_called_a_repository_that_is_not_there(monkeypatch):
+    def failing(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/1")
+
+    monkeypatch.setattr(hub, "_library", lambda: SimpleNamespace(snapshot_download=failing))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        hub.download("user/one", ["cfg.json"])
+    assert caught.value.errno == errno.ENOSPC

@@ -26,6 +26,7 @@ from bae_fast.interpret.judges import Request, TransformersJudge
 from bae_fast.lm import LanguageModel, harvest, resolve_hook, states_at, windows
 from bae_fast.lm.hooks import in_own_dtype, running
 from bae_fast.lm.inputs import padding_mask
+from bae_fast.lm.logits import final_norm
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +40,25 @@ def test_next_token_probabilities_are_the_models_own(kind, tokenizer):
     for share_prefix in (False, True):
         found = states_at(lm, prompts, [path], next_token=True, share_prefix=share_prefix)[1]
         torch.testing.assert_close(found, torch.stack(own).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_last_norm_is_found_whatever_it_is_called(kind, tokenizer):
+    model = model_of(kind, tokenizer)
+    norm = final_norm(model)
+    if kind == "opt":  # a product stands behind its norm
+        assert norm is None
+        return
+    assert norm is not None
+    ids = torch.tensor([[5, 9, 30, 7]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0]
+        # nothing but the head stands behind it
+        handle = norm.register_forward_hook(lambda _m, _a, output: torch.ones_like(output))
+        same = model(input_ids=ids).logits[0]
+        handle.remove()
+    assert not torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-6)
 
 
 def test_the_local_judge_reads_the_models_own_probabilities(tokenizer):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from language_models import TEXT, model_of, own_rows
 
+from bae_fast.cli.errors import describe
 from bae_fast.lm import load_language_model, windows
 from bae_fast.lm.origin import check_origin
 
@@ -52,6 +53,30 @@ def test_a_damaged_file_of_a_model_is_one_line(name, change, tokenizer, tmp_path
         load_language_model(str(tmp_path), dtype="float32")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_model_that_does_not_fit_into_memory_is_not_called_a_wrong_name(
+    error, tokenizer, tmp_path, monkeypatch
+):
+    model_of("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def failing(*_arguments, **_options):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", failing)
+    with pytest.raises(type(error)) as caught:
+        load_language_model(str(tmp_path), dtype="float32")
+    assert caught.value is error
+    assert describe(caught.value).startswith("out of memory")
 
 
 HUB = """

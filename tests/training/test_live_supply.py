@@ -270,11 +270,16 @@ def test_samples_and_heldout_rows_move_nothing(supplies):
     assert list(supplies().heldout()) == []
 
 
-def test_after_close_nothing_is_given_out(supplies):
+@pytest.mark.parametrize("by", ["close", "block"])
+def test_after_close_nothing_is_given_out(supplies, by):
     supply = supplies()
     supply.next(64)
-    supply.close()
-    supply.close()
+    if by == "close":
+        supply.close()
+        supply.close()
+    else:
+        with supply as same:
+            assert same is supply
     with pytest.raises(ValueError, match="supply must be open"):
         supply.next(64)
     assert not supply.capture.lm.model.second._forward_hooks

@@ -1,7 +1,9 @@
 """Objectives as objects, and what the trainer refuses, resumes and survives."""
 
 import dataclasses
+import errno
 import json
+import math
 import signal
 import warnings
 
@@ -12,6 +14,7 @@ from sparse_rows import module, synthetic
 
 import bae_fast as bf
 from bae_fast.baselines import TRAINING, make_baseline
+from bae_fast.experiments.runs import fit
 from bae_fast.training import (
     PRESETS,
     LoopConfig,
@@ -412,6 +415,53 @@ def test_checkpoints_are_written_every_so_many_steps(tmp_path):
     again = Trainer(module(x), x, SMALL)
     again.load(tmp_path / "run.pt")
     assert again.step == 30
+
+
+def test_a_run_that_diverges_keeps_the_last_good_checkpoint(tmp_path):
+    x = synthetic(n=900)
+    trainer = Trainer(module(x), x, SMALL)
+    step = trainer.train_step
+
+    def diverging():
+        found = step()
+        if trainer.step == 9:  # between two lines of the log, whose loss is of the step before
+            with torch.no_grad():
+                trainer.learner.trained.W_dec[0, 0] = math.nan
+        return found
+
+    trainer.train_step = diverging
+    with pytest.raises(RuntimeError, match="parameters hold NaN or Inf after step 10"):
+        trainer.fit(checkpoint=tmp_path / "run.pt", checkpoint_every=5, log_every=100)
+    again = Trainer(module(x), x, SMALL)
+    again.load(tmp_path / "run.pt")
+    assert again.step == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EIO, "Input/output error"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_just_now_stays(error, tmp_path, monkeypatch):
+    x = synthetic(n=900)
+    trainer = Trainer(module(x), x, SMALL)
+    trainer.train_step()
+    path = trainer.save(tmp_path / "checkpoint.pt")
+
+    def failing(*_arguments, **_options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(type(error)) as caught:
+        fit(Trainer(module(x), x, SMALL), tmp_path, progress=False)
+    assert caught.value is error
+    assert path.is_file()
+    monkeypatch.undo()
+    fit(Trainer(module(x), x, SMALL), tmp_path, progress=False)
+    assert not path.is_file()  # done
 
 
 def test_a_numpy_array_can_be_trained_on_as_the_message_says():

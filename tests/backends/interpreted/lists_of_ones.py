@@ -148,6 +148,45 @@ def test_the_gradient_by_lists_is_that_by_products(fits, other_rows, sparse, mon
         assert torch.equal(left, right)
 
 
+def test_the_gradient_by_lists_where_the_sum_of_pairs_is_left_to_products(sparse, monkeypatch):
+    """Few enough steps for the gradient, which the products take twice for, and not for the sum."""
+    n, k, d = 12, 32, 4
+    dense = few_ones(n, k, ones=2.0)
+    words, counts, total = pack_rows(dense), dense.sum(0), torch.tensor(n)
+    inside = torch.zeros(n, k, dtype=torch.bool)
+    inside[::5, ::4] = True
+    window = pack_rows(inside)
+    steps = int(dense.sum(1).square().sum())
+    monkeypatch.setattr(nvidia, "DENSE_A_STEP", -(-n * k * k // (2 * (steps - 1))))
+    pairs = pair_lists.PairLists(words, bits.feature_packed(words, k), counts, total)
+    assert not bool(pairs.serves)
+    assert bool(pair_lists.WindowSigns(pairs, words, window, torch.tensor(1.0)).serves)
+
+    made = pair_lists.Lists.__init__
+
+    def emptied(self, *arguments):
+        made(self, *arguments)
+        self.entries.zero_()  # what was never written must not be right by chance
+
+    monkeypatch.setattr(pair_lists.Lists, "__init__", emptied)
+    g = torch.Generator().manual_seed(1)
+    x, W = torch.randn(n, d, generator=g), torch.randn(d, k, generator=g)
+    b, W_dec = torch.randn(k, generator=g), torch.randn(k, d, generator=g)
+
+    def gradients():
+        _, planes = OPS["covariance"](words, counts, total, True)
+        return OPS["encoder_backward"](
+            x, W, b, W_dec, words, window, None, None, None, None, torch.tensor(0.25), planes,
+            words, counts, total, "rectangle", 0.5, 1, [True] * 3,
+        )  # fmt: skip
+
+    found = gradients()
+    monkeypatch.setattr(nvidia, "DENSE_A_STEP", 10**9)
+    for left, right in zip(found, gradients(), strict=True):
+        assert right.any()
+        assert torch.equal(left, right)
+
+
 def test_a_whole_step_of_a_sparse_code(sparse):
     x, parameters, direction = problem(11, 5, 20, 1, 4, torch.bfloat16)
     parameters[1] = parameters[1] - 6
