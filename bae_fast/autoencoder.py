@@ -129,10 +129,12 @@ class Autoencoder(Normalized):
             given rows by the burstiness of their bits and ``preactivation(x, columns)``, the
             margin of a bit; else by :meth:`scores`.
         n_bits: bits a feature; 1 but for a Binary Autoencoder of several.
+        learned: whether it was trained or loaded, so that no training starts its features anew.
     """
 
     is_binary: ClassVar[bool] = False
     ranks_bits: ClassVar[bool] = False
+    learned: bool = False
     config: Any
 
     @property
@@ -317,6 +319,7 @@ class Autoencoder(Normalized):
         folder: str | os.PathLike[str],
         *,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
@@ -330,6 +333,7 @@ class Autoencoder(Normalized):
             folder: the folder of both files, or ``user/name`` of a repository on the Hugging Face
                 Hub, whose files are kept in the Hub's cache.
             device: where the module is put; None leaves it on the CPU.
+            dtype: of its parameters; None: that of the file.
             revision: a branch, tag or commit of the repository.
             subfolder: where in the folder or the repository the files lie.
             token: the Hub's, as ``huggingface_hub`` takes it.
@@ -344,7 +348,7 @@ class Autoencoder(Normalized):
         named = files[0].get("architecture")
         kind = ARCHITECTURES.get(named) if isinstance(named, str) else None
         own = kind if kind is not None and issubclass(kind, cls) else cls
-        return _made(own, found, files, device, **options)
+        return _made(own, found, files, device, dtype, **options)
 
     def push_to_hub(
         self,
@@ -518,19 +522,22 @@ def _made(
     folder: str | os.PathLike[str],
     files: tuple[dict[str, Any], Path, dict[str, Tensor]],
     device: torch.device | str | None,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Any:
     """A module of a kind from what :func:`read_pretrained` read, in eval mode."""
     values, source, tensors = files
     module = kind.from_config(values, str(source), **options)
     load_tensors_(module, tensors, folder)
-    return module.to(device).eval() if device is not None else module.eval()
+    module.learned = True
+    return module.to(device=device, dtype=dtype).eval()
 
 
 def load_autoencoder(
     folder: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -538,7 +545,7 @@ def load_autoencoder(
     """Load whichever registered autoencoder a folder or a repository holds, in eval mode.
 
     Args:
-        folder, device, revision, subfolder, token: see :meth:`Autoencoder.from_pretrained`.
+        folder, device, dtype, revision, subfolder, token: see :meth:`Autoencoder.from_pretrained`.
 
     Raises:
         FileNotFoundError: no such folder, repository or file.
@@ -553,4 +560,4 @@ def load_autoencoder(
             f"{source}: architecture must be one of {', '.join(sorted(ARCHITECTURES))} "
             f"(bae_fast.baselines registers more); got {name!r}"
         )
-    return _made(ARCHITECTURES[name], found, files, device)
+    return _made(ARCHITECTURES[name], found, files, device, dtype)

@@ -23,6 +23,8 @@ FORMAT_VERSION = "1"
 
 # rows unpacked at a time where a dense block is needed on the way (indices)
 _ROW_BLOCK = 4096
+# words whose ones are counted at a time, which takes several numbers a word
+_L0_WORDS = 2**20
 
 # where sign planes would take more than this, they are recomputed in backward instead: so many MiB,
 # or on a GPU this share of its memory, where making them again costs more than the rest of a step
@@ -121,7 +123,8 @@ class BinaryCode:
             counts: int64 ``[K]``, the ones in each column where an encoder knows them already;
                 None: counted when asked for.
             trusted: the words are an encoder's. Others are looked through on a CPU for bits behind
-                the last column, which kernels would take for columns.
+                the last column, which kernels would take for columns, and are copied without the
+                bits of rows that the mask drops.
 
         Raises:
             TypeError: words is not int32.
@@ -153,6 +156,8 @@ class BinaryCode:
             )
         if not trusted:
             check_tail("words", words, n_columns)
+            if row_mask is not None:
+                words = words.masked_fill(~row_mask[..., None], 0)  # kernels count every bit
         self.words = words
         self.n_columns = n_columns
         self.n_bits = n_bits
@@ -254,7 +259,9 @@ class BinaryCode:
             raise ValueError("codes must not be empty")
         first = codes[0]
         if first.words.dim() < 2:
-            raise ValueError("codes must have rows; got a code of one hidden state")
+            raise ValueError(
+                "codes must have rows; got a code of one hidden state: BinaryCode.stack joins those"
+            )
         for code in codes:
             kind = (code.n_columns, code.n_bits, code.shape[1:])
             if kind != (first.n_columns, first.n_bits, first.shape[1:]):
@@ -266,6 +273,22 @@ class BinaryCode:
         if any(code.row_mask is not None for code in codes):
             mask = torch.cat([code._kept() for code in codes])
         return first._like(torch.cat([code.words for code in codes]), mask)
+
+    @staticmethod
+    def stack(codes: Iterable[BinaryCode]) -> BinaryCode:
+        """Join codes of one shape along a new first dimension, such as single states.
+
+        A ``DataLoader`` over a code takes it as ``collate_fn``.
+
+        Raises:
+            ValueError: no code, or codes of unequal shape or bits a feature.
+        """
+        codes = list(codes)
+        lifted = [
+            code._like(code.words[None], None if code.row_mask is None else code.row_mask[None])
+            for code in codes
+        ]
+        return BinaryCode.cat(lifted)
 
     def _kept(self) -> Tensor:
         if self.row_mask is not None:
@@ -318,7 +341,10 @@ class BinaryCode:
 
     def l0(self) -> Tensor:
         """Ones in each row, int64 ``[...]``."""
-        return packing.popcount(self.words).sum(-1, dtype=torch.int64)
+        rows = self._rows
+        each = max(_L0_WORDS // rows.shape[1], 1)  # a block's words are widened, and not all
+        blocks = [packing.popcount(part).sum(-1, dtype=torch.int64) for part in rows.split(each)]
+        return torch.cat(blocks).view(self.words.shape[:-1])
 
     def statistics(self, covariance: bool = False, *, impl: str = "auto") -> CodeStatistics:
         """Statistics of these rows, to be passed as ``stats=``.
@@ -409,7 +435,7 @@ class BinaryCode:
 
     def __repr__(self) -> str:
         bits = f", n_bits={self.n_bits}" if self.n_bits > 1 else ""
-        ones = int(self.l0().sum()) / max(self.words.shape[:-1].numel() * self.n_columns, 1)
+        ones = int(self.counts().sum()) / max(self.words.shape[:-1].numel() * self.n_columns, 1)
         return (
             f"BinaryCode(shape={tuple(self.shape)}, density={ones:.4g}{bits}, device={self.device})"
         )

@@ -189,7 +189,7 @@ def torch_reason(error: BaseException) -> str | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, a GPU's, or torch's on the CPU, which has no class for it."""
+    """Whether memory ran out: Python's, a GPU's, or torch's on the CPU, which is of no class."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -21,6 +21,7 @@ from bae_fast.autoencoder import (
 )
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput, Encoded
+from bae_fast.functional.checks import check_whole
 from bae_fast.info import warmup
 from bae_fast.normalization import check_rows
 from bae_fast.ops.registry import check_impl
@@ -247,6 +248,7 @@ class BinaryAutoencoder(Autoencoder):
         stays: where ``to_empty`` has left it without numbers, :meth:`fit_normalization_` sets it.
         """
         config = self.config
+        self.learned = False
         nn.init.normal_(self.W_enc, std=config.d_in**-0.5)
         density = PRESETS[config.preset]["init_density"]
         self.b_enc.fill_(normal_quantile(density))
@@ -268,9 +270,13 @@ class BinaryAutoencoder(Autoencoder):
             self.
 
         Raises:
-            TypeError: x is not a tensor of floats.
+            TypeError: x is not a tensor of floats, or the module was sharded by FSDP.
             ValueError: a density outside of (0, 1), fewer than two rows, or x that is not finite.
         """
+        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
+            raise TypeError(
+                "init_density_ must come before fully_shard: shards would keep the old thresholds"
+            )
         if isinstance(density, str) or not 0 < density < 1:
             raise ValueError(f"density must lie between 0 and 1; got {density!r}")
         if not isinstance(x, Tensor):
@@ -540,6 +546,7 @@ class BinaryAutoencoder(Autoencoder):
 
         The margin of a bit: how far the state lies from the threshold.
         """
+        check_whole("W_enc", self.W_enc)
         weight = self.W_enc if columns is None else self.W_enc[:, columns]
         bias = self.b_enc if columns is None else self.b_enc[columns]
         return self.normalized_rows(x) @ weight + bias

@@ -112,4 +112,5 @@ def load_released(folder: str | os.PathLike[str], *, impl: str = "auto") -> Bina
         bae.b_enc.copy_(state["encoder.bias"])
         bae.W_dec.copy_(decoder.T)
         bae.b_dec.copy_(state["decoder.bias"])
+    bae.learned = True
     return bae.eval()

@@ -95,7 +95,7 @@ def activity(code: BinaryCode) -> dict[str, float]:
     density = code.density()
     histogram = metrics.density_histogram(density)
     return {
-        "l0": code.l0().double().mean().item(),
+        "l0": (code.counts().sum().double() / code.n_rows()).item(),
         "dead_share": histogram.dead,
         "dense_share": histogram.dense,
         "always_on_share": histogram.always_on,

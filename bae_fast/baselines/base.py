@@ -130,7 +130,7 @@ class SparseAutoencoder(Autoencoder):
             other = torch.randn(f, d_in, dtype=dtype, device=device)
             W_enc = nn.functional.normalize(other, dim=1).T.contiguous()
         else:
-            W_enc = directions.T.clone()
+            W_enc = directions.T.clone(memory_format=torch.contiguous_format)
         self.W_enc = nn.Parameter(W_enc)
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(W_enc.new_zeros(f))

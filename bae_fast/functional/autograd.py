@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -124,12 +124,18 @@ class PackedAutoencoder(torch.autograd.Function):
         stats_numerator: Tensor | None,
         stats_signs: Tensor | None,
         options: Options,
-        *encoded: Tensor,
+        encoded_words: Tensor | None,
+        encoded_window: Tensor | None,
+        encoded_counts: Tensor | None,
+        encoded_n_rows: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        # each by name: a variable number of arguments is misread by torch.compile without gradients
         ops = ops_of(options.impl)
         window_width = options.width if options.surrogate == "rectangle" else None
+        given = (encoded_words, encoded_window, encoded_counts, encoded_n_rows)
+        encoded = encoded_words is not None
         if encoded:
-            words, window, counts, n_rows = encoded
+            words, window, counts, n_rows = cast(tuple[Tensor, Tensor, Tensor, Tensor], given)
         else:
             words, window, counts, n_rows = ops["encode"](x, W_enc, b_enc, row_mask, window_width)
         # a tensor of its own for each: torch.compile cannot return one tensor twice
@@ -174,8 +180,7 @@ class PackedAutoencoder(torch.autograd.Function):
         (
             words, window, counts, n_rows, signs, sum_counts, sum_n_rows, sum_words, narrow,
         ) = state  # fmt: skip
-        ctx.n_encoded = len(inputs) - 12
-        if ctx.n_encoded:
+        if inputs[12] is not None:
             words, window, counts, n_rows = inputs[12:]
         ctx.options = options
         ctx.mark_non_differentiable(*state)
@@ -247,7 +252,7 @@ class PackedAutoencoder(torch.autograd.Function):
             grads[0] = grad_x if need_x else None
             grads[1] = grad_W if need_W_enc else None
             grads[2] = grad_b if need_b_enc else None
-        return *grads, *[None] * (7 + ctx.n_encoded)
+        return *grads, *[None] * 11
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from bae_fast.functional.autograd import savable
 from bae_fast.ops import registry
 
 _SERVED = (torch.float32, torch.bfloat16)
@@ -32,12 +33,15 @@ def squared_error(
     Returns:
         ``[]`` in recon's dtype, float32 or wider; differentiable in recon and target.
     """
+    target = savable(target)
+    mask = None if mask is None else savable(mask)
     keep = None if mask is None else mask.reshape(-1).contiguous()
     if _served(recon, target, unit, impl):
         width = recon.shape[-1]
         scales = recon.new_ones(width, dtype=torch.float32) if unit is None else unit
+        scales = savable(scales.float().contiguous())
         flat = recon.reshape(-1, width), target.reshape(-1, width)
-        found: Tensor = _SquaredError.apply(*flat, scales.float().contiguous(), keep, impl)
+        found: Tensor = _SquaredError.apply(*flat, scales, keep, impl)
         return found
     wide = torch.promote_types(recon.dtype, torch.float32)
     recon, target = recon.to(wide), target.to(wide)

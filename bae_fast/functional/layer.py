@@ -146,7 +146,7 @@ def binary_autoencoder(
         )
         recon, entropy, spread, variance, words, _, counts, *_ = PackedAutoencoder.apply(
             rows.to(dtype), W_enc, b_enc, W_dec, b_dec, row_mask, *_savable_fields(more), options,
-            *(() if encoded is None else encoded),
+            *((None,) * 4 if encoded is None else map(savable, encoded)),
         )  # fmt: skip
         if encoded is not None:
             words, counts = encoded.words, encoded.counts
@@ -159,10 +159,10 @@ def binary_autoencoder(
 
 def _kept_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows ``[n, d_in]``, those that are dropped zero, and their mask ``[n]``."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = savable(x.reshape(-1, x.shape[-1]))
     if mask is None:
         return rows, None
-    row_mask = mask.reshape(-1)
+    row_mask = savable(mask.reshape(-1))
     # a dropped row may hold anything: 0 x NaN would reach the gradient of W_enc
     return rows.masked_fill(~row_mask[:, None], 0), row_mask
 
@@ -287,7 +287,7 @@ def decode(
     check_columns("W_dec", W_dec)
     require("b_dec", b_dec, (W_dec.shape[1],))
     if isinstance(code, Tensor):
-        check_parameters(code, {"W_dec": W_dec, "b_dec": b_dec})
+        check_parameters(code, {"W_dec": W_dec, "b_dec": b_dec}, "code")
         if code.dim() < 1 or code.shape[-1] != W_dec.shape[0]:
             raise ValueError(
                 f"code must have shape [..., {W_dec.shape[0]}]; got {list(code.shape)}"

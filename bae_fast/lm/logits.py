@@ -80,9 +80,10 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
         given = first_part(arguments)
-        if isinstance(output, Tensor) and isinstance(given, Tensor):
-            if output.data_ptr() != given.data_ptr():
-                made.append((module, output))
+        if not isinstance(output, Tensor) or not isinstance(given, Tensor):
+            return
+        if output.data_ptr() != given.data_ptr():
+            made.append((module, output))
 
     # some norms have no weight (OLMo)
     norms = [

@@ -301,6 +301,10 @@ class BinaryObjective(Objective):
         """Processes that the features are divided among."""
         return 1 if self.mesh is None else self.mesh.feature
 
+    @property
+    def starts(self) -> bool:
+        return self.config.init != "none"
+
     def start(self, sample: Sample, generator: torch.Generator) -> None:
         config, model = self.config, self.model
         if config.init == "none":

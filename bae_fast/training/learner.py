@@ -31,6 +31,9 @@ from bae_fast.training.supply import differences
 # steps without a one after which the log counts a column as dead
 DEAD_WINDOW = 200
 
+# how far the size of rows that are not normalised may be from 1
+_FAR = 4.0
+
 # raw rows drawn at random, given their number and the generator of the draw
 Draw = Callable[[int, torch.Generator], Tensor]
 
@@ -162,8 +165,11 @@ class Learner(Generic[Config]):
     def start(self) -> None:
         """Start the features and make the optimizer."""
         config = self.config
+        # features that have learned stay, in case a state of them is loaded: see _check_start
+        self._kept = self.objective.starts and self.model.learned
         with learning():
-            self.objective.start(lambda n: self._draw(n, self.generator), self.generator)
+            if not self._kept:
+                self.objective.start(lambda n: self._draw(n, self.generator), self.generator)
             decoder = [p for n, p in self.trained.named_parameters() if n == "W_dec"]
             rest = [
                 p for n, p in self.trained.named_parameters() if n != "W_dec" and p.requires_grad
@@ -306,7 +312,40 @@ class Learner(Generic[Config]):
         objective.count(loss, len(x))
         return loss
 
+    def _check_start(self) -> None:
+        """Refuse to start features anew that were trained or loaded, in place of losing them.
+
+        Raises:
+            ValueError: such a module, a configuration that has a start, and no state loaded.
+        """
+        if self._kept:
+            raise ValueError(
+                "model must not have learned before a run that starts its features anew: "
+                "TrainingConfig(init='none') goes on from them, model.reset_parameters() gives "
+                "them up"
+            )
+
+    def _hint(self, x: Tensor) -> None:
+        """Say of the first batch where it is far from what constants and thresholds are meant for.
+
+        Rows of a Binary Autoencoder that were not normalised are no fault that its own hint sees:
+        the start gives every feature the density that is meant.
+        """
+        if self.step or x.device.type != "cpu" or self.model.is_normalized():
+            return  # a device would be waited for
+        rows = x.float()
+        size = float(rows.square().mean().sqrt())
+        common = float(rows.mean(0).square().mean().sqrt())
+        if 1 / _FAR <= size <= _FAR and common <= size / 2:
+            return
+        warnings.warn(
+            f"rows have a root mean square of {size:.3g}, and their mean row one of {common:.3g}, "
+            "where 1 and 0 are meant: call fit_normalization_(rows) before training",
+            stacklevel=4,
+        )
+
     def _set_rates(self) -> None:
+        self._check_start()
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -319,6 +358,7 @@ class Learner(Generic[Config]):
                 return replayed
         config = self.config
         self._set_rates()
+        self._hint(x)
         at = Step(self.step, self.step / config.steps, self.is_dead(DEAD_WINDOW))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective.backward(x, target, at, self.autocast)
@@ -364,6 +404,7 @@ class Learner(Generic[Config]):
     def _updated(self, x: Tensor, loss: Loss) -> None:
         """What follows the optimizer's step."""
         self.step += 1
+        self.model.learned = True
         self.objective.after_update(x, self.optimizer, self.step, self.generator)
         self.last_fired.masked_fill_(loss.counts > 0, self.step)
         self.publish()
@@ -467,6 +508,7 @@ class Learner(Generic[Config]):
             self.step = state["step"]
             self.generator.set_state(state["generator"].cpu())
             self.last_fired = state["last_fired"].to(self.device, copy=True)
+            self._kept = False
             self.publish()
 
     def identity(self) -> dict[str, Any]:

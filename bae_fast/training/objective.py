@@ -79,6 +79,11 @@ class Objective(ABC):
                 f"whose loss is not made of parts; got {micro_batches} and {processes}"
             )
 
+    @property
+    def starts(self) -> bool:
+        """Whether :meth:`start` sets the features, whatever they were."""
+        return False
+
     def start(self, sample: Sample, generator: torch.Generator) -> None:  # noqa: B027
         """Prepare the module before the first step; draws come from the generator alone."""
 

@@ -205,7 +205,9 @@ __device__ __forceinline__ void consume(const Run& run, unsigned panel_at, unsig
       before = place.stage;
       place.step(run.stages);
     }
-    if (thread == 0) arrive(barriers.turn(me ^ 1));  // all products are started
+    // all products are started; each warp says so, as a warp that has not yet seen its own turn
+    // would wait forever for the one behind it
+    release(barriers.turn(me ^ 1));
     wait_products<0>();
     release(barriers.empty(before));
     // whether the consumer's next tile has another left panel
@@ -281,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(bae_fast::kPanelThreads, 1)
     }
     start_barrier(barriers.panel_full(), 1);
     start_barrier(barriers.panel_empty(), 4 * kConsumers);
-    for (int who = 0; who < kConsumers; ++who) start_barrier(barriers.turn(who), 1);
+    for (int who = 0; who < kConsumers; ++who) start_barrier(barriers.turn(who), 4);
     publish_barriers();
   }
   synchronize();

@@ -592,6 +592,7 @@ FAULTS_OF_PANELS = {
         [
             ("barriers.empty(stage), 4);", "barriers.empty(stage), 1);"),
             ("barriers.panel_empty(), 4 * kConsumers", "barriers.panel_empty(), kConsumers"),
+            ("barriers.turn(who), 4);", "barriers.turn(who), 1);"),
             ("if (lane == 0) arrive(barrier);", "if (thread == 0) arrive(barrier);"),
         ],
         "without a barrier behind a read",

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import bae_fast as bf
-from bae_fast import packing
+from bae_fast import codes, packing
 from bae_fast.codes import keep_signs
 from bae_fast.ops import registry
 
@@ -106,6 +106,21 @@ def test_counts_handed_out_are_the_callers_own():
     assert torch.equal(out.code.counts(), expected)
 
 
+def test_bits_of_rows_that_are_dropped_afterwards_do_not_count(tmp_path):
+    dense, code = make((30, 70))
+    keep = torch.rand(30) < 0.5
+    masked = bf.BinaryCode(code.words, 70, row_mask=keep)
+    assert torch.equal(masked.counts(), dense[keep].sum(0))
+    assert torch.equal(masked.density(), code[keep].density())
+    assert masked.entropy() == code[keep].entropy()
+    assert not masked.l0()[~keep].any()
+    assert code.equal(bf.BinaryCode.from_dense(dense))  # a copy was changed
+    save_file({"words": code.words, "row_mask": keep}, tmp_path / "code", {
+        "format": "bae_fast.binary_code", "version": "1", "n_columns": "70", "n_bits": "1",
+    })  # fmt: skip
+    assert bf.BinaryCode.load(tmp_path / "code") == masked
+
+
 def test_cat_joins_rows_and_masks_and_refuses_other_widths():
     a, code_a = make((5, 33))
     b, code_b = make((7, 33))
@@ -118,6 +133,29 @@ def test_cat_joins_rows_and_masks_and_refuses_other_widths():
         bf.BinaryCode.cat([code_a, make((5, 34))[1]])
     with pytest.raises(ValueError, match="not be empty"):
         bf.BinaryCode.cat([])
+
+
+def test_single_states_are_stacked():
+    dense = torch.rand(5, 40) < 0.3
+    code = bf.BinaryCode.from_dense(dense)
+    assert bf.BinaryCode.stack([code[i] for i in range(5)]) == code
+    batches = list(torch.utils.data.DataLoader(code, 2, collate_fn=bf.BinaryCode.stack))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert bf.BinaryCode.cat(batches) == code
+    both = bf.BinaryCode.stack([code, code])
+    assert both.shape == (2, 5, 40)
+    masked = bf.BinaryCode(torch.zeros(40, dtype=torch.int32), 40 * 32, row_mask=torch.tensor(True))
+    assert int(bf.BinaryCode.stack([masked, masked]).n_rows()) == 2
+    with pytest.raises(ValueError, match=r"codes must have rows.*stack joins those"):
+        bf.BinaryCode.cat([code[0]])
+
+
+def test_ones_of_a_row_are_counted_in_blocks(monkeypatch):
+    monkeypatch.setattr(codes, "_L0_WORDS", 5)
+    dense = torch.rand(3, 7, 70) < 0.3
+    assert torch.equal(bf.BinaryCode.from_dense(dense).l0(), dense.sum(-1))
+    assert torch.equal(bf.BinaryCode.from_dense(dense[0, 0]).l0(), dense[0, 0].sum())
+    assert bf.BinaryCode(torch.zeros(0, 3, dtype=torch.int32), 70).l0().shape == (0,)
 
 
 def test_multibit_values_weigh_bits_least_significant_first():

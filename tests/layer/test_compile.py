@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -48,6 +49,19 @@ def loss_of(bae, x, subset=TERMS, mask=None):
 
 def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen"])
+def test_without_gradients_the_whole_module_is_one_graph(how):
+    bae = bf.BinaryAutoencoder(6, 40).requires_grad_(how != "frozen")
+    x = torch.randn(30, 6)
+    want = bae(x, covariance=True)
+    graph = compiled(lambda x: tuple(bae(x, covariance=True)[:3]))
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    with context.get(how, contextlib.nullcontext)():
+        found = graph(x)
+    for got, expected in zip(found, want[:3], strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def gradients(bae) -> dict[str, torch.Tensor | None]:

@@ -157,8 +157,11 @@ def test_under_fsdp_methods_that_it_knows_give_what_a_whole_module_gives(ranks):
     bae = worker.make_module()
     for rank, found in enumerate(result(ranks, "fsdp methods")):
         x = worker.rows(rank)
-        assert found["refused"].keys() == {"encode", "decode"}
-        for error in found["refused"].values():
+        refused = found["refused"]
+        for name in ("init_density_", "init_density_, registered"):
+            assert "init_density_ must come before fully_shard" in refused.pop(name)
+        assert refused.keys() == {"encode", "decode", "preactivation"}
+        for error in refused.values():
             assert " must be whole; got one process's shard of it (DTensor)" in error
             assert "register_fsdp_forward_method" in error
         assert found["code"].equal(bae.encode(x))

@@ -14,6 +14,7 @@ import torch
 
 import bae_fast as bf
 from bae_fast import files
+from bae_fast.autoencoder import load_autoencoder
 
 D, F = 7, 45
 
@@ -715,6 +716,43 @@ def test_codes_made_in_inference_mode_serve_training():
     out = bae(x, past=code.statistics(), covariance=True)
     (out.entropy + out.covariance).backward()
     assert bae.W_enc.grad.any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "auto"])
+def test_rows_made_in_inference_mode_are_trained_on(impl):
+    bae = bf.BinaryAutoencoder(6, 40, impl=impl)
+    plain = torch.randn(30, 6)
+    kept = torch.rand(30) < 0.7
+    with torch.inference_mode():
+        x, mask = plain * 1, kept.clone()
+        encoded = None if impl == "reference" else bae.encode_rows(plain, mask=kept)
+    found = []
+    for rows, keep, given in ((plain, kept, None), (x, mask, None), (x, mask, encoded)):
+        bae.zero_grad()
+        out = bae(rows, mask=keep, encoded=given, multilinear=True)
+        (bae.mse(out, rows) + out.entropy + out.variance).backward()
+        found.append([p.grad.clone() for p in bae.parameters()])
+    for other in found[1:]:
+        for left, right in zip(found[0], other, strict=True):
+            assert torch.equal(left, right)
+
+
+def test_a_module_is_loaded_in_another_dtype(tmp_path):
+    bae = bf.BinaryAutoencoder(6, 40)
+    bae.save_pretrained(tmp_path)
+    for load in (bf.BinaryAutoencoder.from_pretrained, load_autoencoder):
+        found = load(tmp_path, dtype=torch.bfloat16)
+        assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+        assert torch.equal(found.W_enc, bae.W_enc.bfloat16())
+        assert load(tmp_path).W_enc.dtype == torch.float32
+
+
+def test_dense_features_of_a_wrong_dtype_are_named(tmp_path):
+    bae = bf.BinaryAutoencoder(6, 40)
+    with pytest.raises(TypeError, match=r"code must be floating point; got torch\.bool"):
+        bae.decode(torch.zeros(3, 40, dtype=torch.bool))
+    with pytest.raises(TypeError, match="W_dec must have code's dtype"):
+        bae.decode(torch.zeros(3, 40, dtype=torch.float16))
 
 
 def test_float64_parameters_under_autocast_take_the_multilinear_gradient():

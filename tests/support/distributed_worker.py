@@ -148,6 +148,11 @@ def fsdp_methods(rank: int) -> dict[str, Any]:
     fully_shard(bae, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=True)
     x = rows(rank)
     refused = {}
+    for name, given in (("preactivation", (x,)), ("init_density_", (x, 0.1))):
+        try:
+            getattr(bae, name)(*given)
+        except TypeError as error:
+            refused[name] = str(error)
     for name, given in (("encode", x), ("decode", bf.BinaryCode.from_dense(x.new_zeros(3, D_SAE)))):
         try:
             getattr(bae, name)(given)
@@ -159,6 +164,11 @@ def fsdp_methods(rank: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bae.save_pretrained(folder)
         saved = bf.BinaryAutoencoder.from_pretrained(folder).state_dict()
+    register_fsdp_forward_method(bae, "init_density_")
+    try:
+        bae.init_density_(x, 0.1)
+    except TypeError as error:
+        refused["init_density_, registered"] = str(error)
     return {"refused": refused, "code": code, "decoded": decoded, "saved": saved}
 
 

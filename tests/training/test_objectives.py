@@ -417,6 +417,51 @@ def test_checkpoints_are_written_every_so_many_steps(tmp_path):
     assert again.step == 30
 
 
+@pytest.mark.parametrize("how", ["loaded", "trained"])
+def test_what_has_learned_is_not_started_anew(how, tmp_path):
+    x = synthetic(n=900)
+    bae = module(x)
+    run = Trainer(bae, x, SMALL)
+    run.train_step()
+    state = run.state_dict()
+    if how == "loaded":
+        bae.save_pretrained(tmp_path)
+        bae = bf.BinaryAutoencoder.from_pretrained(tmp_path)
+    before = {name: value.clone() for name, value in bae.state_dict().items()}
+    again = Trainer(bae, x, SMALL)
+    with pytest.raises(ValueError, match=r"model must not have learned before.*init='none'"):
+        again.train_step()
+    for name, value in bae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    again.load_state_dict(state)  # of the same run: nothing is lost
+    again.train_step()
+    going_on = dataclasses.replace(SMALL, init="none", lr=1e-9)
+    Trainer(bae, x, going_on).train_step()
+    assert (bae.W_enc - before["W_enc"]).norm() < 0.5 * before["W_enc"].norm()
+    bae.reset_parameters()
+    Trainer(bae, x, dataclasses.replace(SMALL, seed=5)).train_step()  # other rows to start from
+    assert (bae.W_enc - before["W_enc"]).norm() > 0.5 * before["W_enc"].norm()
+
+
+@pytest.mark.parametrize("method", ["bae", "topk"])
+@pytest.mark.parametrize(("scale", "shift"), [(20.0, 30.0), (0.02, 0.0), (1.0, 3.0)])
+def test_rows_that_were_not_normalised_are_said(method, scale, shift):
+    x = torch.randn(900, 6) * scale + shift
+    made = {
+        "bae": lambda: (bf.BinaryAutoencoder(6, 24), SMALL),
+        "topk": lambda: (make_baseline("topk", 6, 24, k=4), SparseConfig(steps=9, batch_size=64)),
+    }
+    model, config = made[method]()
+    with pytest.warns(UserWarning, match=r"call fit_normalization_\(rows\) before training"):
+        Trainer(model, x, config).train_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, config = made[method]()
+        Trainer(model.fit_normalization_(x), x, config).train_step()
+        model, config = made[method]()
+        Trainer(model, (x - x.mean(0)) / x.std(), config).train_step()
+
+
 def test_a_run_that_diverges_keeps_the_last_good_checkpoint(tmp_path):
     x = synthetic(n=900)
     trainer = Trainer(module(x), x, SMALL)
