@@ -324,7 +324,7 @@ def said(row: dict[str, Any]) -> str:
     """A case's result in words."""
     case = row["case"]
     # results that were kept before rounds were counted do not say how many
-    rounds = f" (medians of {row['rounds']} rounds)" if "rounds" in row else ""
+    rounds = f" (medians of {row['rounds']} rounds, of the share too)" if "rounds" in row else ""
     if case == "harvest":
         of_model = (
             f" of {row['model']} ({row['n_parameters'] / 1e9:.1f} billion parameters)"
