@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise ValueError, naming the argument, unless its value is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}; got {value!r}")
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no int from ``least`` to ``most``; a bool is none.
+
+    Raises:
+        ValueError: naming the argument, what is allowed and what came.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        allowed = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an int {allowed}; got {value!r}")
 
 
 def all_finite(numbers: Tensor) -> bool:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import functional
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import register_architecture
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput, Encoded
@@ -183,8 +184,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
             )
         self.bit_price = _at_least_0("bit_price", bit_price)
         self.dense_bits = _at_least_0("dense_bits", dense_bits)
-        if not isinstance(max_flips, int) or isinstance(max_flips, bool) or max_flips < 0:
-            raise ValueError(f"max_flips must be an int >= 0; got {max_flips!r}")
+        check_int("max_flips", max_flips, 0)
         self.max_flips = max_flips
         self.register_buffer("density", torch.full((columns,), 0.5, device=device, dtype=dtype))
         self._pairs: tuple[Tensor, Tensor, Tensor] | None = None

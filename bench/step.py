@@ -215,10 +215,11 @@ def table(result: dict[str, Any]) -> str:
         {"objective": lambda row: row["objective"], "N, d, F": tables.shape},
     ) + (
         "\n\nTimes, and how many times faster than eager float32 (than `cpp` where eager was not "
-        "run); medians, all sides in turns in one process, checked against float64 first. paper: identity surrogate, half of the bits "
-        "on, covariance; rectangle: 3 % of the bits on, covariance; no covariance: the same "
-        "without. eager, autocast (bfloat16) and compile end in Adam as it comes, ours in "
-        "Adam(fused=True). The last column is the floor over the time of `cpp`. The floor is what "
+        "run); medians, all sides in turns in one process, checked against float64 first. paper: "
+        "identity surrogate, half of the bits on, covariance; rectangle: 3 % of the bits on, "
+        "covariance; no covariance: the same without. eager, autocast (bfloat16) and compile end "
+        "in Adam as it comes, ours in Adam(fused=True). The last column is the floor over the time "
+        "of `cpp`. The floor is what "
         "a step would take with the products at torch's GEMM rate, the counts at the instruction "
         "ceiling and Adam at the speed of a copy; over 100% the step is faster than that. "
         + tables.ceilings(result)

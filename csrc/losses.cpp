@@ -37,20 +37,20 @@ inline double log2_of(double v) {
   return v > 0 ? log : __builtin_nan("");
 }
 
-// body(block, first, last) over the blocks of columns, on threads where there are many.
+// body(first, last) over the blocks of columns, on threads where there are many.
 template <typename F>
 void each_block(int64_t columns, const F& body) {
   parallel_for(0, (columns + kColumns - 1) / kColumns, kColumnsOfThread / kColumns,
                [&](int64_t begin, int64_t end) {
                  for (int64_t block = begin; block < end; ++block) {
-                   body(block, block * kColumns, std::min(columns, (block + 1) * kColumns));
+                   body(block * kColumns, std::min(columns, (block + 1) * kColumns));
                  }
                });
 }
 
 // The sum of n numbers by halves: processes that share the columns evenly add up to the same bits.
 double sum_by_halves(const double* numbers, int64_t n) {
-  if (n <= 16) return std::accumulate(numbers, numbers + n, 0.0);
+  if (n < 2) return n == 1 ? *numbers : 0.0;
   return sum_by_halves(numbers, n / 2) + sum_by_halves(numbers + n / 2, n - n / 2);
 }
 
@@ -132,16 +132,14 @@ int64_t rows_of_thread(int64_t columns) {
 Tensor entropy(Tensor counts, int64_t n_rows) {
   const int64_t columns = counts.size(0);
   const int64_t* const ones = data<int64_t>(counts);
-  std::vector<double> sums((columns + kColumns - 1) / kColumns);
-  each_block(columns, [&](int64_t block, int64_t first, int64_t last) {
-    double bits[kColumns];
+  std::vector<double> bits(columns);
+  each_block(columns, [&](int64_t first, int64_t last) {
     for (int64_t j = first; j < last; ++j) {
       const double p = static_cast<double>(ones[j]) / static_cast<double>(n_rows), q = 1 - p;
-      bits[j - first] = p * log2_of(p + kEps) + q * log2_of(q + kEps);
+      bits[j] = p * log2_of(p + kEps) + q * log2_of(q + kEps);
     }
-    sums[block] = sum_by_halves(bits, last - first);
   });
-  return number_of(-sum_by_halves(sums.data(), static_cast<int64_t>(sums.size())));
+  return number_of(-sum_by_halves(bits.data(), columns));
 }
 
 // Its derivative at the bits of each column, times a number: see entropy_gradient in the same file.
@@ -149,7 +147,7 @@ void entropy_slopes(Tensor counts, int64_t n_rows, double scale, Tensor out) {
   const int64_t* const ones = data<int64_t>(counts);
   const bool wide = out.scalar_type() == ScalarType::Double;
   void* const memory = out.data_ptr();
-  each_block(counts.size(0), [&](int64_t, int64_t first, int64_t last) {
+  each_block(counts.size(0), [&](int64_t first, int64_t last) {
     double slopes[kColumns];
     const double rows = static_cast<double>(n_rows);
     for (int64_t j = first; j < last; ++j) {

@@ -112,7 +112,7 @@ class SparseBackward {
   // A thread's panel, and which block of which matrix it holds.
   struct Worker {
     Scratch panel{kPanelRows * kPanelBytes}, output{kPanelRows * kPitch * sizeof(T)};
-    const T* held = nullptr;
+    const Rows* held = nullptr;
     int64_t block = -1, column = -1;
   };
 
@@ -217,8 +217,8 @@ class SparseBackward {
     }
     const int64_t used = std::min(dense.width - c, kWidth);
     T* const panel = reinterpret_cast<T*>(w.panel.get());
-    if (w.held != dense.data || w.block != block || w.column != c) {
-      w.held = dense.data, w.block = block, w.column = c;
+    if (w.held != &dense || w.block != block || w.column != c) {
+      w.held = &dense, w.block = block, w.column = c;
       const int64_t top = block * kPanelRows, bottom = std::min(n, top + kPanelRows);
       for (int64_t row = top; row < bottom; ++row) {
         T* to = panel + (row - top) * kWidth;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -227,12 +228,24 @@ Tensor over_memory(void* memory, int64_t rows, int64_t columns, ScalarType type,
 // body(begin, end) over parts of a range of at least `grain`, on torch's threads.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body) {
-  succeeded(
-      torch_parallel_for(
-          begin, end, grain,
-          [](int64_t from, int64_t to, void* with) { (*static_cast<const F*>(with))(from, to); },
-          const_cast<void*>(static_cast<const void*>(&body))),
-      "run a loop over its threads");
+  struct Call {
+    const F& body;
+    std::atomic<bool> failed{false};
+    std::string message;  // of the first that failed: LibTorch would keep none
+  } call{body};
+  succeeded(torch_parallel_for(
+                begin, end, grain,
+                [](int64_t from, int64_t to, void* with) {
+                  Call& of = *static_cast<Call*>(with);
+                  try {
+                    of.body(from, to);
+                  } catch (const std::exception& error) {
+                    if (!of.failed.exchange(true)) of.message = error.what();
+                  }
+                },
+                &call),
+            "run a loop over its threads");
+  check(!call.failed, call.message);
 }
 
 inline int64_t get_num_threads() {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bae_fast.analysis import metrics
 from bae_fast.analysis.quantisers import quantize, value_ranges
-from bae_fast.arguments import all_finite
+from bae_fast.arguments import all_finite, check_int
 from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.devices import without_autocast
@@ -142,8 +142,7 @@ def evaluate(
         check_rows("targets", targets, model.d_out)
         if len(targets) != len(rows):
             raise ValueError(f"targets must have {len(rows)} rows; got {len(targets)}")
-    if not isinstance(value_bits, int) or not 0 <= value_bits <= 16:
-        raise ValueError(f"value_bits must lie in [0, 16]; got {value_bits!r}")
+    check_int("value_bits", value_bits, 0, 16)
     ranges = None
     if training_rows is not None and not binary:
         check_rows("training_rows", training_rows, model.d_in)

@@ -23,6 +23,7 @@ from bae_fast.analysis.text import (
     visible_text,
     visible_token,
 )
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import ActivationCache
 
@@ -115,8 +116,7 @@ def choose_features(
     """
     if density.dim() != 1:
         raise ValueError(f"density must have shape [F]; got {list(density.shape)}")
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be an int >= 1; got {k!r}")
+    check_int("k", k, 1)
     p = density.detach().cpu()
     order = p.argsort(stable=True)
     live = order[p[order] > 0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.normalization import check_rows
@@ -46,8 +47,7 @@ class PursuedAutoencoder(Autoencoder):
             raise TypeError(f"model must be a SparseAutoencoder; got {type(model).__name__}")
         if model.is_transcoder:
             raise ValueError("model must be no transcoder: a pursuit needs the target")
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= model.d_sae:
-            raise ValueError(f"k must be an int in 1 .. {model.d_sae}; got {k!r}")
+        check_int("k", k, 1, model.d_sae)
         self.config, self.k = model.config, k
         self.register_normalization(
             model.d_in, None, device=model.W_dec.device, dtype=model.W_dec.dtype

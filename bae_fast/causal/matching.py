@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.pairs import COLUMN_BLOCK, joint_counts
 from bae_fast.progress import tracked
@@ -134,8 +135,7 @@ def match_codes(
         raise ValueError(f"threshold must lie in (0, 1]; got {threshold!r}")
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
-    if not isinstance(min_count, int) or min_count < 1:
-        raise ValueError(f"min_count must be an int of at least 1; got {min_count!r}")
+    check_int("min_count", min_count, 1)
     n_a, n_b = a.counts().double(), b.counts().double()
     f_a, f_b = a.n_columns, b.n_columns
     partner_a = torch.full((f_a,), -1, device=a.device)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.arguments import all_finite
+from bae_fast.arguments import all_finite, check_int
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.causal.distributions import divergence
 from bae_fast.causal.splice import norm_bounds, replaced_output, spliced
@@ -92,8 +92,7 @@ class Prompt:
         Raises:
             ValueError: max_tokens is below 1, or more than the model has positions.
         """
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens must be an int of at least 1; got {max_tokens!r}")
+        check_int("max_tokens", max_tokens, 1)
         check_length(lm.model, max_tokens, "max_tokens")
         self.lm, self.path, self.source = lm, path, source
         self.autoencoder, self.model = autoencoder, as_autoencoder(autoencoder)

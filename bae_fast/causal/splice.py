@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import as_autoencoder
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import MAX_NORM_RATIO, row_norms
@@ -475,8 +476,7 @@ def replaced_output(
     whole = model.model if isinstance(model, LanguageModel) else model
     if not isinstance(whole, nn.Module):
         raise TypeError(f"model must be a LanguageModel or a module; got {type(model).__name__}")
-    if not isinstance(drop_positions, int) or drop_positions < 0:
-        raise ValueError(f"drop_positions must be an int of at least 0; got {drop_positions!r}")
+    check_int("drop_positions", drop_positions, 0)
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool; got {mask.dtype}")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.causal.distributions import Divergence, divergence, judged_text, next_token_loss
 from bae_fast.causal.splice import Edit, Splice, norm_bounds, replaced_output, spliced
 from bae_fast.codes import BinaryCode
@@ -129,8 +130,7 @@ class SubstitutionTest:
             ValueError: windows or a mask of another shape, a batch size below 1, or no token of
                 text with a known next one.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an int of at least 1; got {batch_size!r}")
+        check_int("batch_size", batch_size, 1)
         text = judged_text(
             lm, windows, mask=mask, exclude_tokens=exclude_tokens, drop_positions=drop_positions
         )

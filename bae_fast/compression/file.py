@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import packing
+from bae_fast.arguments import check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.compression.columns import IndependentColumns, choose_classes
 from bae_fast.compression.gaps import categorical, constriction_stream
@@ -259,8 +260,7 @@ def compress(
         ValueError: a code that is too large, block_rows below 1 or of more than 2^32 bits in a
             block, another coder, or bits past the last column.
     """
-    if not isinstance(block_rows, int) or not 1 <= block_rows < 2**31:
-        raise ValueError(f"block_rows must be an int of 1 to 2^31 - 1; got {block_rows!r}")
+    check_int("block_rows", block_rows, 1, 2**31 - 1)
     if coder not in CODERS:
         raise ValueError(f"coder must be one of {', '.join(CODERS)}; got {coder!r}")
     if not isinstance(metadata or {}, dict):

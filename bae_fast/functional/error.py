@@ -32,7 +32,11 @@ def squared_error(
 
     Returns:
         ``[]`` in recon's dtype, float32 or wider; differentiable in recon and target.
+
+    Raises:
+        ValueError: target, unit or mask of another shape, or a mask that is not bool.
     """
+    _check_shapes(recon, target, unit, mask)
     target = savable(target)
     mask = None if mask is None else savable(mask)
     keep = None if mask is None else mask.reshape(-1).contiguous()
@@ -54,11 +58,23 @@ def squared_error(
     return mse_loss(recon, target, reduction="sum")
 
 
+def _check_shapes(recon: Tensor, target: Tensor, unit: Tensor | None, mask: Tensor | None) -> None:
+    """A kernel reads by recon's shape, whatever the others have."""
+    shape = list(recon.shape)
+    if not shape or target.shape != recon.shape:
+        raise ValueError(f"target must have recon's shape {shape}; got {list(target.shape)}")
+    if unit is not None and unit.shape != recon.shape[-1:]:
+        raise ValueError(f"unit must have shape {shape[-1:]}; got {list(unit.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != recon.shape[:-1]):
+        raise ValueError(f"mask must be bool {shape[:-1]}; got {mask.dtype} {list(mask.shape)}")
+
+
 def _served(recon: Tensor, target: Tensor, unit: Tensor | None, impl: str) -> bool:
     """Whether the backend of this call has the two passes, and these tensors can be given to it."""
     tensors = [recon, target, *([] if unit is None else [unit])]
     return (
         not torch.compiler.is_compiling()
+        and recon.shape[-1] > 0
         # a subclass may have no numbers
         and all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
         and all(tensor.dtype in _SERVED for tensor in tensors)

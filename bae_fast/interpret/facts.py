@@ -308,8 +308,7 @@ def neighbours(code: BinaryCode, *, k: int = 6, max_rows: int = 2**16) -> Ranked
         ValueError: a row mask, or max_rows out of range.
     """
     rows, n = _plain(code)
-    if not isinstance(max_rows, int) or not 1 <= max_rows < 2**24:
-        raise ValueError(f"max_rows must be an int from 1 to 2^24 - 1; got {max_rows!r}")
+    check_int("max_rows", max_rows, 1, 2**24 - 1)
     if n > max_rows:
         rows, n = rows[even_numbers(n, max_rows, rows.device)], max_rows
     f = code.n_columns

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
+
 FORMAT = "bae_fast.activation_cache"
 FORMAT_VERSION = 1
 SPLIT_RULE = (
@@ -146,8 +148,7 @@ class ActivationCache:
         Raises:
             ValueError: the bound leaves no whole window held out, or none to train on.
         """
-        if not isinstance(n_heldout, int) or n_heldout < 1:
-            raise ValueError(f"n_heldout must be an int >= 1; got {n_heldout!r}")
+        check_int("n_heldout", n_heldout, 1)
         window = self.row_window
         starts = torch.ones(self.n_rows, dtype=torch.bool)
         starts[1:] = window[1:] != window[:-1]

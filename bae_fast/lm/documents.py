@@ -368,8 +368,8 @@ class TextWindows:
                 for.
         """
         check_int("context_size", context_size, 2)
-        if n_windows is not None and (not isinstance(n_windows, int) or n_windows < 1):
-            raise ValueError(f"n_windows must be an int >= 1 or None; got {n_windows!r}")
+        if n_windows is not None:
+            check_int("n_windows", n_windows, 1)
         self.tokenizer, self.documents = tokenizer, documents
         self.context_size, self.n_windows = context_size, n_windows
         self._bos = bos_to_prepend(tokenizer, prepend_bos)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.files import cache_folder, check_writable, locked, naming, write_safetensors
 from bae_fast.lm.cache import (
     DTYPE_NAMES,
@@ -376,14 +377,8 @@ def _check_arguments(
             "token_windows must have shape [n_windows, context_size], neither zero; got "
             f"{list(token_windows.shape)}"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an int >= 1; got {batch_size!r}")
-    context_size = token_windows.shape[1]
-    if not isinstance(drop_positions, int) or not 0 <= drop_positions < context_size:
-        raise ValueError(
-            f"drop_positions must be an int from 0 to context_size - 1 = {context_size - 1}; "
-            f"got {drop_positions!r}"
-        )
+    check_int("batch_size", batch_size, 1)
+    check_int("drop_positions", drop_positions, 0, token_windows.shape[1] - 1)
     if not isinstance(max_norm_ratio, (int, float, np.number)) or not max_norm_ratio > 1:
         raise ValueError(
             f"max_norm_ratio must be over 1, or infinite to keep all; got {max_norm_ratio!r}"
@@ -391,4 +386,4 @@ def _check_arguments(
     if exclude_tokens is not None and not isinstance(exclude_tokens, (Iterable, Tensor)):
         raise TypeError(f"exclude_tokens must be token ids, or None; got {exclude_tokens!r}")
     check_ids(lm.model, token_windows, "token_windows")
-    check_length(lm.model, context_size, "token_windows")
+    check_length(lm.model, token_windows.shape[1], "token_windows")

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.files import naming
 from bae_fast.lm.inputs import bos_to_prepend, without_surrogates
 from bae_fast.progress import tracked
@@ -306,10 +307,9 @@ def windows(
     if not isinstance(text, str):
         several = "; '\\n\\n'.join(texts) makes one of several" if isinstance(text, list) else ""
         raise TypeError(f"text must be a string; got {type(text).__name__}{several}")
-    if not isinstance(context_size, int) or context_size < 2:
-        raise ValueError(f"context_size must be an int >= 2; got {context_size!r}")
-    if n_tokens is not None and (not isinstance(n_tokens, int) or n_tokens < 1):
-        raise ValueError(f"n_tokens must be an int >= 1, or None; got {n_tokens!r}")
+    check_int("context_size", context_size, 2)
+    if n_tokens is not None:
+        check_int("n_tokens", n_tokens, 1)
     bos = bos_to_prepend(tokenizer, prepend_bos)
     body = context_size if bos is None else context_size - 1
     most = None if n_tokens is None else -(-n_tokens // context_size)

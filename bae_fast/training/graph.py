@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import check_int
 from bae_fast.devices import current
 
 # calls of a step before it is captured: kernels are compiled, the optimizer's state and the
@@ -113,8 +114,7 @@ class CapturedStep:
             ValueError: warm_calls below 1, an optimizer that cannot be captured or has an empty
                 group, or parameters on no CUDA device or on several.
         """
-        if isinstance(warm_calls, bool) or not isinstance(warm_calls, int) or warm_calls < 1:
-            raise ValueError(f"warm_calls must be an integer >= 1; got {warm_calls!r}")
+        check_int("warm_calls", warm_calls, 1)
         self._graphs = CudaGraphs() if graphs is None else graphs
         for at, group in enumerate(optimizer.param_groups):
             if not group["params"]:

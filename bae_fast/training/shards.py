@@ -150,10 +150,7 @@ class ShardSupply(Closing):
         self.widths, self.seed = self.cache.widths, seed
         self.streams, self.rank, self.world = streams, rank, world
         own = streams_of(streams, rank, world)
-        if not isinstance(buffer_rows, int) or buffer_rows < streams:
-            raise ValueError(
-                f"buffer_rows must be at least one a stream, {streams}; got {buffer_rows}"
-            )
+        check_int("buffer_rows", buffer_rows, streams)  # one a stream
         if n_heldout == 0:
             self.n_train, self._held = self.cache.n_rows, range(0)
         else:

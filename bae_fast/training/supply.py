@@ -142,8 +142,7 @@ def streams_of(streams: int, rank: int, world: int) -> range:
     """
     for name, value in (("streams", streams), ("world", world)):
         check_int(name, value, 1)
-    if not isinstance(rank, int) or not 0 <= rank < world:
-        raise ValueError(f"rank must be an int from 0 to {world - 1}; got {rank!r}")
+    check_int("rank", rank, 0, world - 1)
     if streams % world:
         raise ValueError(
             f"world must divide the number of streams, {streams}, so that a rank serves whole "

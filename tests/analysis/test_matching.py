@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_definition(score):
     [
         ({"threshold": 0.0}, "threshold must lie in"),
         ({"score": "cosine"}, "score must be one of jaccard, phi; got 'cosine'"),
-        ({"min_count": 0}, "min_count must be an int of at least 1; got 0"),
+        ({"min_count": 0}, "min_count must be an int >= 1; got 0"),
         ({"b": BinaryCode.from_dense(torch.ones(3, 4))}, "equally many rows"),
         (
             {"b": BinaryCode(torch.zeros(5, 1, dtype=torch.int32), 4,

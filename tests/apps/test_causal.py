@@ -315,7 +315,7 @@ def test_a_plain_module_with_a_tuple_output():
         ({"mask": "first"}, ValueError, "mask must be a bool tensor, 'last' or None"),
         ({"mask": torch.ones(12)}, TypeError, "mask must be bool; got torch.float32"),
         ({"mask": torch.ones(3, 12, dtype=torch.bool)}, ValueError, r"got \[3, 12\]"),
-        ({"drop_positions": -1}, ValueError, "drop_positions must be an int of at least 0"),
+        ({"drop_positions": -1}, ValueError, "drop_positions must be an int >= 0"),
         ({"max_norm_ratio": 0.0}, ValueError, "max_norm_ratio must be over 0 or None"),
         ({"source": "model.layers.1"}, ValueError, "is for a transcoder"),
         ({"edit": lambda f: f[:, :3]}, ValueError, r"edit must return shape \[55, 40\]"),

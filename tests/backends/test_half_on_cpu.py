@@ -6,6 +6,7 @@ Whether the CPU multiplies bfloat16 is set by the tests, so that both ways are t
 import pytest
 import torch
 
+from bae_fast import devices
 from bae_fast.backends import cpp
 from bae_fast.backends.cpp import decode as cpp_decode
 from bae_fast.backends.cpp import sparse_backward as cpp_sparse
@@ -231,3 +232,23 @@ def test_ones_of_all_words(threads, shape, density):
     count = extension.op("count_ones")
     assert count(padded[:, : n_words(shape[1])]) == int(bits.sum())
     assert count(pack_rows(bits)) == int(bits.sum())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "trusted"),
+    [
+        ("OMP_DYNAMIC", "true", False),
+        ("OMP_DYNAMIC", "FALSE", True),
+        ("OMP_THREAD_LIMIT", "1", False),
+        ("OMP_THREAD_LIMIT", "64", True),
+    ],
+)
+def test_bfloat16_products_of_torch_are_left_out_where_they_may_be_wrong(
+    variable, value, trusted, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv(variable, value)
+    assert devices.cpu_has_bfloat16() == trusted
+    narrow = products.product_dtype(torch.bfloat16, torch.device("cpu"))
+    assert narrow == (torch.bfloat16 if trusted else torch.float32)

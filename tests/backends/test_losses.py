@@ -51,6 +51,36 @@ def test_entropy_and_its_slopes_are_those_of_the_definition(k, n, threads):
         assert (slopes.double() - exact).abs().max() <= limit * (35 / n)
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("columns", [16, 40, 1536, 2048, 4096, 6144])
+def test_parts_of_the_columns_add_up_to_the_entropy_of_all_to_the_bit(columns, parts):
+    entropy = extension.op("entropy")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        counts, n_rows = counts_of(columns, 4097)
+        sums = [float(entropy(part.contiguous(), int(n_rows))) for part in counts.chunk(parts)]
+        while len(sums) > 1:
+            sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+        assert sums[0] == float(entropy(counts, int(n_rows)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": torch.zeros(4)}, r"target must have recon's shape \[3, 4\]; got \[4\]"),
+        ({"target": torch.zeros(2, 4)}, r"target must have recon's shape \[3, 4\]; got \[2, 4\]"),
+        ({"unit": torch.ones(1)}, r"unit must have shape \[4\]; got \[1\]"),
+        ({"mask": torch.ones(2).bool()}, r"mask must be bool \[3\]; got torch.bool \[2\]"),
+        ({"mask": torch.ones(3)}, r"mask must be bool \[3\]; got torch.float32 \[3\]"),
+    ],
+)
+def test_what_does_not_fit_the_reconstruction_is_refused(options, words):
+    given = {"recon": torch.zeros(3, 4), "target": torch.zeros(3, 4), **options}
+    with pytest.raises(ValueError, match=words):
+        functional.squared_error(**given)
+    assert float(functional.squared_error(torch.zeros(3, 0), torch.zeros(3, 0))) == 0
+
+
 def test_one_thread_and_two_give_the_same_entropy():
     counts, n_rows = counts_of(100_000, 5000)
     found = []

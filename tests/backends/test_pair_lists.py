@@ -237,6 +237,18 @@ def test_rows_at_hand_may_be_others_than_those_counted(cost, impl, monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_rows_at_hand_that_begin_where_those_counted_do_are_other_rows(impl, monkeypatch):
+    set_cost(monkeypatch, 1e-9)
+    bits = codes(128, 200, 6)
+    words = pack_rows(bits)
+    counts, v = exact(bits[::2])
+    window = torch.rand(64, 200) < 0.2
+    got = gradient_of_bits(impl, words[:64], words[::2], counts, 64, pack_rows(window))
+    want = exact_gradient(bits[:64], counts, v, 64) * window.numpy()
+    assert np.array_equal(got.numpy(), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_seventy_thousand_rows(impl, monkeypatch):
     set_cost(monkeypatch, 40.0)
     bits = codes(70_000, 90, 4, dense=2)

@@ -176,6 +176,22 @@ def test_strided_and_expanded_inputs(always):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("kind", ["first columns", "one row for all"])
+def test_a_gradient_that_begins_where_x_does_is_another_matrix(kind, always):
+    n, d, f = 300, 64, 512
+    d_out = 8 if kind == "first columns" else d
+    x, (W_enc, b_enc, W_dec, b_dec), _ = problem(n, d, f, d_out, torch.float32)
+    view = x[:, :d_out] if kind == "first columns" else x[:1].expand(n, d)
+    found = []
+    for direction in (view, view.clone()):
+        leaves = [W_enc.clone().requires_grad_(), b_enc.clone().requires_grad_()]
+        out = bf.binary_autoencoder(x, *leaves, W_dec, b_dec, surrogate_width=0.1, impl="cpp")
+        found.append(torch.autograd.grad(out.recon, leaves, grad_outputs=direction))
+    assert len(always) == 2
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
+
+
 def test_more_entries_than_one_span_lists(always):
     """4,096 rows, 1,100 columns, all inside: spans end between tiles, and dx adds over them."""
     x, parameters, direction = problem(4096, 3, 1100, 2)

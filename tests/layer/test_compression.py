@@ -419,7 +419,7 @@ def test_bad_rows_and_arguments_are_named(tmp_path):
         compressed["a"]
     with pytest.raises(IndexError, match="block must be 0 to 0; got 1"):
         compressed.block(1)
-    with pytest.raises(ValueError, match="block_rows must be an int of 1 to"):
+    with pytest.raises(ValueError, match="block_rows must be an int from 1 to"):
         compress(code, tmp_path / "other", block_rows=0)
     with pytest.raises(ValueError, match="coder must be one of tree, columns; got 'forest'"):
         compress(code, tmp_path / "other", coder="forest")

@@ -747,7 +747,19 @@ def test_a_module_is_loaded_in_another_dtype(tmp_path):
         assert load(tmp_path).W_enc.dtype == torch.float32
 
 
-def test_dense_features_of_a_wrong_dtype_are_named(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_code_of_no_rows_has_a_gradient_of_zeros(dtype):
+    bae = bf.BinaryAutoencoder(24, 70, dtype=dtype)
+    for _ in range(3):  # memory that was used before
+        torch.full((70, 24), 7.0, dtype=dtype)
+        bae.zero_grad()
+        code = bf.BinaryCode(torch.empty(0, 3, dtype=torch.int32), 70)
+        bae.decode(code).sum().backward()
+        assert not bae.W_dec.grad.any()
+        assert not bae.b_dec.grad.any()
+
+
+def test_dense_features_of_a_wrong_dtype_are_named():
     bae = bf.BinaryAutoencoder(6, 40)
     with pytest.raises(TypeError, match=r"code must be floating point; got torch\.bool"):
         bae.decode(torch.zeros(3, 40, dtype=torch.bool))

@@ -378,7 +378,7 @@ def test_windows_refuse_bad_sizes():
         windows(WordTokenizer(), "abc", 4)
     with pytest.raises(ValueError, match="context_size must be an int >= 2; got 1"):
         windows(WordTokenizer(), "abc", 1)
-    with pytest.raises(ValueError, match="n_tokens must be an int >= 1, or None; got 0"):
+    with pytest.raises(ValueError, match="n_tokens must be an int >= 1; got 0"):
         windows(WordTokenizer(), "abc", 2, n_tokens=0)
     tokenizer = WordTokenizer()
     tokenizer.bos_token_id = None

@@ -513,5 +513,5 @@ def test_bad_tensors_are_named():
     with pytest.raises(ValueError, match="model must be in eval mode"):
         evaluate(model, x, training_rows=x)
     model.eval()
-    with pytest.raises(ValueError, match="value_bits must lie"):
+    with pytest.raises(ValueError, match="value_bits must be an int from 0 to 16; got"):
         evaluate(model, x, training_rows=x, value_bits=40)

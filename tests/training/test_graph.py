@@ -117,7 +117,7 @@ def test_it_says_what_it_cannot_capture():
     with pytest.raises(ValueError, match=r"optimizer must hold parameters on a CUDA device; got c"):
         CapturedStep(loss_of, optimizer)
     graphs = RecordedGraphs()
-    with pytest.raises(ValueError, match=r"warm_calls must be an integer >= 1; got 0"):
+    with pytest.raises(ValueError, match=r"warm_calls must be an int >= 1; got 0"):
         CapturedStep(loss_of, optimizer, warm_calls=0, graphs=graphs)
     plain = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     with pytest.raises(ValueError, match=r"Adam\(\.\.\., capturable=True\); got capturable=False"):

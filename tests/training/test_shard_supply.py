@@ -186,7 +186,7 @@ def test_the_supply_pauses_and_ends(folder):
 @pytest.mark.parametrize(
     ("options", "n", "text"),
     [
-        ({"buffer_rows": 3}, 4, "buffer_rows must be at least one a stream, 4; got 3"),
+        ({"buffer_rows": 3}, 4, "buffer_rows must be an int >= 4; got 3"),
         ({"streams": 49}, 49, "streams must be at most the number of blocks of 256 rows, 48"),
         ({"streams": 4, "world": 3}, 4, "world must divide the number of streams, 4"),
         ({}, 4096, "must be at most 2,048, 512 rows a stream, by buffer_rows=2,048"),

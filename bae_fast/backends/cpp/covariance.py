@@ -67,6 +67,7 @@ def _with_rows_at_hand(
         words is not None
         and at_hand.data_ptr() == words.data_ptr()
         and at_hand.shape == words.shape
+        and at_hand.stride() == words.stride()
     )
     here = counted if same else op("list_rows")(dense_rows(at_hand), ranks, n_features)
     return Lists(ranks, counted, here)

@@ -33,6 +33,9 @@ def encode(
         operand(x, digits), operand(W_enc, digits), b_enc.float().contiguous(), keep, limit,
         digits, words, window,
     )  # fmt: skip
+    narrow = x.dtype == torch.bfloat16 and W_enc.dtype == torch.float32
+    if not done and narrow and op("unit_kind")() == 1:
+        x = x.float()  # the weights as they are, as where integers are multiplied
     threshold = op("threshold")
     for top in range(0, 0 if done else n, ROW_BLOCK):
         rows = slice(top, min(top + ROW_BLOCK, n))

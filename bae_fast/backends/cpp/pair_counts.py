@@ -28,5 +28,7 @@ def pair_counts(words: Tensor, columns: Tensor, n_columns: int) -> Tensor:
 def common_ones(left: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """Ones in common of int32 words ``[G, a, m]`` and of those among ``[k, m]`` that index int64
     ``[G, c]`` chooses: float32 ``[G, a, c]``; k at most 2^16."""
-    counts: Tensor = op("common_ones")(left.contiguous(), rows.contiguous(), index.int())
+    counts: Tensor = op("common_ones")(
+        left.contiguous(), rows.contiguous(), index.int().contiguous()
+    )
     return counts
