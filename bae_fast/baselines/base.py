@@ -77,7 +77,9 @@ class SAEOutput(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
-        loss: ``[]``, to be minimised: the sum of the parts, each with its weight.
+        loss: ``[]``: the sum of the parts, each with its weight. It is not all of a method's
+            training: unit rows of W_dec and the steering of lambda are of ``training_loss``,
+            ``before_update`` and ``after_update``, which ``Trainer`` calls.
         parts: the terms by name, each ``[]``, unweighted; ``mse`` always.
         features: ``[..., d_sae]``.
         recon: raw reconstruction ``[..., d_out]``.

@@ -48,11 +48,7 @@ def write_delphi_cache(
         ValueError: rows outside the cache, n_splits out of range, or several bits a feature.
     """
     rows = range(cache.n_rows) if rows is None else rows
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= cache.n_rows:
-        raise ValueError(
-            f"rows must be a range in steps of 1 within the cache's {cache.n_rows:,} rows; "
-            f"got {rows!r}"
-        )
+    cache.check_rows(rows)
     n_features = model.d_sae
     if not 1 <= n_splits <= n_features:
         raise ValueError(f"n_splits must lie in [1, {n_features}]; got {n_splits!r}")

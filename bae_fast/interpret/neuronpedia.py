@@ -114,11 +114,7 @@ def write_neuronpedia_export(
             unembedding of another width.
     """
     rows = range(cache.n_rows) if rows is None else rows
-    if rows.step != 1 or not 0 <= rows.start < rows.stop <= cache.n_rows:
-        raise ValueError(
-            f"rows must be a range in steps of 1 within the cache's {cache.n_rows:,} rows; "
-            f"got {rows!r}"
-        )
+    cache.check_rows(rows)
     for name, number in (("examples", examples), ("batch_features", batch_features)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")

@@ -343,7 +343,11 @@ def test_a_module_the_forward_never_calls_is_reported(tmp_path):
             "must have ids between 0 and 49; got 50 to 50",
         ),
         ({"batch_size": 0}, ValueError, "batch_size must be an int >= 1; got 0"),
-        ({"drop_positions": CONTEXT}, ValueError, "context_size - 1 = 11; got 12"),
+        (
+            {"drop_positions": CONTEXT},
+            ValueError,
+            "drop_positions must be an int from 0 to 11; got 12",
+        ),
         (
             {"max_norm_ratio": 0.5},
             ValueError,
