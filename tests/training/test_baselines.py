@@ -54,6 +54,12 @@ def unexplained(model, x):
 
 
 @pytest.mark.parametrize("method", PLAIN)
+def test_parameters_lie_as_fsdp_shards_them(method):
+    model = make(method, rows())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", PLAIN)
 def test_training_explains_most_of_the_variance(method):
     x = rows()
     torch.manual_seed(0)
