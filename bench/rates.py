@@ -73,8 +73,10 @@ def searched_points(run: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def _points(coded: dict[str, Any], lost: dict[str, Any]) -> list[tuple[float, float]]:
+    # results that were kept before values were coded charge each the whole number of bits
+    values = coded.get("values_by_value_bits", {})
     return [
-        (coded["tree_support"] + int(bits) * coded["l0"], kl)
+        (coded["tree_support"] + values.get(bits, int(bits) * coded["l0"]), kl)
         for bits, kl in lost["kl_by_value_bits"].items()
     ]
 

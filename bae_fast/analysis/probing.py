@@ -155,10 +155,19 @@ def _balanced(cells: Tensor) -> Tensor:
     return (cells[..., 0] / cells[..., 1] + cells[..., 2] / cells[..., 3]) / 2
 
 
+def _read(model: Autoencoder, block: Tensor) -> Tensor:
+    """What a code holds of every feature, float64 ``[n, F]`` on the CPU: the value, or the bit.
+
+    A binary code's margins are the encoder's, and no part of what is kept of a row.
+    """
+    if model.is_binary:
+        return model.active(block).to_dense(torch.float64).cpu()
+    return model.strength(block).double().cpu()
+
+
 def _strengths(model: Autoencoder, rows: Tensor, features: Tensor) -> Tensor:
-    """Strength of some features, float64 ``[n, f]`` on the CPU."""
-    parts = [model.strength(block)[:, features.to(block.device)] for block in model.blocks(rows)]
-    return torch.cat([part.double().cpu() for part in parts])
+    """Some features, float64 ``[n, f]`` on the CPU."""
+    return torch.cat([_read(model, block)[:, features] for block in model.blocks(rows)])
 
 
 def _correlated(model: Autoencoder, rows: Tensor, truth: Tensor, k: int) -> Tensor:
@@ -169,7 +178,7 @@ def _correlated(model: Autoencoder, rows: Tensor, truth: Tensor, k: int) -> Tens
     total, square = torch.zeros(2, model.d_sae, dtype=torch.float64)
     first = 0
     for block in model.blocks(rows):
-        strength = model.strength(block).double().cpu()
+        strength = _read(model, block)
         product += labels[first : first + len(block)].T @ strength
         total += strength.sum(0)
         square += strength.square().sum(0)

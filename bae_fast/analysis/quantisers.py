@@ -15,9 +15,47 @@ def quantize(features: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         features: ``[..., F]``, none negative.
         low, high: ``[F]``; values outside go to the nearest level.
     """
+    index = _steps(features, low, high, bits)
+    return torch.where(features > 0, low + (index + 0.5) * ((high - low) / 2**bits), 0)
+
+
+def _steps(features: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """The step that each value lies in, 0 to 2^bits - 1, as floats."""
     step = (high - low) / 2**bits
-    index = ((features - low) / step.clamp_min(1e-30)).floor().clamp(0, 2**bits - 1)
-    return torch.where(features > 0, low + (index + 0.5) * step, 0)
+    return ((features - low) / step.clamp_min(1e-30)).floor().clamp(0, 2**bits - 1)
+
+
+class ValueCounts:
+    """How often the values of each feature lie in each of 2^bits even steps.
+
+    Attributes:
+        counts: int64 ``[F, 2^bits]``.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, bits: int) -> None:
+        """Count nothing yet; arguments as of :func:`quantize`."""
+        self.low, self.high, self.bits = low, high, bits
+        self.counts = torch.zeros(len(low) << bits, dtype=torch.int64, device=low.device)
+
+    def add(self, features: Tensor) -> None:
+        """Count the values of a block ``[n, F]``; zeros are not on, and do not count."""
+        rows, at = features.nonzero(as_tuple=True)
+        steps = _steps(features[rows, at], self.low[at], self.high[at], self.bits)
+        self.counts += torch.bincount(
+            (at << self.bits) + steps.to(torch.int64), minlength=len(self.counts)
+        )
+
+    def bits_of(self, charged: ValueCounts) -> float:
+        """Bits that all values of other rows take, by the shares of the steps counted here.
+
+        A feature's share of a step is that of its own values, with two more of all features': what
+        is seldom on has no shares of its own. As of what is on, see
+        :mod:`bae_fast.analysis.description`, they are of other rows than are charged.
+        """
+        own = self.counts.view(-1, 1 << self.bits).double()
+        pooled = (own.sum(0) + 0.5) / (own.sum() + 0.5 * own.shape[1])
+        shares = (own + 2 * pooled) / (own.sum(1, keepdim=True) + 2)
+        return float(-(charged.counts.view_as(own) * shares.log2()).sum())
 
 
 @torch.no_grad()

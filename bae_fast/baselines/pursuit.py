@@ -28,19 +28,39 @@ _STEPS = 100
 class PursuedAutoencoder(Autoencoder):
     """A trained sparse autoencoder whose features are found by orthogonal matching pursuit.
 
+    Without a price a row takes k features. With one it takes those that are worth their bits, as a
+    searched binary code does: a feature is taken where the squared error that it saves is more
+    than the price of saying that it is on and of writing its value, and the dearest saving first.
+
     It is evaluated, spliced and described as any autoencoder; it is not saved.
     """
 
-    def __init__(self, model: SparseAutoencoder, k: int) -> None:
+    density: Tensor
+
+    def __init__(
+        self,
+        model: SparseAutoencoder,
+        k: int,
+        *,
+        bit_price: float = 0.0,
+        rows: Tensor | None = None,
+        value_bits: float = 2.0,
+    ) -> None:
         """Wrap a trained model, whose weights are copied.
 
         Args:
             model: not a transcoder, whose target is not known where it encodes.
             k: features of a row, at most.
+            bit_price: the mean squared error, in normalised units, that a bit of code length is
+                worth, see :class:`bae_fast.SearchedAutoencoder`; 0: every row takes k features.
+            rows: raw rows ``[n, d_in]``, where a price is given: held-in ones, by the model's codes
+                of which a feature's bits are counted, log2((1 - p) / p) for its share p of rows.
+            value_bits: what a value is taken to cost beside that.
 
         Raises:
             TypeError: another kind of model.
-            ValueError: a transcoder, or k below 1 or above the number of features.
+            ValueError: a transcoder, k below 1 or above the number of features, a price without
+                rows, or numbers below 0.
         """
         super().__init__()
         if not isinstance(model, SparseAutoencoder):
@@ -48,7 +68,13 @@ class PursuedAutoencoder(Autoencoder):
         if model.is_transcoder:
             raise ValueError("model must be no transcoder: a pursuit needs the target")
         check_int("k", k, 1, model.d_sae)
+        for name, value in (("bit_price", bit_price), ("value_bits", value_bits)):
+            if not 0 <= value < torch.inf:
+                raise ValueError(f"{name} must be a number from 0 on; got {value!r}")
+        if bit_price and rows is None:
+            raise ValueError("rows must be given with a bit_price: they say what a feature costs")
         self.config, self.k = model.config, k
+        self.bit_price, self.value_bits = bit_price, value_bits
         self.register_normalization(
             model.d_in, None, device=model.W_dec.device, dtype=model.W_dec.dtype
         )
@@ -58,6 +84,23 @@ class PursuedAutoencoder(Autoencoder):
         directions = nn.functional.normalize(model.W_dec.detach(), dim=1)
         self.W_dec = nn.Parameter(directions.clone(), requires_grad=False)
         self.b_dec = nn.Parameter(model.b_dec.detach().clone(), requires_grad=False)
+        self.register_buffer("density", torch.full_like(model.b_enc.detach(), 0.5))
+        if bit_price and rows is not None:
+            check_rows("rows", rows, self.d_in)
+            with torch.no_grad():
+                on = sum(model.active(block).counts() for block in model.blocks(rows))
+            self._set_density(torch.as_tensor(on), len(rows))
+
+    def _set_density(self, on: Tensor, n: int) -> None:
+        self.density.copy_((on.double() + 0.5) / (n + 1))
+
+    def _cost(self, dtype: torch.dtype) -> Tensor | None:
+        """Squared error of a row that each feature has to save, ``[F]``."""
+        if not self.bit_price:
+            return None
+        p = self.density.double()
+        bits = ((1 - p) / p).log2().clamp_min(0) + self.value_bits
+        return (self.bit_price * self.d_in * bits).to(dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -65,7 +108,8 @@ class PursuedAutoencoder(Autoencoder):
         rows = (self.normalized_rows(x) - self.b_dec).reshape(-1, self.d_in)
         directions = self.W_dec.to(torch.promote_types(rows.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):  # equations are not solved in halves
-            found = _pursue(rows.to(directions.dtype), directions, self.k)
+            cost = self._cost(directions.dtype)
+            found = _pursue(rows.to(directions.dtype), directions, self.k, cost)
         return found.to(x.dtype).reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, code: Any) -> Tensor:
@@ -84,8 +128,10 @@ class PursuedAutoencoder(Autoencoder):
         f = self.d_sae
         system = torch.zeros(f + 1, f + 1, dtype=torch.float64, device=self.W_dec.device)
         moment = torch.zeros(f + 1, self.d_in, dtype=torch.float64, device=self.W_dec.device)
+        on = torch.zeros_like(self.density, dtype=torch.int64)
         for block in self.blocks(x):
             values = nn.functional.pad(self.encode(block), (0, 1), value=1.0)
+            on += (values[:, :f] > 0).sum(0)
             system += values.T @ values
             moment += values.T @ self.normalize(block)
         solution = least_squares(system, moment, ridge * len(x)).to(self.W_dec.dtype)
@@ -94,30 +140,59 @@ class PursuedAutoencoder(Autoencoder):
         used = (system.diagonal()[:f, None] > 2 * ridge * len(x)) & (norms > 0)
         self.W_dec.copy_(torch.where(used, solution[:f] / norms, self.W_dec))
         self.b_dec.copy_(solution[f])
+        self._set_density(on, len(x))
         return self
 
 
-def _pursue(rows: Tensor, directions: Tensor, k: int) -> Tensor:
-    """Values ``[N, F]`` of k features of each row ``[N, d]``; directions ``[F, d]``, unit norm."""
+def _pursue(rows: Tensor, directions: Tensor, k: int, cost: Tensor | None = None) -> Tensor:
+    """Values ``[N, F]`` of at most k features of each row ``[N, d]``.
+
+    Args:
+        directions: ``[F, d]``, unit norm.
+        cost: ``[F]``, what a feature has to save of the squared error; None: k of each row.
+    """
     gram, products = directions @ directions.T, rows @ directions.T
-    taken = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    left, values = products.clone(), products[:, :0]
-    for _ in range(k):
-        taken = torch.cat([taken, left.scatter(1, taken, -torch.inf).argmax(1, keepdim=True)], 1)
-        system, goal = _of_taken(gram, products, taken)
+    n = len(rows)
+    taken = torch.zeros(n, k, dtype=torch.int64, device=rows.device)
+    number = torch.zeros(n, dtype=torch.int64, device=rows.device)
+    going, left = torch.arange(n, device=rows.device), products.clone()
+    for step in range(k):
+        score = left if cost is None else left.clamp_min(0).square() - cost
+        score = score.scatter(1, taken[going, :step], -torch.inf)
+        best, feature = score.max(1)
+        if cost is not None:
+            more = best > 0
+            going, feature = going[more], feature[more]
+            if not len(going):
+                break
+        taken[going, step] = feature
+        number[going] = step + 1
+        system, goal = _of_taken(gram, products[going], taken[going, : step + 1])
         values = torch.linalg.solve(system, goal)
         # what of the products the taken features leave
-        first = torch.arange(0, taken.numel(), taken.shape[1], device=rows.device)
-        left = products - nn.functional.embedding_bag(
-            taken.flatten(), gram, first, per_sample_weights=values.flatten(), mode="sum"
-        )
-    values = values.clamp_min(0)
-    system, goal = _of_taken(gram, products, taken)
+        first = torch.arange(0, values.numel(), step + 1, device=rows.device)
+        left = products[going] - nn.functional.embedding_bag(
+            taken[going, : step + 1].flatten(), gram, first,
+            per_sample_weights=values.flatten(), mode="sum",
+        )  # fmt: skip
+    found = torch.zeros_like(products)
+    for size in number.unique().tolist():
+        if size:
+            these = (number == size).nonzero().flatten()
+            own = taken[these, :size]
+            values = _not_negative(*_of_taken(gram, products[these], own))
+            found[these] = found[these].scatter(1, own, values)
+    return found
+
+
+def _not_negative(system: Tensor, goal: Tensor) -> Tensor:
+    """The best values that are not negative."""
+    values = torch.linalg.solve(system, goal).clamp_min(0)
     steepest = system.abs().sum(2).amax(1, keepdim=True)  # no eigenvalue is larger
     for _ in range(_STEPS):
         slope = (system @ values[..., None])[..., 0] - goal
         values = (values - slope / steepest).clamp_min(0)
-    return torch.zeros_like(products).scatter(1, taken, values)
+    return values
 
 
 def _of_taken(gram: Tensor, products: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:

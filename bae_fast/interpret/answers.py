@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bae_fast.interpret.judges import Answer, Judge, JudgeError, Request
+from bae_fast.lm.inputs import without_surrogates
 from bae_fast.progress import progress_bar
 
 FORMAT_VERSION = 1
@@ -128,8 +129,9 @@ class Answers:
         self._execute(
             "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                key, identity, request.kind, request.draw, request.prompt, answer.text,
-                answer.p_yes, answer.prompt_tokens, answer.completion_tokens,
+                key, identity, request.kind, request.draw, request.prompt,
+                without_surrogates(answer.text), answer.p_yes, answer.prompt_tokens,
+                answer.completion_tokens,
             ),
         )  # fmt: skip
 

@@ -501,10 +501,14 @@ class Contexts:
         waiting: list[int] = []
         for token in ids:
             text = self._text(token)
-            if waiting or "\ufffd" in text:
+            # a token of whole characters ends no character that one before it has begun
+            if waiting and "\ufffd" not in text:
+                pieces.append(self.tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
+                waiting = []
+            if "\ufffd" in text:
                 waiting.append(token)
                 joined = self.tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
-                if "\ufffd" in joined and len(waiting) < 8:
+                if "\ufffd" in joined and len(waiting) < 4:
                     place.append(len(pieces))
                     continue
                 text, waiting = joined, []

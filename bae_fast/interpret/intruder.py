@@ -207,13 +207,14 @@ def intruder_scores(
         texts.append("".join(context_text(tokenizer, *context)))
     vectors = encoder(texts)
     place = {row: i for i, row in enumerate(needed)}
-    right: dict[int, list[bool]] = {}
+    right: dict[int, list[float]] = {}
     for one in sets:
         among = vectors[torch.tensor([place[row] for row in (*one.own, one.foreign)])]
         likeness = among @ among.T
         likeness.fill_diagonal_(0)
-        found = int(likeness.sum(1).argmin()) == len(one.own)
-        right.setdefault(one.feature, []).append(found)
+        total = likeness.sum(1)
+        least = total <= total.min() + 1e-5  # equal ones are drawn from: each is as good a guess
+        right.setdefault(one.feature, []).append(float(least[-1]) / int(least.sum()))
     shares = {feature: sum(said) / len(said) for feature, said in right.items()}
     values = torch.tensor(list(shares.values()), dtype=torch.float64)
     generator = torch.Generator().manual_seed(config.seed)

@@ -113,8 +113,11 @@ class Engine:
                     f"{name!r} is called more than once in a pass, as it is also "
                     f"{', '.join(path for path in self._shared[name] if path != name)}"
                 )
-            found.setdefault(name, first_part(output))
-            if self._here.stop and len(found) == len(self.hooks):
+            out = first_part(output)
+            last = self._here.stop and len({*found, name}) == len(self.hooks)
+            # the pass goes on: some models add to a module's output in its place (Falcon's MLP)
+            found.setdefault(name, out if last or not isinstance(out, Tensor) else out.clone())
+            if last:
                 raise _Done
 
         return keep

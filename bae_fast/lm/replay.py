@@ -47,6 +47,10 @@ class LowerBlocks:
         except ValueError:
             blocks = nn.ModuleList()
         self._blocks = list(blocks.children())
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if getattr(config, "num_kv_shared_layers", 0):  # later blocks read keys of these (Gemma 3n)
+            self._blocks = []
         self._outputs: dict[nn.Module, Any] = {}
 
     @contextlib.contextmanager

@@ -282,7 +282,7 @@ class _Harvest:
 
     def _windows(self, number: int) -> Tensor:
         """The windows of a shard, read on from the nearest place before it that is known."""
-        first = number * self.shard_windows
+        first = int(self._start["window"]) + number * self.shard_windows
         here = self.text.state_dict()
         states = [self._start] if here["window"] > first else [here, self._start]
         before = [n for n in range(number) if self._index_path(n).is_file()]
@@ -340,7 +340,12 @@ class _Harvest:
                 done += n
                 progress(n)
             norms = {h: torch.cat([part.norms[h] for part in parts]) for h in self.capture.hooks}
-            limits = self._limits(norms if first_norms else None, tokens.shape[1])
+            early = None
+            if first_norms:  # of the same windows as where another process makes the limits
+                n_first = -(-LIMIT_TOKENS // tokens.shape[1]) * tokens.shape[1]
+                some = torch.cat([part.places for part in parts]) < n_first
+                early = {hook: norm[some] for hook, norm in norms.items()}
+            limits = self._limits(early, tokens.shape[1])
             before = {
                 reason: sum(part.dropped[reason] for part in parts) for reason in parts[0].dropped
             }

@@ -88,7 +88,10 @@ def states_at(
         name = keys_name(lm.model) if share_prefix else None
         if name is not None and (prefix := _common_prefix(sequences)):
             kept = _keys_and_values(engine, prefix, name, stop=not next_token)
-            sequences = [sequence[len(prefix) :] for sequence in sequences]
+            if kept[name].get_seq_length() == len(prefix):
+                sequences = [sequence[len(prefix) :] for sequence in sequences]
+            else:  # the pass ended before the first attention: nothing is kept to go on from
+                prefix, kept = [], {}
         with progress_bar(total, what="states", unit="tok", show=progress) as bar:
             for batch in _batches(order, sequences, batch_tokens):
                 ids, mask, lengths = padded([sequences[i] for i in batch])
@@ -107,6 +110,11 @@ def states_at(
                     else torch.tensor(list(positions))[None].expand(len(batch), -1)
                 ).to(lm.device)
                 for name, output in zip(hooks, found.values(), strict=True):
+                    if output.dim() != 3 or output.shape[:2] != ids.shape:
+                        raise ValueError(
+                            "hook must name a module whose output is [batch, length, d], here "
+                            f"{[*ids.shape, 'd']}; {name!r} gives {list(output.shape)}"
+                        )
                     states[name].append(output[rows, at].cpu())
                 if next_token:
                     final = out.last_hidden_state[rows[:, 0], (lengths - 1).to(lm.device)]

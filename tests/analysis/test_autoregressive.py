@@ -110,3 +110,16 @@ def test_what_it_cannot_take_is_named(monkeypatch):
     monkeypatch.setattr(module, "MAX_COLUMNS", 7)
     with pytest.raises(ValueError, match="code must have at most 7 columns that vary"):
         autoregressive_bound(code)
+
+
+@pytest.mark.parametrize("documents", [4, 8, 32])
+def test_the_interval_holds_the_truth_in_ninety_five_of_a_hundred(documents):
+    g = torch.Generator().manual_seed(0)
+    which = torch.arange(documents).repeat_interleave(40)
+    held = 0
+    for _ in range(300):
+        bits = torch.randn(documents, generator=g, dtype=torch.float64)[which]
+        bits += torch.randn(len(which), generator=g, dtype=torch.float64)
+        low, high = module._interval(bits, which, g)
+        held += low <= 0 <= high
+    assert 0.91 <= held / 300 <= 0.99

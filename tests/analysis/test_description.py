@@ -9,6 +9,7 @@ import torch
 
 import bae_fast as bf
 from bae_fast.analysis import description_length
+from bae_fast.analysis.quantisers import ValueCounts
 from bae_fast.pairs import edge_counts, tree_parents
 
 
@@ -88,3 +89,27 @@ def test_what_it_cannot_take_is_named():
         description_length(masked)
     with pytest.raises(ValueError, match="code must hold at least one row"):
         description_length(code[:0])
+
+
+def test_values_cost_what_their_steps_take_by_the_shares_of_other_rows():
+    g = torch.Generator().manual_seed(0)
+    low, high = torch.zeros(3), torch.tensor([8.0, 8.0, 8.0])
+    fitted, charged = (ValueCounts(low, high, 3) for _ in range(2))
+    even = (torch.rand(4000, 3, generator=g) * 8).clamp_min(1e-3)
+    skewed = (torch.distributions.Exponential(1.0).sample((4000, 3)) + 1e-3).clamp_max(7.9)
+    for part in even.split(700):
+        fitted.add(part)
+    charged.add(even[:1000])
+    assert charged.counts.sum() == 3000
+    assert fitted.bits_of(charged) / 3000 == pytest.approx(3, abs=0.01)  # all steps as likely
+    fitted, charged = (ValueCounts(low, high, 3) for _ in range(2))
+    fitted.add(skewed[:3000])
+    charged.add(skewed[3000:])
+    shares = torch.bincount(skewed[:3000].floor().long().flatten(), minlength=8) / 9000
+    used = torch.bincount(skewed[3000:].floor().long().flatten(), minlength=8)
+    expected = -(used * shares.clamp_min(1e-9).log2()).sum() / 3000
+    assert fitted.bits_of(charged) / 3000 == pytest.approx(float(expected), abs=0.03)
+    # what training never showed costs much, and not without end
+    unseen = ValueCounts(low, high, 3)
+    unseen.add(torch.tensor([[7.9, 0.0, 0.0]]))
+    assert 5 < fitted.bits_of(unseen) < 20

@@ -173,3 +173,49 @@ def test_what_it_cannot_take_is_refused():
     with pytest.raises(ValueError, match="x must be finite; it holds NaN or Inf"):
         found.fit_(bad)
     assert found.W_dec.isfinite().all()
+
+
+def test_with_a_price_a_row_takes_what_is_worth_its_bits():
+    made = model()
+    train, _ = rows_of(made.W_dec.detach(), 400)
+    x = torch.randn(30, D, dtype=torch.float64)
+    price, value_bits = 2e-2, 1.5
+    found = PursuedAutoencoder(made, 12, bit_price=price, rows=train, value_bits=value_bits)
+    p = (made.activations(train) > 0).double().mean(0)
+    p = (p * 400 + 0.5) / 401
+    cost = price * D * (((1 - p) / p).log2().clamp_min(0) + value_bits)
+    rows, directions = (made.normalize(x) - made.b_dec).detach(), made.W_dec.detach()
+    sizes = set()
+    for row, values in zip(rows, found.encode(x), strict=True):
+        left, taken = row.clone(), []
+        while len(taken) < 12:
+            score = (directions @ left).clamp_min(0).square() - cost
+            score[taken] = -torch.inf
+            if score.max() <= 0:
+                break
+            taken.append(int(score.argmax()))
+            best = torch.linalg.lstsq(directions[taken].T, row[:, None]).solution[:, 0]
+            left = row - best @ directions[taken]
+        assert set(values.nonzero().flatten().tolist()) <= set(taken)
+        sizes.add(len(taken))
+    assert len(sizes) > 2  # rows differ in how many they take
+
+
+def test_a_higher_price_gives_fewer_features_and_a_larger_error():
+    made = model()
+    train, held = rows_of(made.W_dec.detach(), 2000)[0], rows_of(made.W_dec.detach(), 300)[0]
+    l0, fvu = [], []
+    for price in (1e-3, 1e-2, 5e-2, 10.0):
+        pursued = PursuedAutoencoder(made, 12, bit_price=price, rows=train).eval()
+        found = evaluate(pursued.fit_(train), held)
+        l0.append(found.l0)
+        fvu.append(found.fvu)
+        share = (pursued.encode(train) > 0).double().mean(0)
+        assert torch.allclose(pursued.density, share, atol=0.1)
+    assert l0 == sorted(l0, reverse=True)
+    assert l0[-1] == 0
+    assert fvu == sorted(fvu)
+    with pytest.raises(ValueError, match="rows must be given with a bit_price"):
+        PursuedAutoencoder(made, 3, bit_price=1e-3)
+    with pytest.raises(ValueError, match="bit_price must be a number from 0 on; got -1"):
+        PursuedAutoencoder(made, 3, bit_price=-1, rows=train)

@@ -92,13 +92,19 @@ def test_every_dictionary_is_scored_with_codes_that_are_searched_for(
     assert set(cheap["kl_by_value_bits"]) == {"0"}
     assert by_method["bae"]["fvu"] == dear["fvu"]
     for method in ("topk", "random"):
-        [point] = by_method[method]["points"]
-        assert point["k"] == 3
-        assert point["l0"] <= 3
-        assert {"2", "3", "4"} <= set(point["kl_by_value_bits"])
+        fixed, *priced = by_method[method]["points"]
+        assert fixed["k"] == 3
+        assert fixed["l0"] <= 3
+        assert [point["bit_price"] for point in priced] == [1e-4, 1e-2]
+        assert priced[0]["fvu"] < priced[1]["fvu"]
+        assert priced[0]["tree"] > priced[1]["tree"]
+        for point in (fixed, *priced):
+            assert {"2", "3", "4"} <= set(point["kl_by_value_bits"])
     assert by_method["transcoder"]["points"] == []
     for run in result["runs"][:2]:
-        assert run["scores"]["search"]["points"][0]["fvu"] < run["heldout"]["fvu"]
+        first = run["scores"]["search"]["points"][0]
+        # with values as precise as they were tried
+        assert min(first["fvu_by_value_bits"].values()) < run["heldout"]["fvu"]
     assert "FVU, searched" in (tmp_path / "compare.md").read_text()
     monkeypatch.setattr("bae_fast.experiments.scorers.search.searched", None)
     assert main([*options, "--search-prices", "1e-4", "1e-2"]) == 0  # from files
@@ -188,7 +194,10 @@ def test_bits_under_one_coder_stand_in_every_run(arguments):
         found = run["scores"]["description"]
         for coder in ("columns", "tree"):
             support = found[f"{coder}_support"]
-            assert found[coder] == pytest.approx(support + found["value_bits"] * found["l0"])
+            values = found["values_by_value_bits"][str(found["value_bits"])]
+            assert found[coder] == pytest.approx(support + values)
+            # steps that are not as likely take fewer bits than their number has
+            assert values <= 1.02 * found["value_bits"] * found["l0"]
             assert found[f"{coder}_model_bits"] > 0
         assert found["fvu"] == found["fvu_by_value_bits"][str(found["value_bits"])]
         if run["method"] == "bae":
@@ -516,17 +525,19 @@ def test_features_that_a_search_finds_are_measured_as_the_encoders(
     of_searched = [
         point["l0"] for run in (own, rival) for point in run["scores"]["search"]["points"]
     ]
-    # of a run first the features of each price, or of the pursuit, then the encoder's
+    # of a run first the features of each price, and of the pursuit with k, then the encoder's
     encoded = [own["heldout"]["l0"], rival["heldout"]["l0"], other["heldout"]["l0"]]
-    wanted = [*of_searched[:2], encoded[0], of_searched[2], encoded[1], encoded[2]]
+    assert len(of_searched) == 5
+    wanted = [*of_searched[:2], encoded[0], *of_searched[2:], encoded[1], encoded[2]]
     assert densities == pytest.approx(wanted)
     for run in (own, rival):
         found = run["scores"]["searched_features"]
         assert [point["intruder"]["chance"] for point in found["points"]] == [0.2] * len(
             run["scores"]["search"]["points"]
         )
-        assert found["probing_probe_1"] == found["points"][-1]["probing"]["probe_1"]
-        assert found["intruder_mean"] == found["points"][-1]["intruder"]["mean"]
+        middle = found["points"][len(found["points"]) // 2]
+        assert found["probing_probe_1"] == middle["probing"]["probe_1"]
+        assert found["intruder_mean"] == middle["intruder"]["mean"]
     assert own["scores"]["searched_features"]["points"][0]["bit_price"] == 1e-4
     assert other["scores"]["searched_features"]["points"] == []
     table = (tmp_path / "out" / "compare.md").read_text()

@@ -222,7 +222,7 @@ def test_tokens_that_are_parts_of_a_character_are_one_piece():
     assert cut._pieces([0, 100, 101, 1]) == (("a", "é", "b"), [0, 1, 1, 2])
     pieces, place = cut._pieces([0, 100, 1])
     assert "".join(pieces) == "a\ufffdb"
-    assert place == [0, 1, 1]
+    assert place == [0, 1, 2]  # a whole token ends no character that began before it
     assert cut._pieces([101, 100]) == (("\ufffd\ufffd",), [0, 0])
 
 

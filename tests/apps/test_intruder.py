@@ -93,6 +93,18 @@ def test_features_at_random_are_found_by_chance(encoder):
     assert found.mean == pytest.approx(0.2, abs=0.08)
 
 
+def test_an_encoder_that_tells_nothing_is_right_by_chance():
+    """Contexts that are all as alike: any is as good a guess, and the odd one is one of five."""
+    cache, topics = cache_and_topics()
+    code = bf.BinaryCode.from_dense(topics[:, None] == torch.arange(N_TOPICS))
+
+    def constant(texts):
+        return torch.ones(len(texts), 3) / 3**0.5
+
+    found = intruder_scores(code, cache, range(cache.n_rows), Tokenizer(), constant, CONFIG)
+    assert found.mean == pytest.approx(0.2)
+
+
 def test_rows_are_counted_from_where_the_code_begins(encoder):
     cache, topics = cache_and_topics()
     rows = range(LENGTH * 3, cache.n_rows)

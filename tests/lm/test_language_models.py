@@ -23,7 +23,14 @@ from language_models import (
 import bae_fast as bf
 from bae_fast.causal import SubstitutionTest, generate
 from bae_fast.interpret.judges import Request, TransformersJudge
-from bae_fast.lm import LanguageModel, harvest, resolve_hook, states_at, windows
+from bae_fast.lm import (
+    LanguageModel,
+    harvest,
+    harvest_shards,
+    resolve_hook,
+    states_at,
+    windows,
+)
 from bae_fast.lm.hooks import in_own_dtype, running
 from bae_fast.lm.inputs import padding_mask
 from bae_fast.lm.logits import final_norm
@@ -59,6 +66,48 @@ def test_the_last_norm_is_found_whatever_it_is_called(kind, tokenizer):
         handle.remove()
     assert not torch.equal(logits[0], logits[1])
     torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_several_hooks_are_those_that_each_gave(tokenizer, tmp_path):
+    """Falcon adds the attention to the output of its MLP in place."""
+    lm = lm_of("falcon", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    hooks = ["transformer.h.1.mlp", "transformer.h.1"]
+    kept = {}
+    handle = lm.model.get_submodule(hooks[0]).register_forward_hook(
+        lambda _m, _a, output: kept.update(own=output.clone())
+    )
+    with torch.no_grad():
+        lm.model(input_ids=tokens)
+    handle.remove()
+    own = kept["own"][:, 1:].flatten(0, 1)
+    found = harvest_shards(
+        lm, tokens, hooks, tmp_path, max_norm_ratio=float("inf"), progress=False
+    ).read_block(0)
+    torch.testing.assert_close(found[hooks[0]], own, rtol=1e-5, atol=1e-6)
+    prompts = [window.tolist() for window in tokens]
+    one, _ = states_at(lm, prompts, hooks[:1])
+    both, _ = states_at(lm, prompts, hooks[:1], next_token=True)
+    torch.testing.assert_close(one[hooks[0]], both[hooks[0]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [
+        ("gpt2", "transformer.drop"),
+        ("gpt2", "transformer.h.0.ln_1"),
+        ("opt", "model.decoder.layers.0.self_attn_layer_norm"),
+        ("gpt2", "transformer.h.1"),
+    ],
+)
+def test_a_shared_prefix_changes_no_state_wherever_the_hook_is(kind, hook, tokenizer):
+    lm = lm_of(kind, tokenizer)
+    g = torch.Generator().manual_seed(0)
+    prefix = torch.randint(5, 60, (12,), generator=g).tolist()
+    prompts = [prefix + torch.randint(5, 60, (n,), generator=g).tolist() for n in (3, 5, 4)]
+    plain, _ = states_at(lm, prompts, [hook])
+    shared, _ = states_at(lm, prompts, [hook], share_prefix=True)
+    torch.testing.assert_close(shared[hook], plain[hook], rtol=1e-4, atol=1e-4)
 
 
 def test_the_local_judge_reads_the_models_own_probabilities(tokenizer):

@@ -2,8 +2,8 @@
 
 The Binary Autoencoder's codes are searched at each price of a bit
 (:class:`~bae_fast.search.SearchedAutoencoder`), those of a sparse autoencoder by orthogonal
-matching pursuit with the k of its training (:class:`~bae_fast.baselines.PursuedAutoencoder`). Both
-have their decoders fitted to these codes, by the same rows.
+matching pursuit (:class:`~bae_fast.baselines.PursuedAutoencoder`), with the k of its training and
+at each price too. Both have their decoders fitted to these codes, by the same rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ ORDER = 0.7
 
 # rows that decoders, ranges of values and coders are fitted to: a pursuit takes a millisecond a row
 SEARCHED_ROWS = 131072
+
+# features of a row that a pursuit with a price may take, times the k of the training
+MOST_FEATURES = 4
 
 
 def make(context: Context) -> list[Scorer]:
@@ -62,7 +65,7 @@ def make(context: Context) -> list[Scorer]:
     settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": SEARCHED_ROWS}
     if config.search_dense_bits:
         settings["dense_bits"] = config.search_dense_bits
-    lost = {"value_bits": list(MEASURED), "tokens": tokens}
+    lost = {"value_bits": list(MEASURED), "tokens": tokens, "values": "coded"}
     coded = Scorer("search", settings | lost, score, columns)
     return [coded, *_of_features(context, settings, made)]
 
@@ -119,6 +122,13 @@ def searched(
         ]
     if k is None or not isinstance(model, SparseAutoencoder) or model.is_binary:
         return []
-    made = PursuedAutoencoder(model, k).eval()
-    # a dictionary that was not learned is not fitted either
-    return [({"k": k}, made if method == "random" else made.fit_(rows))]
+    settings: list[dict[str, Any]] = [{"k": k}]
+    most = min(MOST_FEATURES * k, model.d_sae)
+    settings += [{"k": most, "bit_price": price} for price in config.search_prices]
+    made: list[tuple[dict[str, Any], Autoencoder]] = []
+    for one in settings:
+        priced = {"rows": rows} if "bit_price" in one else {}
+        found = PursuedAutoencoder(model, **one, **priced).eval()
+        # a dictionary that was not learned is not fitted either
+        made.append((one, found if method == "random" else found.fit_(rows)))
+    return made
