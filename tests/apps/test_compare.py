@@ -96,8 +96,9 @@ def test_every_dictionary_is_scored_with_codes_that_are_searched_for(
         assert fixed["k"] == 3
         assert fixed["l0"] <= 3
         assert [point["bit_price"] for point in priced] == [1e-4, 1e-2]
-        assert priced[0]["fvu"] < priced[1]["fvu"]
-        assert priced[0]["tree"] > priced[1]["tree"]
+        errors = [point["fvu_by_value_bits"]["8"] for point in priced]
+        assert errors == sorted(errors)
+        assert priced[0]["tree_support"] > priced[1]["tree_support"]
         for point in (fixed, *priced):
             assert {"2", "3", "4"} <= set(point["kl_by_value_bits"])
     assert by_method["transcoder"]["points"] == []
