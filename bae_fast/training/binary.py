@@ -272,6 +272,7 @@ class BinaryObjective(Objective):
         self.bank = self._new_bank()
         self._fired = torch.zeros(self.n_columns, dtype=torch.int64, device=self.model.W_enc.device)
         self._seen = 0
+        self._new: Any = None
 
     def _new_bank(self) -> CodeBank | None:
         config = self.config
@@ -356,10 +357,20 @@ class BinaryObjective(Objective):
 
     def _remember(self, counts: Tensor, n: int, code: BinaryCode | None) -> None:
         """Count a batch for the bank, which may keep its code, and for the revival."""
+        self._new = (torch.full_like(counts[0], n), counts, code, n)
+
+    def _commit(self) -> None:
+        """Remember the batch of the update that was made: one that is left out leaves nothing."""
+        if self._new is None:
+            return
+        (n_rows, counts, code, n), self._new = self._new, None
         if self.bank is not None:
-            self.bank.append_counts(torch.full_like(counts[0], n), counts, code)
+            self.bank.append_counts(n_rows, counts, code)
         self._fired += counts
         self._seen += n
+
+    def forget(self) -> None:
+        self._new = None
 
     # what a replayed step needs, see Capturable
 
@@ -445,11 +456,8 @@ class BinaryObjective(Objective):
             found = {"entropy_bits": out.entropy.detach()}
             if covariance is not None:
                 found["covariance"] = covariance.detach()
-        if self.bank is not None:
-            code = None if whole.words is None else self._code(whole.words)
-            self.bank.append_counts(whole.n_rows, whole.counts, code)
-        self._fired += whole.counts
-        self._seen += whole.n
+        code = None if whole.words is None else self._code(whole.words)
+        self._new = (whole.n_rows, whole.counts, code, whole.n)
         # H and D are of the whole batch, and so the same in every part
         return Loss(mse + terms.detach(), {"mse": mse, **found}, whole.counts)
 
@@ -516,6 +524,7 @@ class BinaryObjective(Objective):
         self, x: Tensor, optimizer: torch.optim.Optimizer, step: int, generator: torch.Generator
     ) -> None:
         """Revive dead features where it is time."""
+        self._commit()
         config, model = self.config, self.model
         if not config.revive_every or step % config.revive_every:
             return

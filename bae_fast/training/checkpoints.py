@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import os
 import pickle
@@ -145,7 +146,10 @@ class Checkpoints:
         self.error: OSError | None = None
         self._first = mesh is None or mesh.is_first
         # a group of its own: the save's messages must not meet those of a step
-        self._group = dist.new_group(backend="gloo") if mesh is not None else None
+        self._group = None
+        if mesh is not None:
+            limit = datetime.timedelta(seconds=mesh.timeout)
+            self._group = dist.new_group(backend="gloo", timeout=limit)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._replaced: set[Path] = set()

@@ -50,7 +50,7 @@ def shard_features(bae: BinaryAutoencoder, mesh: Mesh) -> BinaryAutoencoder:
     own = BinaryAutoencoder.from_config(values, "the module", impl=bae.impl)
     state = {name: _own_part(name, value, mesh) for name, value in bae.state_dict().items()}
     own.load_state_dict(state, assign=True)
-    own.check_finite = bae.check_finite
+    own.check_finite, own.learned = bae.check_finite, bae.learned
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(bae.get_parameter(name).requires_grad)
     return own.train(bae.training)
@@ -80,5 +80,5 @@ def gather_features(own: BinaryAutoencoder, mesh: Mesh) -> BinaryAutoencoder:
         value = value.detach()
         state[name] = value.clone() if dim is None else mesh.gather(value, "feature", name, dim=dim)
     whole.load_state_dict(state, assign=True)
-    whole.check_finite = own.check_finite
+    whole.check_finite, whole.learned = own.check_finite, own.learned
     return whole.train(own.training)

@@ -11,13 +11,14 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.distributed import Mesh
 from bae_fast.files import write_json
@@ -242,7 +243,7 @@ class JobTrainer(Closing):
 
         def draw(n: int, generator: torch.Generator) -> Tensor:
             rows = self.supply.sample(n, generator)
-            return rows.x[job.hook]
+            return _finite(rows.x[job.hook])
 
         learner = Learner(
             module,
@@ -498,15 +499,28 @@ class JobTrainer(Closing):
 
     def _finish(self) -> None:
         """What the objectives do at the end, and the files."""
+        self._check_parameters()
         for part in self._parts:
             if part.learner.objective.finishes:  # rows of a running model cost its passes
                 with learning():
                     rows = self.supply.sample(self.run.refit_rows, part.learner.config.seed)
-                    part.learner.objective.finish(rows.x[part.hook])
+                    part.learner.objective.finish(_finite(rows.x[part.hook]))
                     part.learner.publish()
             model = self.whole(part.name)
             if self.run.out is not None and self.is_first:
                 model.eval().save_pretrained(self.run.out / part.name)
+
+    def _check_parameters(self) -> None:
+        """On every process alike: no checkpoint or result of parameters that are not finite."""
+        found = [
+            float(not all_finite(p)) for q in self._parts for p in q.learner.trained.parameters()
+        ]
+        bad = torch.tensor([sum(found)], dtype=torch.float64)
+        if self.mesh is not None:
+            device = self.mesh.device_mesh.device_type
+            bad = self.mesh.sum_(bad.to(device), "world", "parameters that are not finite").cpu()
+        if float(bad):
+            raise RuntimeError(f"parameters hold NaN or Inf after step {self.step}: lr is too high")
 
     def whole(self, name: str) -> Any:
         """A job's module with all its features; a collective on several processes."""
@@ -542,6 +556,8 @@ class JobTrainer(Closing):
         check_same_run(what, same, {"jobs": theirs}, {"jobs": own}, always=("jobs",))
         always = [f"{name}.{key}" for name in own for key in ("module", "hook", "columns")]
         check_same_run(what, same, state["identity"], self._identity(), always=always)
+        for part in self._parts:
+            _check_metric(part, state["jobs"][part.name]["learner"]["model"])
         self.supply.load_state_dict(state["supply"])
         for part in self._parts:
             part.load(state["jobs"][part.name])
@@ -555,6 +571,8 @@ class JobTrainer(Closing):
         for part in self._parts:
             values = part.learner.identity()
             del values["parameters"]
+            if part.target_hook is not None:
+                values["target_hook"] = part.target_hook
             values |= {"hook": part.hook, "columns": part.learner.objective.n_columns * features}
             found |= {f"{part.name}.{name}": value for name, value in values.items()}
         return found
@@ -572,6 +590,7 @@ class JobTrainer(Closing):
         """
         if self._store is None:
             raise ValueError("out must be a folder for checkpoints; got None")
+        self._check_parameters()
         self._store.save(self.state_dict(), self.step, self._dims, best=best)
 
     def resume(self, path: str | os.PathLike[str] | None = None) -> bool:
@@ -596,6 +615,11 @@ class JobTrainer(Closing):
         if self._store is not None:
             self._store.close()
         self.supply.close()
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """The rows that a step would not be left out for."""
+    return rows[rows.isfinite().all(1)]
 
 
 def _check_jobs(jobs: Sequence[Job], supply: Supply) -> None:
@@ -634,3 +658,13 @@ def _check_jobs(jobs: Sequence[Job], supply: Supply) -> None:
                     f"job {job.name} needs a hook {hook!r} of width {width}; the supply has "
                     f"{supply.widths}"
                 )
+
+
+def _check_metric(part: _Part, kept: Mapping[str, Tensor]) -> None:
+    """Refuse a state whose errors are measured in other units, which no constant names."""
+    own, theirs = part.learner.trained.state_dict().get("x_metric"), kept.get("x_metric")
+    same = own is None and theirs is None
+    if own is not None and theirs is not None and own.shape == theirs.shape:
+        same = torch.allclose(own.double().cpu(), theirs.double().cpu(), rtol=1e-3)
+    if not same:
+        raise ValueError(f"the checkpoint must be of a run with the same metric of job {part.name}")

@@ -129,6 +129,7 @@ class Learner(Generic[Config]):
                 and self.dtype == torch.float32
             )
             self._draw = draw
+            self._before: dict[str, Tensor] = {}
             self._graphs, self._capture_update = graphs, capture_update
             self._alone = mesh is None and micro_batches == 1
             self.uncaptured = self._against_capture()
@@ -361,6 +362,8 @@ class Learner(Generic[Config]):
         self._hint(x)
         at = Step(self.step, self.step / config.steps, self.is_dead(DEAD_WINDOW))
         self.optimizer.zero_grad(set_to_none=True)
+        if not self._capture_update:  # a step that may be left out, see skip
+            self._before = {n: b.clone() for n, b in self.trained.named_buffers()}
         loss = self.objective.backward(x, target, at, self.autocast)
         if self.mesh is not None and self.mesh.data > 1:
             for name, parameter in self.trained.named_parameters():
@@ -412,6 +415,11 @@ class Learner(Generic[Config]):
     def skip(self) -> None:
         """Count a step whose gradients are not finite, and leave the module as it is."""
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in self.trained.named_buffers():
+                if name in self._before:
+                    buffer.copy_(self._before[name])
+        self.objective.forget()
         self.step += 1
 
     def result(self, loss: Loss, n_rows: int) -> dict[str, Tensor]:
@@ -509,6 +517,7 @@ class Learner(Generic[Config]):
             self.generator.set_state(state["generator"].cpu())
             self.last_fired = state["last_fired"].to(self.device, copy=True)
             self._kept = False
+            self.objective.forget()
             self.publish()
 
     def identity(self) -> dict[str, Any]:

@@ -122,6 +122,9 @@ class Objective(ABC):
     ) -> None:
         """After the optimizer's step; ``step`` is the number of steps done."""
 
+    def forget(self) -> None:  # noqa: B027
+        """The last batch is left out: nothing of it is remembered."""
+
     @property
     def finishes(self) -> bool:
         """Whether :meth:`finish` does anything: rows for it are drawn only then."""

@@ -147,7 +147,8 @@ def revive_(
     bae.W_enc[:, columns] = directions.T.repeat_interleave(k, dim=1) * encoder_norm
     pre = x.to(bae.W_enc.dtype) @ bae.W_enc[:, columns]
     rank = min(max(round(quantile * len(pre)), 1), len(pre))
-    bae.b_enc[columns] = -pre.kthvalue(rank, dim=0).values
+    at_rank, above = (pre.kthvalue(r, dim=0).values for r in (rank, min(rank + 1, len(pre))))
+    bae.b_enc[columns] = -(at_rank + above) / 2  # on no row: rounding would decide on it
     for parameter, at in (
         (bae.W_enc, (slice(None), columns)),
         (bae.b_enc, (columns,)),

@@ -1,5 +1,6 @@
 """Several jobs from one supply in one process: beside each alone, going on, failures, the log."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from sparse_rows import module, synthetic
 
+import bae_fast as bf
 from bae_fast.baselines import TRAINING, make_baseline
 from bae_fast.ops import registry
 from bae_fast.training import Job, JobTrainer, MemorySupply, RunConfig, StoppedError, TrainingConfig
@@ -372,6 +374,92 @@ def test_three_steps_that_are_not_finite_end_the_run_and_fewer_do_not(tmp_path):
     lines = log_of(tmp_path, "a")
     assert {line["step"] for line in lines if "skipped_rows" in line} == bad
     assert all(p.isfinite().all() for p in trainer.learners["a"].model.parameters())
+
+
+@pytest.mark.parametrize("method", ["bae", "batchtopk", "jumprelu"])
+def test_a_step_that_is_left_out_changes_nothing(method):
+    x = synthetic()
+    torch.manual_seed(0)
+    if method == "bae":
+        model, config = module(x), dataclasses.replace(SMALL, bank_batches=4)
+    else:
+        config = dataclasses.replace(TRAINING, steps=30, batch_size=64, precision="float32")
+        model = make_baseline(method, 16, 48, k=4).fit_normalization_(x)
+    trainer = JobTrainer([Job("j", model, config, hook="rows")], supply(x), RunConfig())
+    for _ in range(3):
+        trainer.train_step()
+    give = trainer.supply.next
+
+    def spoiled(n):
+        batch = give(n)
+        batch.x["rows"][:8] = float("nan")
+        return batch
+
+    learner = trainer.learners["j"]
+    before = copy.deepcopy(learner.live_state())
+    trainer.supply.next = spoiled
+    trainer.train_step()
+    assert [step for step, _, _ in trainer.skipped] == [4]
+    after = learner.live_state()
+    for name, value in before["model"].items():
+        assert torch.equal(after["model"][name], value), name
+    assert str(after["objective"]) == str(before["objective"])
+
+
+def test_a_row_that_training_leaves_out_does_not_end_the_refit(tmp_path):
+    x = synthetic()
+    model = module(x)
+    x[-1] = float("nan")
+    trainer = JobTrainer([Job("j", model, SMALL, hook="rows")], supply(x), RunConfig(out=tmp_path))
+    trainer.fit()
+    assert all(value.isfinite().all() for value in weights(tmp_path, "j").values())
+
+
+def test_no_checkpoint_and_no_result_is_of_parameters_that_are_not_finite(tmp_path):
+    x = synthetic()
+    for steps in (1, 30):
+        out = tmp_path / str(steps)
+        config = dataclasses.replace(SMALL, steps=steps, lr=3e38, decay_from=1.0)
+        run = RunConfig(out=out, checkpoint_every=1, keep=2)
+        trainer = JobTrainer([Job("j", module(x), config, hook="rows")], supply(x), run)
+        with pytest.raises(RuntimeError, match="parameters hold NaN or Inf after step 1"):
+            trainer.fit()
+        assert not checkpoints(out / "checkpoints")
+        assert not (out / "j" / "sae_weights.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_metric_or_target_is_refused(tmp_path):
+    x = synthetic()
+    pair = {"rows": x, "one": x.flip(1), "other": x.roll(1, 1)}
+
+    def run(metric=None, target=None):
+        torch.manual_seed(0)
+        transcoder = {"d_out": 16} if target else {}
+        bae = bf.BinaryAutoencoder(16, 48, **transcoder)
+        bae.fit_normalization_(x, *([pair[target]] if target else []), metric=metric)
+        config = dataclasses.replace(SMALL, init="density") if target else SMALL
+        job = Job("j", bae, config, hook="rows", target_hook=target)
+        out = tmp_path / ("rows" if target is None else "target")
+        rows = x if target is None else pair
+        return JobTrainer([job], supply(rows), RunConfig(out=out, checkpoint_every=5))
+
+    first = run(metric=torch.linspace(0.5, 2, 16))
+    for _ in range(5):
+        first.train_step()
+    first.save()
+    first.close()
+    for other in (None, torch.linspace(2, 0.5, 16)):
+        with pytest.raises(ValueError, match="the same metric of job j"):
+            run(metric=other).resume()
+    assert run(metric=torch.linspace(0.5, 2, 16)).resume()
+    second = run(target="one")
+    for _ in range(5):
+        second.train_step()
+    second.save()
+    second.close()
+    with pytest.raises(ValueError, match="target_hook"):
+        run(target="other").resume()
+    assert run(target="one").resume()
 
 
 def test_held_out_rows_stop_a_job_and_keep_the_best_checkpoint(tmp_path):
