@@ -267,11 +267,14 @@ def padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.arange(width) < lengths[:, None], lengths
 
 
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that is of text; itself where it names none."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def max_positions(model: Any) -> int | None:
     """The most tokens a model takes at once, as its configuration says; None: no bound."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(getattr(model, "config", None))
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -25,6 +25,7 @@ from bae_fast.devices import has_bfloat16
 from bae_fast.files import out_of_memory
 from bae_fast.lm import gguf, identity
 from bae_fast.lm.identity import model_digest
+from bae_fast.lm.inputs import text_config
 from bae_fast.lm.known import Known, content_digest
 from bae_fast.lm.logits import Head, body, causal_model
 
@@ -179,8 +180,7 @@ def model_width(name: str = DEFAULT_MODEL, *, revision: str | None = None) -> in
 
 
 def _width(config: Any) -> int:
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text_config.hidden_size)
+    return int(text_config(config).hidden_size)
 
 
 def load_language_model(

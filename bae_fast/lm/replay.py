@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bae_fast.lm.hooks import block_path, resolve_hook
+from bae_fast.lm.inputs import text_config
 
 
 class LowerBlocks:
@@ -47,8 +48,7 @@ class LowerBlocks:
         except ValueError:
             blocks = nn.ModuleList()
         self._blocks = list(blocks.children())
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config = text_config(getattr(model, "config", None))
         if getattr(config, "num_kv_shared_layers", 0):  # later blocks read keys of these (Gemma 3n)
             self._blocks = []
         self._outputs: dict[nn.Module, Any] = {}

@@ -66,6 +66,11 @@ from bae_fast.progress import progress_bar
 LIMIT_TOKENS = 65_536
 
 
+def _limit_windows(length: int) -> int:
+    """Windows of so many tokens that hold them."""
+    return -(-LIMIT_TOKENS // length)
+
+
 class OtherHarvestError(ValueError):
     """A folder that holds a harvest of other settings.
 
@@ -149,7 +154,7 @@ class _Harvest:
     ) -> None:
         lm, length = capture.lm, text.context_size
         if shard_windows is None:
-            shard_windows = -(-LIMIT_TOKENS // length)
+            shard_windows = _limit_windows(length)
         for name, value in (("shard_windows", shard_windows), ("batch_size", batch_size)):
             check_int(name, value, 1)
         if capture.drop_positions >= length:
@@ -342,7 +347,7 @@ class _Harvest:
             norms = {h: torch.cat([part.norms[h] for part in parts]) for h in self.capture.hooks}
             early = None
             if first_norms:  # of the same windows as where another process makes the limits
-                n_first = -(-LIMIT_TOKENS // tokens.shape[1]) * tokens.shape[1]
+                n_first = _limit_windows(tokens.shape[1]) * tokens.shape[1]
                 some = torch.cat([part.places for part in parts]) < n_first
                 early = {hook: norm[some] for hook, norm in norms.items()}
             limits = self._limits(early, tokens.shape[1])
@@ -397,7 +402,7 @@ class _Harvest:
                     return _read_limits(path, self.capture.hooks)
                 here = self.text.state_dict()
                 self.text.load_state_dict(self._start)
-                tokens = self.text.read(-(-LIMIT_TOKENS // length))
+                tokens = self.text.read(_limit_windows(length))
                 self.text.load_state_dict(here)
                 parts = [part.norms for part in self._candidates(tokens)]
                 norms = {hook: torch.cat([p[hook] for p in parts]) for hook in self.capture.hooks}

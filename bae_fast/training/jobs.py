@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.distributed import Mesh
 from bae_fast.files import write_json
@@ -512,10 +511,8 @@ class JobTrainer(Closing):
 
     def _check_parameters(self) -> None:
         """On every process alike: no checkpoint or result of parameters that are not finite."""
-        found = [
-            float(not all_finite(p)) for q in self._parts for p in q.learner.trained.parameters()
-        ]
-        bad = torch.tensor([sum(found)], dtype=torch.float64)
+        diverged = sum(not part.learner.is_finite() for part in self._parts)
+        bad = torch.tensor([float(diverged)], dtype=torch.float64)
         if self.mesh is not None:
             device = self.mesh.device_mesh.device_type
             bad = self.mesh.sum_(bad.to(device), "world", "parameters that are not finite").cpu()

@@ -412,6 +412,10 @@ class Learner(Generic[Config]):
         self.last_fired.masked_fill_(loss.counts > 0, self.step)
         self.publish()
 
+    def is_finite(self) -> bool:
+        """Whether all parameters are: a step whose loss was finite may leave others."""
+        return all(all_finite(parameter) for parameter in self.trained.parameters())
+
     def skip(self) -> None:
         """Count a step whose gradients are not finite, and leave the module as it is."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -20,7 +20,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from bae_fast.arguments import all_finite, check_int
+from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import read_torch, write_torch
 from bae_fast.normalization import check_rows
@@ -263,7 +263,7 @@ class Trainer(Generic[Config]):
                 self.objective.finish(evenly(self.rows))
                 self.learner.publish()
         except (KeyboardInterrupt, SystemExit):
-            if checkpoint is not None and not self._in_step and self._is_finite():
+            if checkpoint is not None and not self._in_step and self.learner.is_finite():
                 with _whole():
                     self.save(checkpoint)
             raise
@@ -285,15 +285,12 @@ class Trainer(Generic[Config]):
             )
         return line
 
-    def _is_finite(self) -> bool:
-        return all(all_finite(p) for p in self.learner.trained.parameters())
-
     def _check_parameters(self) -> None:
         """Refuse to go on, and to replace a good checkpoint, after a step that has diverged.
 
         The loss of that step was still finite, as it is of the parameters before.
         """
-        if not self._is_finite():
+        if not self.learner.is_finite():
             raise RuntimeError(
                 f"parameters hold NaN or Inf after step {self.step}: lr is too high; a "
                 "checkpoint of an earlier step is as it was"

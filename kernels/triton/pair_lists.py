@@ -467,7 +467,7 @@ class WindowSigns:
         """
         n, k = words.shape[0], pairs.counts.shape[0]
         self.pairs, self.scale = pairs, scale
-        same = words.data_ptr() == pairs.words.data_ptr() and words.shape == pairs.words.shape
+        same = words.is_set_to(pairs.words)  # of one memory, shape and strides
         self.own = pairs.by_row if same else Lists(words, n * min(k, MOST_ONES))
         self.window = Lists(feature_packed(window, k), n * -(-k // WINDOW_SHARE))
         self.total = pairs.counts.sum()

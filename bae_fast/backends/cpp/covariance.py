@@ -63,12 +63,7 @@ def pair_lists(
 def _with_rows_at_hand(
     ranks: Tensor, counted: Tensor, words: Tensor | None, at_hand: Tensor, n_features: int
 ) -> Lists:
-    same = (
-        words is not None
-        and at_hand.data_ptr() == words.data_ptr()
-        and at_hand.shape == words.shape
-        and at_hand.stride() == words.stride()
-    )
+    same = words is not None and at_hand.is_set_to(words)  # of one memory, shape and strides
     here = counted if same else op("list_rows")(dense_rows(at_hand), ranks, n_features)
     return Lists(ranks, counted, here)
 
