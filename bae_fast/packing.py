@@ -46,6 +46,15 @@ def n_words(n_bits: int) -> int:
     return -(-n_bits // WORD_BITS)
 
 
+def same_words(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same words of the same memory.
+
+    ``Tensor.is_set_to`` says this too, but not of tensors without memory, on which launches are
+    counted.
+    """
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
 def pack_rows(bits: Tensor) -> Tensor:
     """Pack the last dimension, 32 bits a word.
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from bae_fast.kernels import launch
 from bae_fast.kernels.bits import feature_packed, wide
 from bae_fast.ops import nvidia
+from bae_fast.packing import same_words
 
 # capacities: ones of an average row, and the share of the entries that a window may hold
 MOST_ONES = 256
@@ -467,7 +468,7 @@ class WindowSigns:
         """
         n, k = words.shape[0], pairs.counts.shape[0]
         self.pairs, self.scale = pairs, scale
-        same = words.is_set_to(pairs.words)  # of one memory, shape and strides
+        same = same_words(words, pairs.words)
         self.own = pairs.by_row if same else Lists(words, n * min(k, MOST_ONES))
         self.window = Lists(feature_packed(window, k), n * -(-k // WINDOW_SHARE))
         self.total = pairs.counts.sum()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bae_fast.backends.cpp.extension import op, simd
 from bae_fast.ops.limits import check_numerator
+from bae_fast.packing import same_words
 
 # Products of bits in the time of one visited entry, infinite for no lists at all: where both forms
 # take the same time for the covariance and its gradient, on one thread (N, F = 512, 2304; 512,
@@ -63,7 +64,7 @@ def pair_lists(
 def _with_rows_at_hand(
     ranks: Tensor, counted: Tensor, words: Tensor | None, at_hand: Tensor, n_features: int
 ) -> Lists:
-    same = words is not None and at_hand.is_set_to(words)  # of one memory, shape and strides
+    same = words is not None and same_words(at_hand, words)
     here = counted if same else op("list_rows")(dense_rows(at_hand), ranks, n_features)
     return Lists(ranks, counted, here)
 
