@@ -157,9 +157,8 @@ def _pursue(rows: Tensor, directions: Tensor, k: int, cost: Tensor | None = None
     number = torch.zeros(n, dtype=torch.int64, device=rows.device)
     going, left = torch.arange(n, device=rows.device), products.clone()
     for step in range(k):
-        score = left if cost is None else left.clamp_min(0).square() - cost
-        score = score.scatter(1, taken[going, :step], -torch.inf)
-        best, feature = score.max(1)
+        score = left if cost is None else left.clamp_min_(0).square_().sub_(cost)
+        best, feature = score.scatter_(1, taken[going, :step], -torch.inf).max(1)
         if cost is not None:
             more = best > 0
             going, feature = going[more], feature[more]
@@ -187,12 +186,16 @@ def _pursue(rows: Tensor, directions: Tensor, k: int, cost: Tensor | None = None
 
 def _not_negative(system: Tensor, goal: Tensor) -> Tensor:
     """The best values that are not negative."""
-    values = torch.linalg.solve(system, goal).clamp_min(0)
+    best = torch.linalg.solve(system, goal)
+    values = best.clamp_min(0)
+    # where the best values are not negative, nothing is left to do
+    rows = (best < 0).any(1).nonzero().flatten()
+    system, goal, some = system[rows], goal[rows], values[rows]
     steepest = system.abs().sum(2).amax(1, keepdim=True)  # no eigenvalue is larger
-    for _ in range(_STEPS):
-        slope = (system @ values[..., None])[..., 0] - goal
-        values = (values - slope / steepest).clamp_min(0)
-    return values
+    for _ in range(_STEPS if len(rows) else 0):
+        slope = torch.baddbmm(goal[..., None], system, some[..., None], beta=-1)[..., 0]
+        some = (some - slope / steepest).clamp_min_(0)
+    return values.index_copy(0, rows, some)
 
 
 def _of_taken(gram: Tensor, products: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,8 +94,9 @@ class Config(JudgeOptions, Data):
             each reconstruction in its state's place; 0 leaves this out.
         description: Bits under one and the same coder for every method stand in the table, those
             of independent columns and those along a tree, fitted to the training rows (at most
-            262,144 of them, evenly spread) and charged on the held-out ones, with values at the
-            precision that is best for the method.
+            262,144 of them, evenly spread) and charged on the held-out ones. Values lie in as many
+            even steps as is best for the method, are coded by the shares of these steps, and are
+            read as the mean of each.
         search_prices: The prices of a bit at which codes of the Binary Autoencoder are searched for
             instead of encoded. With any, the table has every method's error and bits with searched
             codes too: those of a sparse autoencoder by orthogonal matching pursuit with its k. What

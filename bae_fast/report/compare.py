@@ -136,8 +136,9 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         )
     if any("rounded" in found for found in scores):
         yield (
-            "JS and KL with values of these bits: the same with each value rounded to the bits a "
-            "value in the line, which the code lengths beside it count."
+            "JS and KL with values of these bits: the same with each value in one of as many even "
+            "steps as the bits a value in the line say, read as the mean of training values there; "
+            "the code lengths beside it count these steps by their shares."
         )
     named = {
         f"{score['counts']['chosen']} ({name.removeprefix('comsem-')})"

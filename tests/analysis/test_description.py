@@ -9,7 +9,7 @@ import torch
 
 import bae_fast as bf
 from bae_fast.analysis import description_length
-from bae_fast.analysis.quantisers import ValueCounts
+from bae_fast.analysis.quantisers import FoundValues, ValueSteps
 from bae_fast.pairs import edge_counts, tree_parents
 
 
@@ -93,23 +93,55 @@ def test_what_it_cannot_take_is_named():
 
 def test_values_cost_what_their_steps_take_by_the_shares_of_other_rows():
     g = torch.Generator().manual_seed(0)
-    low, high = torch.zeros(3), torch.tensor([8.0, 8.0, 8.0])
-    fitted, charged = (ValueCounts(low, high, 3) for _ in range(2))
     even = (torch.rand(4000, 3, generator=g) * 8).clamp_min(1e-3)
-    skewed = (torch.distributions.Exponential(1.0).sample((4000, 3)) + 1e-3).clamp_max(7.9)
-    for part in even.split(700):
-        fitted.add(part)
-    charged.add(even[:1000])
-    assert charged.counts.sum() == 3000
-    assert fitted.bits_of(charged) / 3000 == pytest.approx(3, abs=0.01)  # all steps as likely
-    fitted, charged = (ValueCounts(low, high, 3) for _ in range(2))
-    fitted.add(skewed[:3000])
-    charged.add(skewed[3000:])
-    shares = torch.bincount(skewed[:3000].floor().long().flatten(), minlength=8) / 9000
-    used = torch.bincount(skewed[3000:].floor().long().flatten(), minlength=8)
-    expected = -(used * shares.clamp_min(1e-9).log2()).sum() / 3000
-    assert fitted.bits_of(charged) / 3000 == pytest.approx(float(expected), abs=0.03)
+    fitted = FoundValues.of(even.split(700))
+    assert torch.equal(fitted.code.to_dense(), torch.ones(4000, 3, dtype=torch.uint8))
+    charged = FoundValues.of([even[:1000]])
+    assert ValueSteps(fitted, 3).cost(charged) / 3000 == pytest.approx(3, abs=0.01)  # all as likely
+    assert ValueSteps(fitted, 0).cost(charged) == pytest.approx(0)
+    skewed = torch.empty(4000, 3).exponential_(generator=g) + 1e-3
+    steps = ValueSteps(FoundValues.of([skewed[:3000]]), 3)
+    low, high = skewed[:3000].amin(0), skewed[:3000].amax(0)
+    level = ((skewed - low) / ((high - low) / 8)).floor().clamp(0, 7).long()
+    expected = 0.0
+    for column in range(3):
+        shares = torch.bincount(level[:3000, column], minlength=8) / 3000
+        used = torch.bincount(level[3000:, column], minlength=8)
+        expected -= float((used * shares.clamp_min(1e-4).log2()).sum()) / 3000
+    charged = FoundValues.of([skewed[3000:]])
+    assert steps.cost(charged) / 3000 == pytest.approx(expected, abs=0.03)
     # what training never showed costs much, and not without end
-    unseen = ValueCounts(low, high, 3)
-    unseen.add(torch.tensor([[7.9, 0.0, 0.0]]))
-    assert 5 < fitted.bits_of(unseen) < 20
+    flat = ValueSteps(FoundValues.of([torch.tensor([[1.0], [8.0]] + [[1.1]] * 500)]), 3)
+    assert 5 < flat.cost(FoundValues.of([torch.tensor([[5.0]])])) < 20
+
+
+def test_a_value_is_read_as_the_mean_of_its_steps_training_values():
+    g = torch.Generator().manual_seed(1)
+    # the last feature is never on, the one before has a single value
+    train = torch.randn(600, 5, generator=g).exp() * (torch.rand(600, 5, generator=g) < 0.4)
+    train[:, 3] = (train[:, 3] > 0) * 2.5
+    train[:, 4] = 0
+    held = torch.randn(200, 5, generator=g).exp() * (torch.rand(200, 5, generator=g) < 0.4)
+    found = FoundValues.of(train.split(250))
+    for bits in (0, 1, 3):
+        steps = ValueSteps(found, bits)
+        read = steps.read(held.view(2, 100, 5)).view(200, 5)
+        assert torch.equal(read > 0, (held > 0) & (torch.arange(5) < 4))
+        for column in range(4):
+            own = train[:, column][train[:, column] > 0]
+            low, high = own.min(), own.max()
+            step = (high - low) / 2**bits
+
+            def level(values, low=low, step=step, bits=bits):
+                return ((values - low) / step.clamp_min(1e-30)).floor().clamp(0, 2**bits - 1).long()
+
+            for row in (held[:, column] > 0).nonzero().flatten().tolist():
+                at = level(held[row, column])
+                same = own[level(own) == at]
+                middle = low + (at + 0.5) * step
+                expected = same.mean() if len(same) else middle
+                assert read[row, column] == pytest.approx(float(expected), rel=1e-5)
+    error = [(ValueSteps(found, bits).read(train) - train).square().sum() for bits in range(9)]
+    assert all(more > less for more, less in zip(error, error[1:], strict=False))
+    with pytest.raises(ValueError, match="blocks must hold at least one block of rows; got none"):
+        FoundValues.of([])

@@ -14,7 +14,7 @@ from bae_fast.analysis.metrics import (
     covariance_eigenvalues,
     gaussian_rate_distortion_bits,
 )
-from bae_fast.analysis.quantisers import ValueCounts, quantize, value_ranges
+from bae_fast.analysis.quantisers import FoundValues, ValueSteps
 from bae_fast.autoencoder import Autoencoder, as_code
 from bae_fast.codes import BinaryCode
 from bae_fast.experiments.scorers import Column, Context, Scorer
@@ -22,8 +22,12 @@ from bae_fast.spacing import evenly
 
 ORDER = -1
 
-# bits of a value that are tried
-VALUE_BITS = tuple(range(1, 9))
+# bits of a value that are tried; with 0 a feature has one value, as in a binary code
+VALUE_BITS = tuple(range(9))
+
+# how values are written, for the settings of what is kept: by the shares of even steps, and each
+# read as the mean of the training values of its step
+WRITTEN = "means of steps, coded"
 
 
 def make(context: Context) -> list[Scorer]:
@@ -32,8 +36,7 @@ def make(context: Context) -> list[Scorer]:
         return []
 
     def score(model: Any, method: str, _k: int | None, _seed: int) -> dict[str, Any]:
-        train, _, _ = rows_of(context, method)
-        return describe(model, train, precision_of(context, model, method))
+        return describe(precision_of(context, model, method))
 
     columns = [
         Column("value_bits", "bits a value", "{:.0f}"),
@@ -41,7 +44,7 @@ def make(context: Context) -> list[Scorer]:
         Column("columns", "bits, independent columns", "{:.0f}"),
         Column("tree", "bits, tree", "{:.0f}"),
     ]
-    settings = {"coders": list(CODERS), "value_bits": list(VALUE_BITS), "values": "coded"}
+    settings = {"coders": list(CODERS), "value_bits": list(VALUE_BITS), "values": WRITTEN}
     return [Scorer("description", settings, score, columns)]
 
 
@@ -53,16 +56,18 @@ class Precision(NamedTuple):
         fvu: the FVU at every number that was tried.
         values: bits a row that the values take at each, by the shares of their steps in the
             training rows; about the number times ``l0`` where all steps are as likely.
-        ranges: the least and the largest value of each feature; None for a code of bits.
+        steps: what values are read as at each; empty for a code of bits.
         code: which features are on in the held-out rows.
-        l0: their number in a row, mean of these rows.
+        fitted_to: which features are on in the training rows.
+        l0: the number of features on in a held-out row, mean of these rows.
     """
 
     bits: int
     fvu: dict[int, float]
     values: dict[int, float]
-    ranges: tuple[Tensor, Tensor] | None
+    steps: dict[int, ValueSteps]
     code: BinaryCode
+    fitted_to: BinaryCode
     l0: float
 
 
@@ -75,62 +80,58 @@ def precision_of(context: Context, model: Autoencoder, method: str) -> Precision
 
 @torch.no_grad()
 def value_precision(model: Autoencoder, train: Tensor, held: Tensor, target: Tensor) -> Precision:
-    """The number of bits of a value, 1 to 8, that is best for a model, and the error at each.
+    """The number of bits of a value, 0 to 8, that is best for a model, and the error at each.
 
     At the best one the whole code lies least above the rate that Gaussian rows need at the error
     that is left: neither few bits at a large error nor a small error at many bits is the aim in
-    itself.
+    itself. Every row is encoded once.
 
     Args:
         model: the autoencoder, in eval mode.
         train, held: raw rows ``[n, d_in]`` and ``[m, d_in]``.
         target: ``[m, d_out]``, what is reconstructed.
     """
-    ranges = None if model.is_binary else value_ranges(model, train)
-    sizes = VALUE_BITS if ranges is not None else (0,)
-    errors = {bits: FVUAccumulator() for bits in sizes}
-    fitted, charged = (
-        {} if ranges is None else {bits: ValueCounts(*ranges, bits) for bits in sizes}
-        for _ in range(2)
-    )
-    for block in model.blocks(train) if fitted else ():
-        values_of = model.activations(block)
-        for counts in fitted.values():
-            counts.add(values_of)
-    first, codes = 0, []
+    steps: dict[int, ValueSteps] = {}
+    if model.is_binary:
+        fitted_to = BinaryCode.cat(as_code(model.encode(block)) for block in model.blocks(train))
+    else:
+        found = FoundValues.of(model.activations(block) for block in model.blocks(train))
+        fitted_to = found.code
+        steps = {bits: ValueSteps(found, bits) for bits in VALUE_BITS}
+    errors = {bits: FVUAccumulator() for bits in steps or (0,)}
+    first, codes, values = 0, [], dict.fromkeys(errors, 0.0)
     for block in model.blocks(held):
         goal = model.as_own(target[first : first + len(block)])
         first += len(block)
         features = model.encode(block)
         codes.append(as_code(features))
-        for bits, error in errors.items():
-            rounded = features
-            if ranges is not None and isinstance(features, Tensor):
-                rounded = quantize(features, *ranges, bits)
-                charged[bits].add(features.reshape(-1, features.shape[-1]))
-            error.update(goal, model.decode(rounded))
+        if not steps or not isinstance(features, Tensor):
+            errors[0].update(goal, model.decode(features))
+            continue
+        charged = FoundValues.of([features])
+        for bits, fitted in steps.items():
+            errors[bits].update(goal, model.decode(fitted.read(features)))
+            values[bits] += fitted.cost(charged)
     code = BinaryCode.cat(codes)
     l0 = float(code.l0().sum(dtype=torch.float64)) / len(code)
     fvu = {bits: error.compute() for bits, error in errors.items()}
-    values = {bits: fitted[bits].bits_of(charged[bits]) / len(code) for bits in fitted} or {0: 0.0}
+    values = {bits: total / len(code) for bits, total in values.items()}
     spectrum = covariance_eigenvalues(target)
 
     def excess(bits: int) -> float:
         # an error beyond that of the mean needs no bit at all
         return values[bits] - float(gaussian_rate_distortion_bits(spectrum, fvu[bits]))
 
-    return Precision(min(sizes, key=excess), fvu, values, ranges, code, l0)
+    return Precision(min(errors, key=excess), fvu, values, steps, code, fitted_to, l0)
 
 
 @torch.no_grad()
-def describe(model: Autoencoder, train: Tensor, precision: Precision) -> dict[str, Any]:
+def describe(precision: Precision) -> dict[str, Any]:
     """Description length of held-out rows under coders fitted to training rows.
 
     Args:
-        model: the autoencoder, in eval mode.
-        train: raw rows ``[n, d_in]``.
-        precision: :func:`value_precision` of the model: the held-out rows' code, and the number of
-            bits that values are rounded to.
+        precision: :func:`value_precision` of a model: both kinds of rows' codes, and what values
+            take.
 
     Returns:
         ``columns`` and ``tree``, bits a row; of each the part that says which features are on
@@ -139,7 +140,7 @@ def describe(model: Autoencoder, train: Tensor, precision: Precision) -> dict[st
         of the training rows, of which there are more, the shares of features that are never on in
         them (``fitted_dead_share``) and on in more than a tenth (``fitted_dense_share``).
     """
-    fitted_to = BinaryCode.cat(as_code(model.encode(block)) for block in model.blocks(train))
+    fitted_to = precision.fitted_to
     l0, best, fvu = precision.l0, precision.bits, precision.fvu
     found: dict[str, Any] = {"l0": l0, "value_bits": best, "fvu": fvu[best]}
     found["fvu_by_value_bits"] = {str(bits): value for bits, value in fvu.items()}

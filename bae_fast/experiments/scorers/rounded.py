@@ -1,24 +1,22 @@
 """What the language model loses with values written with few bits, as a code length counts them.
 
 A code length that charges a value two or three bits says nothing of a model whose values stay
-whole. So values are rounded here as :mod:`bae_fast.experiments.scorers.description` rounds them.
+whole. So they are read here as :mod:`bae_fast.experiments.scorers.description` reads them.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from bae_fast.analysis.quantisers import quantize
 from bae_fast.experiments.scorers import Column, Context, Scorer
-from bae_fast.experiments.scorers.description import Precision, precision_of
+from bae_fast.experiments.scorers.description import WRITTEN, Precision, precision_of
 from bae_fast.experiments.scorers.substitution import substituted
 
 ORDER = 0.5
 
 # bits of a value whose loss is measured beside the best number: which is best for the language
 # model need not be the one that is best for the squared error
-MEASURED = (2, 3, 4)
+MEASURED = (1, 2, 3)
 
 
 def make(context: Context) -> list[Scorer]:
@@ -35,22 +33,21 @@ def make(context: Context) -> list[Scorer]:
         Column("js_bits", "JS, values of these bits", "{:.4f}"),
         Column("kl_bits", "KL, values of these bits", "{:.4f}"),
     ]
-    settings = {"tokens": tokens, "value_bits": list(MEASURED)}
+    settings = {"tokens": tokens, "value_bits": list(MEASURED), "values": WRITTEN}
     return [Scorer("rounded", settings, score, columns)]
 
 
 def losses(context: Context, model: Any, method: str, precision: Precision) -> dict[str, Any]:
     """What the language model loses with values of each number of bits, and at the best one."""
     path, source = context.place(method)
-    best, ranges = precision.bits, precision.ranges
-    tried = [best] if ranges is None else sorted({best, *MEASURED})
+    best, steps = precision.bits, precision.steps
+    tried = sorted({best, *MEASURED}) if steps else [best]
     kl, js = {}, {}
     for bits in tried:
-        if ranges is None:  # no value is there to be rounded
+        if steps:
+            found = context.substitution().run(path, model, steps[bits].read, source=source)
+        else:  # no value is there to be rounded
             found = substituted(context, model, method)
-        else:
-            edit = functools.partial(quantize, low=ranges[0], high=ranges[1], bits=bits)
-            found = context.substitution().run(path, model, edit, source=source)
         kl[str(bits)], js[str(bits)] = found.kl_bits, found.js_bits
     return {
         "value_bits": best,

@@ -15,7 +15,7 @@ from bae_fast.analysis.evaluation import activity
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines import PursuedAutoencoder, SparseAutoencoder
 from bae_fast.experiments.scorers import Column, Context, Scorer, intruder, probing
-from bae_fast.experiments.scorers.description import describe, rows_of, value_precision
+from bae_fast.experiments.scorers.description import WRITTEN, describe, rows_of, value_precision
 from bae_fast.experiments.scorers.rounded import MEASURED, losses
 from bae_fast.search import SearchedAutoencoder
 from bae_fast.spacing import evenly
@@ -47,7 +47,7 @@ def make(context: Context) -> list[Scorer]:
         fitted_to = evenly(train, SEARCHED_ROWS)
         for settings, found_by in made(model, method, k):
             precision = value_precision(found_by, fitted_to, held, target)
-            found = settings | describe(found_by, fitted_to, precision)
+            found = settings | describe(precision)
             active = activity(precision.code)
             found |= {share: active[share] for share in ("dead_share", "dense_share")}
             if config.substitution_tokens > 0:
@@ -65,7 +65,7 @@ def make(context: Context) -> list[Scorer]:
     settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": SEARCHED_ROWS}
     if config.search_dense_bits:
         settings["dense_bits"] = config.search_dense_bits
-    lost = {"value_bits": list(MEASURED), "tokens": tokens, "values": "coded"}
+    lost = {"value_bits": list(MEASURED), "tokens": tokens, "values": WRITTEN}
     coded = Scorer("search", settings | lost, score, columns)
     return [coded, *_of_features(context, settings, made)]
 
