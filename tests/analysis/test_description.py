@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import itertools
+
 import pytest
 import torch
 
@@ -142,6 +144,6 @@ def test_a_value_is_read_as_the_mean_of_its_steps_training_values():
                 expected = same.mean() if len(same) else middle
                 assert read[row, column] == pytest.approx(float(expected), rel=1e-5)
     error = [(ValueSteps(found, bits).read(train) - train).square().sum() for bits in range(9)]
-    assert all(more > less for more, less in zip(error, error[1:], strict=False))
+    assert all(more > less for more, less in itertools.pairwise(error))
     with pytest.raises(ValueError, match="blocks must hold at least one block of rows; got none"):
         FoundValues.of([])
