@@ -6,12 +6,13 @@ the jobs, and every job has a generator, an optimizer and a log of its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.distributed import Mesh
-from bae_fast.files import write_json
+from bae_fast.files import append_text, first_line, write_json
 from bae_fast.model import BinaryAutoencoder
-from bae_fast.progress import progress_bar
+from bae_fast.progress import progress_bar, say
 from bae_fast.starting import SIGNALS
 from bae_fast.training.binary import BinaryTrainable
 from bae_fast.training.checkpoints import Checkpoints
@@ -233,7 +234,8 @@ class JobTrainer(Closing):
             self._store = Checkpoints(
                 self.run.out / CHECKPOINTS, keep=self.run.keep, mesh=self.mesh
             )
-        self._trackers: list[Tracker] = []
+        self._trackers: dict[str, Tracker] = {}
+        self._failed: set[str] = set()  # what of the log and the trackers was said to fail
 
     def _begin(self, job: Job) -> _Part:
         module = job.module
@@ -354,7 +356,9 @@ class JobTrainer(Closing):
                 this process or another. All processes end after the same step, with a checkpoint
                 where there is a folder. A second signal does not wait.
             RuntimeError: three updates in a row were not finite.
-            OSError: three checkpoints in a row could not be written; the older ones stay.
+            OSError: a log cannot be opened, or three checkpoints in a row could not be written;
+                the older ones stay. A line of a log that cannot be written later, and a tracker
+                that fails, are said once on standard error, and the run goes on.
         """
         run = self.run
         self._open()
@@ -394,9 +398,10 @@ class JobTrainer(Closing):
                 self._finish()
         finally:
             self._train(False)
-            for tracker in self._trackers:
-                tracker.close()
-            self._trackers = []
+            for name, tracker in self._trackers.items():
+                with self._going_on(f"tracker {name}", Exception):
+                    tracker.close()
+            self._trackers = {}
             if self._store is not None:
                 self._store.wait()
         return {part.name: part.line for part in self._parts}
@@ -419,8 +424,12 @@ class JobTrainer(Closing):
                 drop_later_lines(self._log_file(part), self.step)
             else:
                 self._log_file(part).unlink(missing_ok=True)
+            append_text(self._log_file(part), "")  # a log that cannot be opened ends the run here
         settings = {part.name: part.learner.config.settings() for part in self._parts}
-        self._trackers = [TRACKERS[name](out.name, out, settings) for name in self.run.trackers]
+        self._failed = set()
+        self._trackers = {
+            name: TRACKERS[name](out.name, out, settings) for name in self.run.trackers
+        }
 
     def _log_file(self, part: _Part) -> Path:
         assert self.run.out is not None
@@ -428,7 +437,18 @@ class JobTrainer(Closing):
 
     def _write_line(self, part: _Part, line: dict[str, Any]) -> None:
         if self.run.out is not None and self.is_first:
-            append_line(self._log_file(part), line)
+            with self._going_on("the log", OSError):
+                append_line(self._log_file(part), line)
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str, errors: type[Exception]) -> Iterator[None]:
+        """Go on where numbers of the run cannot be written, and say so the first time."""
+        try:
+            yield
+        except errors as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                say(f"note: {what} failed: {first_line(error)}; the run goes on", error=True)
 
     def _log(self, results: dict[str, dict[str, float]], rate: float, seconds: float) -> None:
         active = [part for part in self._parts if part.name in results]
@@ -453,8 +473,9 @@ class JobTrainer(Closing):
 
     def _track(self, part: _Part, line: dict[str, float]) -> None:
         numbers = {f"{part.name}/{key}": value for key, value in line.items() if key != "step"}
-        for tracker in self._trackers:
-            tracker.log(numbers, self.step)
+        for name, tracker in self._trackers.items():
+            with self._going_on(f"tracker {name}", Exception):
+                tracker.log(numbers, self.step)
 
     def _end_early(self, number: signal.Signals) -> None:
         text = f"stopped by {number.name} after step {self.step}"

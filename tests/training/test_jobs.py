@@ -580,6 +580,50 @@ def test_the_log_has_rates_and_the_trackers_get_the_numbers(tmp_path, monkeypatc
         JobTrainer(jobs(x, "a"), supply(x), missing).fit()
 
 
+def test_a_log_or_a_tracker_that_fails_while_a_run_trains_does_not_end_it(
+    tmp_path, monkeypatch, capfd
+):
+    def failing(*_given, **_named):
+        raise ConnectionError("no answer\nfrom the server")
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **given: None
+    fake.log = fake.finish = failing
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    x = synthetic()
+    run = RunConfig(out=tmp_path, log_every=5, checkpoint_every=15, trackers=("wandb",))
+    trainer = JobTrainer(jobs(x, "ab"), supply(x), run)
+    step, logs = trainer.train_step, [tmp_path / name / "log.jsonl" for name in "ab"]
+
+    def filling():
+        if trainer.step == 12:
+            for log in logs:
+                log.rename(log.with_suffix(".before"))
+                log.mkdir()  # to which no line can be added
+        return step()
+
+    trainer.train_step = filling
+    lines = trainer.fit()
+    trainer.close()
+    assert lines["a"]["step"] == lines["b"]["step"] == 30
+    assert all((tmp_path / name / "sae_weights.safetensors").is_file() for name in "ab")
+    assert len(logs[0].with_suffix(".before").read_text().splitlines()) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[0] == "note: tracker wandb failed: no answer; the run goes on"
+    assert said[1].startswith("note: the log failed: ")
+    assert "log.jsonl" in said[1]
+    # at the start of a run both are errors
+    again = JobTrainer(jobs(x, "ab"), supply(x), run)
+    assert again.resume(tmp_path / "checkpoints" / "step-15")
+    with pytest.raises(IsADirectoryError, match=r"log\.jsonl"):
+        again.fit()
+    again.close()
+    fake.init = failing
+    with pytest.raises(ConnectionError):
+        JobTrainer(jobs(x, "a"), supply(x), dataclasses.replace(run, out=tmp_path / "other")).fit()
+
+
 def test_rows_for_the_end_are_drawn_only_where_they_are_used():
     x = synthetic()
     for refit in (False, True):
