@@ -251,14 +251,22 @@ def read_torch(path: str | os.PathLike[str], what: str, *, own: bool = False) ->
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
-    """Add text to the end of a file in UTF-8; its folder must be there.
+    """Add text to the end of a file in UTF-8, all of it or nothing; its folder must be there.
 
     Raises:
-        OSError: naming the file.
+        OSError: naming the file, which has its old length again.
     """
+    left = text.encode()
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
+        with open(path, "ab", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            try:
+                while left:  # a disk that fills takes a part
+                    left = left[file.write(left) :]
+            except BaseException:
+                with contextlib.suppress(OSError):  # a device has no length
+                    file.truncate(length)
+                raise
     except OSError as error:
         raise _naming(error, Path(path)) from error
 

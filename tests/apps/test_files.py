@@ -235,6 +235,23 @@ def test_a_checkpoint_on_a_full_disk_is_named_and_says_no_place_in_an_archive(tm
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_text_that_cannot_be_added_whole_is_not_added(tmp_path):
+    program = (
+        "import resource, signal, sys\n"
+        "from bae_fast.files import append_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "append_text(sys.argv[1] + '/log.jsonl', 'first \\u00e9\\n')\n"
+        "try: append_text(sys.argv[1] + '/log.jsonl', 30_000 * 'a')\n"
+        "except OSError as error: print(error)\n"
+        "append_text(sys.argv[1] + '/log.jsonl', 'last\\n')\n"
+    )
+    done = processes.run("-c", program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "log.jsonl" in done.stdout
+    assert (tmp_path / "log.jsonl").read_bytes() == "first \u00e9\nlast\n".encode()
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file that cannot be read")
 def test_a_file_that_fails_while_it_is_read_is_named():
     for read_it in (files.read_json, files.read_safetensors, CompressedCode.open, read_text):
