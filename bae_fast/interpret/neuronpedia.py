@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bae_fast.analysis.text import token_text
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.files import publishing, replacing
 from bae_fast.hub import public_metadata
@@ -308,7 +309,7 @@ class _Source:
         shown = []
         for one in ids:
             if one not in self._words:
-                self._words[one] = self.tokenizer.decode([one])
+                self._words[one] = token_text(self.tokenizer, one)
             shown.append(self._words[one])
         return shown
 

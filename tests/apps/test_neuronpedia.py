@@ -67,8 +67,21 @@ RELEASE = Release("bae", "Bits of a model", "res-bae", "A group", "c0", urls=("h
 class Words:
     """A tokenizer of one word a number."""
 
-    def decode(self, ids):
+    def decode(self, ids, **_options):
         return f" w{ids[0]}"
+
+    def convert_ids_to_tokens(self, token):
+        return f"Ġw{token}"
+
+
+class Pieces(Words):
+    """The same in the manner of SentencePiece, which drops the space before the first word."""
+
+    def decode(self, ids, **_options):
+        return f"w{ids[0]}"
+
+    def convert_ids_to_tokens(self, token):
+        return f"▁w{token}"
 
 
 @pytest.fixture
@@ -167,6 +180,26 @@ def test_every_object_has_the_importers_fields_and_the_numbers_of_the_model(cach
     assert len(set(ids)) == len(ids) > 0
 
 
+def test_a_token_has_the_space_before_it(cache, tmp_path):
+    bae = BinaryAutoencoder(D, F).init_density_(cache.rows, 0.2).eval()
+    unembedding = torch.randn(VOCABULARY, D)
+    found = {
+        kind: read(
+            write_neuronpedia_export(
+                tmp_path / kind.__name__, bae, cache, kind(), RELEASE, layer=0,
+                unembedding=unembedding,
+            )
+        )
+        for kind in (Words, Pieces)
+    }  # fmt: skip
+    words, pieces = found[Words], found[Pieces]
+    assert words["activations"]
+    assert [a["tokens"] for a in pieces["activations"]] == [
+        a["tokens"] for a in words["activations"]
+    ]
+    assert [f["pos_str"] for f in pieces["features"]] == [f["pos_str"] for f in words["features"]]
+
+
 def test_a_feature_that_is_never_on_has_no_example(cache, tmp_path):
     bae = BinaryAutoencoder(D, F).eval()
     with torch.no_grad():
@@ -201,7 +234,7 @@ def test_an_export_that_is_interrupted_leaves_the_last_one_whole(cache, tmp_path
     class Interrupted(Words):
         left = 20
 
-        def decode(self, ids):
+        def decode(self, ids, **_options):
             self.left -= 1
             if not self.left:
                 raise KeyboardInterrupt
