@@ -37,7 +37,7 @@ class IntruderConfig:
         n_features: features that are scored, drawn at random of those that can be.
         n_draws: draws a feature.
         n_own: contexts of the feature in a draw.
-        least: rows that a feature must be on in.
+        least: rows that a feature must be on in, ``n_own`` or more.
         before, after: tokens of a context.
         seed: the seed of all draws.
 
@@ -58,6 +58,8 @@ class IntruderConfig:
         for name, least in lowest.items():
             value = getattr(self, name)
             check_int(name, value, least)
+        if self.least < self.n_own:
+            raise ValueError(f"least must be at least n_own={self.n_own}; got {self.least}")
 
 
 class SentenceEncoder:
@@ -186,7 +188,8 @@ def intruder_scores(
 
     Raises:
         ValueError: a code of another length, or fewer than two features that can be scored: on in
-            ``least`` rows at least, and not in half of them or more.
+            ``least`` rows at least, and not in half of them or more; or all that can be are on in
+            the same rows, so that none has an intruder.
     """
     config = config or IntruderConfig()
     flat = code.flatten()
@@ -200,6 +203,11 @@ def intruder_scores(
             f"than half of all; got {len(able)}"
         )
     sets = _draw_sets(flat, able, config)
+    if not sets:
+        raise ValueError(
+            f"code must have two features that are on in different rows; got {len(able)} that are "
+            "on in the same"
+        )
     needed = sorted({row for one in sets for row in (*one.own, one.foreign)})
     texts = []
     for row in needed:

@@ -127,7 +127,12 @@ def test_what_it_cannot_take_is_named(tmp_path):
         SentenceEncoder(tmp_path)
     with pytest.raises(ValueError, match="n_own must be an int >= 2; got 1"):
         IntruderConfig(n_own=1)
+    with pytest.raises(ValueError, match="least must be at least n_own=4; got 3"):
+        IntruderConfig(least=3)
     cache, _ = cache_and_topics(2)
+    equal = bf.BinaryCode.from_dense((torch.arange(32) < 12)[:, None].expand(32, 3))
+    with pytest.raises(ValueError, match="features that are on in different rows; got 3 that are"):
+        intruder_scores(equal, cache, range(32), Tokenizer(), lambda texts: torch.zeros(1))
     never = bf.BinaryCode.from_dense(torch.zeros(32, 4))
     with pytest.raises(ValueError, match="two features that are on in 10 rows or more"):
         intruder_scores(never, cache, range(32), Tokenizer(), lambda texts: torch.zeros(1))
