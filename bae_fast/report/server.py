@@ -162,8 +162,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _RefusedError(403, "Sec-Fetch-Site must be same-origin")
 
+    def _asked(self) -> str:
+        """The path of the request's address."""
+        try:
+            return urlsplit(self.path).path
+        except ValueError as error:
+            raise _RefusedError(
+                400, f"the address must be a path on this server; got {self.path[:100]!r}"
+            ) from error
+
     def _get(self) -> tuple[int, str, bytes]:
-        path = urlsplit(self.path).path
+        path = self._asked()
         if path == "/":
             return 200, "text/html; charset=utf-8", self.server.page
         if path == "/favicon.ico":  # every browser asks
@@ -173,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _RefusedError(404, f"no such page: {path[:100]}")
 
     def _post(self) -> tuple[int, str, bytes]:
-        path = urlsplit(self.path).path
+        path = self._asked()
         if path == "/":
             raise _RefusedError(405, "/ must be read with GET", Allow="GET, HEAD")
         call = self.server.calls.get(path.removeprefix("/api/"))

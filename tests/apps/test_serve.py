@@ -258,6 +258,8 @@ def test_the_page_and_its_calls_are_served(server):
         (404, "no such page: /etc", {"method": "GET", "path": "/etc/../x"}),
         (404, "no such call: /api/no", {"path": "/api/no"}),
         (404, "no such call: /echo", {"path": "/echo"}),
+        (400, "a path on this server; got 'http://['", {"path": "http://[", "Host": "[::1]"}),
+        (400, "a path on", {"method": "GET", "path": "http://[", "Host": "[::1]", "body": b""}),
         (405, "must be called with POST", {"method": "GET"}),
         (405, "must be read with GET", {"path": "/"}),
         (501, "Unsupported method", {"method": "DELETE"}),
