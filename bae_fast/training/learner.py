@@ -238,7 +238,7 @@ class Learner(Generic[Config]):
         rate = config.lr
         if config.warmup_steps:
             rate *= min((step + 1) / config.warmup_steps, 1.0)
-        if done < start:
+        if done < start or start == 1:  # constant until the end, and after it
             return rate
         return rate * 0.5 * (1 + math.cos(math.pi * (done - start) / (1 - start)))
 

@@ -294,8 +294,9 @@ def test_the_learning_rate_is_constant_and_then_a_cosine_to_zero():
     assert [rate(0), rate(19)] == [1.0, 1.0]
     assert rate(60) == pytest.approx(0.5)
     assert rate(99) < 1e-3
-    constant = dataclasses.replace(config, decay_from=1.0)
-    assert Trainer(module(x), x, constant).learning_rate(99) == 1.0
+    for start in (1, 1.0):
+        constant = Trainer(module(x), x, dataclasses.replace(config, decay_from=start))
+        assert [constant.learning_rate(step) for step in (0, 99, 100, 101)] == [1.0] * 4
 
 
 def test_batches_cover_every_row_once_before_any_twice():
