@@ -30,7 +30,8 @@ from bae_fast.model import BinaryAutoencoder
 from bae_fast.pretrained import find_weights
 from bae_fast.progress import Stages, say
 from bae_fast.training import Job, JobTrainer, RunConfig, StoppedError
-from bae_fast.training.jobs import CONSTANTS
+from bae_fast.training.checkpoints import checkpoints
+from bae_fast.training.jobs import CHECKPOINTS, CONSTANTS
 
 # rows that the normalisation is fitted to
 _NORMALIZATION_ROWS = 65536
@@ -48,7 +49,8 @@ class Config(runs.Overwriting, RowsFrom, Training):
             mapping with a name of its own, a hook, and any of the options of training, which
             overrule those of the command. Without it there is one job, called bae.
         load: The folder of a saved model that training starts from. Features start as they are in
-            it; its sizes, its surrogate and its normalisation stay.
+            it; its sizes, its surrogate and its normalisation stay. A run that was stopped goes on
+            with the same folder alone.
         data: The number of processes that rows are divided among.
         feature: The number of processes that features are divided among.
         streams: The number of streams that the order of the rows is made of; a run goes on with any
@@ -127,6 +129,8 @@ def run(config: Config) -> runs.Result:
     check_writable(config.out)
     if any(config.out.glob("*/cfg.json")):  # what a run leaves that has ended
         runs.check_kept(config)
+    if config.resume == "auto":
+        _check_same_start(config)
     order = {"seed": config.seed, "streams": config.streams}
     hooks = [one.hook for one in settings.values()]
     writes = int(os.environ.get("RANK", "0")) == 0  # one process writes the files
@@ -224,6 +228,23 @@ def _check_kept_jobs(out: Path, trainer: JobTrainer) -> None:
                     "must be a folder without results of other settings, unless --overwrite is "
                     f"given; {out / name} has {key} {before[key]}, here {value}",
                 )
+
+
+def _check_same_start(config: Config) -> None:
+    """Refuse to go on with a run that started from another model: its checkpoints would take the
+    place of the one that is named."""
+    if not (checkpoints(config.out / CHECKPOINTS) and (config.out / runs.RESOLVED).is_file()):
+        return
+    before, here = (
+        None if load is None else load.resolve()
+        for load in (resolved_config(config.out).load, config.load)
+    )
+    if before != here:
+        raise runs.ConfigError(
+            "load",
+            f"must be {before or 'left out'}, as the run in {config.out} was started so and goes "
+            f"on (--resume never begins anew); got {here or 'none'}",
+        )
 
 
 def _number(value: Any) -> Any:

@@ -135,6 +135,43 @@ def test_a_saved_model_is_trained_on(states, tmp_path):
         assert torch.allclose(one[name], two[name], atol=1e-6), name
 
 
+def test_a_run_that_was_stopped_goes_on_with_the_model_that_it_started_from(
+    states, tmp_path, monkeypatch, capsys
+):
+    base = ["train", "--states", states, *SMALL, "--checkpoint-every", "3"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seed, out in enumerate((first, second)):
+        assert main([*base, "--seed", str(seed), "--out", str(out)]) == 0
+    step, out = JobTrainer.train_step, tmp_path / "out"
+
+    def dying(self):
+        if self.step == 11:
+            raise MemoryError("no more")
+        return step(self)
+
+    more = [*base, "--out", str(out), "--load"]
+    with monkeypatch.context() as patch:
+        patch.setattr(JobTrainer, "train_step", dying)
+        assert main([*more, str(first / "bae")]) == 1
+    capsys.readouterr()
+    for _ in range(2):  # what is refused changes nothing
+        assert main([*more, str(second / "bae")]) == 1
+        said = capsys.readouterr().err.strip()
+        assert f"--load must be {first / 'bae'}, as the run in {out} was started so" in said
+        assert said.endswith(f"got {second / 'bae'}")
+    assert main(more[:-1]) == 1
+    assert capsys.readouterr().err.strip().endswith("got none")
+    monkeypatch.chdir(tmp_path)
+    assert main([*more, "first/bae"]) == 0
+    assert "goes on from step 9" in capsys.readouterr().out
+    other = [*base, "--out", str(tmp_path / "other"), "--load", str(second / "bae")]
+    assert main(other) == 0
+    again = [*more, str(second / "bae"), "--resume", "never", "--overwrite"]
+    assert main(again) == 0
+    one, two = weights(tmp_path / "other" / "bae"), weights(out / "bae")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_model_to_load_that_is_missing_is_said_before_rows_are_opened(
     tmp_path, capsys, monkeypatch
 ):
