@@ -51,8 +51,14 @@ _FVU_ROWS = 4096
 # a saved model belongs to a run if it has the run's held-out FVU, up to another machine's rounding
 _SAME_FVU = 1e-3
 
-# what a Binary Autoencoder may be trained with several values of, as the others are with several k
-VARIED = {"entropy_weight": "a_e", "covariance_weight": "a_c", "bank_batches": "past"}
+# what a method may be trained with several values of, as the sparse autoencoders are with several
+# k, and its sign in the name of a run: three of the Binary Autoencoder, and one of all others
+VARIED = {
+    "entropy_weight": "a_e",
+    "covariance_weight": "a_c",
+    "bank_batches": "past",
+    "lr": "lr",
+}
 
 # what stands in a variant for the steps of a tail, and in the name of a run
 TAIL, TAIL_SIGN = "kl_tail", "tail"
@@ -83,7 +89,8 @@ class Config(JudgeOptions, Data):
         kl_tail: The numbers of further steps, after the others, in which the reconstruction stands
             in the language model and the divergence of its next token takes the place of half of
             the squared error. Every method is trained with each number, and 0 leaves the tail out.
-        lr: The learning rate of the sparse autoencoders; null keeps their papers'.
+        lr: The learning rates that each sparse autoencoder is trained with, one after the other.
+            Without any it is the method's own, as it always is for the Binary Autoencoder.
         value_bits: The number of bits that a feature's value counts for.
         precision: The precision of the products; auto is bfloat16 where it is native.
         transcoder_hooks: The modules that the transcoder reads and writes. Without them those are
@@ -127,7 +134,7 @@ class Config(JudgeOptions, Data):
     batch_size: int = 512
     metric: str = "none"
     kl_tail: tuple[int, ...] = (0,)
-    lr: float | None = None
+    lr: tuple[float, ...] = ()
     value_bits: int = 5
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     transcoder_hooks: tuple[str, str] | None = None
@@ -258,7 +265,10 @@ def wanted_runs(config: Config) -> Iterator[Wanted]:
 
 def variants(config: Config, method: str) -> list[dict[str, Any]]:
     """The constants that a method's runs replace, a run each; one run with none where none is."""
-    own = {field.name for field in dataclasses.fields(methods.method(method).training)}
+    known = methods.method(method)
+    own = {field.name for field in dataclasses.fields(known.training)}
+    if known.own_lr:
+        own.remove("lr")
     asked = {
         name: getattr(config, name) for name in VARIED if name in own and getattr(config, name)
     }
@@ -294,9 +304,8 @@ def _check_variants(config: Config) -> None:
             continue
         takers = [m for m in config.methods if any(name in v for v in variants(config, m))]
         if not takers:
-            raise ValueError(
-                f"{name} is of the Binary Autoencoder, and methods has none; got {name} {values}"
-            )
+            whose = "the sparse autoencoders" if name == "lr" else "the Binary Autoencoder"
+            raise ValueError(f"{name} is of {whose}, and methods has none; got {name} {values}")
         for method, value in itertools.product(takers, values):
             dataclasses.replace(methods.method(method).training, **{name: value})
 
@@ -381,18 +390,14 @@ def settings_of(config: Config, facts: dict[str, Any], d: int, wanted: Wanted) -
 
 def training_config(config: Config, wanted: Wanted) -> Any:
     """The constants of a run's training on rows."""
-    known = methods.method(wanted.method)
-    constants = dataclasses.replace(
-        known.training,
+    return dataclasses.replace(
+        methods.method(wanted.method).training,
         steps=config.steps,
         batch_size=config.batch_size,
         seed=wanted.seed,
         precision=config.precision,
         **wanted.constants,
     )
-    if config.lr is not None and not known.own_lr:
-        constants = dataclasses.replace(constants, lr=config.lr)
-    return constants
 
 
 def _tail_settings(steps: int) -> dict[str, Any]:

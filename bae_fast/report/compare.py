@@ -28,6 +28,7 @@ VARIANTS = {
     "entropy_weight": "a_e={:g}",
     "covariance_weight": "a_c={:g}",
     "bank_batches": "{} past batches",
+    "lr": "lr={:g}",
     "kl_tail": "KL tail {}",
 }
 

@@ -412,6 +412,33 @@ def test_weights_of_the_binary_autoencoder_are_varied_as_k_is(arguments, tmp_pat
     assert "| TopK k=3 |" in text
 
 
+def test_every_sparse_autoencoder_is_trained_with_every_learning_rate(arguments, tmp_path):
+    more = ["--methods", "bae", "topk", "relu", "--no-description", "--substitution-tokens", "0",
+            "--out", str(tmp_path), "--lr"]  # fmt: skip
+    assert main([*arguments, *more, "3e-3", "1e-4"]) == 0
+    done = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    both = [{"lr": 3e-3}, {"lr": 1e-4}]
+    assert [run["variant"] for run in done] == [{}, *both, *both]
+    own = methods.method("bae").training.lr
+    assert [run["settings"]["training"]["lr"] for run in done] == [own, 3e-3, 1e-4, 3e-3, 1e-4]
+    assert done[1]["model"] == "models/topk-k3-lr0.003-s0"
+    assert len({run["heldout"]["fvu"] for run in done}) == 5
+    text = (tmp_path / "compare.md").read_text()
+    for label in ("BAE (sparse)", "TopK k=3 lr=0.003", "TopK k=3 lr=0.0001", "ReLU k=3 lr=0.003"):
+        assert f"| {label} |" in text
+    # a run of one rate is the same run
+    assert main([*arguments, *more, "3e-3"]) == 0
+    assert json.loads((tmp_path / "compare.json").read_text())["runs"] == [
+        done[0], done[1], done[3],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0])
+def test_a_learning_rate_that_none_can_have_is_named(rate):
+    with pytest.raises(ValueError, match=f"^lr must be .*; got {rate}$"):
+        compare.check(compare.Config(methods=("bae", "topk"), lr=(1e-3, rate)))
+
+
 def test_a_tail_goes_on_from_the_run_without_it(arguments, tmp_path, monkeypatch, capsys):
     methods = ["bae", "topk", "transcoder"]
     change = ["--methods", *methods, "--no-description", "--substitution-tokens", "0"]
@@ -689,6 +716,12 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
             ["--methods", "bae", "--entropy-weight", "-1"],
             "entropy_weight must be finite and not negative",
         ),
+        (
+            ["--methods", "bae", "bae_paper", "--lr", "1e-3"],
+            "lr is of the sparse autoencoders, and methods has none; got lr (0.001,)",
+        ),
+        (["--lr", "1e-3", "0"], "lr must be positive; got 0.0"),
+        (["--lr", "-1"], "lr must be finite and not negative; got -1.0"),
         (["--expansion", "0"], "--expansion must be at least 1; got 0"),
         (
             ["--k", "3", "33"],
