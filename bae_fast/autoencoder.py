@@ -130,6 +130,7 @@ class Autoencoder(Normalized):
             margin of a bit; else by :meth:`scores`.
         n_bits: bits a feature; 1 but for a Binary Autoencoder of several.
         learned: whether it was trained or loaded, so that no training starts its features anew.
+            ``load_state_dict`` leaves it as it is: a state may be a fresh module's.
     """
 
     is_binary: ClassVar[bool] = False

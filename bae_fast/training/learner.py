@@ -521,6 +521,7 @@ class Learner(Generic[Config]):
             self.generator.set_state(state["generator"].cpu())
             self.last_fired = state["last_fired"].to(self.device, copy=True)
             self._kept = False
+            self.model.learned = True
             self.objective.forget()
             self.publish()
 

@@ -417,16 +417,19 @@ def test_checkpoints_are_written_every_so_many_steps(tmp_path):
     assert again.step == 30
 
 
-@pytest.mark.parametrize("how", ["loaded", "trained"])
+@pytest.mark.parametrize("how", ["loaded", "trained", "resumed", "resumed in half"])
 def test_what_has_learned_is_not_started_anew(how, tmp_path):
     x = synthetic(n=900)
-    bae = module(x)
+    bae = module(x, dtype=torch.bfloat16 if how == "resumed in half" else torch.float32)
     run = Trainer(bae, x, SMALL)
     run.train_step()
     state = run.state_dict()
     if how == "loaded":
         bae.save_pretrained(tmp_path)
         bae = bf.BinaryAutoencoder.from_pretrained(tmp_path)
+    elif how.startswith("resumed"):  # without a step of its own
+        bae = module(x, dtype=bae.W_enc.dtype)
+        Trainer(bae, x, SMALL).load_state_dict(state)
     before = {name: value.clone() for name, value in bae.state_dict().items()}
     again = Trainer(bae, x, SMALL)
     with pytest.raises(ValueError, match=r"model must not have learned before.*init='none'"):
