@@ -345,7 +345,9 @@ class _Replacement:
         return note, leave
 
     def _see(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.place.source = first_part(output)
+        seen = first_part(output)
+        # some models add to a module's output in its place (Falcon's MLP)
+        self.place.source = seen.clone() if isinstance(seen, Tensor) else seen
 
     def _replace(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         y = first_part(output)

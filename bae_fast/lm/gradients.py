@@ -104,7 +104,8 @@ def _moments(
     def leaf(_module: Any, _arguments: Any, output: Any) -> Any:
         state = first_part(output).detach().requires_grad_()
         found.append(state)
-        return with_first_part(output, state)
+        # some models add to a module's output in its place (Falcon's MLP), which no leaf allows
+        return with_first_part(output, state.clone())
 
     generator = torch.Generator().manual_seed(seed)
     total: Tensor | None = None

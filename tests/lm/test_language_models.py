@@ -22,6 +22,7 @@ from language_models import (
 
 import bae_fast as bf
 from bae_fast.causal import SubstitutionTest, generate
+from bae_fast.causal.splice import replaced_output
 from bae_fast.interpret.judges import Request, TransformersJudge
 from bae_fast.lm import (
     LanguageModel,
@@ -31,6 +32,7 @@ from bae_fast.lm import (
     states_at,
     windows,
 )
+from bae_fast.lm.gradients import sensitivity
 from bae_fast.lm.hooks import in_own_dtype, running
 from bae_fast.lm.inputs import padding_mask
 from bae_fast.lm.logits import final_norm
@@ -89,6 +91,38 @@ def test_rows_of_several_hooks_are_those_that_each_gave(tokenizer, tmp_path):
     one, _ = states_at(lm, prompts, hooks[:1])
     both, _ = states_at(lm, prompts, hooks[:1], next_token=True)
     torch.testing.assert_close(one[hooks[0]], both[hooks[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_source_is_what_the_module_gave_and_has_a_gradient(tokenizer):
+    """Of a model that adds to the output in its place behind the module."""
+    lm = lm_of("falcon", tokenizer)
+    tokens = windows(tokenizer, TEXT, 16, n_tokens=64)
+    hook = "transformer.h.1.mlp"
+    own, seen = [], []
+
+    class Kept(torch.nn.Module):
+        """Gives its input on, in a memory that is added to by nobody."""
+
+        def forward(self, x):
+            return x.clone()
+
+    handle = lm.model.get_submodule(hook).register_forward_hook(
+        lambda _m, _a, output: own.append(output.clone())
+    )
+    with (
+        torch.no_grad(),
+        replaced_output(
+            lm, "transformer.h.1", lambda _x, y: y, source=hook, drop_positions=0,
+            watch=lambda x, _chosen: seen.append(x.clone()),
+        ),
+    ):  # fmt: skip
+        lm.model(input_ids=tokens)
+    handle.remove()
+    assert torch.equal(seen[0], own[0])
+    found = sensitivity(lm, tokens, hook)
+    block = lm.model.get_submodule("transformer.h.1")
+    block.mlp = torch.nn.Sequential(block.mlp, Kept())
+    torch.testing.assert_close(found, sensitivity(lm, tokens, f"{hook}.0"))
 
 
 @pytest.mark.parametrize(
