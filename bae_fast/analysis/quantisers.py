@@ -19,14 +19,21 @@ def quantize(features: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
         features: ``[..., F]``, none negative.
         low, high: ``[F]``; values outside go to the nearest level.
     """
+    low, high = _widened(low), _widened(high)
     index = _steps(features, low, high, bits)
-    return torch.where(features > 0, low + (index + 0.5) * ((high - low) / 2**bits), 0)
+    middle = low + (index + 0.5) * ((high - low) / 2**bits)
+    return torch.where(features > 0, middle, 0).to(features.dtype)
 
 
 def _steps(features: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The step that each value lies in, 0 to 2^bits - 1, as floats."""
+    """The step that each value lies in, 0 to 2^bits - 1, as floats; low and high are widened."""
     step = (high - low) / 2**bits
-    return ((features - low) / step.clamp_min(1e-30)).floor().clamp(0, 2**bits - 1)
+    return ((_widened(features) - low) / step.clamp_min(1e-30)).floor().clamp(0, 2**bits - 1)
+
+
+def _widened(numbers: Tensor) -> Tensor:
+    """As float32 or wider: half precision has neither 1e-30 nor every number of a step."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,8 @@ class ValueSteps:
     def __init__(self, fitted_to: FoundValues, bits: int) -> None:
         """Fit the steps to the values of training rows; bits is from 0 on."""
         self.bits = bits
-        self._low, self._high = low, high = fitted_to.ranges()
+        low, high = map(_widened, fitted_to.ranges())
+        self._low, self._high = low, high
         value = fitted_to.value
         at = self._places(fitted_to.feature.to(torch.int64), value)
         size = len(low) << bits

@@ -144,5 +144,13 @@ def test_a_value_is_read_as_the_mean_of_its_steps_training_values():
                 assert read[row, column] == pytest.approx(float(expected), rel=1e-5)
     error = [(ValueSteps(found, bits).read(train) - train).square().sum() for bits in range(9)]
     assert all(more > less for more, less in itertools.pairwise(error))
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = train.to(dtype)
+        steps = ValueSteps(FoundValues.of([narrow]), 8)
+        whole = ValueSteps(FoundValues.of([narrow.float()]), 8)
+        assert torch.equal(steps.counts, whole.counts)
+        read = steps.read(narrow)
+        assert read.dtype == dtype
+        assert torch.equal(read, whole.read(narrow.float()).to(dtype))
     with pytest.raises(ValueError, match="blocks must hold at least one block of rows; got none"):
         FoundValues.of([])

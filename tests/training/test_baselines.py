@@ -444,6 +444,11 @@ def test_a_quantised_value_is_the_middle_of_its_step():
     assert torch.equal(quantize(torch.tensor([[2.0]]), low * 2, low * 2, 3), torch.tensor([[2.0]]))
     zero = torch.zeros(1)
     assert torch.equal(quantize(torch.tensor([[2.0]]), zero, zero, 3), torch.zeros(1, 1))
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = quantize(values.to(dtype), low.to(dtype), high.to(dtype), 2)
+        assert torch.equal(narrow, quantize(values.to(dtype).float(), low, high, 2).to(dtype))
+        half = torch.full((1, 1), 2.0, dtype=dtype)
+        assert torch.equal(quantize(half, half[0], half[0], 16), half)
 
 
 def test_codes_of_bits_pay_nothing_for_values():
