@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> Non
     if not whole or value < least or (most is not None and value > most):
         allowed = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an int {allowed}; got {value!r}")
+
+
+def at_least_0(name: str, value: Any) -> float:
+    """A finite number from 0 on, as a float.
+
+    Raises:
+        ValueError: naming the argument, what is allowed and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number >= 0; got {value!r}")
+    return float(value)
 
 
 def all_finite(numbers: Tensor) -> bool:

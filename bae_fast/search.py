@@ -20,7 +20,6 @@ product is made again.
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bae_fast import functional
-from bae_fast.arguments import check_int
+from bae_fast.arguments import at_least_0, check_int
 from bae_fast.autoencoder import register_architecture
 from bae_fast.codes import BinaryCode
 from bae_fast.functional import BAEOutput, Encoded
@@ -182,8 +181,8 @@ class SearchedAutoencoder(BinaryAutoencoder):
                 f"a search needs n_bits x d_sae <= {MAX_SEARCH_COLUMNS:,}, as it holds the "
                 f"products of all pairs of bits; got {columns:,}"
             )
-        self.bit_price = _at_least_0("bit_price", bit_price)
-        self.dense_bits = _at_least_0("dense_bits", dense_bits)
+        self.bit_price = at_least_0("bit_price", bit_price)
+        self.dense_bits = at_least_0("dense_bits", dense_bits)
         check_int("max_flips", max_flips, 0)
         self.max_flips = max_flips
         self.register_buffer("density", torch.full((columns,), 0.5, device=device, dtype=dtype))
@@ -428,9 +427,3 @@ def extras_of(device: torch.device, impl: str) -> registry.Extras:
         return registry.extras(impl, device.type)
     except registry.BackendUnavailableError:
         return registry.Extras()
-
-
-def _at_least_0(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number >= 0; got {value!r}")
-    return float(value)

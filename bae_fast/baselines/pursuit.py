@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bae_fast.arguments import check_int
+from bae_fast.arguments import at_least_0, check_int
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines.base import SparseAutoencoder
 from bae_fast.normalization import check_rows
@@ -68,13 +68,11 @@ class PursuedAutoencoder(Autoencoder):
         if model.is_transcoder:
             raise ValueError("model must be no transcoder: a pursuit needs the target")
         check_int("k", k, 1, model.d_sae)
-        for name, value in (("bit_price", bit_price), ("value_bits", value_bits)):
-            if not 0 <= value < torch.inf:
-                raise ValueError(f"{name} must be a number from 0 on; got {value!r}")
+        self.bit_price = at_least_0("bit_price", bit_price)
+        self.value_bits = at_least_0("value_bits", value_bits)
         if bit_price and rows is None:
             raise ValueError("rows must be given with a bit_price: they say what a feature costs")
         self.config, self.k = model.config, k
-        self.bit_price, self.value_bits = bit_price, value_bits
         self.register_normalization(
             model.d_in, None, device=model.W_dec.device, dtype=model.W_dec.dtype
         )
@@ -160,7 +158,7 @@ def _pursue(rows: Tensor, directions: Tensor, k: int, cost: Tensor | None = None
         score = left if cost is None else left.clamp_min_(0).square_().sub_(cost)
         best, feature = score.scatter_(1, taken[going, :step], -torch.inf).max(1)
         if cost is not None:
-            more = best > 0
+            more = ~(best <= 0)  # NaN goes on: a row of it is none of zeros
             going, feature = going[more], feature[more]
             if not len(going):
                 break

@@ -1,5 +1,7 @@
 """Orthogonal matching pursuit in the dictionary of a trained sparse autoencoder."""
 
+import math
+
 import pytest
 import torch
 
@@ -217,5 +219,19 @@ def test_a_higher_price_gives_fewer_features_and_a_larger_error():
     assert fvu == sorted(fvu)
     with pytest.raises(ValueError, match="rows must be given with a bit_price"):
         PursuedAutoencoder(made, 3, bit_price=1e-3)
-    with pytest.raises(ValueError, match="bit_price must be a number from 0 on; got -1"):
-        PursuedAutoencoder(made, 3, bit_price=-1, rows=train)
+    for bad in (-1, math.nan, "dear", True):
+        with pytest.raises(ValueError, match=f"bit_price must be a number >= 0; got {bad!r}"):
+            PursuedAutoencoder(made, 3, bit_price=bad, rows=train)
+
+
+@pytest.mark.parametrize("price", [0.0, 1e-2])
+def test_a_row_that_is_not_finite_is_not_coded_as_zeros(price):
+    made = model()
+    train, _ = rows_of(made.W_dec.detach(), 400)
+    pursued = PursuedAutoencoder(made, 3, bit_price=price, rows=train)
+    spoiled = train[:5].clone()
+    spoiled[2, 1] = math.nan
+    found = pursued.encode(spoiled)
+    assert found[2].isnan().any()
+    others = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(found[others], pursued.encode(train[others]))
