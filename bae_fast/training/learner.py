@@ -334,7 +334,9 @@ class Learner(Generic[Config]):
         """
         if self.step or x.device.type != "cpu" or self.model.is_normalized():
             return  # a device would be waited for
-        rows = x.float()
+        rows = x[x.isfinite().all(1)].float()  # others are named where they are met
+        if not len(rows):
+            return
         size = float(rows.square().mean().sqrt())
         common = float(rows.mean(0).square().mean().sqrt())
         if 1 / _FAR <= size <= _FAR and common <= size / 2:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -404,6 +405,21 @@ def test_a_step_that_is_left_out_changes_nothing(method):
     for name, value in before["model"].items():
         assert torch.equal(after["model"][name], value), name
     assert str(after["objective"]) == str(before["objective"])
+
+
+def test_rows_that_are_not_finite_are_not_called_rows_that_were_not_normalised():
+    x = torch.randn(900, 16)
+    for spoiled in (64, 3):  # the whole first batch, and a part
+        trainer = JobTrainer(
+            [Job("j", bf.BinaryAutoencoder(16, 48), SMALL, hook="rows")], supply(x), RunConfig()
+        )
+        batch = trainer.supply.next(64)
+        batch.x["rows"][:spoiled] = float("inf")
+        trainer.supply.next = lambda _n, batch=batch: batch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="rows have a root mean square")
+            trainer.train_step()
+        assert len(trainer.skipped[0][2]) == spoiled
 
 
 def test_a_row_that_training_leaves_out_does_not_end_the_refit(tmp_path):
