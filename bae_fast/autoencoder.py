@@ -334,7 +334,7 @@ class Autoencoder(Normalized):
             folder: the folder of both files, or ``user/name`` of a repository on the Hugging Face
                 Hub, whose files are kept in the Hub's cache.
             device: where the module is put; None leaves it on the CPU.
-            dtype: of its parameters; None: that of the file.
+            dtype: floating, of its parameters; None: that of the file.
             revision: a branch, tag or commit of the repository.
             subfolder: where in the folder or the repository the files lie.
             token: the Hub's, as ``huggingface_hub`` takes it.
@@ -342,6 +342,7 @@ class Autoencoder(Normalized):
 
         Raises:
             FileNotFoundError: no such folder, repository or file.
+            TypeError: a dtype that is not floating.
             ValueError: a corrupt or foreign file, or weights that do not fit the configuration.
         """
         found = find_pretrained(folder, revision=revision, subfolder=subfolder, token=token)
@@ -527,6 +528,9 @@ def _made(
     **options: Any,
 ) -> Any:
     """A module of a kind from what :func:`read_pretrained` read, in eval mode."""
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype is not None and not floating:
+        raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}")
     values, source, tensors = files
     module = kind.from_config(values, str(source), **options)
     load_tensors_(module, tensors, folder)
@@ -550,6 +554,7 @@ def load_autoencoder(
 
     Raises:
         FileNotFoundError: no such folder, repository or file.
+        TypeError: a dtype that is not floating.
         ValueError: an architecture that is not registered, or see ``from_pretrained`` of the class.
     """
     found = find_pretrained(folder, revision=revision, subfolder=subfolder, token=token)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import threading
 
 import pytest
@@ -745,6 +746,10 @@ def test_a_module_is_loaded_in_another_dtype(tmp_path):
         assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
         assert torch.equal(found.W_enc, bae.W_enc.bfloat16())
         assert load(tmp_path).W_enc.dtype == torch.float32
+        for bad in ("bfloat16", torch.int8, torch.complex64):
+            words = f"dtype must be a floating torch.dtype or None; got {bad!r}"
+            with pytest.raises(TypeError, match=re.escape(words)):
+                load(tmp_path, dtype=bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
