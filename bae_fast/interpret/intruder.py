@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bae_fast.analysis.text import context_text
-from bae_fast.arguments import check_int
+from bae_fast.arguments import all_finite, check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.lm.cache import ActivationCache
 
@@ -187,9 +187,9 @@ def intruder_scores(
         encoder: texts to unit vectors ``[n, width]``, such as :class:`SentenceEncoder`.
 
     Raises:
-        ValueError: a code of another length, or fewer than two features that can be scored: on in
-            ``least`` rows at least, and not in half of them or more; or all that can be are on in
-            the same rows, so that none has an intruder.
+        ValueError: a code of another length, vectors that are not finite, or fewer than two
+            features that can be scored: on in ``least`` rows at least, and not in half of them or
+            more; or all that can be are on in the same rows, so that none has an intruder.
     """
     config = config or IntruderConfig()
     flat = code.flatten()
@@ -214,6 +214,8 @@ def intruder_scores(
         context = cache.token_context(rows.start + row, config.before, config.after)
         texts.append("".join(context_text(tokenizer, *context)))
     vectors = encoder(texts)
+    if not all_finite(vectors):
+        raise ValueError("encoder must give finite vectors; got NaN or Inf")
     place = {row: i for i, row in enumerate(needed)}
     right: dict[int, list[float]] = {}
     for one in sets:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -103,6 +105,10 @@ def test_an_encoder_that_tells_nothing_is_right_by_chance():
 
     found = intruder_scores(code, cache, range(cache.n_rows), Tokenizer(), constant, CONFIG)
     assert found.mean == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="encoder must give finite vectors; got NaN or Inf"):
+        intruder_scores(
+            code, cache, range(cache.n_rows), Tokenizer(), lambda t: constant(t) * math.nan, CONFIG
+        )
 
 
 def test_rows_are_counted_from_where_the_code_begins(encoder):
