@@ -117,7 +117,7 @@ class BinaryCode:
         counts: Tensor | None = None,
         trusted: bool = False,
     ) -> None:
-        """Wrap row-packed words; the data is not copied and must not change afterwards.
+        """Wrap row-packed words; data that is not copied must not change afterwards.
 
         Args:
             counts: int64 ``[K]``, the ones in each column where an encoder knows them already;
