@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -164,14 +164,23 @@ class Engine:
         ids = tokens.to(lm.device, torch.int64)
         options = {} if mask is None else self._padding.arguments(ids, mask.to(lm.device))
         found, _ = self.run(lambda: lm.model(input_ids=ids, use_cache=False, **options))
-        for hook, out in found.items():
-            shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            if not isinstance(out, Tensor) or out.dim() != 3 or shape[:2] != tuple(tokens.shape):
-                raise ValueError(
-                    "hook must name a module whose output is [batch, context_size, d], here "
-                    f"[{len(tokens)}, {tokens.shape[1]}, d]; {hook!r} gives {shape}"
-                )
+        check_states(found, ids)
         return found
+
+
+def check_states(found: Mapping[str, Any], ids: Tensor) -> None:
+    """Refuse outputs, by the paths of their modules, that give no state for each of the tokens.
+
+    Raises:
+        ValueError: an output that is not ``[batch, length, d]``.
+    """
+    for hook, out in found.items():
+        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if not isinstance(out, Tensor) or out.dim() != 3 or out.shape[:2] != ids.shape:
+            raise ValueError(
+                "hook must name a module whose output is [batch, length, d], here "
+                f"[{ids.shape[0]}, {ids.shape[1]}, d]; {hook!r} gives {shape}"
+            )
 
 
 @contextlib.contextmanager

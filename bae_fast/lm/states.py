@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bae_fast.lm.capture import Engine
+from bae_fast.lm.capture import Engine, check_states
 from bae_fast.lm.inputs import check_ids, check_length, padded
 from bae_fast.lm.keys import keys_name, repeated
 from bae_fast.lm.loading import LanguageModel
@@ -109,12 +109,8 @@ def states_at(
                     if positions is None
                     else torch.tensor(list(positions))[None].expand(len(batch), -1)
                 ).to(lm.device)
+                check_states(found, ids)
                 for name, output in zip(hooks, found.values(), strict=True):
-                    if output.dim() != 3 or output.shape[:2] != ids.shape:
-                        raise ValueError(
-                            "hook must name a module whose output is [batch, length, d], here "
-                            f"{[*ids.shape, 'd']}; {name!r} gives {list(output.shape)}"
-                        )
                     states[name].append(output[rows, at].cpu())
                 if next_token:
                     final = out.last_hidden_state[rows[:, 0], (lengths - 1).to(lm.device)]

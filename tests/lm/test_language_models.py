@@ -93,6 +93,34 @@ def test_rows_of_several_hooks_are_those_that_each_gave(tokenizer, tmp_path):
     torch.testing.assert_close(one[hooks[0]], both[hooks[0]], rtol=1e-5, atol=1e-6)
 
 
+def test_a_hook_without_a_state_a_token_is_named(tokenizer):
+    lm = lm_of("llama", tokenizer)
+
+    class Watched(torch.nn.Module):
+        """A module with a part that gives nothing."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.silent = inner, Silent()
+
+        def forward(self, x):
+            self.silent(x)
+            return self.inner(x)
+
+    class Silent(torch.nn.Module):
+        def forward(self, _x):
+            return None
+
+    lm.model.model.layers[0].mlp = Watched(lm.model.model.layers[0].mlp)
+    for hook, given in (
+        ("model.layers.0.mlp.silent", "NoneType"),
+        ("model.rotary_emb", r"\[1, 3, 16\]"),
+    ):
+        words = rf"output is \[batch, length, d\], here \[2, 3, d\]; '{hook}' gives {given}"
+        with pytest.raises(ValueError, match=words):
+            states_at(lm, [[5, 6, 7]] * 2, [hook])
+
+
 def test_a_source_is_what_the_module_gave_and_has_a_gradient(tokenizer):
     """Of a model that adds to the output in its place behind the module."""
     lm = lm_of("falcon", tokenizer)
