@@ -146,8 +146,9 @@ def revive_(
         return n_dead
     bae.W_enc[:, columns] = directions.T.repeat_interleave(k, dim=1) * encoder_norm
     pre = x.to(bae.W_enc.dtype) @ bae.W_enc[:, columns]
-    rank = min(max(round(quantile * len(pre)), 1), len(pre))
-    at_rank, above = (pre.kthvalue(r, dim=0).values for r in (rank, min(rank + 1, len(pre))))
+    n = len(pre)
+    rank = min(max(round(quantile * n), 1), max(n - 1, 1))  # one row at least lies above
+    at_rank, above = (pre.kthvalue(r, dim=0).values for r in (rank, min(rank + 1, n)))
     bae.b_enc[columns] = -(at_rank + above) / 2  # on no row: rounding would decide on it
     for parameter, at in (
         (bae.W_enc, (slice(None), columns)),

@@ -246,6 +246,18 @@ def test_revival_points_dead_features_at_the_worst_rows_and_clears_their_state()
     assert optimizer.state[bae.W_enc]["exp_avg"][:, live].any()
 
 
+@pytest.mark.parametrize("n_rows", [2, 32])
+def test_a_feature_that_few_rows_revive_is_on_in_one_of_them(n_rows):
+    x = synthetic()[:n_rows]
+    bae = module(x)
+    dead = torch.arange(48) < 20
+    rows = bae.normalize(x)
+    revive_(bae, dead, rows, rows, None, quantile=0.99, decoder_scale=0.3)
+    pre = bae.preactivation(x)[:, :20]
+    assert torch.equal((pre > 0).sum(0), torch.ones(20, dtype=torch.int64))
+    assert pre.abs().min() > 1e-4  # rounding decides on no row
+
+
 @pytest.mark.parametrize("density", [0.2, 0.03])  # counted as a product, and by their ones
 def test_the_refit_is_the_least_squares_decoder_and_changes_no_bit(density):
     x = synthetic(n=9000)  # more than one block
