@@ -235,6 +235,7 @@ class SearchedAutoencoder(BinaryAutoencoder):
         state = {name: tensor.detach() for name, tensor in bae.state_dict().items()}
         made.load_state_dict({**state, "density": made.density}, strict=True)
         made.eval()
+        made.learned = True  # a training of it goes on, see bae_fast.autoencoder.Autoencoder
         made.density.copy_(_shares(bae, rows))
         return made.fit_density_(rows)
 

@@ -239,6 +239,7 @@ def test_a_module_that_searches_is_as_the_one_it_is_made_of():
     assert model.config == bae.config
     assert (model.impl, model.check_finite, model.training) == ("torch", True, False)
     assert (model.bit_price, model.dense_bits, model.max_flips) == (0.1, 3.0, 7)
+    assert model.learned
     state = model.state_dict()
     assert state.keys() - bae.state_dict().keys() == {"density"}
     for name, tensor in bae.state_dict().items():
