@@ -19,18 +19,12 @@ from bae_fast.files import read_json
 from bae_fast.report import tables
 from bae_fast.report.compare import LABELS, Group
 
-# folders with comparisons that measured the loss with rounded values, by model; runs of one model
-# in one metric may lie in several. First those of two million tokens of six kinds of text
-SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "SmolLM2, block 12": (("mixed", "mixed_jumprelu"),),
+# folders with comparisons by the same rules for all methods, by model: a learning rate of each
+# one's own, coded values, and searches at prices of a bit. Runs of one model may lie in several
+FAIR: dict[str, tuple[str, ...]] = {
+    "SmolLM2, block 12": ("mixed_fair_bae", "mixed_fair", "mixed_fair_k28", "mixed_fair_low"),
 }
-BITS = (126, 140, 160, 180, 200)
-# and those in which dictionaries were scored with searched codes too
-SEARCHED: dict[str, tuple[str, ...]] = {
-    "SmolLM2, block 12": ("mixed", "mixed_searched"),
-    "Gemma 3 270M, block 10": ("gemma_metric", "gemma_searched"),
-}
-SEARCHED_BITS = (140, 165, 180, 200, 220)
+FAIR_BITS = (170, 180, 190, 200)
 # what changes with the seed, the layer and the language model, on the same text
 REPEATS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
@@ -48,11 +42,11 @@ FISHER: dict[str, tuple[str, ...]] = {
 FISHER_BITS = (140, 160, 180, 200)
 # searches of one model, without and with ones of dense features made dearer
 DENSE: dict[str, tuple[str, ...]] = {
-    "SmolLM2, block 12": ("mixed_searched", "mixed_dense"),
+    "SmolLM2, block 12": ("mixed_fair_bae", "mixed_dense"),
     "Gemma 3 270M, block 10": ("fisher_gemma_low", "fisher_gemma", "fisher_gemma_dense"),
 }
 # the runs whose features were probed, and put to the intruder test
-FEATURES = "mixed_searched"
+FEATURES = ("mixed_fair_bae_features", "mixed_fair_features")
 
 # and those of some ten epochs of a text of 113,000 or 81,920 tokens
 SMALL_SOURCES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -120,11 +114,6 @@ def lines(
     return found
 
 
-def equal_bits(results: Path) -> str:
-    """The runs on much text of several kinds."""
-    return _table(results, SOURCES, BITS)
-
-
 def equal_bits_small(results: Path) -> str:
     """The runs on little text of one kind."""
     return _table(results, SMALL_SOURCES, SMALL_BITS)
@@ -151,21 +140,21 @@ def _table(
     return "\n".join(tables.table(header, body))
 
 
-def searched(results: Path) -> str:
-    """Dictionaries with the codes of their encoders and with searched ones: a line each, and how
-    far its loss is from that of the binary code's searched ones."""
-    return _searched(results, SEARCHED, SEARCHED_BITS)
+def fair(results: Path) -> str:
+    """Methods by the same rules, with the codes of encoders and with searched ones: a line each,
+    and how far its loss is from that of the binary code's codes of the same kind."""
+    return _searched(results, FAIR, FAIR_BITS, alike=True)
 
 
 def repeats(results: Path) -> str:
-    """The same over seeds, at another layer and of another model, also for dictionaries without a
-    search."""
-    return _searched(results, REPEATS, REPEATS_BITS, every=True)
+    """Over seeds, at another layer and of another model: a line a dictionary and kind of codes, and
+    how far its loss is from that of the binary code's searched ones."""
+    return _searched(results, REPEATS, REPEATS_BITS)
 
 
 def fisher(results: Path) -> str:
     """The same in the language model's own metric."""
-    return _searched(results, FISHER, FISHER_BITS, every=True)
+    return _searched(results, FISHER, FISHER_BITS)
 
 
 def dense(results: Path) -> str:
@@ -217,8 +206,14 @@ def _searched(
     sources: dict[str, tuple[str, ...]],
     places: Sequence[int],
     *,
-    every: bool = False,
+    alike: bool = False,
 ) -> str:
+    """A line a dictionary and kind of codes; dictionaries without a search stand there too.
+
+    Args:
+        alike: losses are held against the binary code's of the same kind, not against those of its
+            searched codes.
+    """
     body = []
     for label, folders in sources.items():
         found = (read_json(results / folder / "compare.json") for folder in folders)
@@ -228,13 +223,13 @@ def _searched(
             "encoder": lines(runs, places),
             "search": lines(scored, places, searched_points),
         }
-        own = kinds["search"]["bae", 0]
-        for method, tail in kinds["encoder" if every else "search"]:
+        for method, tail in kinds["encoder"]:
             for kind, by_name in kinds.items():
                 seeds = by_name.get((method, tail))
                 if seeds is None:
                     continue
-                other = None if (method, kind) == ("bae", "search") else own
+                own = kinds[kind if alike else "search"]["bae", 0]
+                other = None if seeds is own else own
                 cells = [_cell(seeds, other, str(bits)) for bits in places]
                 body.append([label, LABELS.get(method, method), kind, *cells])
     header = ["model", "dictionary", "codes by", *(f"KL at {bits} bits" for bits in places)]
@@ -242,20 +237,20 @@ def _searched(
 
 
 def features(results: Path) -> str:
-    """What single features tell, by the codes of an encoder and by searched ones, of several
-    prices the middle one: a line each."""
+    """What single features tell, by the codes of an encoder and by searched ones where these were
+    measured, of several prices the middle one: a line each."""
+    found = (read_json(results / folder / "compare.json") for folder in FEATURES)
     body = []
-    for run in read_json(results / FEATURES / "compare.json")["runs"]:
+    for run in (run for result in found for run in result["runs"]):
         scores = run["scores"]
         label = Group(run["method"], run["k"], tuple(run["variant"].items())).label
-        points = scores["searched_features"]["points"]
-        middle = len(points) // 2
-        coded, measured = scores["search"]["points"][middle], points[middle]
-        for by, code, found in (
-            ("encoder", scores["description"], scores),
-            ("search", coded, measured),
-        ):
-            probes, odd = found["probing"], found["intruder"]
+        measured = [("encoder", scores["description"], scores)]
+        points = scores.get("searched_features", {}).get("points", [])
+        if points:
+            middle = len(points) // 2
+            measured.append(("search", scores["search"]["points"][middle], points[middle]))
+        for by, code, features_of in measured:
+            probes, odd = features_of["probing"], features_of["intruder"]
             cells = [f"{probes[f'probe_{n}']:.3f}" for n in (1, 2, 5)]
             share = f"{odd['mean']:.2f} ({odd['low']:.2f} to {odd['high']:.2f})"
             body.append([label, by, f"{code['tree']:.0f}", *cells, share])

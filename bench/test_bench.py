@@ -519,9 +519,9 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     tail += [rate_run("topk", 0, 110, 20.0, {"2": 0.1}, kl_tail=200)]
     write_json(tmp_path / "some" / "compare.json", {"runs": topk[1:] + bae})
     write_json(tmp_path / "more" / "compare.json", {"runs": topk[:1] + tail})
-    monkeypatch.setattr(rates, "SOURCES", {"a model": (("some", "more"),)})
-    monkeypatch.setattr(rates, "BITS", (100, 125, 150, 175))
-    _, _, *lines = rates.equal_bits(tmp_path).splitlines()
+    monkeypatch.setattr(rates, "SMALL_SOURCES", {"a model": (("some", "more"),)})
+    monkeypatch.setattr(rates, "SMALL_BITS", (100, 125, 150, 175))
+    _, _, *lines = rates.equal_bits_small(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     expected = [
         f"{1.5 * law(b):.3f} ({law(b):.3f} to {2 * law(b):.3f})" for b in (100, 125, 150, 175)
@@ -541,7 +541,7 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     # what rounds to no difference has no sign
     at_150 = rate_run("topk", 0, 110, 20.0, {"2": 0.1249}, kl_tail=200)
     write_json(tmp_path / "more" / "compare.json", {"runs": topk[:1] + tail[:1] + [at_150]})
-    assert "| 0.125, 0% |" in rates.equal_bits(tmp_path)
+    assert "| 0.125, 0% |" in rates.equal_bits_small(tmp_path)
 
 
 def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch):
@@ -556,20 +556,19 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
     topk[1]["scores"]["search"] = {
         "points": [{"tree_support": 80, "l0": 10.0, "kl_by_value_bits": {"2": 0.45, "12": 0.15}}]
     }
-    other = rate_run("transcoder", 0, 100, 30.0, {"0": 1.0})
-    other["scores"]["search"] = {"points": []}
-    write_json(tmp_path / "some" / "compare.json", {"runs": [*bae, *topk, other]})
-    monkeypatch.setattr(rates, "SEARCHED", {"a model": ("some",)})
-    monkeypatch.setattr(rates, "SEARCHED_BITS", (100, 200))
-    _, _, *lines = rates.searched(tmp_path).splitlines()
+    write_json(tmp_path / "some" / "compare.json", {"runs": [*bae, *topk]})
+    monkeypatch.setattr(rates, "FAIR", {"a model": ("some",)})
+    monkeypatch.setattr(rates, "FAIR_BITS", (100, 200))
+    # codes of encoders are held against codes of encoders, searched ones against searched ones
+    _, _, *lines = rates.fair(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
-        ["a model", "BAE (sparse)", "encoder", "0.400, +33%", "0.200, +100%"],
+        ["a model", "BAE (sparse)", "encoder", "0.400", "0.200"],
         ["a model", "BAE (sparse)", "search", "0.300", "0.100"],
-        ["a model", "TopK", "encoder", "0.500, +67%", "0.300, +200%"],
+        ["a model", "TopK", "encoder", "0.500, +25%", "0.300, +50%"],
         ["a model", "TopK", "search", "0.450, +50%", "0.150, +50%"],
     ]
-    # among repeats rivals stand that no search was made for
+    # among repeats rivals stand that no search was made for, and all against searched codes
     again = rate_run("bae", 1, 100, 30.0, {"0": 0.6})
     write_json(tmp_path / "other" / "compare.json", {"runs": [*bae, again, topk[0]]})
     monkeypatch.setattr(rates, "REPEATS", {"a model": ("other",)})
@@ -609,7 +608,7 @@ def test_dense_and_dead_features_have_a_line_for_each_price(tmp_path, monkeypatc
     ]
 
 
-def test_features_of_each_code_have_a_line(tmp_path):
+def test_features_of_each_code_have_a_line(tmp_path, monkeypatch):
     def probes(first):
         return {"probe_1": first, "probe_2": first + 0.1, "probe_5": first + 0.2}
 
@@ -626,16 +625,14 @@ def test_features_of_each_code_have_a_line(tmp_path):
     topk = rate_run("topk", 0, 120, 8.0, {"3": 0.4}) | {"k": 8}
     topk["scores"]["description"]["tree"] = 144.4
     topk["scores"] |= {"probing": probes(0.5), "intruder": odd(0.5)}
-    topk["scores"]["search"] = {"points": [{"k": 8, "tree": 150.0}]}
-    topk["scores"]["searched_features"] = {
-        "points": [{"k": 8, "probing": probes(0.45), "intruder": odd(0.2)}]
-    }
-    write_json(tmp_path / rates.FEATURES / "compare.json", {"runs": [bae, topk]})
+    topk["scores"]["searched_features"] = {"points": []}  # as of a method without a search
+    write_json(tmp_path / "binary" / "compare.json", {"runs": [bae]})
+    write_json(tmp_path / "others" / "compare.json", {"runs": [topk]})
+    monkeypatch.setattr(rates, "FEATURES", ("binary", "others"))
     assert rates.features(tmp_path).splitlines()[2:] == [
         "| BAE (sparse) a_e=0.0003 | encoder | 100 | 0.600 | 0.700 | 0.800 | 0.40 (0.36 to 0.44) |",
         "| BAE (sparse) a_e=0.0003 | search | 130 | 0.550 | 0.650 | 0.750 | 0.30 (0.26 to 0.34) |",
         "| TopK k=8 | encoder | 144 | 0.500 | 0.600 | 0.700 | 0.50 (0.46 to 0.54) |",
-        "| TopK k=8 | search | 150 | 0.450 | 0.550 | 0.650 | 0.20 (0.16 to 0.24) |",
     ]
 
 
