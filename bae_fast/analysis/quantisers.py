@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from bae_fast.arguments import all_finite
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.codes import BinaryCode
 
@@ -55,10 +56,12 @@ class FoundValues:
         """Those of blocks of rows, each ``[n, F]``; what is not positive is not on.
 
         Raises:
-            ValueError: no block.
+            ValueError: no block, or one with NaN or Inf.
         """
         codes, features, values = [], [], []
         for block in blocks:
+            if not all_finite(block):
+                raise ValueError("blocks must be finite; got NaN or Inf among the features")
             on = block > 0
             codes.append(BinaryCode.from_dense(on))
             features.append(on.nonzero()[:, 1].to(torch.int32))

@@ -154,3 +154,6 @@ def test_a_value_is_read_as_the_mean_of_its_steps_training_values():
         assert torch.equal(read, whole.read(narrow.float()).to(dtype))
     with pytest.raises(ValueError, match="blocks must hold at least one block of rows; got none"):
         FoundValues.of([])
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="blocks must be finite; got NaN or Inf"):
+            FoundValues.of([torch.ones(2, 3), torch.tensor([[1.0, bad, 0.0]])])
