@@ -23,8 +23,9 @@ from bae_fast.report.compare import LABELS, Group
 # one's own, coded values, and searches at prices of a bit. Runs of one model may lie in several
 FAIR: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_fair_bae", "mixed_fair", "mixed_fair_k28", "mixed_fair_low"),
+    "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_low", "fisher_gemma_fair"),
 }
-FAIR_BITS = (170, 180, 190, 200)
+FAIR_BITS = (140, 155, 170, 180, 190, 200)
 # what changes with the seed, the layer and the language model, on the same text
 REPEATS: dict[str, tuple[str, ...]] = {
     "SmolLM2, block 12": ("mixed_seeds", "mixed_seeds_rivals"),
