@@ -211,6 +211,7 @@ class _Binary(SAE[Any]):
     x_metric: Tensor | None
     x_metric_inverse: Tensor | None
     feature_scale: Tensor
+    learned: bool
 
     def initialize_weights(self) -> None:
         cfg = self.cfg
@@ -232,14 +233,21 @@ class _Binary(SAE[Any]):
         # of fold_W_dec_norm; not in files
         scale = torch.ones_like(self.W_dec[:, 0])
         self.register_buffer("feature_scale", scale.detach(), persistent=False)
+        # whether weights were loaded or trained, see bae_fast.autoencoder.Autoencoder.learned
+        self.learned = False
+        self.register_load_state_dict_post_hook(_mark_as_learned)
 
     def autoencoder(self) -> BinaryAutoencoder:
-        """A Binary Autoencoder that shares this module's tensors: what it changes, changes here."""
+        """A Binary Autoencoder that shares this module's tensors: what it changes, changes here.
+
+        Weights that were loaded or trained count as learned: a trainer does not start them anew.
+        """
         cfg = self.cfg
         bae = BinaryAutoencoder(cfg.d_in, cfg.d_sae, n_bits=cfg.n_bits, device="meta")
         if self.x_metric is not None:
             bae.x_metric = torch.empty_like(self.x_metric)
         bae.load_state_dict(self.state_dict(), assign=True)
+        bae.learned = self.learned
         return bae
 
     def fit_normalization_(self, x: Tensor) -> Any:
@@ -314,8 +322,6 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
         self._seen = self._steps = 0
         # the parameters as they were, while an optimizer updates them
         self._before: dict[nn.Parameter, Tensor] = {}
-        # weights that were loaded, from a checkpoint or by hand, are trained on from where they are
-        self.register_load_state_dict_post_hook(_mark_as_started)
 
     @torch.no_grad()
     def start_(self, x: Tensor) -> None:
@@ -412,6 +418,7 @@ class BinaryTrainingSAE(_Binary, TrainingSAE[BinaryTrainingSAEConfig]):
         x = step_input.sae_in.to(self.dtype)
         if not self._started:
             self.start_(x)
+        self.learned = True
         if self.cfg.lr_scale != 1:
             _lengthen(self)
         self._revive(x)
@@ -466,7 +473,9 @@ def _fit_decoder_norm_(bae: BinaryAutoencoder, x: Tensor) -> None:
     bae.b_dec.copy_(-scale * centre)
 
 
-def _mark_as_started(module: Any, _: Any) -> None:
+def _mark_as_learned(module: Any, _: Any) -> None:
+    module.learned = True
+    # weights that were loaded, from a checkpoint or by hand, are trained on from where they are
     module._started = True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -70,6 +71,7 @@ class FoundValues:
             raise ValueError("blocks must hold at least one block of rows; got none")
         return cls(BinaryCode.cat(codes), torch.cat(features), torch.cat(values))
 
+    @functools.cached_property
     def ranges(self) -> tuple[Tensor, Tensor]:
         """The least and the largest value of each feature, ``[F]``; 0 and 0 where it is off."""
         feature, value = self.feature.to(torch.int64), self.value
@@ -96,7 +98,7 @@ class ValueSteps:
     def __init__(self, fitted_to: FoundValues, bits: int) -> None:
         """Fit the steps to the values of training rows; bits is from 0 on."""
         self.bits = bits
-        low, high = map(_widened, fitted_to.ranges())
+        low, high = map(_widened, fitted_to.ranges)
         self._low, self._high = low, high
         value = fitted_to.value
         at = self._places(fitted_to.feature.to(torch.int64), value)
@@ -128,11 +130,16 @@ class ValueSteps:
         is seldom on has no shares of its own. As of what is on, see
         :mod:`bae_fast.analysis.description`, they are of other rows than are charged.
         """
+        at = self._places(charged.feature.to(torch.int64), charged.value)
+        return float(self._lengths[at].sum())
+
+    @functools.cached_property
+    def _lengths(self) -> Tensor:
+        """Bits that a value of each step takes, flat as the table of all features' steps."""
         own = self.counts.double()
         pooled = (own.sum(0) + 0.5) / (own.sum() + 0.5 * own.shape[1])
         shares = (own + 2 * pooled) / (own.sum(1, keepdim=True) + 2)
-        at = self._places(charged.feature.to(torch.int64), charged.value)
-        return float(-shares.flatten()[at].log2().sum())
+        return -shares.flatten().log2()
 
 
 @torch.no_grad()

@@ -6,13 +6,12 @@ the jobs, and every job has a generator, an optimizer and a log of its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.distributed import Mesh
-from bae_fast.files import append_text, first_line, write_json
+from bae_fast.files import append_text, write_json
 from bae_fast.model import BinaryAutoencoder
-from bae_fast.progress import progress_bar, say
+from bae_fast.progress import progress_bar
 from bae_fast.starting import SIGNALS
 from bae_fast.training.binary import BinaryTrainable
 from bae_fast.training.checkpoints import Checkpoints
@@ -31,7 +30,7 @@ from bae_fast.training.config import LoopConfig, check_integers
 from bae_fast.training.feature_shards import gather_features, shard_features
 from bae_fast.training.graph import CudaGraphs, Graphs
 from bae_fast.training.learner import Learner, check_same_run, learning
-from bae_fast.training.log import append_line, drop_later_lines
+from bae_fast.training.log import Failures, append_line, drop_later_lines
 from bae_fast.training.objective import Loss
 from bae_fast.training.signals import first_signals
 from bae_fast.training.supply import Closing, Rows, Supply, merge_states
@@ -235,7 +234,7 @@ class JobTrainer(Closing):
                 self.run.out / CHECKPOINTS, keep=self.run.keep, mesh=self.mesh
             )
         self._trackers: dict[str, Tracker] = {}
-        self._failed: set[str] = set()  # what of the log and the trackers was said to fail
+        self._failures = Failures()
 
     def _begin(self, job: Job) -> _Part:
         module = job.module
@@ -399,7 +398,7 @@ class JobTrainer(Closing):
         finally:
             self._train(False)
             for name, tracker in self._trackers.items():
-                with self._going_on(f"tracker {name}", Exception):
+                with self._failures.going_on(f"tracker {name}", Exception):
                     tracker.close()
             self._trackers = {}
             if self._store is not None:
@@ -426,7 +425,7 @@ class JobTrainer(Closing):
                 self._log_file(part).unlink(missing_ok=True)
             append_text(self._log_file(part), "")  # a log that cannot be opened ends the run here
         settings = {part.name: part.learner.config.settings() for part in self._parts}
-        self._failed = set()
+        self._failures = Failures()
         self._trackers = {
             name: TRACKERS[name](out.name, out, settings) for name in self.run.trackers
         }
@@ -437,18 +436,8 @@ class JobTrainer(Closing):
 
     def _write_line(self, part: _Part, line: dict[str, Any]) -> None:
         if self.run.out is not None and self.is_first:
-            with self._going_on("the log", OSError):
+            with self._failures.going_on("the log", OSError):
                 append_line(self._log_file(part), line)
-
-    @contextlib.contextmanager
-    def _going_on(self, what: str, errors: type[Exception]) -> Iterator[None]:
-        """Go on where numbers of the run cannot be written, and say so the first time."""
-        try:
-            yield
-        except errors as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                say(f"note: {what} failed: {first_line(error)}; the run goes on", error=True)
 
     def _log(self, results: dict[str, dict[str, float]], rate: float, seconds: float) -> None:
         active = [part for part in self._parts if part.name in results]
@@ -474,7 +463,7 @@ class JobTrainer(Closing):
     def _track(self, part: _Part, line: dict[str, float]) -> None:
         numbers = {f"{part.name}/{key}": value for key, value in line.items() if key != "step"}
         for name, tracker in self._trackers.items():
-            with self._going_on(f"tracker {name}", Exception):
+            with self._failures.going_on(f"tracker {name}", Exception):
                 tracker.log(numbers, self.step)
 
     def _end_early(self, number: signal.Signals) -> None:

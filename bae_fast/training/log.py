@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bae_fast.files import append_text, write_text
+from bae_fast.files import append_text, first_line, write_text
+from bae_fast.progress import say
 
 
 def append_line(log: Path, line: dict[str, Any]) -> None:
@@ -27,3 +30,20 @@ def drop_later_lines(log: Path, step: int) -> None:
         if known:
             kept.append(line + "\n")
     write_text(log, "".join(kept))
+
+
+class Failures:
+    """What of a run's numbers could not be written: a run does not end for it."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    @contextlib.contextmanager
+    def going_on(self, what: str, errors: type[Exception]) -> Iterator[None]:
+        """Go on after such an error, and say so on standard error the first time."""
+        try:
+            yield
+        except errors as error:
+            if what not in self._said:
+                self._said.add(what)
+                say(f"note: {what} failed: {first_line(error)}; the run goes on", error=True)

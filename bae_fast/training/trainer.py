@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bae_fast.arguments import check_int
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.files import read_torch, write_torch
+from bae_fast.files import append_text, read_torch, write_torch
 from bae_fast.normalization import check_rows
 from bae_fast.progress import progress_bar
 from bae_fast.spacing import evenly
@@ -34,7 +34,7 @@ from bae_fast.training.learner import (
     check_same_run,
     learning,
 )
-from bae_fast.training.log import append_line, drop_later_lines
+from bae_fast.training.log import Failures, append_line, drop_later_lines
 from bae_fast.training.signals import first_signals
 from bae_fast.training.supply import MemorySupply, Rows
 
@@ -203,7 +203,8 @@ class Trainer(Generic[Config]):
 
         Args:
             log: JSONL file to append a line to every ``log_every`` steps (and at the last). Lines
-                of later steps than this run has done are dropped first where it was resumed.
+                of later steps than this run has done are dropped first where it was resumed. A line
+                that cannot be written is said once on standard error, and the run goes on.
             progress: show a progress bar, see :func:`bae_fast.progress.progress_bar`.
             on_log: called with each line.
             checkpoint: file for :meth:`save`, written when the run is interrupted; remove it when
@@ -221,6 +222,7 @@ class Trainer(Generic[Config]):
                 :data:`bae_fast.starting.SIGNALS`, where the caller has given them a handler that
                 raises.
             ValueError: a row holds NaN or Inf.
+            OSError: the log cannot be opened, or a checkpoint cannot be written.
             RuntimeError: the loss or a parameter is not finite any more. A checkpoint is of finite
                 parameters alone.
         """
@@ -229,8 +231,12 @@ class Trainer(Generic[Config]):
         lines: list[dict[str, float]] = []
         start = time.perf_counter()
         path = None if log is None else Path(log)
-        if path is not None and self.step:
-            drop_later_lines(path, self.step)
+        failures = Failures()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.step:
+                drop_later_lines(path, self.step)
+            append_text(path, "")  # a log that cannot be opened ends the run here
         self.learner.train(True)
         try:
             with progress_bar(
@@ -250,8 +256,8 @@ class Trainer(Generic[Config]):
                                 mse=f"{line['mse']:.4f}", bits=f"{line['entropy_bits']:.0f}"
                             )
                             if path is not None:
-                                path.parent.mkdir(parents=True, exist_ok=True)
-                                append_line(path, line)
+                                with failures.going_on("the log", OSError):
+                                    append_line(path, line)
                             if on_log is not None:
                                 on_log(line)
                     if checkpoint and checkpoint_every and self.step % checkpoint_every == 0:

@@ -24,7 +24,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 import bae_fast.saelens
 from bae_fast.baselines import make_baseline
 from bae_fast.saelens import BinarySAE, BinaryTrainingSAE, BinaryTrainingSAEConfig
-from bae_fast.training import TrainingConfig
+from bae_fast.training import Trainer, TrainingConfig
 from bench.saebench import in_sae_lens
 
 D, F = 12, 40
@@ -243,6 +243,21 @@ def test_without_a_start_nothing_is_set():
         BinaryTrainingSAEConfig(d_in=D, d_sae=F, start="zero")
     with pytest.raises(ValueError, match="density must lie between 0 and 1; got 1"):
         BinaryTrainingSAEConfig(d_in=D, d_sae=F, density=1)
+
+
+def test_no_trainer_of_ours_starts_anew_what_sae_lens_trained_or_loaded(tmp_path):
+    bae, x = module()
+    sae = BinaryTrainingSAE(BinaryTrainingSAEConfig(d_in=D, d_sae=F, start="none"))
+    assert not sae.autoencoder().learned
+    trainer(sae, x)._train_step(sae, x)
+    loaded = SAE.load_from_disk(bae.save_pretrained(tmp_path))
+    config = TrainingConfig(steps=1, batch_size=len(x))
+    for each in (sae.autoencoder(), loaded.autoencoder()):
+        assert each.learned
+        before = each.W_dec.detach().clone()
+        with pytest.raises(ValueError, match="must not have learned"):
+            Trainer(each, x, config).fit()
+        assert torch.equal(each.W_dec, before)
 
 
 def test_no_feature_dies_in_sae_lens_loop_with_the_defaults():

@@ -93,6 +93,27 @@ def test_an_interrupt_leaves_a_module_that_can_be_saved(tmp_path):
     assert [line["step"] for line in logged] == [10, 20]
 
 
+def test_a_log_that_fails_while_a_run_trains_does_not_end_it(tmp_path, capfd):
+    x, log = synthetic(), tmp_path / "run" / "log.jsonl"
+    trainer = Trainer(module(x), x, SMALL)
+
+    def filling(line):
+        if line["step"] == 10:
+            log.rename(tmp_path / "before.jsonl")
+            log.mkdir()  # to which no line can be added
+
+    lines = trainer.fit(log=log, on_log=filling)
+    assert [line["step"] for line in lines] == list(range(10, SMALL.steps + 1, 10))
+    assert len((tmp_path / "before.jsonl").read_text().splitlines()) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("note: the log failed: ")
+    again = Trainer(module(x), x, SMALL)
+    with pytest.raises(IsADirectoryError, match=r"log\.jsonl"):  # at the start it is an error
+        again.fit(log=log)
+    assert again.step == 0
+
+
 @pytest.fixture
 def interrupts():
     """Interrupts raise, as in a terminal: a shell's background jobs ignore them."""
