@@ -22,8 +22,21 @@ from bae_fast.report.compare import LABELS, Group
 # folders with comparisons by the same rules for all methods, by model: a learning rate of each
 # one's own, coded values, and searches at prices of a bit. Runs of one model may lie in several
 FAIR: dict[str, tuple[str, ...]] = {
-    "SmolLM2, block 12": ("mixed_fair_bae", "mixed_fair", "mixed_fair_k28", "mixed_fair_low"),
+    "SmolLM2, block 12": (
+        "mixed_fair_bae",
+        "mixed_fair",
+        "mixed_fair_k28",
+        "mixed_fair_low",
+        "mixed_fair_jumprelu_gated",
+        "mixed_fair_jumprelu_gated_k26",
+    ),
+    "SmolLM2, block 6": ("mixed_fair_block6_bae", "mixed_fair_block6"),
     "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_low", "fisher_gemma_fair"),
+    "Qwen2.5-Coder 1.5B, block 14": (
+        "mixed_fair_qwen_bae",
+        "mixed_fair_qwen_low",
+        "mixed_fair_qwen",
+    ),
 }
 FAIR_BITS = (140, 155, 170, 180, 190, 200)
 # what changes with the seed, the layer and the language model, on the same text
