@@ -91,7 +91,25 @@ class SAEOutput(NamedTuple):
     recon: Tensor
 
 
-class SparseAutoencoder(Autoencoder):
+class UnitDirections(nn.Module):
+    """Rows of ``W_dec`` that stay at unit norm while a trainer changes them."""
+
+    W_dec: nn.Parameter
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Take out of the gradient of W_dec what would change its rows' norms."""
+        grad = self.W_dec.grad
+        if grad is not None:
+            grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Put the rows of W_dec back to unit norm."""
+        self.W_dec.copy_(nn.functional.normalize(self.W_dec, dim=1))
+
+
+class SparseAutoencoder(UnitDirections, Autoencoder):
     """One of the baselines; make one with :func:`make_baseline`.
 
     ``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_out]``, ``b_dec`` (and ``threshold``
@@ -287,18 +305,6 @@ class SparseAutoencoder(Autoencoder):
             step = (l0 / self.config.k).log().clamp(-1, 1) * _LAMBDA_RATE
             self.sparsity_weight.mul_(step.nan_to_num(neginf=-_LAMBDA_RATE).exp())
         return out.loss, out.parts, counts
-
-    @torch.no_grad()
-    def before_update(self) -> None:
-        """Take out of the gradient of W_dec what would change its rows' norms."""
-        grad = self.W_dec.grad
-        if grad is not None:
-            grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """Put the rows of W_dec back to unit norm."""
-        self.W_dec.copy_(nn.functional.normalize(self.W_dec, dim=1))
 
     def finish(self, x: Tensor) -> None:
         """Called once with raw rows after the last step."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bae_fast.arguments import at_least_0, check_int
 from bae_fast.autoencoder import Autoencoder
-from bae_fast.baselines.base import SparseAutoencoder
+from bae_fast.baselines.base import SparseAutoencoder, UnitDirections
 from bae_fast.normalization import check_rows
 from bae_fast.training.recipe import least_squares
 
@@ -25,14 +25,17 @@ _RIDGE = 1e-4
 _STEPS = 100
 
 
-class PursuedAutoencoder(Autoencoder):
+class PursuedAutoencoder(UnitDirections, Autoencoder):
     """A trained sparse autoencoder whose features are found by orthogonal matching pursuit.
 
     Without a price a row takes k features. With one it takes those that are worth their bits, as a
     searched binary code does: a feature is taken where the squared error that it saves is more
     than the price of saying that it is on and of writing its value, and the dearest saving first.
 
-    It is evaluated, spliced and described as any autoencoder; it is not saved.
+    It is evaluated, spliced and described as any autoencoder; it is not saved. Directions are
+    fitted to such features by :meth:`fit_`, or learned with them by ``Trainer(pursued, rows,
+    SparseConfig())``, as those of a searched binary code are: the values are held fixed in each
+    step, and the shares that price features are those of :meth:`fit_density_`.
     """
 
     density: Tensor
@@ -80,8 +83,8 @@ class PursuedAutoencoder(Autoencoder):
         self.x_scale.copy_(model.x_scale)
         self.set_metric_(None if model.x_metric is None else model.x_metric.clone())
         directions = nn.functional.normalize(model.W_dec.detach(), dim=1)
-        self.W_dec = nn.Parameter(directions.clone(), requires_grad=False)
-        self.b_dec = nn.Parameter(model.b_dec.detach().clone(), requires_grad=False)
+        self.W_dec = nn.Parameter(directions.clone())
+        self.b_dec = nn.Parameter(model.b_dec.detach().clone())
         self.register_buffer("density", torch.full_like(model.b_enc.detach(), 0.5))
         if bit_price and rows is not None:
             check_rows("rows", rows, self.d_in)
@@ -113,6 +116,30 @@ class PursuedAutoencoder(Autoencoder):
     def decode(self, code: Any) -> Tensor:
         """Raw reconstruction ``[..., d_in]`` of features ``[..., d_sae]``."""
         return self.denormalize(code @ self.W_dec + self.b_dec)
+
+    def training_loss(
+        self, x: Tensor, target: Tensor | None, *, dead: Tensor, done: float
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """See :class:`bae_fast.training.Trainable`: the squared error of the values found."""
+        features = self.encode(x)
+        error = self.normalize(x) - (features @ self.W_dec + self.b_dec)
+        mse = error.square().mean()
+        return mse, {"mse": mse}, (features > 0).sum(0)
+
+    def finish(self, x: Tensor) -> None:
+        """Nothing is left to do: :meth:`fit_density_` says of which rows shares are taken."""
+
+    @torch.no_grad()
+    def fit_density_(self, rows: Tensor) -> PursuedAutoencoder:
+        """Set the shares that price features to those of the features found in raw rows.
+
+        Raises:
+            TypeError, ValueError: rows are no tensor of floats ``[n, d_in]``, n >= 1.
+        """
+        check_rows("rows", rows, self.d_in)
+        on = sum((self.encode(block) > 0).sum(0) for block in self.blocks(rows))
+        self._set_density(torch.as_tensor(on), len(rows))
+        return self
 
     @torch.no_grad()
     def fit_(self, x: Tensor, *, ridge: float = 1e-5) -> PursuedAutoencoder:

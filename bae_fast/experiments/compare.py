@@ -111,6 +111,8 @@ class Config(JudgeOptions, Data):
         search_dense_bits: The bits that a one of a feature on in many rows costs more in that
             search, for each doubling of the feature's share of rows beyond 1/16. Some 12 leave few
             features that are on in more than a tenth of the rows.
+        search_steps: The number of steps for which every dictionary is trained on with the codes
+            that are searched for, at each price; 0 fits the decoder to them by least squares.
         probe: How well the best 1, 2 and 5 features tell properties of tokens, such as capitals,
             digits or code, stands in the table.
         encoder: The folder of a sentence encoder. With it the table has the share of draws in
@@ -143,6 +145,7 @@ class Config(JudgeOptions, Data):
     description: bool = True
     search_prices: tuple[float, ...] = ()
     search_dense_bits: float = 0.0
+    search_steps: int = 0
     probe: bool = False
     encoder: Path | None = None
     judge: tuple[str, ...] = ()
@@ -285,9 +288,15 @@ def check(config: Config) -> None:
     """
     runs.check_one_of("methods", config.methods, methods.names())
     runs.check_at_least(config, 1, "expansion", "steps", "batch_size", "k")
-    runs.check_at_least(config, 0, "kl_tail")
+    runs.check_at_least(config, 0, "kl_tail", "search_steps")
     runs.check_prices(config, "search_prices")
     runs.check_dense_bits(config, "search_dense_bits", "search_prices")
+    if config.search_steps and not config.search_prices:
+        raise runs.ConfigError(
+            "search_steps",
+            f"must be left out where nothing is searched; got {config.search_steps} without "
+            "search_prices",
+        )
     runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)

@@ -7,6 +7,7 @@ import torch
 
 from bae_fast.analysis import evaluate
 from bae_fast.baselines import PursuedAutoencoder, make_baseline
+from bae_fast.training import SparseConfig, Trainer
 
 D, F = 24, 40
 
@@ -145,6 +146,52 @@ def test_fewer_errors_than_the_encoder_and_fewer_still_when_fitted():
     assert found.fit_(train) is found
     assert evaluate(found, held).fvu < 0.7 * first.fvu
     assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
+
+
+def test_directions_are_learned_with_the_values_that_are_found():
+    made = model(k=4, dtype=torch.float32)
+    truth = made.W_dec.detach().clone()
+    with torch.no_grad():  # a dictionary that is off
+        made.W_dec.add_(0.1 * torch.randn(F, D))
+    train, held = rows_of(truth, 3000)[0], rows_of(truth, 500)[0]
+    found = PursuedAutoencoder(made, 8, bit_price=1e-3, rows=train)
+    found.fit_density_(train)
+    first, before = evaluate(found.eval(), held), found.W_dec.clone()
+    config = SparseConfig(steps=150, batch_size=256, lr=3e-3, precision="float32")
+    Trainer(found.train(), train, config).fit()
+    last = evaluate(found.eval(), held)
+    assert last.fvu < 0.5 * first.fvu
+    assert last.l0 < first.l0 + 0.5
+    assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(F), atol=1e-5)
+    # nearer to the directions that rows are made of
+    assert (found.W_dec @ truth.T).amax(1).mean() > (before @ truth.T).amax(1).mean() + 0.02
+
+
+def test_the_slope_of_its_training_is_that_of_the_error_with_values_held_fixed():
+    made = model()
+    found = PursuedAutoencoder(made, 3)
+    x = torch.randn(50, D, dtype=torch.float64)
+    dead = torch.zeros(F, dtype=torch.bool)
+    loss, parts, counts = found.training_loss(x, None, dead=dead, done=0.0)
+    loss.backward()
+    values = found.encode(x)
+    error = (found.normalize(x) - values @ found.W_dec - found.b_dec).detach()
+    assert loss.item() == pytest.approx(error.square().mean().item())
+    assert parts["mse"].item() == loss.item()
+    assert torch.equal(counts, (values > 0).sum(0))
+    assert torch.allclose(found.W_dec.grad, -2 * values.T @ error / error.numel())
+    assert torch.allclose(found.b_dec.grad, -2 * error.sum(0) / error.numel())
+
+
+def test_shares_that_price_features_are_those_of_the_features_found():
+    made = model()
+    train, _ = rows_of(made.W_dec.detach(), 400)
+    found = PursuedAutoencoder(made, 12, bit_price=1e-2, rows=train)
+    on = (found.encode(train) > 0).sum(0)
+    assert found.fit_density_(train) is found
+    assert torch.allclose(found.density, (on.double() + 0.5) / 401)
+    with pytest.raises(ValueError, match=r"rows must have shape \[n, 24\]"):
+        found.fit_density_(train[:, 1:])
 
 
 def test_leading_dimensions_and_a_metric_are_kept():

@@ -125,6 +125,24 @@ def test_fewer_features_are_dense_where_their_ones_cost_more(arguments, tmp_path
     assert dear["fitted_dense_share"] < free["fitted_dense_share"]
 
 
+def test_dictionaries_are_trained_on_with_the_codes_that_are_searched_for(arguments, tmp_path):
+    options = [*arguments[:-1], str(tmp_path), "--methods", "bae", "topk", "random"]
+    options += ["--search-prices", "1e-3"]
+    found = []
+    for steps in ([], ["--search-steps", "60"]):
+        assert main([*options, *steps]) == 0
+        found.append(json.loads((tmp_path / "compare.json").read_text())["runs"])
+    for fitted, trained in zip(*found, strict=True):
+        assert fitted["settings"] == trained["settings"]  # the model is the same
+        (point,) = trained["scores"]["search"]["points"]
+        before = fitted["scores"]["search"]["points"][-1]
+        assert point["steps"] == 60
+        assert "steps" not in before
+        assert point["bit_price"] == before["bit_price"]
+        same = point["fvu_by_value_bits"] == before["fvu_by_value_bits"]
+        assert same == (fitted["method"] == "random")  # which learns nothing
+
+
 def test_a_second_call_trains_nothing_and_says_the_same(arguments, monkeypatch, capsys):
     out = folder_of(arguments, "--out")
     if not (out / "compare.json").is_file():
@@ -706,6 +724,11 @@ def test_rows_of_the_transcoder_are_of_the_same_tokens(arguments):
         (
             ["--search-prices", "1", "--search-dense-bits", "-1"],
             "--search-dense-bits must be finite and at least 0; got -1",
+        ),
+        (["--search-steps", "9"], "--search-steps must be left out where nothing is searched"),
+        (
+            ["--search-prices", "1", "--search-steps", "-1"],
+            "--search-steps must be at least 0; got -1",
         ),
         (["--kl-tail", "-1"], "--kl-tail must be at least 0; got [-1]"),
         (

@@ -18,7 +18,7 @@ from bae_fast.ops import registry
 from bae_fast.packing import pack_rows, unpack_rows
 from bae_fast.report.live import live_facts
 from bae_fast.search import flip_bits
-from bae_fast.training import fit_search_
+from bae_fast.training import Trainer, TrainingConfig, fit_search_
 
 D, F = 6, 20
 
@@ -526,6 +526,28 @@ def test_the_fitted_decoder_is_better_on_other_rows():
     assert not model.density.equal(density)
     # codes searched with the shares have others, but little
     assert (model.density - model.encode(train).density()).abs().max() < 0.02
+
+
+def test_a_training_with_searched_codes_is_better_than_a_fit_to_them():
+    directions = torch.randn(12, 32)
+    features = torch.randn(6000, 12).relu() * (torch.rand(6000, 12) < 0.3)
+    x = features @ directions + 0.05 * torch.randn(6000, 32)
+    train, held = x[:5000], x[5000:]
+    config = TrainingConfig(steps=150, batch_size=256, precision="float32")
+    bae = BinaryAutoencoder(32, 96).fit_normalization_(train)
+    Trainer(bae, train, config).fit()
+    price = 1e-3
+
+    def cost(model):
+        found = evaluate(model.eval(), held)
+        return found.fvu + price * found.bits
+
+    fitted = fit_search_(SearchedAutoencoder.of(bae, train, bit_price=price), train)
+    trained_on = SearchedAutoencoder.of(bae, train, bit_price=price)
+    Trainer(trained_on.train(), train, config.going_on()).fit()
+    trained_on.fit_density_(train)
+    assert cost(fitted) < cost(bae)
+    assert cost(trained_on) < 0.9 * cost(fitted)
 
 
 def test_rounds_and_ridge_are_those_asked_for():

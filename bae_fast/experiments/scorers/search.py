@@ -3,28 +3,35 @@
 The Binary Autoencoder's codes are searched at each price of a bit
 (:class:`~bae_fast.search.SearchedAutoencoder`), those of a sparse autoencoder by orthogonal
 matching pursuit (:class:`~bae_fast.baselines.PursuedAutoencoder`), with the k of its training and
-at each price too. Both have their decoders fitted to these codes, by the same rows.
+at each price too. Both have their decoders fitted to these codes, by the same rows, or are trained
+on with them, for as many steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from bae_fast.analysis.evaluation import activity
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines import PursuedAutoencoder, SparseAutoencoder
+from bae_fast.experiments import methods
 from bae_fast.experiments.scorers import Column, Context, Scorer, intruder, probing
 from bae_fast.experiments.scorers.description import WRITTEN, describe, rows_of, value_precision
 from bae_fast.experiments.scorers.rounded import MEASURED, losses
+from bae_fast.progress import say
 from bae_fast.search import SearchedAutoencoder
 from bae_fast.spacing import evenly
-from bae_fast.training import fit_search_
+from bae_fast.training import Trainer, fit_search_
 
 ORDER = 0.7
 
 # rows that decoders, ranges of values and coders are fitted to: a pursuit takes a millisecond a row
 SEARCHED_ROWS = 131072
+
+# learning rate of directions of unit norm that are trained on with pursued values
+VALUES_LR = 3e-3
 
 # features of a row that a pursuit with a price may take, times the k of the training
 MOST_FEATURES = 4
@@ -38,8 +45,7 @@ def make(context: Context) -> list[Scorer]:
         return []
 
     def made(model: Any, method: str, k: int | None) -> list[tuple[dict[str, Any], Autoencoder]]:
-        rows = evenly(rows_of(context, method)[0], SEARCHED_ROWS)
-        return context.once(model, "searched", lambda: searched(context, model, method, k, rows))
+        return context.once(model, "searched", lambda: searched(context, model, method, k))
 
     def score(model: Any, method: str, k: int | None, _seed: int) -> dict[str, Any]:
         train, held, target = rows_of(context, method)
@@ -65,6 +71,8 @@ def make(context: Context) -> list[Scorer]:
     settings: dict[str, Any] = {"prices": list(config.search_prices), "rows": SEARCHED_ROWS}
     if config.search_dense_bits:
         settings["dense_bits"] = config.search_dense_bits
+    if config.search_steps:
+        settings["steps"] = config.search_steps
     lost = {"value_bits": list(MEASURED), "tokens": tokens, "values": WRITTEN}
     coded = Scorer("search", settings | lost, score, columns)
     return [coded, *_of_features(context, settings, made)]
@@ -103,32 +111,57 @@ def _of_features(
 
 
 def searched(
-    context: Context, model: Any, method: str, k: int | None, rows: Any
+    context: Context, model: Any, method: str, k: int | None
 ) -> list[tuple[dict[str, Any], Autoencoder]]:
-    """A method's model with searched codes, at each setting; none of what no search is known for.
-
-    Args:
-        rows: raw rows ``[n, d_in]`` that decoders are fitted to.
-    """
+    """A method's model with searched codes at each setting; none of what no search is known for."""
     if getattr(model, "is_transcoder", False):
         return []
     config = context.config
+    fitted_to = evenly(rows_of(context, method)[0], SEARCHED_ROWS)
+    steps = {"steps": config.search_steps} if config.search_steps else {}
+    made: list[tuple[dict[str, Any], Autoencoder]] = []
     if method in ("bae", "bae_paper"):
         dearer = {"dense_bits": config.search_dense_bits} if config.search_dense_bits else {}
-        prices = [{"bit_price": price} | dearer for price in config.search_prices]
-        return [
-            (price, fit_search_(SearchedAutoencoder.of(model, rows, **price), rows))
-            for price in prices
-        ]
+        for price in config.search_prices:
+            one = {"bit_price": price} | dearer
+            binary = SearchedAutoencoder.of(model, fitted_to, **one)
+            if steps:
+                _train(context, binary, method, entropy_weight=price)
+                binary.fit_density_(fitted_to)
+            else:
+                fit_search_(binary, fitted_to)
+            made.append((one | steps, binary))
+        return made
     if k is None or not isinstance(model, SparseAutoencoder) or model.is_binary:
         return []
-    settings: list[dict[str, Any]] = [{"k": k}]
     most = min(MOST_FEATURES * k, model.d_sae)
+    settings: list[dict[str, Any]] = [] if steps else [{"k": k}]
     settings += [{"k": most, "bit_price": price} for price in config.search_prices]
-    made: list[tuple[dict[str, Any], Autoencoder]] = []
     for one in settings:
-        priced = {"rows": rows} if "bit_price" in one else {}
+        priced: dict[str, Any] = {"rows": fitted_to} if "bit_price" in one else {}
         found = PursuedAutoencoder(model, **one, **priced).eval()
-        # a dictionary that was not learned is not fitted either
-        made.append((one, found if method == "random" else found.fit_(rows)))
+        if method != "random":  # a dictionary that was not learned is not fitted either
+            if steps:
+                _train(context, found, method, lr=VALUES_LR)
+                found.fit_density_(fitted_to)
+            else:
+                found.fit_(fitted_to)
+        made.append((one | steps, found))
     return made
+
+
+def _train(context: Context, model: Autoencoder, method: str, **constants: Any) -> None:
+    """Train a model on with the codes that it searches for, on the rows of its training."""
+    config = context.config
+    training = dataclasses.replace(
+        methods.method(method).training.going_on(),
+        steps=config.search_steps,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        **constants,
+    )
+    rows = context.cache.rows[context.train.start : context.train.stop]
+    say(f"   {config.search_steps:,} steps with searched codes")
+    model.train()
+    Trainer(model, rows, training).fit(progress=config.progress)
+    model.eval()
