@@ -29,13 +29,22 @@ FAIR: dict[str, tuple[str, ...]] = {
         "mixed_fair_low",
         "mixed_fair_jumprelu_gated",
         "mixed_fair_jumprelu_gated_k26",
+        "mixed_fair_k34",
+        "mixed_fair_trained",
     ),
     "SmolLM2, block 6": ("mixed_fair_block6_bae", "mixed_fair_block6"),
-    "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_low", "fisher_gemma_fair"),
+    "SmolLM2, block 24": ("mixed_fair_block24_bae", "mixed_fair_block24"),
+    "Gemma 3 270M, block 10": (
+        "fisher_gemma",
+        "fisher_gemma_low",
+        "fisher_gemma_fair",
+        "fisher_gemma_fair_search",
+    ),
     "Qwen2.5-Coder 1.5B, block 14": (
         "mixed_fair_qwen_bae",
         "mixed_fair_qwen_low",
         "mixed_fair_qwen",
+        "mixed_fair_qwen_search",
     ),
 }
 FAIR_BITS = (140, 155, 170, 180, 190, 200)
@@ -54,9 +63,9 @@ FISHER: dict[str, tuple[str, ...]] = {
     "Gemma 3 270M, block 10": ("fisher_gemma", "fisher_gemma_low", "fisher_gemma_rivals"),
 }
 FISHER_BITS = (140, 160, 180, 200)
-# searches of one model, without and with ones of dense features made dearer
+# searches of one model, without and with ones of dense features made dearer, and trained on
 DENSE: dict[str, tuple[str, ...]] = {
-    "SmolLM2, block 12": ("mixed_fair_bae", "mixed_dense"),
+    "SmolLM2, block 12": ("mixed_fair_bae", "mixed_dense", "mixed_fair_trained"),
     "Gemma 3 270M, block 10": ("fisher_gemma_low", "fisher_gemma", "fisher_gemma_dense"),
 }
 # the runs whose features were probed, and put to the intruder test
@@ -78,6 +87,12 @@ def points(run: dict[str, Any]) -> list[tuple[float, float]]:
 def searched_points(run: dict[str, Any]) -> list[tuple[float, float]]:
     """The same with codes that are searched for, at each price and precision."""
     return [one for point in run["scores"]["search"]["points"] for one in _points(point, point)]
+
+
+def _of_search(runs: Iterable[dict[str, Any]], *, trained: bool) -> list[dict[str, Any]]:
+    """Runs whose dictionaries were trained on with searched codes, or fitted to them."""
+    points = ((run, run["scores"].get("search", {}).get("points", [])) for run in runs)
+    return [run for run, found in points if found and ("steps" in found[-1]) == trained]
 
 
 def _points(coded: dict[str, Any], lost: dict[str, Any]) -> list[tuple[float, float]]:
@@ -195,16 +210,18 @@ def dense(results: Path) -> str:
             if run["variant"]["entropy_weight"] in shared
             for point in run["scores"]["search"]["points"]
         ]
-        for point in sorted(points, key=lambda point: (point.get("dense_bits", 0), -point["tree"])):
+        kinds = [(point.get("steps", 0), point.get("dense_bits", 0)) for point in points]
+        order = sorted(range(len(points)), key=lambda i: (*kinds[i], -points[i]["tree"]))
+        for (steps, dearer), point in ((kinds[i], points[i]) for i in order):
             shares = ("dense_share", "dead_share", "fitted_dead_share")
             cells = [f"{point[name]:.1%}" if name in point else "" for name in shares]
             lost = [f"{point[name]:.3f}" for name in ("fvu", "kl_bits")]
-            body.append(
-                [label, f"{point.get('dense_bits', 0):g}", f"{point['tree']:.0f}", *lost, *cells]
-            )
+            trained = f"{steps:,} steps" if steps else "no"
+            body.append([label, f"{dearer:g}", trained, f"{point['tree']:.0f}", *lost, *cells])
     header = [
         "model",
         "`dense_bits`",
+        "trained on",
         "bits, tree",
         "FVU",
         "KL",
@@ -232,10 +249,10 @@ def _searched(
     for label, folders in sources.items():
         found = (read_json(results / folder / "compare.json") for folder in folders)
         runs = [run for result in found for run in result["runs"]]
-        scored = [run for run in runs if run["scores"].get("search", {}).get("points")]
-        kinds = {
-            "encoder": lines(runs, places),
-            "search": lines(scored, places, searched_points),
+        searches = {"search": False, "search, trained on": True}
+        kinds = {"encoder": lines(runs, places)} | {
+            kind: lines(_of_search(runs, trained=trained), places, searched_points)
+            for kind, trained in searches.items()
         }
         for method, tail in kinds["encoder"]:
             for kind, by_name in kinds.items():

@@ -547,7 +547,7 @@ class BinaryObjective(Objective):
 
     def look(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         model = self.model
-        recon, code = reconstruct(model, model.normalize(x.to(model.W_enc.dtype)), self.mesh)
+        recon, code = reconstruct(model, x.to(model.W_enc.dtype), self.mesh)
         return model.denormalize(recon), code.counts()
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from bae_fast.arguments import all_finite, check_int
 from bae_fast.codes import BinaryCode
 from bae_fast.distributed import Mesh
-from bae_fast.functional import decode, encode
+from bae_fast.functional import decode
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.normalization import check_rows
 from bae_fast.ops import registry
@@ -278,13 +278,13 @@ def fit_search_(
 
 @torch.no_grad()
 def reconstruct(
-    bae: BinaryAutoencoder, rows: Tensor, mesh: Mesh | None = None
+    bae: BinaryAutoencoder, x: Tensor, mesh: Mesh | None = None
 ) -> tuple[Tensor, BinaryCode]:
-    """(reconstruction, code) of normalised rows ``[N, d_in]``, in normalised units.
+    """(reconstruction in normalised units, code) of raw rows ``[N, d_in]``.
 
     With a mesh the reconstruction is that of all ranks' features, the code that of this rank's.
     """
-    code = encode(rows, bae.W_enc, bae.b_enc, n_bits=bae.config.n_bits, impl=bae.impl)
+    code = bae.encode(x)  # of a module that searches, the searched one
     if mesh is None or mesh.feature == 1:
         return decode(code, bae.W_dec, bae.b_dec, impl=bae.impl), code
     recon = decode(code, bae.W_dec, torch.zeros_like(bae.b_dec), impl=bae.impl)
@@ -299,7 +299,7 @@ def residual(bae: BinaryAutoencoder, x: Tensor, mesh: Mesh | None = None) -> tup
     With a mesh, x is of this rank's rows, and the result of all ranks'.
     """
     rows = bae.normalize(x)
-    error = rows - reconstruct(bae, rows, mesh)[0]
+    error = rows - reconstruct(bae, x, mesh)[0]
     if mesh is None:
         return rows, error
     return mesh.gather(rows, "data", "rows"), mesh.gather(error, "data", "errors")

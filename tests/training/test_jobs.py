@@ -510,6 +510,25 @@ def test_held_out_numbers_are_those_of_the_evaluation():
             assert part.line["heldout_entropy_bits"] == pytest.approx(found.bits, rel=1e-9)
 
 
+def test_held_out_numbers_of_a_module_that_searches_are_of_its_searched_codes():
+    from bae_fast.analysis import evaluate
+
+    x = synthetic(n=1200)
+    (job,) = jobs(x[:1000], "a")
+    JobTrainer([job], supply(x[:1000]), RunConfig()).fit()
+    searched = bf.SearchedAutoencoder.of(job.module, x[:1000], bit_price=1e-3)
+    assert isinstance(job.config, TrainingConfig)
+    further = Job("searched", searched, job.config.going_on(), "rows")
+    trainer = JobTrainer([further], supply(x[:1000], x[1000:]), RunConfig())
+    for _ in range(3):
+        trainer.train_step()
+    found = evaluate(searched.eval(), x[1000:])
+    line = trainer.learners["searched"].heldout([(x[1000:], None)])
+    assert line["heldout_fvu"] == pytest.approx(found.fvu, rel=1e-5)
+    assert line["heldout_entropy_bits"] == pytest.approx(found.bits, rel=1e-9)
+    assert not searched.encode(x).equal(bf.BinaryAutoencoder.encode(searched, x))
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(name, tmp_path):
     number = getattr(signal, name, None)
