@@ -19,6 +19,7 @@ from bae_fast.distributed import Mesh
 from bae_fast.functional import BAEOutput, Encoded, compute_dtype
 from bae_fast.model import BinaryAutoencoder
 from bae_fast.ops import registry
+from bae_fast.search import SearchedAutoencoder
 from bae_fast.statistics import CodeStatistics, entropy_bits
 from bae_fast.training.bank import CodeBank
 from bae_fast.training.config import LoopConfig, check_bounds, check_integers
@@ -376,6 +377,8 @@ class BinaryObjective(Objective):
 
     def against_capture(self, dtype: torch.dtype) -> str | None:
         model, config = self.model, self.config
+        if isinstance(model, SearchedAutoencoder):
+            return "model must not search for its codes: the numbers say how many flips there are"
         if self.bank is not None and config.covariance_weight:
             return "bank_batches must be 0 with a covariance_weight: codes are added to it"
         if model.check_finite:

@@ -358,6 +358,8 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(capturable):
     assert "check_finite must be off" in reason(RUN, graphs, waiting)
     dense = module(synthetic(), impl="reference")
     assert reason(RUN, graphs, dense).endswith("never wait for the device; got 'reference'")
+    searched = bf.SearchedAutoencoder.of(module(synthetic(), impl="torch"), synthetic())
+    assert "model must not search" in reason(RUN.going_on(), graphs, searched)
     sparse = baselines.make_baseline("topk", 16, 24, k=3)
     config = SparseConfig(steps=3, batch_size=32, cuda_graph=True)
     assert "SparseObjective has numbers of the host" in reason(config, graphs, sparse)
