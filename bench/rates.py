@@ -113,6 +113,20 @@ def frontier(some: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
+def hull(some: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of the lowest lines that join two, in the logarithms: a further run never raises
+    what is read off between others."""
+    kept: list[tuple[float, float]] = []
+    for bits, kl in frontier(some):
+        while len(kept) > 1:
+            line = at([kept[-2], (bits, kl)], kept[-1][0])
+            if line is None or line > kept[-1][1]:
+                break
+            kept.pop()
+        kept.append((bits, kl))
+    return kept
+
+
 def at(line: list[tuple[float, float]], bits: float) -> float | None:
     """The loss at so many bits, None beyond the ends."""
     places = [place for place, _ in line]
@@ -130,6 +144,7 @@ def lines(
     some: Iterable[dict[str, Any]],
     places: Sequence[int],
     points: Callable[[dict[str, Any]], list[tuple[float, float]]] = points,
+    front: Callable[[Iterable[tuple[float, float]]], list[tuple[float, float]]] = frontier,
 ) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """By method and steps of a tail: KL at so many bits, one entry a seed."""
     runs: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
@@ -138,8 +153,8 @@ def lines(
         runs.setdefault(name, {}).setdefault(run["seed"], []).extend(points(run))
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for name, by_seed in runs.items():
-        fronts = [frontier(some) for some in by_seed.values()]
-        found[name] = [{str(bits): at(front, bits) for bits in places} for front in fronts]
+        fronts = [front(some) for some in by_seed.values()]
+        found[name] = [{str(bits): at(line, bits) for bits in places} for line in fronts]
     return found
 
 
@@ -243,15 +258,16 @@ def _searched(
 
     Args:
         alike: losses are held against the binary code's of the same kind, not against those of its
-            searched codes.
+            searched codes; and read off the lowest lines, as many runs of a method are joined.
     """
     body = []
     for label, folders in sources.items():
         found = (read_json(results / folder / "compare.json") for folder in folders)
         runs = [run for result in found for run in result["runs"]]
+        front = hull if alike else frontier
         searches = {"search": False, "search, trained on": True}
-        kinds = {"encoder": lines(runs, places)} | {
-            kind: lines(_of_search(runs, trained=trained), places, searched_points)
+        kinds = {"encoder": lines(runs, places, front=front)} | {
+            kind: lines(_of_search(runs, trained=trained), places, searched_points, front)
             for kind, trained in searches.items()
         }
         for method, tail in kinds["encoder"]:

@@ -1,5 +1,6 @@
 """The suites refuse what is wrong, time what they say, and the documents show their results."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -544,6 +545,23 @@ def test_losses_at_equal_bits_lie_on_the_line_between_runs(tmp_path, monkeypatch
     assert "| 0.125, 0% |" in rates.equal_bits_small(tmp_path)
 
 
+def test_a_further_run_never_raises_what_is_read_off_between_others():
+    some = [(100, 0.4), (200, 0.2)]
+    middle = math.sqrt(100 * 200)
+    on_line = rates.at(rates.hull(some), middle)
+    assert on_line == pytest.approx(math.sqrt(0.4 * 0.2))
+    # a run above the line that joins its neighbours is left out, though no other beats it
+    worse = [*some, (middle, 1.1 * on_line)]
+    assert rates.hull(worse) == some
+    assert rates.at(rates.frontier(worse), middle) == 1.1 * on_line
+    better = [*some, (middle, 0.9 * on_line), (150, 0.9 * on_line), (250, 0.3)]
+    assert rates.hull(better) == [some[0], (middle, 0.9 * on_line), some[1]]
+    # several in a row
+    bent = [(bits, 0.3 * (1 + (bits - 120) ** 2 / 1000)) for bits in (100, 110, 120)]
+    assert rates.hull([*bent, (121, 0.1)]) == [bent[0], (121, 0.1)]
+    assert rates.hull([]) == []
+
+
 def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch):
     bae = [rate_run("bae", 0, bits, 30.0, {"0": kl}) for bits, kl in ((100, 0.4), (200, 0.2))]
     topk = [rate_run("topk", 0, bits, 30.0, {"0": kl}) for bits, kl in ((100, 0.5), (200, 0.3))]
@@ -557,7 +575,11 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
         "points": [{"tree_support": 80, "l0": 10.0, "kl_by_value_bits": {"2": 0.45, "12": 0.15}}]
     }
     write_json(tmp_path / "some" / "compare.json", {"runs": [*bae, *topk]})
-    monkeypatch.setattr(rates, "FAIR", {"a model": ("some",)})
+    trained = copy.deepcopy(bae[0])
+    for point in trained["scores"]["search"]["points"]:
+        point |= {"steps": 50, "kl_by_value_bits": {"0": point["tree_support"] / 1000}}
+    write_json(tmp_path / "trained" / "compare.json", {"runs": [trained]})
+    monkeypatch.setattr(rates, "FAIR", {"a model": ("some", "trained")})
     monkeypatch.setattr(rates, "FAIR_BITS", (100, 200))
     # codes of encoders are held against codes of encoders, searched ones against searched ones
     _, _, *lines = rates.fair(tmp_path).splitlines()
@@ -565,6 +587,7 @@ def test_searched_codes_stand_beside_those_of_the_encoder(tmp_path, monkeypatch)
     assert cells == [
         ["a model", "BAE (sparse)", "encoder", "0.400", "0.200"],
         ["a model", "BAE (sparse)", "search", "0.300", "0.100"],
+        ["a model", "BAE (sparse)", "search, trained on", "0.100", ""],
         ["a model", "TopK", "encoder", "0.500, +25%", "0.300, +50%"],
         ["a model", "TopK", "search", "0.450, +50%", "0.150, +50%"],
     ]
@@ -598,13 +621,14 @@ def test_dense_and_dead_features_have_a_line_for_each_price(tmp_path, monkeypatc
     new = point | {"dense_bits": 12, "fitted_dead_share": 0.001, "dense_share": 0.02}
     # a further seed, and a weight that the other folder lacks, have no line
     others = [run("bae", 1, 1e-4, new), run("bae", 0, 2e-4, new)]
-    dear = result(new, new | {"tree": 200.0}, other=others)
+    dear = result(new, new | {"tree": 200.0}, new | {"steps": 1500}, other=others)
     write_json(tmp_path / "dear" / "compare.json", dear)
     monkeypatch.setattr(rates, "DENSE", {"a model": ("dear", "free")})
     assert rates.dense(tmp_path).splitlines()[2:] == [
-        "| a model | 0 | 150 | 0.200 | 0.500 | 3.0% | 4.0% |  |",
-        "| a model | 12 | 200 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
-        "| a model | 12 | 150 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
+        "| a model | 0 | no | 150 | 0.200 | 0.500 | 3.0% | 4.0% |  |",
+        "| a model | 12 | no | 200 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
+        "| a model | 12 | no | 150 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
+        "| a model | 12 | 1,500 steps | 150 | 0.200 | 0.500 | 2.0% | 4.0% | 0.1% |",
     ]
 
 
