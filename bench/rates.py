@@ -89,6 +89,11 @@ def searched_points(run: dict[str, Any]) -> list[tuple[float, float]]:
     return [one for point in run["scores"]["search"]["points"] for one in _points(point, point)]
 
 
+def _of_point(point: dict[str, Any]) -> tuple[int, float]:
+    """For how many steps a search was trained on, and how much dearer its dense features are."""
+    return point.get("steps", 0), point.get("dense_bits", 0)
+
+
 def _of_search(runs: Iterable[dict[str, Any]], *, trained: bool) -> list[dict[str, Any]]:
     """Runs whose dictionaries were trained on with searched codes, or fitted to them."""
     points = ((run, run["scores"].get("search", {}).get("points", [])) for run in runs)
@@ -225,9 +230,8 @@ def dense(results: Path) -> str:
             if run["variant"]["entropy_weight"] in shared
             for point in run["scores"]["search"]["points"]
         ]
-        kinds = [(point.get("steps", 0), point.get("dense_bits", 0)) for point in points]
-        order = sorted(range(len(points)), key=lambda i: (*kinds[i], -points[i]["tree"]))
-        for (steps, dearer), point in ((kinds[i], points[i]) for i in order):
+        for point in sorted(points, key=lambda point: (*_of_point(point), -point["tree"])):
+            steps, dearer = _of_point(point)
             shares = ("dense_share", "dead_share", "fitted_dead_share")
             cells = [f"{point[name]:.1%}" if name in point else "" for name in shares]
             lost = [f"{point[name]:.3f}" for name in ("fvu", "kl_bits")]

@@ -291,12 +291,7 @@ def check(config: Config) -> None:
     runs.check_at_least(config, 0, "kl_tail", "search_steps")
     runs.check_prices(config, "search_prices")
     runs.check_dense_bits(config, "search_dense_bits", "search_prices")
-    if config.search_steps and not config.search_prices:
-        raise runs.ConfigError(
-            "search_steps",
-            f"must be left out where nothing is searched; got {config.search_steps} without "
-            "search_prices",
-        )
+    runs.check_searches(config, "search_steps", "search_prices")
     runs.check_at_least(config, 2 * config.context, "heldout_rows")
     check_metric(config)
     _check_variants(config)

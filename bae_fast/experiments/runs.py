@@ -102,6 +102,11 @@ def check_dense_bits(config: Any, name: str, price: str) -> None:
     """Raise ConfigError where the bits that ones of dense features cost more in a search are no
     price, or the field of its prices asks for no search."""
     check_prices(config, name)
+    check_searches(config, name, price)
+
+
+def check_searches(config: Any, name: str, price: str) -> None:
+    """Raise ConfigError where a field of a search is set, and that of its prices asks for none."""
     value = getattr(config, name)
     if value and getattr(config, price) in (None, ()):
         raise ConfigError(

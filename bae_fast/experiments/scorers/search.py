@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from bae_fast.analysis.evaluation import activity
 from bae_fast.autoencoder import Autoencoder
 from bae_fast.baselines import PursuedAutoencoder, SparseAutoencoder
@@ -126,8 +128,7 @@ def searched(
             one = {"bit_price": price} | dearer
             binary = SearchedAutoencoder.of(model, fitted_to, **one)
             if steps:
-                _train(context, binary, method, entropy_weight=price)
-                binary.fit_density_(fitted_to)
+                _train(context, binary, method, fitted_to, entropy_weight=price)
             else:
                 fit_search_(binary, fitted_to)
             made.append((one | steps, binary))
@@ -142,16 +143,22 @@ def searched(
         found = PursuedAutoencoder(model, **one, **priced).eval()
         if method != "random":  # a dictionary that was not learned is not fitted either
             if steps:
-                _train(context, found, method, lr=VALUES_LR)
-                found.fit_density_(fitted_to)
+                _train(context, found, method, fitted_to, lr=VALUES_LR)
             else:
                 found.fit_(fitted_to)
         made.append((one | steps, found))
     return made
 
 
-def _train(context: Context, model: Autoencoder, method: str, **constants: Any) -> None:
-    """Train a model on with the codes that it searches for, on the rows of its training."""
+def _train(
+    context: Context,
+    model: SearchedAutoencoder | PursuedAutoencoder,
+    method: str,
+    fitted_to: Tensor,
+    **constants: Any,
+) -> None:
+    """Train a model on with the codes that it searches for, on the rows of its training, and take
+    the shares that price its features from ``fitted_to``."""
     config = context.config
     training = dataclasses.replace(
         methods.method(method).training.going_on(),
@@ -164,4 +171,4 @@ def _train(context: Context, model: Autoencoder, method: str, **constants: Any) 
     say(f"   {config.search_steps:,} steps with searched codes")
     model.train()
     Trainer(model, rows, training).fit(progress=config.progress)
-    model.eval()
+    model.eval().fit_density_(fitted_to)
